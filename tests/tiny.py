@@ -1,0 +1,98 @@
+"""Tiny random models and a tiny tokenizer: every architecture the tests need, with no weights and no network."""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: 256 bytes and four special tokens, 260 in all."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
+    fast.add_tokens(["<|im_start|>"], special_tokens=True)
+    fast.chat_template = chat_template
+    return fast
+
+
+def _language_config(family: str) -> PreTrainedConfig:
+    common = {"vocab_size": 261, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    decoder = common | {
+        "hidden_size": 36,
+        "intermediate_size": 52,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+    }
+    configs = {
+        "llama": lambda: LlamaConfig(**decoder, tie_word_embeddings=False),
+        "qwen2": lambda: Qwen2Config(**decoder, tie_word_embeddings=True),
+        "gemma3": lambda: Gemma3TextConfig(**decoder, head_dim=10, sliding_window=8),
+        "gpt2": lambda: GPT2Config(**common, n_embd=36, n_layer=3, n_head=6, n_positions=1024),
+    }
+    return configs[family]()
+
+
+LANGUAGE_FAMILIES = ("llama", "qwen2", "gemma3", "gpt2")
+
+
+def language(family: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """A causal language model with three layers, width 36 and a vocabulary of 261."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(_language_config(family)).eval()
+
+
+def _vision_model(family: str) -> PreTrainedModel:
+    vit = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 30,
+        "patch_size": 10,
+    }
+    models_by_family = {
+        "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**vit)),
+        "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**vit)),
+        "dinov2": lambda: Dinov2Model(Dinov2Config(**vit)),
+        "convnext": lambda: ConvNextModel(
+            ConvNextConfig(image_size=64, hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1])
+        ),
+    }
+    return models_by_family[family]()
+
+
+VISION_FAMILIES = ("clip", "siglip", "dinov2", "convnext")
+
+
+def vision(family: str = "clip", seed: int = 1) -> PreTrainedModel:
+    """A vision encoder on 30 × 30 pictures (ConvNeXt: 64 × 64) with patch size 10 and width 24."""
+    torch.manual_seed(seed)
+    return _vision_model(family).eval()
