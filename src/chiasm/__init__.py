@@ -1,3 +1,21 @@
 """Chiasm: where vision crosses into language."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chiasm.api import train
+    from chiasm.vlm import VLM, connect, load
+
 __version__ = "0.1.0"
+
+_PUBLIC = {"connect": "chiasm.vlm", "load": "chiasm.vlm", "VLM": "chiasm.vlm", "train": "chiasm.api"}
+
+__all__ = ["VLM", "connect", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names are imported when they are first used, so that `chiasm --help` needs no torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'chiasm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -1,0 +1,42 @@
+"""Patch features → visual tokens: one idea, one short file; `CONNECTORS` is the whole registry."""
+
+import inspect
+from typing import Any
+
+from chiasm.connectors.base import AffineConnector, Connector
+from chiasm.connectors.linear import LinearProjector
+from chiasm.connectors.mlp import MLPProjector
+
+CONNECTORS: dict[str, type[Connector]] = {
+    "linear": LinearProjector,
+    "mlp": MLPProjector,
+}
+
+__all__ = ["CONNECTORS", "AffineConnector", "Connector", "build_connector", "connector_settings"]
+
+
+def connector_settings(spec: str | dict[str, Any]) -> dict[str, Any]:
+    """The full settings of a connector, defaults included: `"mlp"` → `{"name": "mlp", "depth": 2, ...}`.
+
+    Raises:
+        ValueError: an unknown name or option; the message lists the known ones.
+    """
+    given = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = given.pop("name", None)
+    if name not in CONNECTORS:
+        raise ValueError(f"connector {name!r} is unknown; choose one of {', '.join(CONNECTORS)}")
+    parameters = inspect.signature(CONNECTORS[name].__init__).parameters.values()
+    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    unknown = sorted(given.keys() - options.keys())
+    if unknown:
+        known = ", ".join(options) or "none"
+        raise ValueError(f"connector {name!r} has no option {', '.join(map(repr, unknown))}; its options are: {known}")
+    return {"name": name, **options, **given}
+
+
+def build_connector(
+    settings: str | dict[str, Any], vision_width: int, language_width: int, grid: tuple[int, int]
+) -> Connector:
+    """A connector with fresh weights between the two widths."""
+    options = connector_settings(settings)
+    return CONNECTORS[options.pop("name")](vision_width, language_width, grid, **options)

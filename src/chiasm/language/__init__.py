@@ -1,0 +1,1 @@
+"""Loading a language model and reaching its embeddings, layers and head."""

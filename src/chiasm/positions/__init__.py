@@ -1,0 +1,1 @@
+"""Where a token stands: positions for patches and for sequences."""

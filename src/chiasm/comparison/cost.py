@@ -1,0 +1,93 @@
+"""What a picture costs, in closed form: parameters by part, visual tokens, FLOPs and KV-cache bytes."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from chiasm.fusion.early import EarlyFusionModel
+from chiasm.language.adapter import layers
+from chiasm.vision.encoder import VisionEncoder
+
+PARTS = ("vision", "connector", "language")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Costs of one prompt; FLOPs count two for each multiply-add of matrix products and convolutions."""
+
+    parameters: dict[str, int]
+    visual_tokens: int
+    sequence: int
+    encode_flops: int
+    connect_flops: int
+    prefill_flops: int
+    decode_flops: int
+    kv_cache_bytes: int
+    kv_cache_bytes_per_token: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def cost(model: EarlyFusionModel, images: int = 1, text_tokens: int = 64) -> Cost:
+    """The cost of a prompt with `images` pictures and `text_tokens` words: prefill, then each decoded token.
+
+    Args:
+        images: pictures in the prompt, 0 or more.
+        text_tokens: text tokens in the prompt; the placeholders are not among them.
+    """
+    if images < 0 or text_tokens < 1:
+        raise ValueError(f"images={images}, text_tokens={text_tokens}; expected at least 0 and 1")
+    visual = images * model.num_image_tokens
+    sequence = visual + text_tokens
+    per_token = kv_bytes_per_token(model)
+    return Cost(
+        parameters={part: sum(p.numel() for p in getattr(model, part).parameters()) for part in PARTS},
+        visual_tokens=visual,
+        sequence=sequence,
+        encode_flops=images * encode_flops(model.vision),
+        connect_flops=images * model.connector.flops(),
+        prefill_flops=language_flops(model, new=sequence, context=sequence, logits=1),
+        decode_flops=language_flops(model, new=1, context=sequence + 1, logits=1),
+        kv_cache_bytes=per_token * sequence,
+        kv_cache_bytes_per_token=per_token,
+    )
+
+
+def language_flops(model: EarlyFusionModel, new: int, context: int, logits: int) -> int:
+    """FLOPs of `new` tokens that attend to `context` positions (themselves included), and of `logits` head rows.
+
+    Attention is counted as it is computed: a full `new × context` square, masked or not.
+    """
+    config = model.config.text_config
+    heads, size = config.num_attention_heads, _head_size(config)
+    matrices = _decoder_matrix_elements(model)
+    attention = 2 * 2 * new * context * heads * size * config.num_hidden_layers
+    head = model.language.get_output_embeddings().weight
+    return 2 * new * matrices + attention + 2 * logits * head.numel()
+
+
+def kv_bytes_per_token(model: EarlyFusionModel) -> int:
+    """Bytes that one position adds to the cache, in the model's dtype; a sliding window is not subtracted."""
+    config = model.config.text_config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * _head_size(config) * model.language.dtype.itemsize
+
+
+def encode_flops(vision: VisionEncoder) -> int:
+    """FLOPs of one picture through the encoder, counted by running its own code on the meta device."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shadow = VisionEncoder.from_config(vision.model.config, vision.features).eval()
+        shadow(torch.empty(1, 3, *vision.image_size))
+    return counter.get_total_flops()
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _decoder_matrix_elements(model: EarlyFusionModel) -> int:
+    """Elements of every matrix that a token is multiplied with: two-dimensional weights inside the layers."""
+    return sum(p.numel() for p in layers(model.language).parameters() if p.ndim == 2)

@@ -1,0 +1,82 @@
+"""MLP projector: Linear – GELU – Linear, of any depth and width (LLaVA-1.5, arXiv 2310.03744)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from chiasm.connectors.base import AffineConnector
+
+
+class MLPProjector(AffineConnector):
+    """Every patch becomes one visual token through `depth` linear layers with GELU between them: T = N.
+
+    Args:
+        depth: number of linear layers, 2 in LLaVA-1.5.
+        width: inner width, D_l when it is None as in LLaVA-1.5.
+        bias: whether the linear layers have one.
+    """
+
+    def __init__(
+        self,
+        vision_width: int,
+        language_width: int,
+        grid: tuple[int, int],
+        *,
+        depth: int = 2,
+        width: int | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(vision_width, language_width, grid)
+        if depth < 2:
+            raise ValueError(f"connector mlp has depth={depth}, expected at least 2; for one layer take connector linear")
+        inner = width or language_width
+        widths = [vision_width, *[inner] * (depth - 1), language_width]
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in zip(widths, widths[1:], strict=False))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def output(self) -> nn.Linear:
+        return self.layers[-1]
+
+    def flops(self) -> int:
+        return 2 * self.num_tokens * sum(layer.in_features * layer.out_features for layer in self.layers)
+
+    @torch.no_grad()
+    def set_affine(self, weight: Float[Tensor, "D_l D_v"], bias: Float[Tensor, " D_l"], spread: float) -> None:
+        """The best map of rank width / 2, exactly: GELU(x) − GELU(−x) = x, so pairs of opposite units pass x through."""
+        if len(self.layers) != 2 or self.layers[0].bias is None:
+            raise ValueError(
+                f"init: closed_form needs connector mlp with depth 2 and a bias, got depth {len(self.layers)}; "
+                "use init: keep"
+            )
+        first, last = self.layers
+        pairs = first.out_features // 2
+        left, strength, right = torch.linalg.svd(weight.double(), full_matrices=False)
+        rank = min(pairs, strength.numel())
+        read = right[:rank] / spread
+        write = left[:, :rank] * (strength[:rank] * spread)
+        first.weight.zero_()
+        first.bias.zero_()
+        last.weight.zero_()
+        first.weight[:rank].copy_(read)
+        first.weight[pairs : pairs + rank].copy_(-read)
+        last.weight[:, :rank].copy_(write)
+        last.weight[:, pairs : pairs + rank].copy_(-write)
+        last.bias.copy_(bias)
+        self._wake(first, last, rank, pairs)
+
+    @staticmethod
+    def _wake(first: nn.Linear, last: nn.Linear, rank: int, pairs: int) -> None:
+        """Units that the map leaves idle get small random inputs and no output, so that training can use them."""
+        idle = [*range(rank, pairs), *range(pairs + rank, first.out_features)]
+        if idle:
+            first.weight[idle] = torch.randn_like(first.weight[idle]) / first.in_features**0.5
+            last.weight[:, idle] = 0.0
+
+    def forward(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T D_l"]:
+        for layer in self.layers[:-1]:
+            features = nn.functional.gelu(layer(features))
+        return self.layers[-1](features)

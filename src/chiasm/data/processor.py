@@ -1,0 +1,212 @@
+"""Conversations and pictures → model inputs: the chat template, the placeholders' expansion, and labels by spans."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from chiasm.data.chat import IMAGE_TOKEN, Message, count_images, render
+
+IGNORE = -100
+
+
+class ChiasmProcessor(ProcessorMixin):
+    """Images + messages → inputs of a Chiasm model.
+
+    Args:
+        image_processor: pictures → `pixel_values`.
+        tokenizer: the language model's own tokenizer; `<image>` is added to it where it is missing.
+        num_image_tokens: T, placeholders per picture; the model's `num_image_tokens`.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        num_image_tokens: int = 1,
+        chat_template: str | None = None,
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"tokenizer {type(tokenizer).__name__} cannot tell which characters a token covers, which labels need; "
+                "load the fast tokenizer of this model"
+            )
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.num_image_tokens = num_image_tokens
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        messages: Sequence[Any] | None = None,
+        padding_side: str = "left",
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Model inputs for a batch.
+
+        Args:
+            images: the batch's pictures in the order of their placeholders; flat, or one list for each conversation.
+            text: rendered prompts with one `<image>` for each picture, or
+            messages: one conversation, or a batch of them.
+            padding_side: `left` to generate from the prompts, `right` to train on them.
+        """
+        kwargs.pop("return_tensors", None)
+        if kwargs:
+            raise TypeError(f"unknown processor arguments: {', '.join(kwargs)}")
+        if (text is None) == (messages is None):
+            raise ValueError("pass exactly one of text and messages")
+        flat, counts = _flatten_images(images)
+        if messages is not None:
+            batch = [messages] if isinstance(messages[0], dict) else list(messages)
+            counts = counts if counts is not None else _deal(batch, len(flat))
+            if len(counts) != len(batch):
+                raise ValueError(f"{len(batch)} conversation(s) but {len(counts)} list(s) of images; pass one list each")
+            encoded = [
+                self.encode(conversation, num_images=count, add_generation_prompt=add_generation_prompt)
+                for conversation, count in zip(batch, counts, strict=True)
+            ]
+        else:
+            prompts = [text] if isinstance(text, str) else list(text)
+            placeholders = sum(prompt.count(IMAGE_TOKEN) for prompt in prompts)
+            _check_count(placeholders, len(flat))
+            encoded = [self._tokenize(prompt, [], special=not self._has_bos(prompt)) for prompt in prompts]
+        inputs = self.pad(encoded, side=padding_side)
+        inputs.pop("labels", None)
+        if flat:
+            inputs["pixel_values"] = self.image_processor(flat)["pixel_values"]
+        return BatchFeature(inputs)
+
+    def encode(
+        self,
+        messages: list[Message],
+        num_images: int | None = None,
+        supervise: bool = False,
+        add_generation_prompt: bool = False,
+    ) -> dict[str, list[int]]:
+        """Token ids of one conversation, and labels on the assistant's words and their end-of-turn mark.
+
+        Args:
+            messages: the conversation; its last message is the answer when `supervise` is set.
+            num_images: pictures that come with it; None skips the comparison with the placeholders.
+
+        Raises:
+            ValueError: too many or too few pictures, or nothing to supervise.
+        """
+        if num_images is not None:
+            _check_count(count_images(messages), num_images)
+        rendered = render(self.tokenizer, messages, add_generation_prompt)
+        encoded = self._tokenize(rendered.text, rendered.answers if supervise else [])
+        if supervise and all(label == IGNORE for label in encoded["labels"]):
+            raise ValueError("no token is supervised: the conversation has no answer by the assistant")
+        return encoded
+
+    def _has_bos(self, text: str) -> bool:
+        return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+
+    def _tokenize(self, text: str, answers: list[tuple[int, int]], special: bool = False) -> dict[str, list[int]]:
+        plain = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, verbose=False)
+        supervised = self._supervised(plain["input_ids"], plain["offset_mapping"], answers)
+        ids: list[int] = []
+        labels: list[int] = []
+        for token, learn in zip(plain["input_ids"], supervised, strict=True):
+            copies = self.num_image_tokens if token == self.image_token_id else 1
+            ids += [token] * copies
+            labels += [token if learn and token != self.image_token_id else IGNORE] * copies
+        return {"input_ids": ids, "labels": labels}
+
+    def _supervised(
+        self, ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]
+    ) -> list[bool]:
+        """Which tokens cover an answer, or are the special token that closes it."""
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        marks = [False] * len(ids)
+        for begin, end in answers:
+            last = None
+            for index, (start, stop) in enumerate(offsets):
+                if stop > begin and start < end:
+                    marks[index], last = True, index
+                elif start >= end:
+                    break
+            if last is not None:
+                for index in range(last + 1, min(last + 3, len(ids))):
+                    if ids[index] in special:
+                        marks[last + 1 : index + 1] = [True] * (index - last)
+                        break
+        return marks
+
+    def end_of_turn_id(self) -> int | None:
+        """The special token that closes an answer by the chat template: what generation must stop at."""
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        labels = [label for label in self.encode(probe, supervise=True)["labels"] if label != IGNORE]
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        return labels[-1] if labels[-1] in special else None
+
+    def pad(self, encoded: list[dict[str, list[int]]], side: str = "right") -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels` as tensors `(B, S)`, padded on one side."""
+        length = max(len(item["input_ids"]) for item in encoded)
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+
+        def stack(rows: list[list[int]], fill: int) -> torch.Tensor:
+            gaps = [[fill] * (length - len(row)) for row in rows]
+            return torch.tensor([g + r if side == "left" else r + g for g, r in zip(gaps, rows, strict=True)])
+
+        ids = [item["input_ids"] for item in encoded]
+        return {
+            "input_ids": stack(ids, pad_id),
+            "attention_mask": stack([[1] * len(row) for row in ids], 0),
+            "labels": stack([item["labels"] for item in encoded], IGNORE),
+        }
+
+    def apply_chat_template(self, conversation: Any, tokenize: bool = False, **kwargs: Any) -> Any:
+        """A conversation's prompt; with `tokenize` and `return_dict`, the model inputs with its pictures."""
+        add_generation_prompt = kwargs.pop("add_generation_prompt", False)
+        batch = [conversation] if isinstance(conversation[0], dict) else conversation
+        if not tokenize:
+            texts = [render(self.tokenizer, messages, add_generation_prompt).text for messages in batch]
+            return texts[0] if isinstance(conversation[0], dict) else texts
+        images = [[p["image"] for m in c for p in m["content"] if isinstance(p, dict) and "image" in p] for c in batch]
+        return self(images=images, messages=batch, add_generation_prompt=add_generation_prompt)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        return self.tokenizer.decode(*args, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _check_count(placeholders: int, images: int) -> None:
+    if placeholders != images:
+        raise ValueError(
+            f"{placeholders} image placeholder(s) in the messages but {images} image(s) given; "
+            f"write one {IMAGE_TOKEN} (or one image part) for each image"
+        )
+
+
+def _flatten_images(images: Any) -> tuple[list[Any], list[int] | None]:
+    """A flat list of pictures, and their number for each conversation where the nesting tells it."""
+    if images is None:
+        return [], None
+    if not isinstance(images, list | tuple):
+        return [images], None
+    if images and all(isinstance(item, list | tuple) or item is None for item in images):
+        groups = [list(item or []) for item in images]
+        return [image for group in groups for image in group], [len(group) for group in groups]
+    return list(images), None
+
+
+def _deal(batch: list[list[Message]], total: int) -> list[int]:
+    """Flat pictures dealt to conversations by their placeholders."""
+    counts = [count_images(messages) for messages in batch]
+    _check_count(sum(counts), total)
+    return counts

@@ -1,0 +1,82 @@
+"""Two loaded parts become one model whose visual tokens are as loud as the words are."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chiasm.connectors import connector_settings
+from chiasm.fusion.config import ChiasmConfig
+from chiasm.fusion.early import EarlyFusionModel
+from chiasm.language.adapter import embedding_scale, head_is_direct
+from chiasm.vision.encoder import VisionEncoder
+
+CONVOLUTIONAL = ("efficientnet_lite", "convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet", "mobilenet_v2")
+"""Encoders without position embeddings, to whose patch features `patch_positions: auto` appends coordinates."""
+
+
+def build_early(
+    vision: VisionEncoder,
+    language: PreTrainedModel,
+    connector: str | dict[str, Any],
+    image_token_id: int,
+    patch_positions: str = "auto",
+    seed: int = 0,
+) -> EarlyFusionModel:
+    """An early-fusion model around two loaded parts, with a fresh connector drawn from `seed`.
+
+    The connector's output is scaled to the language model's embedding scale, measured on synthetic pictures.
+    """
+    if patch_positions == "auto":
+        patch_positions = "grid" if vision.model.config.model_type in CONVOLUTIONAL else "none"
+    samples = synthetic_features(vision)
+    config = ChiasmConfig(
+        vision_config=vision.model.config.to_dict(),
+        text_config=language.config.to_dict(),
+        fusion="early",
+        connector=connector_settings(connector),
+        features=vision.features.to_dict(),
+        patch_positions=patch_positions,
+        feature_scale=root_mean_square(samples),
+        image_token_id=image_token_id,
+        direct_head=head_is_direct(language),
+        dtype=language.dtype,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = EarlyFusionModel(config, vision=vision, language=language)
+    model.connector.to(device=language.device, dtype=language.dtype)
+    scale_connector(model, samples)
+    if language.generation_config is not None:
+        model.generation_config = language.generation_config
+    return model.eval()
+
+
+@torch.no_grad()
+def scale_connector(model: EarlyFusionModel, features: Float[Tensor, "images N D_v"]) -> None:
+    """Scales the connector's last layer so that visual tokens have the root mean square of token embeddings."""
+    output = model.connector.output
+    if output.bias is not None:
+        output.bias.zero_()
+    loudness = root_mean_square(model.connect_features(features.to(output.weight.device)))
+    output.weight.mul_(embedding_scale(model.language) / loudness)
+
+
+@torch.no_grad()
+def synthetic_features(vision: VisionEncoder, count: int = 4) -> Float[Tensor, "images N D_v"]:
+    """Patch features of smooth random colour fields, whose statistics resemble those of normalised photographs."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = vision.image_size
+    coarse = torch.randn(count, 3, 7, 7, generator=generator)
+    pictures = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+    first = next(vision.parameters())
+    was_training = vision.training
+    features = vision.eval()(pictures.to(first.device, first.dtype))
+    vision.train(was_training)
+    return features
+
+
+def root_mean_square(values: Tensor) -> float:
+    return values.float().pow(2).mean().sqrt().item()

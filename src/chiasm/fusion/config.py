@@ -1,0 +1,56 @@
+"""The configuration of a connected model: two sub-configurations and what stands between them."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+import chiasm.vision  # noqa: F401  (registers the encoders of our own with AutoConfig)
+
+FUSIONS = ("early",)
+PATCH_POSITIONS = ("none", "grid")
+
+
+class ChiasmConfig(PreTrainedConfig):
+    """What `config.json` of a Chiasm checkpoint holds.
+
+    Args:
+        vision_config: the vision encoder's own configuration.
+        text_config: the language model's own configuration.
+        fusion: where the modalities first meet; one of `FUSIONS`.
+        connector: the connector's name and options, defaults included.
+        features: which feature maps are read from the encoder and how (`chiasm.vision.VisionFeatures`).
+        patch_positions: `grid` appends 2-D coordinates to the patch features, `none` leaves them as they are.
+        feature_scale: root mean square of the patch features, the amplitude of those coordinates.
+        image_token_id: the placeholder that one visual token replaces; it may lie beyond the embedding table.
+        direct_head: whether the language model's logits are its output embedding applied to the last hidden state.
+        adapters: part → LoRA settings, for parts that carry unmerged adapters.
+    """
+
+    model_type = "chiasm"
+    sub_configs_defaults = {  # noqa: RUF012  (the base class declares it as a ClassVar)
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    fusion: str = "early"
+    connector: dict | None = None
+    features: dict | None = None
+    patch_positions: str = "none"
+    feature_scale: float = 1.0
+    image_token_id: int | None = None
+    direct_head: bool = False
+    adapters: dict | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"fusion {self.fusion!r} is unknown; choose one of {', '.join(FUSIONS)}")
+        if self.patch_positions not in PATCH_POSITIONS:
+            raise ValueError(
+                f"patch_positions {self.patch_positions!r} is unknown; choose one of {', '.join(PATCH_POSITIONS)}"
+            )
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)

@@ -1,0 +1,110 @@
+"""Answers from a generative model: batches, streams, and prompts with any number of pictures."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TextIteratorStreamer
+
+from chiasm.data.chat import Message
+from chiasm.data.processor import ChiasmProcessor
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen: `temperature` 0 takes the likeliest, above it samples within `top_k` and `top_p`."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+    def arguments(self) -> dict[str, Any]:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}, expected at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}, expected 0 (greedy) or above")
+        chosen: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.temperature > 0,
+            "repetition_penalty": self.repetition_penalty,
+            "num_beams": 1,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        }
+        if self.temperature > 0:
+            chosen |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return chosen
+
+
+def user_message(prompt: str, num_images: int) -> list[Message]:
+    """One user turn: the pictures first, then the words."""
+    parts: list[dict[str, str]] = [{"type": "image"}] * num_images
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+
+
+def prepare(
+    model: PreTrainedModel, processor: ChiasmProcessor, messages: list[list[Message]], images: list[list[Any]]
+) -> dict[str, torch.Tensor]:
+    """Left-padded inputs of a batch of conversations on the model's device and in its dtype."""
+    inputs = processor(messages=messages, images=[list(group) for group in images])
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    processor: ChiasmProcessor,
+    messages: list[list[Message]],
+    images: list[list[Any]],
+    decoding: Decoding,
+) -> list[str]:
+    """One answer for each conversation; a batch answers as its members would alone."""
+    if len(messages) != len(images):
+        raise ValueError(f"{len(messages)} conversation(s) but {len(images)} list(s) of images; pass one list each")
+    if not messages:
+        return []
+    inputs = prepare(model, processor, messages, images)
+    tokens = model.generate(**inputs, pad_token_id=processor.tokenizer.pad_token_id, **decoding.arguments())
+    answers = processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+def stream(
+    model: PreTrainedModel,
+    processor: ChiasmProcessor,
+    messages: list[Message],
+    images: list[Any],
+    decoding: Decoding,
+) -> Iterator[str]:
+    """Pieces of one answer as they are decoded; an error in decoding is raised here."""
+    inputs = prepare(model, processor, [messages], [images])
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failure: list[BaseException] = []
+
+    def decode() -> None:
+        try:
+            with torch.inference_mode():
+                model.generate(
+                    **inputs,
+                    streamer=streamer,
+                    pad_token_id=processor.tokenizer.pad_token_id,
+                    **decoding.arguments(),
+                )
+        except BaseException as error:
+            failure.append(error)
+            streamer.end()
+
+    thread = Thread(target=decode, daemon=True)
+    thread.start()
+    yield from (piece for piece in streamer if piece)
+    thread.join()
+    if failure:
+        raise failure[0]

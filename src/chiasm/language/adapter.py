@@ -1,0 +1,109 @@
+"""One small adapter over any `AutoModelForCausalLM`: embeddings in, hidden states or logits out.
+
+Chiasm never subclasses a language model. What it needs of one is here: the embedding table, the decoder without its head,
+the list of layers, and the head applied to chosen positions only.
+"""
+
+import inspect
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_language(source: str | PreTrainedModel, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """A causal language model from a folder or hub id, or the loaded one that was given."""
+    if isinstance(source, PreTrainedModel):
+        if source.get_output_embeddings() is None:
+            raise ValueError(
+                f"language={type(source).__name__} has no language-modelling head; "
+                "load it with AutoModelForCausalLM instead of AutoModel"
+            )
+        return source
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a language model, or None where the folder holds none."""
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def embedding_width(language: PreTrainedModel) -> int:
+    """D_l: the width of the token embeddings, which is what a connector must produce."""
+    return language.get_input_embeddings().weight.shape[1]
+
+
+@torch.no_grad()
+def embedding_scale(language: PreTrainedModel) -> float:
+    """Root mean square of the token embeddings as the first layer receives them."""
+    embeddings = language.get_input_embeddings()
+    tokens = torch.arange(min(embeddings.weight.shape[0], 4096), device=embeddings.weight.device)
+    return embeddings(tokens).float().pow(2).mean().sqrt().item()
+
+
+def decoder(language: PreTrainedModel) -> PreTrainedModel:
+    """The language model without its head: embeddings in, last hidden state out."""
+    return language.base_model
+
+
+def layers(language: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers in order.
+
+    Raises:
+        ValueError: no module list, or more than one, has `num_hidden_layers` members.
+    """
+    count = language.config.get_text_config().num_hidden_layers
+    found = [m for m in language.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(found) != 1:
+        raise ValueError(f"{type(language).__name__} has {len(found)} lists of {count} layers, expected exactly one")
+    return found[0]
+
+
+def last_hidden_state(language: PreTrainedModel, **inputs: Tensor) -> Float[Tensor, "B S D_l"]:
+    """The decoder's normalised output, which the head reads."""
+    return decoder(language)(**inputs, use_cache=False).last_hidden_state
+
+
+def head_is_direct(language: PreTrainedModel) -> bool:
+    """Whether logits are just the output embedding of the last hidden state.
+
+    Some models scale, cap or transform on the way (Gemma 2, Cohere, Granite, BERT). It is found out by comparing both
+    on three tokens, so that no table of families has to be kept.
+    """
+    tokens = torch.arange(3, device=language.get_input_embeddings().weight.device)[None]
+    was_training = language.training
+    language.eval()
+    with torch.no_grad():
+        hidden = decoder(language)(input_ids=tokens, use_cache=False)[0]
+        expected = language(input_ids=tokens, use_cache=False).logits
+        direct = language.get_output_embeddings()(hidden)
+    language.train(was_training)
+    return direct.shape == expected.shape and torch.allclose(direct, expected, rtol=1e-3, atol=1e-4)
+
+
+def logits_at(
+    language: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    rows: Int[Tensor, " K"],
+    columns: Int[Tensor, " K"],
+    direct_head: bool,
+) -> Float[Tensor, "K V"]:
+    """Logits at K chosen (row, column) positions only; the others never meet the vocabulary.
+
+    Without a direct head the model's own forward is asked for the union of the columns (`logits_to_keep`).
+    """
+    if direct_head:
+        return language.get_output_embeddings()(last_hidden_state(language, **inputs)[rows, columns])
+    kept, position = torch.unique(columns, return_inverse=True)
+    if accepts(language, "logits_to_keep"):
+        return language(**inputs, use_cache=False, logits_to_keep=kept).logits[rows, position]
+    return language(**inputs, use_cache=False).logits[rows, columns]
+
+
+def accepts(module: nn.Module, argument: str) -> bool:
+    """Whether the module's forward names this argument."""
+    return argument in inspect.signature(module.forward).parameters

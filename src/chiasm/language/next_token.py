@@ -1,0 +1,25 @@
+"""Next-token prediction on supervised positions only: no logits are made where nothing is learned."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100
+
+
+def supervised_positions(labels: Int[Tensor, "B S"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns whose next token is supervised, and those tokens: three vectors of length K."""
+    rows, columns = torch.nonzero(labels[:, 1:] != IGNORE, as_tuple=True)
+    return rows, columns, labels[rows, columns + 1]
+
+
+def next_token_loss(
+    logits: Float[Tensor, "K V"], targets: Int[Tensor, " K"], num_items: Tensor | int | None = None
+) -> Float[Tensor, ""]:
+    """Cross-entropy in float32, summed over K and divided by `num_items` (K itself when it is None).
+
+    A `num_items` for the whole accumulated batch makes many small steps equal one large one.
+    """
+    count = max(targets.numel(), 1) if num_items is None else num_items
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / count

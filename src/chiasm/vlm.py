@@ -1,0 +1,208 @@
+"""`connect`, `load` and `VLM`: a vision encoder and a language model as one thing that one can talk to."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from chiasm import sources
+from chiasm.comparison.cost import Cost, cost
+from chiasm.data.chat import Message
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.fusion.build import build_early
+from chiasm.fusion.config import FUSIONS
+from chiasm.fusion.early import EarlyFusionModel
+from chiasm.generation import decode
+from chiasm.generation.decode import Decoding
+from chiasm.interop.llava import load_llava
+from chiasm.language.adapter import load_language, load_tokenizer
+from chiasm.vision.encoder import load_vision
+from chiasm.vision.image_processor import ChiasmImageProcessor, image_processor_for
+
+DEFAULT_VISION = "efficientnet-lite0"
+DEFAULT_LANGUAGE = "smollm2-135m-instruct"
+
+
+class VLM:
+    """A generative vision-language model: `.model` and `.processor` are transformers objects."""
+
+    def __init__(self, model: EarlyFusionModel, processor: ChiasmProcessor | None) -> None:
+        self.model = model
+        self._processor = processor
+        if processor is not None:
+            _check_agreement(model, processor)
+
+    @property
+    def processor(self) -> ChiasmProcessor:
+        """Images + messages → inputs.
+
+        Raises:
+            ValueError: the model came without tokenizer files.
+        """
+        if self._processor is None:
+            raise ValueError(
+                "this model has no processor, because it came without tokenizer files; "
+                "pass tokenizer= to chiasm.connect, or put the tokenizer's files into the model's folder"
+            )
+        return self._processor
+
+    def chat(self, images: Any, prompt: str, *, history: list[Message] | None = None, **decoding: Any) -> str:
+        """The answer to a prompt about one picture, a list of pictures, or none.
+
+        Args:
+            images: a path, a PIL picture, a list of them, or None.
+            prompt: the question.
+            history: earlier messages of the conversation; their pictures come first in `images`.
+            decoding: fields of `Decoding`, such as `max_new_tokens` and `temperature`.
+        """
+        messages, pictures = _conversation(images, prompt, history)
+        return decode.generate(self.model, self.processor, [messages], [pictures], Decoding(**decoding))[0]
+
+    def stream(
+        self, images: Any, prompt: str, *, history: list[Message] | None = None, **decoding: Any
+    ) -> Iterator[str]:
+        """The same answer, piece by piece."""
+        messages, pictures = _conversation(images, prompt, history)
+        return decode.stream(self.model, self.processor, messages, pictures, Decoding(**decoding))
+
+    def generate(self, messages: list[list[Message]], images: list[list[Any]] | None = None, **decoding: Any) -> list[str]:
+        """One answer for each conversation of a batch, each with its own list of pictures."""
+        images = images if images is not None else [[] for _ in messages]
+        return decode.generate(self.model, self.processor, messages, images, Decoding(**decoding))
+
+    def cost(self, images: int = 1, text_tokens: int = 64) -> Cost:
+        """Parameters by part, visual tokens, FLOPs and KV-cache bytes in closed form."""
+        return cost(self.model, images=images, text_tokens=text_tokens)
+
+    def to(self, *args: Any, **kwargs: Any) -> "VLM":
+        """Moves the model to a device or dtype."""
+        self.model.to(*args, **kwargs)
+        return self
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Writes weights (safetensors), configuration and processor files."""
+        self.model.save_pretrained(folder, **kwargs)
+        if self._processor is not None:
+            self._processor.save_pretrained(folder)
+
+    def push_to_hub(self, repository: str, **kwargs: Any) -> None:
+        """Uploads what `save_pretrained` writes."""
+        self.model.push_to_hub(repository, **kwargs)
+        if self._processor is not None:
+            self._processor.push_to_hub(repository, **kwargs)
+
+
+def connect(
+    vision: str | PreTrainedModel = DEFAULT_VISION,
+    language: str | PreTrainedModel = DEFAULT_LANGUAGE,
+    connector: str | dict[str, Any] = "mlp",
+    fusion: str = "early",
+    *,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    image_processor: ChiasmImageProcessor | None = None,
+    features: dict[str, Any] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    resize_mode: str | None = None,
+    patch_positions: str = "auto",
+    dtype: torch.dtype | str = "auto",
+    seed: int = 0,
+) -> VLM:
+    """Connects a vision encoder and a language model; the connector is new and wants training.
+
+    Args:
+        vision: hub id, local folder, alias, or a loaded transformers vision model.
+        language: hub id, local folder, alias, or a loaded causal language model.
+        connector: a name of `chiasm.connectors.CONNECTORS`, or `{"name": ..., option: ...}`.
+        fusion: where the two meet.
+        tokenizer: needed only where `language` is a loaded module without files behind it.
+        features: which feature maps to read; by default what suits the encoder's type.
+        image_size: pixels, where it shall differ from the encoder's own.
+        resize_mode: `pad`, `squash` or `crop`; by default the encoder's own.
+        patch_positions: `grid` appends 2-D coordinates to patch features, `none` does not, `auto` does for CNNs.
+        dtype: of the weights; `auto` keeps each checkpoint's own.
+        seed: of the new connector's weights.
+    """
+    if fusion not in FUSIONS:
+        raise ValueError(f"fusion {fusion!r} is unknown; choose one of {', '.join(FUSIONS)}")
+    vision_source = sources.resolve(vision) if isinstance(vision, str | Path) else vision
+    language_source = sources.resolve(language) if isinstance(language, str | Path) else language
+    encoder = load_vision(vision_source, features=features, image_size=image_size, dtype=dtype)
+    language_model = load_language(language_source, dtype=dtype)
+    words = _tokenizer_for(tokenizer, language_source)
+    processor = None
+    image_token_id = language_model.config.get_text_config().vocab_size
+    if words is not None:
+        pictures = image_processor or image_processor_for(vision_source, encoder, resize_mode=resize_mode)
+        processor = ChiasmProcessor(pictures, words)
+        image_token_id = processor.image_token_id
+    model = build_early(encoder, language_model, connector, image_token_id, patch_positions, seed)
+    if processor is not None:
+        processor.num_image_tokens = model.num_image_tokens
+        _stop_at_end_of_turn(model, processor)
+    return VLM(model, processor)
+
+
+def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM:
+    """A Chiasm checkpoint, or a transformers LLaVA one, told by `model_type` in its configuration."""
+    source = sources.resolve(source)
+    model_type = _model_type(source)
+    if model_type not in LOADERS:
+        raise ValueError(f"{source} holds a {model_type!r} model; chiasm.load reads {', '.join(LOADERS)}")
+    return VLM(*LOADERS[model_type](source, dtype))
+
+
+def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[EarlyFusionModel, ChiasmProcessor | None]:
+    model, info = EarlyFusionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise ValueError(f"{source} does not hold this model's weights: {len(wrong)} keys differ, first {wrong[0]}")
+    try:
+        processor = ChiasmProcessor.from_pretrained(source)
+    except OSError:
+        processor = None
+    return model.eval(), processor
+
+
+LOADERS = {"chiasm": _load_chiasm, "llava": load_llava}
+
+
+def _model_type(source: str) -> str:
+    from transformers.utils import cached_file
+
+    path = cached_file(source, "config.json")
+    return json.loads(Path(path).read_text())["model_type"]
+
+
+def _tokenizer_for(given: str | PreTrainedTokenizerBase | None, language: Any) -> PreTrainedTokenizerBase | None:
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    name = given or (language if isinstance(language, str) else language.name_or_path)
+    return load_tokenizer(sources.resolve(name)) if name else None
+
+
+def _stop_at_end_of_turn(model: EarlyFusionModel, processor: ChiasmProcessor) -> None:
+    """Generation ends at the chat template's end-of-turn mark as well as at the end of text."""
+    stops = model.generation_config.eos_token_id
+    known = stops if isinstance(stops, list) else [stops]
+    end = processor.end_of_turn_id()
+    if end is not None and end not in known:
+        model.generation_config.eos_token_id = [stop for stop in known if stop is not None] + [end]
+
+
+def _check_agreement(model: EarlyFusionModel, processor: ChiasmProcessor) -> None:
+    pairs = {
+        "num_image_tokens": (model.num_image_tokens, processor.num_image_tokens),
+        "image_token_id": (model.config.image_token_id, processor.image_token_id),
+    }
+    for name, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise ValueError(f"the model's {name} is {ours} but the processor's is {theirs}; load them from one folder")
+
+
+def _conversation(images: Any, prompt: str, history: list[Message] | None) -> tuple[list[Message], list[Any]]:
+    pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
+    earlier = sum(1 for m in history or [] if not isinstance(m["content"], str) for p in m["content"] if p["type"] == "image")
+    return [*(history or []), *decode.user_message(prompt, len(pictures) - earlier)], pictures

@@ -1,0 +1,111 @@
+"""The invariants, written once: each function takes members of a family and fails where the member breaks its promise."""
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import chiasm
+from chiasm.connectors import Connector
+from chiasm.fusion.early import EarlyFusionModel
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def check_connector(make: Callable[[tuple[int, int]], Connector], vision_width: int, language_width: int) -> None:
+    """Shapes agree with `num_tokens` for several grids, every parameter is reached, and a picture keeps to itself."""
+    for grid in [(3, 3), (2, 5), (7, 7)]:
+        connector = make(grid)
+        features = torch.randn(2, grid[0] * grid[1], vision_width)
+        tokens = connector(features)
+        assert tokens.shape == (2, connector.num_tokens, language_width)
+        torch.testing.assert_close(connector(features[:1]), tokens[:1], **TOLERANCE)
+        assert not torch.allclose(tokens[0], tokens[1])
+        tokens.square().sum().backward()
+        for name, parameter in connector.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, f"{name} gets no gradient"
+        assert connector.flops() > 0
+
+
+def check_saved_equals_loaded(vlm: chiasm.VLM, inputs: dict[str, Tensor]) -> None:
+    """save → load → the same logits, bit for bit."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        before = vlm.model.eval()(**inputs).logits
+        vlm.save_pretrained(folder)
+        again = chiasm.load(folder)
+        assert torch.equal(again.model(**inputs).logits, before)
+        assert {n for n, _ in again.model.named_parameters()} == {n for n, _ in vlm.model.named_parameters()}
+
+
+def check_image_matters(model: EarlyFusionModel, inputs: dict[str, Tensor]) -> None:
+    """A different picture gives different logits and different generated scores."""
+    other = inputs | {"pixel_values": inputs["pixel_values"].flip(0) + 1.0}
+    with torch.no_grad():
+        assert not torch.allclose(model(**inputs).logits, model(**other).logits)
+    assert not torch.allclose(_scores(model, inputs), _scores(model, other))
+
+
+def _scores(model: EarlyFusionModel, inputs: dict[str, Tensor]) -> Tensor:
+    output = model.generate(**inputs, max_new_tokens=3, do_sample=False, output_scores=True, return_dict_in_generate=True)
+    return torch.stack(output.scores)
+
+
+def check_cached_equals_full(model: EarlyFusionModel, inputs: dict[str, Tensor]) -> None:
+    """Decoding with a cache gives the logits of a full forward without one."""
+    kwargs: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    kwargs |= {"output_logits": True, "return_dict_in_generate": True}
+    cached = model.generate(**inputs, use_cache=True, **kwargs)
+    full = model.generate(**inputs, use_cache=False, **kwargs)
+    assert torch.equal(cached.sequences, full.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(full.logits), rtol=1e-4, atol=1e-4)
+
+
+def check_batched_equals_single(vlm: chiasm.VLM, messages: list[Any], images: list[list[Any]]) -> None:
+    """A batch of conversations of different lengths is answered as each would be alone."""
+    together = vlm.generate(messages, images, max_new_tokens=8)
+    alone = [vlm.generate([m], [i], max_new_tokens=8)[0] for m, i in zip(messages, images, strict=True)]
+    assert together == alone
+
+
+def check_padding_is_ignored(model: EarlyFusionModel, inputs: dict[str, Tensor], pad_id: int) -> None:
+    """Padding on either side changes no logit of a real token."""
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        for side in ("left", "right"):
+            wide = {name: _pad(inputs[name], fill, side) for name, fill in (("input_ids", pad_id), ("attention_mask", 0))}
+            logits = model(**(inputs | wide)).logits
+            kept = logits[:, 5:] if side == "left" else logits[:, :-5]
+            torch.testing.assert_close(kept, plain, rtol=1e-4, atol=1e-4)
+
+
+def _pad(tensor: Tensor, fill: int, side: str) -> Tensor:
+    block = torch.full((tensor.shape[0], 5), fill, dtype=tensor.dtype)
+    return torch.cat([block, tensor] if side == "left" else [tensor, block], dim=1)
+
+
+def check_text_only_is_the_language_model(model: EarlyFusionModel, language: Any, input_ids: Tensor) -> None:
+    """Without pictures the logits are the language model's own, bit for bit."""
+    mask = torch.ones_like(input_ids)
+    with torch.no_grad():
+        ours = model(input_ids=input_ids, attention_mask=mask).logits
+        assert torch.equal(ours, language(input_ids=input_ids, attention_mask=mask).logits)
+
+
+def check_losses_agree(model: EarlyFusionModel, inputs: dict[str, Tensor], labels: Tensor) -> None:
+    """The loss at supervised positions only equals the loss of full logits, and so do its gradients."""
+    model.eval()
+    for parameter in model.connector.parameters():
+        parameter.grad = None
+    short = model(**inputs, labels=labels, return_logits=False)
+    assert short.logits is None
+    short.loss.backward()
+    gradient = model.connector.output.weight.grad.clone()
+    model.connector.output.weight.grad = None
+    full = model(**inputs, labels=labels, return_logits=True)
+    full.loss.backward()
+    torch.testing.assert_close(short.loss, full.loss, **TOLERANCE)
+    torch.testing.assert_close(gradient, model.connector.output.weight.grad, rtol=1e-3, atol=1e-5)
+    reference = torch.nn.functional.cross_entropy(full.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(short.loss, reference, **TOLERANCE)
