@@ -1,0 +1,271 @@
+"""Ask a model every question of a data set, once with its own pictures and once with another sample's, and score both.
+
+The model is a callable `generate(messages, images) -> answers` over a batch, such as `VLM.generate`: nothing here knows
+how answers come about. Each assistant turn of a conversation is a question, asked with the true history before it.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from statistics import fmean
+from typing import Any
+
+from PIL import Image
+
+from chiasm.data.schema import Sample, text_of
+from chiasm.evaluation.metrics import METRICS, anls, contains, token_f1, tokens
+from chiasm.evaluation.skills import ALL, Row, summarise
+
+Generate = Callable[[list[list[dict]], list[list[Image.Image]]], list[str]]
+Progress = Callable[[int, int], None]
+
+CAPTION_WORDS = 5  # expected answers longer than this on average are captions
+ANNOTATORS = 10  # references per question from which on they are VQA's annotators, not synonyms
+RIGHT_ENOUGH = 0.5  # the score from which on an answer counts as correct where scores are fractions
+
+
+@dataclass(frozen=True)
+class Question:
+    """One assistant turn: the messages before it, how many of the sample's images they show, what is accepted."""
+
+    id: str
+    sample: int
+    turn: int
+    skill: str
+    prompt: list[dict]
+    num_images: int
+    text: str
+    references: list[str]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.sample, self.turn
+
+
+@dataclass
+class EvalResult:
+    """`rows`: one dict per question; `summary`: one per skill (`skills.summarise`); `notes`: what to know about them.
+
+    `loss` and `shuffled_loss` are the caller's: the validation loss with the right and with a wrong picture.
+    """
+
+    rows: list[Row]
+    summary: list[Row]
+    notes: list[str] = field(default_factory=list)
+    loss: float | None = None
+    shuffled_loss: float | None = None
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `results.jsonl` (the rows) and `summary.json` (everything else) into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.rows)
+        (folder / "results.jsonl").write_text(lines, encoding="utf-8")
+        rest = {"summary": self.summary, "notes": self.notes, "loss": self.loss, "shuffled_loss": self.shuffled_loss}
+        text = json.dumps(rest, ensure_ascii=False, allow_nan=False, indent=2)
+        (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "EvalResult":
+        """What `save` wrote."""
+        folder = Path(folder)
+        lines = (folder / "results.jsonl").read_text(encoding="utf-8").split("\n")
+        rest = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return cls(rows=[json.loads(line) for line in lines if line], **rest)
+
+
+def evaluate(
+    generate: Generate,
+    samples: Sequence[Sample],
+    batch_size: int = 8,
+    control: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+    metric: str | None = None,
+) -> EvalResult:
+    """Score `generate` on `samples`, with the shuffled-image control beside it.
+
+    Args:
+        generate: a batch of conversations and their lists of RGB pictures → one answer each.
+        control: ask every question with images a second time, with another sample's pictures (`wrong_pictures`).
+        seed: of the control's choice and the bootstrap.
+        progress: called with the answers so far and the answers in total.
+        metric: a key of `METRICS` for everything; by default chosen for each skill by `choose_metric`.
+
+    A sample may list further accepted answers to its last question in `meta["answers"]`.
+
+    Raises:
+        ValueError: no samples, an id twice, an unknown metric, or `generate` gives another number of answers.
+        SampleError: a sample without an answer, or with an image too many or too few.
+    """
+    if metric is not None and metric not in METRICS:
+        raise ValueError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
+    _check(samples, batch_size)
+    questions = [question for number, sample in enumerate(samples) for question in _questions(number, sample)]
+    donors, notes = wrong_pictures(samples, seed) if control else ({}, [])
+    controlled = [q for q in questions if q.num_images and q.sample in donors]
+    total = len(questions) + len(controlled)
+    own = {question.sample: question.sample for question in questions}
+    answers = _ask(generate, samples, questions, own, batch_size, progress, 0, total)
+    others = _ask(generate, samples, controlled, donors, batch_size, progress, len(questions), total)
+    metrics = _metrics(questions, metric)
+    rows = []
+    for question in questions:
+        row = _row(question, samples[question.sample], answers[question.place], metrics[question.skill])
+        if question.place in others:
+            row |= _control_row(row, others[question.place], samples[donors[question.sample]].id)
+        rows.append(row)
+    return EvalResult(rows, summarise(rows, seed), notes)
+
+
+def _check(samples: Sequence[Sample], batch_size: int) -> None:
+    if not samples:
+        raise ValueError("samples is empty: there is nothing to evaluate")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
+    sample_id, times = Counter(sample.id for sample in samples).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"sample id {sample_id!r} occurs {times} times: give every sample an id of its own")
+    for sample in samples:
+        sample.validate()
+
+
+def _questions(number: int, sample: Sample) -> Iterator[Question]:
+    turns = [index for index, message in enumerate(sample.messages) if message["role"] == "assistant"]
+    for turn, index in enumerate(turns, start=1):
+        prompt = sample.messages[:index]
+        references = [text_of(sample.messages[index]["content"])]
+        if index == turns[-1]:
+            references = [str(answer) for answer in sample.meta.get("answers", [])] or references
+        name = sample.id if len(turns) == 1 else f"{sample.id}#{turn}"
+        text = text_of(prompt[-1]["content"]).strip()
+        yield Question(name, number, turn, sample.skill or ALL, prompt, _count_images(prompt), text, references)
+
+
+def _count_images(messages: list[dict]) -> int:
+    parts = (part for message in messages if not isinstance(message["content"], str) for part in message["content"])
+    return sum(part["type"] == "image" for part in parts)
+
+
+def _ask(
+    generate: Generate,
+    samples: Sequence[Sample],
+    questions: list[Question],
+    pictures_of: dict[int, int],
+    batch_size: int,
+    progress: Progress | None,
+    done: int,
+    total: int,
+) -> dict[tuple[int, int], str]:
+    """Answers by the question's place. `pictures_of` maps a sample to the one whose pictures are shown."""
+    answers: dict[tuple[int, int], str] = {}
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        shown = [[ref.load() for ref in samples[pictures_of[q.sample]].images[: q.num_images]] for q in batch]
+        given = generate([question.prompt for question in batch], shown)
+        if len(given) != len(batch):
+            raise ValueError(f"generate gave {len(given)} answers to {len(batch)} questions: it must give one each")
+        answers |= {question.place: answer for question, answer in zip(batch, given, strict=True)}
+        if progress is not None:
+            progress(done + start + len(batch), total)
+    return answers
+
+
+def wrong_pictures(samples: Sequence[Sample], seed: int = 0) -> tuple[dict[int, int], list[str]]:
+    """For every sample with images another one whose pictures stand in for them, and notes on those without.
+
+    The other has the same number of images and shares none of them (by content). It is of the same skill where that has
+    one to offer, so that the control sees the usual kind of picture; and nobody's pictures serve twice if possible.
+    """
+    keys = {number: frozenset(ref.key() for ref in sample.images) for number, sample in enumerate(samples)}
+    with_images = [number for number in keys if keys[number]]
+    donors: dict[int, int] = {}
+    for level in (True, False):
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for number in with_images:
+            groups[len(samples[number].images), samples[number].skill if level else None].append(number)
+        for group in groups.values():
+            found = _derange(group, keys, Random(seed))
+            donors |= {number: donor for number, donor in found.items() if number not in donors}
+    missing = [samples[number].id for number in with_images if number not in donors]
+    if not missing:
+        return donors, []
+    listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+    reason = "no other sample has as many images, all of them different"
+    return donors, [
+        f"no shuffled-image control for {len(missing)} of {len(with_images)} samples with images: {reason} ({listed})"
+    ]
+
+
+def _derange(numbers: list[int], keys: dict[int, frozenset[str]], random: Random) -> dict[int, int]:
+    """Hand every member of a group another's pictures: those with the same picture stand side by side in a random ring,
+    and everyone takes from as far on as the largest such set is long. Who still meets their own takes any other's."""
+    same: dict[frozenset[str], list[int]] = defaultdict(list)
+    for number in random.sample(numbers, len(numbers)):
+        same[keys[number]].append(number)
+    ring = [number for members in same.values() for number in members]
+    shift = max(len(members) for members in same.values())
+    donors: dict[int, int] = {}
+    for place, number in enumerate(ring):
+        donor = ring[(place + shift) % len(ring)]
+        if keys[number] & keys[donor]:
+            strangers = [other for other in ring if not keys[number] & keys[other]]
+            if not strangers:
+                continue
+            donor = random.choice(strangers)
+        donors[number] = donor
+    return donors
+
+
+def choose_metric(references: Sequence[Sequence[str]]) -> str:
+    """By a skill's accepted answers, one list per question: `token_f1` for captions (more than five words on average),
+    `vqa_accuracy` where ten annotators answered, else `exact_match`."""
+    lengths = [max(len(texts[0].split()), len(tokens(texts[0])) / 3) for texts in references]
+    if fmean(lengths) > CAPTION_WORDS:
+        return "token_f1"
+    return "vqa_accuracy" if min(map(len, references)) >= ANNOTATORS else "exact_match"
+
+
+def _metrics(questions: list[Question], metric: str | None) -> dict[str, str]:
+    references: dict[str, list[list[str]]] = defaultdict(list)
+    for question in questions:
+        references[question.skill].append(question.references)
+    return {skill: metric or choose_metric(texts) for skill, texts in references.items()}
+
+
+def _row(question: Question, sample: Sample, answer: str, metric: str) -> Row:
+    score = METRICS[metric](answer, question.references)
+    path = sample.images[0].path if question.num_images else None
+    row = {
+        "id": question.id,
+        "sample": sample.id,
+        "turn": question.turn,
+        "skill": question.skill,
+        "question": question.text,
+        "expected": Counter(question.references).most_common(1)[0][0],
+        "references": question.references,
+        "answer": answer,
+        "correct": score >= RIGHT_ENOUGH,
+        "metric": metric,
+        "score": score,
+        "contains": contains(answer, question.references),
+        "image": None if path is None else str(path),
+        "control_score": None,
+    }
+    if metric in ("token_f1", "anls"):
+        row |= {"token_f1": token_f1(answer, question.references), "anls": anls(answer, question.references)}
+    return row
+
+
+def _control_row(row: Row, answer: str, donor: str) -> Row:
+    score = METRICS[row["metric"]](answer, row["references"])
+    return {
+        "control_sample": donor,
+        "control_answer": answer,
+        "control_score": score,
+        "control_correct": score >= RIGHT_ENOUGH,
+    }
