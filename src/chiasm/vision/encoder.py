@@ -1,0 +1,218 @@
+"""Any transformers vision model as a function from pictures to patch features.
+
+There is no class per family: which layer is read, how many tokens are not patches, the grid and the width are found by
+`chiasm.vision.probe` and travel with the checkpoint as `VisionFeatures`.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from chiasm.vision.features import FeatureLayer, Grid, VisionFeatures
+from chiasm.vision.probe import default_image_size, describe, find, pair, trace, twin
+from chiasm.vision.towers import build_tower, check_inputs, load_tower, picture_inputs, take_tower, takes
+
+__all__ = ["FastEncoder", "FeatureLayer", "VisionEncoder", "VisionFeatures", "load_vision"]
+
+DEFAULT_LAYERS: dict[str, tuple[int | str, ...]] = {
+    "clip_vision_model": (-2,),
+    "efficientnet_lite": ("stage5", "head"),
+}
+"""Model type → layers that are read where none are named; every other encoder gives its last hidden state."""
+
+FEATURE_OPTIONS = ("layers", "reduce", "grid")
+
+
+class VisionEncoder(nn.Module):
+    """A vision model and the features that are read from it. Every parameter lives under `.model`."""
+
+    def __init__(self, model: PreTrainedModel, features: VisionFeatures) -> None:
+        super().__init__()
+        self.model = model
+        self.features = features
+        # What transformers collects from the children of a composite model.
+        self._no_split_modules = model._no_split_modules
+        self._keep_in_fp32_modules = model._keep_in_fp32_modules
+        self._keep_in_fp32_modules_strict = model._keep_in_fp32_modules_strict
+
+    @classmethod
+    def from_config(cls, vision_config: PreTrainedConfig, features: VisionFeatures) -> "VisionEncoder":
+        """An encoder with fresh weights; no picture is run, so it can be built on the meta device."""
+        return cls(build_tower(vision_config), features)
+
+    @property
+    def grid(self) -> Grid:
+        """Patches of a picture, (rows, columns)."""
+        return self.features.grid
+
+    @property
+    def num_patches(self) -> int:
+        """N: patches of a picture, row by row."""
+        return self.features.grid[0] * self.features.grid[1]
+
+    @property
+    def width(self) -> int:
+        """D_v: channels of one patch."""
+        return self.features.width
+
+    @property
+    def image_size(self) -> Grid:
+        """Pictures that the encoder takes, (height, width) in pixels."""
+        return self.features.image_size
+
+    def forward(self, pixel_values: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D_v"]:
+        """Patch features of normalised pictures, row by row, without class and register tokens.
+
+        Raises:
+            ValueError: the pictures do not have `image_size`.
+        """
+        self._check_size(pixel_values)
+        inputs = picture_inputs(self.model.config, pixel_values.to(self.model.dtype))
+        return self._read(self.model(**inputs, **self._options()))
+
+    def unused_parameters(self) -> list[str]:
+        """Names of parameters that the patch features do not depend on, such as a pooling head or a last layer that is
+        not read. They never get a gradient: distributed training must not wait for one."""
+
+        def run(model: PreTrainedModel, device: torch.device) -> Tensor:
+            blank = torch.zeros(2, 3, *self.image_size, device=device, dtype=model.dtype)
+            with torch.enable_grad():
+                return self._read(model(**picture_inputs(model.config, blank), **self._options()))
+
+        patches, weights = trace(self.model, run)
+        differentiable = {name: weight for name, weight in weights.items() if weight.requires_grad}
+        gradients = torch.autograd.grad(patches.float().sum(), list(differentiable.values()), allow_unused=True)
+        used = {name for name, gradient in zip(differentiable, gradients, strict=True) if gradient is not None}
+        return [f"model.{name}" for name in weights if name not in used]
+
+    def fast_encoder(self, dtype: torch.dtype | None = None, compile: bool = False) -> "FastEncoder":
+        """The same function for inference only, as fast as this machine allows: what fills a feature cache.
+
+        Args:
+            dtype: precision of the arithmetic and of the features; by default bfloat16, if the hardware multiplies it
+                and this encoder's features stay within 1% of what they are without it.
+            compile: whether to compile the model, which costs up to a minute and needs a C++ compiler on a CPU.
+        """
+        return FastEncoder(self, dtype or self._fastest_dtype(), compile)
+
+    def _fastest_dtype(self) -> torch.dtype:
+        if not _multiplies_bfloat16(self.model.device):
+            return self.model.dtype
+        noise = torch.randn(1, 3, *self.image_size, generator=torch.Generator().manual_seed(0))
+        exact = FastEncoder(self, self.model.dtype)(noise).float()
+        close = torch.linalg.norm(FastEncoder(self, torch.bfloat16)(noise).float() - exact) <= 0.0075 * exact.norm()
+        return torch.bfloat16 if close else self.model.dtype
+
+    def _check_size(self, pixel_values: Tensor) -> None:
+        if tuple(pixel_values.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"pictures are {pixel_values.shape[-2]}×{pixel_values.shape[-1]}, the encoder takes "
+                f"{self.image_size[0]}×{self.image_size[1]}; resize them with its image processor"
+            )
+
+    def _options(self) -> dict[str, Any]:
+        indices = sorted({layer.layer for layer in self.features.layers if isinstance(layer.layer, int)})
+        options: dict[str, Any] = {"output_hidden_states": indices} if indices else {}
+        if self.features.interpolate_positions:
+            options["interpolate_pos_encoding"] = True
+        return options
+
+    def _read(self, outputs: Any) -> Float[Tensor, "B N D_v"]:
+        return self.features.combine([find(outputs, layer.layer)[1] for layer in self.features.layers])
+
+
+class FastEncoder:
+    """An encoder's function without gradients, in the fastest precision; shares the encoder's weights."""
+
+    def __init__(self, encoder: VisionEncoder, dtype: torch.dtype, compile: bool = False) -> None:
+        self.encoder = VisionEncoder(twin(encoder.model), encoder.features)
+        self.dtype = dtype
+        self.run: Callable[..., Any] = self.encoder.model
+        if compile:
+            self.run = torch.compile(self.run)
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D_v"]:
+        """Patch features in this encoder's precision."""
+        self.encoder._check_size(pixel_values)
+        model = self.encoder.model
+        inputs = picture_inputs(model.config, pixel_values.to(model.device, model.dtype))
+        with torch.autocast(model.device.type, self.dtype, enabled=self.dtype != model.dtype):
+            outputs = self.run(**inputs, **self.encoder._options())
+        return self.encoder._read(outputs).to(self.dtype)
+
+
+def load_vision(
+    source: str | os.PathLike | PreTrainedModel,
+    features: dict[str, Any] | None = None,
+    image_size: int | Grid | None = None,
+    dtype: torch.dtype | str = "auto",
+    **options: Any,
+) -> VisionEncoder:
+    """A vision encoder from a folder, a hub id or a loaded model; the latter is taken over and loses its heads.
+
+    Args:
+        source: of an image-text model (CLIP, SigLIP, ...) the vision tower alone is taken.
+        features: what to read. `layers`: a list of `"last"`, indices of hidden_states and names of feature_maps, by
+            default `DEFAULT_LAYERS`; `reduce`: `fold` or `pool`, one word or one per layer; `grid`: (rows, columns) of
+            the result, by default the coarsest of the layers' grids.
+        image_size: pixels, where it differs from the pre-training's; learned positions are then interpolated.
+        dtype: of the weights; `auto` keeps the checkpoint's own.
+        **options: for `from_pretrained`, such as attn_implementation, revision and token.
+
+    Raises:
+        ValueError: the encoder or an option does not fit; the message names the value and the choices.
+    """
+    if isinstance(source, PreTrainedModel):
+        if options:
+            raise ValueError(f"{next(iter(options))!r} is an option for loading, but a loaded model was given")
+        model = take_tower(source)
+        if isinstance(dtype, torch.dtype):
+            model.to(dtype)  # type: ignore[arg-type]
+        missing: set[str] = set()
+    else:
+        model, missing = load_tower(str(source), dtype, **options)
+    encoder = VisionEncoder(model, _measure(model, features or {}, image_size))
+    if missing and (lacking := sorted({f"model.{name}" for name in missing} - set(encoder.unused_parameters()))):
+        raise ValueError(f"{source} lacks {len(lacking)} weights of its vision model, such as {lacking[0]!r}")
+    return encoder
+
+
+def _measure(model: PreTrainedModel, wanted: dict[str, Any], image_size: int | Grid | None) -> VisionFeatures:
+    """The features that a model has, found by running it on pictures without data."""
+    if unknown := sorted(set(wanted) - set(FEATURE_OPTIONS)):
+        raise ValueError(f"features has an unknown key {unknown[0]!r}; known keys: {', '.join(FEATURE_OPTIONS)}")
+    native = default_image_size(model.config)
+    size = native if image_size is None else pair(image_size)
+    layers = wanted.get("layers") or DEFAULT_LAYERS.get(model.config.model_type, ("last",))
+    reduce = wanted.get("reduce") or "fold"
+    reduce = (reduce,) * len(layers) if isinstance(reduce, str) else tuple(reduce)
+    if len(reduce) != len(layers):
+        raise ValueError(f"reduce has {len(reduce)} entries for {len(layers)} layers; give one word or one per layer")
+    grid = pair(wanted["grid"]) if wanted.get("grid") else None
+    check_inputs(model, size)
+    options = {"interpolate_pos_encoding": True} if size != native and takes(model, "interpolate_pos_encoding") else {}
+
+    def run(model: PreTrainedModel, device: torch.device) -> Any:
+        blank = torch.zeros(2, 3, *size, device=device, dtype=model.dtype)
+        with torch.no_grad():
+            return model(**picture_inputs(model.config, blank), **options, output_hidden_states=True)
+
+    try:
+        outputs, _ = trace(model, run)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the {model.config.model_type} encoder does not take pictures of {size[0]}×{size[1]} pixels: {error}"
+        ) from error
+    return describe(outputs, model.config, tuple(layers), reduce, size, grid, bool(options))
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
