@@ -118,7 +118,8 @@ def connect(
         connector: a name of `chiasm.connectors.CONNECTORS`, or `{"name": ..., option: ...}`.
         fusion: where the two meet.
         tokenizer: needed only where `language` is a loaded module without files behind it.
-        features: which feature maps to read; by default what suits the encoder's type.
+        features: which feature maps to read, as `{"layers": [...], "reduce": ..., "grid": ...}` of
+            `chiasm.vision.encoder.load_vision`; by default what suits the encoder's type.
         image_size: pixels, where it shall differ from the encoder's own.
         resize_mode: `pad`, `squash` or `crop`; by default the encoder's own.
         patch_positions: `grid` appends 2-D coordinates to patch features, `none` does not, `auto` does for CNNs.

@@ -85,10 +85,13 @@ class EarlyFusionModel(PreTrainedModel, GenerationMixin):
 
     def connect_features(self, features: Float[Tensor, "images N D_v"]) -> Float[Tensor, "images T D_l"]:
         """Visual tokens of patch features."""
-        features = features.to(self.connector.output.weight.dtype)
-        if self.config.patch_positions == "grid":
-            features = grid_positions.append_grid_positions(features, self.vision.grid, self.config.feature_scale)
-        return self.connector(features)
+        return self.connector(self.with_positions(features.to(self.connector.output.weight.dtype)))
+
+    def with_positions(self, features: Float[Tensor, "images N D_v"]) -> Float[Tensor, "images N D_p"]:
+        """Patch features as the connector receives them: with coordinates where the configuration asks for them."""
+        if self.config.patch_positions == "none":
+            return features
+        return grid_positions.append_grid_positions(features, self.vision.grid, self.config.feature_scale)
 
     def embed(
         self,

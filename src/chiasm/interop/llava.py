@@ -1,7 +1,7 @@
 """LLaVA checkpoints of transformers → Chiasm's early fusion, with equal logits (arXiv 2310.03744)."""
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.config import ChiasmConfig
@@ -9,7 +9,6 @@ from chiasm.fusion.early import EarlyFusionModel
 from chiasm.language.adapter import head_is_direct
 from chiasm.vision.encoder import load_vision
 from chiasm.vision.image_processor import image_processor_for
-from transformers import AutoModelForCausalLM
 
 
 def from_llava(llava: LlavaForConditionalGeneration) -> EarlyFusionModel:

@@ -1,0 +1,43 @@
+# Every target first makes .venv here and installs what it needs: Python 3.11+ and make are all a machine must have.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+BIN    := .venv/bin
+READY  := .venv/.ready
+
+.PHONY: demo test test-weights check format bench install clean
+
+demo: install            ## the main job: real weights, both stages, report, about ten minutes on two cores
+	$(BIN)/chiasm demo -o demo
+
+test: install            ## every test that needs no weights
+	$(BIN)/python -m pytest -m "not weights"
+
+test-weights: install    ## the tests on real weights, after fetching them
+	$(BIN)/chiasm pull smollm2-135m-instruct efficientnet-lite0 efficientnet-lite1 efficientnet-lite2 twemoji
+	$(BIN)/python -m pytest -m weights
+
+check: install           ## style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install           ## every benchmark, one after the other; rows for benchmarks/README.md
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+install: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Chiasm needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo runs

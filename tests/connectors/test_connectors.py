@@ -1,0 +1,82 @@
+"""Every connector keeps the family's contract; the closed-form start is the regression it says it is."""
+
+import pytest
+import torch
+from contracts import check_connector
+from torch import nn
+
+from chiasm.connectors import CONNECTORS, build_connector, connector_settings
+from chiasm.connectors.closed_form import Ridge, initialise
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_contract(name: str) -> None:
+    check_connector(lambda grid: build_connector(name, 20, 36, grid), 20, 36)
+
+
+def test_linear_is_one_matrix() -> None:
+    connector = build_connector("linear", 20, 36, (2, 2))
+    features = torch.randn(3, 4, 20)
+    torch.testing.assert_close(connector(features), features @ connector.proj.weight.T + connector.proj.bias)
+
+
+@pytest.mark.parametrize(("depth", "width"), [(2, None), (3, 24)])
+def test_mlp_is_linear_gelu_linear(depth: int, width: int | None) -> None:
+    connector = build_connector({"name": "mlp", "depth": depth, "width": width}, 20, 36, (2, 2))
+    inner = width or 36
+    assert sum(p.numel() for p in connector.parameters()) == (
+        (20 + 1) * inner + (depth - 2) * (inner + 1) * inner + (inner + 1) * 36
+    )
+    stages: list[nn.Module] = []
+    for layer in connector.layers:
+        stages += [layer, nn.GELU()]
+    features = torch.randn(3, 4, 20)
+    torch.testing.assert_close(connector(features), nn.Sequential(*stages[:-1])(features))
+
+
+def test_settings_hold_the_defaults() -> None:
+    assert connector_settings("mlp") == {"name": "mlp", "depth": 2, "width": None, "bias": True}
+
+
+def test_unknown_names_and_options_are_errors() -> None:
+    with pytest.raises(ValueError, match="'mlpp' is unknown; choose one of .*mlp"):
+        build_connector("mlpp", 4, 4, (1, 1))
+    with pytest.raises(ValueError, match="no option 'dept'; its options are: depth, width, bias"):
+        build_connector({"name": "mlp", "dept": 3}, 4, 4, (1, 1))
+    with pytest.raises(ValueError, match="depth=1"):
+        build_connector({"name": "mlp", "depth": 1}, 4, 4, (1, 1))
+
+
+@pytest.mark.parametrize("width", [None, 80])
+def test_mlp_can_be_any_affine_map_of_its_rank(width: int | None) -> None:
+    connector = build_connector({"name": "mlp", "width": width}, 12, 36, (2, 2))
+    weight, bias = torch.randn(36, 12), torch.randn(36)
+    connector.set_affine(weight, bias, spread=1.7)
+    features = 1.7 * torch.randn(3, 4, 12)
+    torch.testing.assert_close(connector(features), features @ weight.T + bias, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_closed_form_names_what_it_saw(name: str) -> None:
+    """Four kinds of thing, each with its own feature direction and word: new patches land nearest to their word."""
+    kinds, width = torch.randn(4, 20), 36
+    words = torch.nn.functional.normalize(torch.randn(4, width), dim=1) * 3.0
+    ridge = Ridge(20, width)
+    for _ in range(200):
+        present = torch.randperm(4)[:2]
+        patches = kinds[present].repeat_interleave(3, dim=0) + 0.3 * torch.randn(6, 20)
+        ridge.add(patches, words[present].mean(dim=0))
+    connector = build_connector(name, 20, width, (2, 3))
+    scale = words.square().mean().sqrt().item()
+    initialise(connector, ridge, words.mean(dim=0), scale)
+    tokens = connector(kinds[None] + 0.1 * torch.randn(1, 4, 20))[0]
+    assert (tokens @ words.T).argmax(dim=1).tolist() == [0, 1, 2, 3]
+    assert 0.5 * scale < tokens.square().mean().sqrt().item() < 2.0 * scale
+
+
+def test_closed_form_refuses_captions_that_all_agree() -> None:
+    ridge = Ridge(8, 6)
+    for _ in range(5):
+        ridge.add(torch.randn(4, 8), torch.ones(6))
+    with pytest.raises(ValueError, match="every caption has the same words"):
+        initialise(build_connector("linear", 8, 6, (2, 2)), ridge, torch.zeros(6), 1.0)

@@ -1,0 +1,152 @@
+"""Early fusion keeps the invariants for every pair of a tiny encoder and a tiny language model."""
+
+from typing import Any
+
+import contracts
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import chiasm
+from chiasm.connectors import CONNECTORS
+
+PAIRS = [(v, l) for v in tiny.VISION_FAMILIES for l in tiny.LANGUAGE_FAMILIES]
+
+
+def connect(vision: str = "clip", language: str = "llama", **options: Any) -> chiasm.VLM:
+    return chiasm.connect(tiny.vision(vision), tiny.language(language), tokenizer=tiny.tokenizer(), **options)
+
+
+def picture(seed: int = 0) -> Image.Image:
+    pixels = torch.randint(0, 256, (40, 30, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def ask(prompt: str, images: int = 1) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": prompt}]}]
+
+
+def batch(vlm: chiasm.VLM) -> dict[str, torch.Tensor]:
+    """Two prompts of one length, so that nothing is padded: one picture, and then another."""
+    return dict(vlm.processor(messages=[ask("What?"), ask("This?")], images=[[picture(1)], [picture(2)]]))
+
+
+@pytest.mark.parametrize(("vision", "language"), PAIRS)
+def test_every_pair(vision: str, language: str) -> None:
+    vlm = connect(vision, language)
+    inputs = batch(vlm)
+    contracts.check_image_matters(vlm.model, inputs)
+    contracts.check_cached_equals_full(vlm.model, inputs)
+    contracts.check_saved_equals_loaded(vlm, inputs)
+    contracts.check_padding_is_ignored(vlm.model, inputs, vlm.processor.tokenizer.pad_token_id)
+    contracts.check_text_only_is_the_language_model(vlm.model, tiny.language(language), torch.randint(0, 250, (2, 9)))
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_every_connector(connector: str) -> None:
+    vlm = connect(connector=connector)
+    contracts.check_saved_equals_loaded(vlm, batch(vlm))
+    contracts.check_image_matters(vlm.model, batch(vlm))
+
+
+@pytest.mark.parametrize("language", tiny.LANGUAGE_FAMILIES)
+def test_batched_equals_single(language: str) -> None:
+    vlm = connect(language=language)
+    messages = [ask("Short?"), ask("A longer question about two pictures?", 2), [{"role": "user", "content": "No picture."}]]
+    contracts.check_batched_equals_single(vlm, messages, [[picture(1)], [picture(2), picture(3)], []])
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_losses_agree(direct: bool) -> None:
+    vlm = connect()
+    vlm.model.config.direct_head = direct
+    inputs = batch(vlm)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-4] = -100
+    contracts.check_losses_agree(vlm.model, inputs, labels)
+
+
+def test_visual_tokens_are_as_loud_as_words() -> None:
+    vlm = connect()
+    inputs = batch(vlm)
+    loudness = vlm.model(**inputs).visual_tokens.square().mean().sqrt()
+    words = vlm.model.get_input_embeddings().weight.square().mean().sqrt()
+    assert 0.3 < loudness / words < 3.0
+
+
+def test_a_convolutional_encoder_tells_where() -> None:
+    vlm = connect("convnext")
+    assert vlm.model.config.patch_positions == "grid"
+    same_everywhere = torch.ones(1, vlm.model.vision.num_patches, vlm.model.vision.width)
+    tokens = vlm.model.connect_features(same_everywhere)[0]
+    assert not torch.allclose(tokens[0], tokens[1])
+
+
+def test_wrong_image_counts_name_both() -> None:
+    vlm = connect()
+    with pytest.raises(ValueError, match=r"1 image placeholder.*2 image"):
+        vlm.processor(messages=[ask("What?")], images=[[picture(), picture()]])
+    inputs = batch(vlm)
+    with pytest.raises(ValueError, match=r"18 image placeholders but 1 image\(s\) give 9"):
+        vlm.model(**(inputs | {"pixel_values": inputs["pixel_values"][:1]}))
+    inputs.pop("pixel_values")
+    with pytest.raises(ValueError, match="18 image placeholders but no image"):
+        vlm.model(**inputs)
+
+
+def test_beams_keep_the_pictures_of_a_row_together() -> None:
+    vlm = connect()
+    messages, images = [ask("Both?", 2), ask("One of?")], [[picture(1), picture(2)], [picture(3)]]
+    inputs = vlm.processor(messages=messages, images=images)
+    beams = vlm.model.generate(**inputs, num_beams=3, max_new_tokens=5, do_sample=False, pad_token_id=258)
+    single = vlm.processor(messages=messages[:1], images=images[:1])
+    alone = vlm.model.generate(**single, num_beams=3, max_new_tokens=5, do_sample=False, pad_token_id=258)
+    assert torch.equal(beams[0, inputs["input_ids"].shape[1] :], alone[0, single["input_ids"].shape[1] :])
+
+
+def test_a_repetition_penalty_never_meets_the_placeholder() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tokenizer)
+    assert vlm.model.config.image_token_id == vlm.model.config.text_config.vocab_size
+    assert isinstance(vlm.chat(picture(), "What?", max_new_tokens=4, repetition_penalty=1.3), str)
+
+
+def test_stream_equals_chat() -> None:
+    vlm = connect()
+    whole = vlm.chat(picture(), "What is this?", max_new_tokens=12)
+    assert "".join(vlm.stream(picture(), "What is this?", max_new_tokens=12)).strip() == whole
+
+
+def test_an_error_while_streaming_is_raised() -> None:
+    vlm = connect()
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        list(vlm.stream(picture(), "What?", max_new_tokens=0))
+
+
+def test_cached_features_equal_pictures() -> None:
+    vlm = connect()
+    inputs = batch(vlm)
+    with torch.no_grad():
+        expected = vlm.model(**inputs).logits
+        features = vlm.model.encode_images(inputs.pop("pixel_values"))
+        assert torch.equal(vlm.model(**inputs, image_features=features).logits, expected)
+
+
+def test_a_model_without_tokenizer_loads_and_says_what_is_missing(tmp_path: Any) -> None:
+    vlm = chiasm.connect(tiny.vision(), tiny.language())
+    with pytest.raises(ValueError, match="no processor"):
+        vlm.chat(picture(), "What?")
+    vlm.save_pretrained(tmp_path)
+    again = chiasm.load(tmp_path)
+    with pytest.raises(ValueError, match="no processor"):
+        again.processor  # noqa: B018
+
+
+def test_text_only_batches_reach_the_connector_with_weight_zero() -> None:
+    vlm = connect()
+    vlm.model.train()
+    ids = torch.randint(0, 250, (2, 7))
+    vlm.model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in vlm.model.connector.parameters())

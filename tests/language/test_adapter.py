@@ -1,0 +1,48 @@
+"""The adapter reaches every kind of language model the same way, and its logits are the model's own."""
+
+import pytest
+import tiny
+import torch
+
+from chiasm.language import adapter
+from chiasm.language.next_token import next_token_loss, supervised_positions
+
+
+@pytest.mark.parametrize("family", tiny.LANGUAGE_FAMILIES)
+@pytest.mark.parametrize("direct", [True, False])
+def test_logits_at_chosen_positions(family: str, direct: bool) -> None:
+    model = tiny.language(family)
+    ids = torch.randint(0, 256, (3, 9))
+    rows, columns = torch.tensor([0, 0, 2]), torch.tensor([1, 7, 4])
+    embeddings = model.get_input_embeddings()(ids)
+    found = adapter.logits_at(model, {"inputs_embeds": embeddings}, rows, columns, direct)
+    torch.testing.assert_close(found, model(input_ids=ids).logits[rows, columns], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", tiny.LANGUAGE_FAMILIES)
+def test_what_is_read_from_a_model(family: str) -> None:
+    model = tiny.language(family)
+    assert adapter.embedding_width(model) == 36
+    assert len(adapter.layers(model)) == 3
+    assert adapter.head_is_direct(model)
+    assert adapter.embedding_scale(model) > 0
+
+
+def test_a_capped_head_is_noticed() -> None:
+    model = tiny.language("gemma3")
+    model.config.final_logit_softcapping = 0.05
+    assert not adapter.head_is_direct(model)
+
+
+def test_a_model_without_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="AutoModelForCausalLM"):
+        adapter.load_language(tiny.language().model)
+
+
+def test_next_token_loss_shifts_by_one() -> None:
+    labels = torch.tensor([[-100, -100, 5, 7], [-100, 3, -100, -100]])
+    rows, columns, targets = supervised_positions(labels)
+    assert (rows.tolist(), columns.tolist(), targets.tolist()) == ([0, 0, 1], [1, 2, 0], [5, 7, 3])
+    logits = torch.randn(3, 11)
+    total = next_token_loss(logits, targets, num_items=6)
+    torch.testing.assert_close(total, next_token_loss(logits, targets) / 2)
