@@ -14,6 +14,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from chiasm.evaluation.format import percent, percent_range
 from chiasm.evaluation.metrics import METRICS
 
 Row = dict[str, Any]
@@ -129,16 +130,6 @@ def _best_constant(rows: Sequence[Row]) -> float | None:
         (METRICS[row["metric"]], row["references"]) for row in rows
     ]
     return max(sum(score(answer, references) for score, references in scorers) for answer, _ in candidates)
-
-
-def percent(value: float | None) -> str:
-    """A fraction for people: "71.4 %", or a dash for None."""
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def percent_range(low: float | None, high: float | None) -> str:
-    """An interval for people: "66.0–76.2", or nothing for None."""
-    return "" if low is None or high is None else f"{100 * low:.1f}–{100 * high:.1f}"
 
 
 COLUMNS = ("skill", "n", "accuracy", "95 % interval", "other picture", "95 % interval", "chance")
