@@ -1,0 +1,177 @@
+"""Data sets in the formats that people have, as a sequence of `Sample`s: nothing is decoded before it is asked for."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from chiasm.data import containers
+from chiasm.data.emoji_scenes import EmojiScenes
+from chiasm.data.rows import id_of, sample_of
+from chiasm.data.schema import MAX_PIXELS, ImageRef, Sample, Samples
+from chiasm.data.splits import SPLITS, Subset, hold_out, stable_fraction
+
+EMOJI_SCENES = "emoji-scenes"
+UNDERSTOOD = (
+    "a LLaVA JSON or JSONL file, a folder with metadata.jsonl, a Hugging Face dataset (in memory, saved to disk, "
+    "parquet, or hf:owner/name), WebDataset .tar shards, a YAML mixture (a list of {path, weight}), "
+    "or emoji-scenes[:split[,size=N,...]]"
+)
+
+
+def read(source: Any, split: str | None = None, **options: Any) -> Samples:
+    """The samples of `source`, by index, each validated when it is taken.
+
+    The format is told by the content. Data without splits of its own is divided by a stable hold-out when `split` is
+    asked for: "train" is what remains, "validation" and "test" are what was held out.
+
+    Args:
+        source: a path, `hf:owner/name[:config]`, `emoji-scenes[:split]`, a `datasets.Dataset`, or samples.
+        split: the split to read; None reads everything.
+        image_root: folder of the pictures; else the folder of the file, then its `images` subfolder.
+        max_pixels: a larger picture is an error when it is loaded.
+        answered: False also takes conversations that end with a question.
+        fraction, at_most, seed: of the hold-out (see `hold_out`).
+        others: `emoji-scenes` takes the arguments of `EmojiScenes`.
+
+    Raises:
+        ValueError: a format that is not understood, an unknown option, or a split that the data does not have.
+        SampleError (when a sample is taken): the sample is not usable.
+    """
+    if isinstance(source, str) and source.partition(":")[0] == EMOJI_SCENES:
+        return _emoji_scenes(source, split, options)
+    division: dict[str, Any] = {key: options.pop(key) for key in ("fraction", "at_most", "seed") if key in options}
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        _refuse(options, ())
+        return source if split is None else _divide(source, split, division)
+    if isinstance(source, str | Path) and (entries := containers.mixture_entries(Path(source))) is not None:
+        return Mixture.of(Path(source), entries, split, division | options)
+    rows, split = containers.open_source(source, split, UNDERSTOOD)
+    _refuse(options, ("image_root", "max_pixels", "answered"))
+    samples = RowSamples(rows, **options)
+    return samples if split is None else _divide(samples, split, division)
+
+
+class RowSamples(Sequence[Sample]):
+    """Rows of a container, turned into validated samples one by one."""
+
+    def __init__(
+        self,
+        rows: containers.Rows,
+        image_root: str | Path | None = None,
+        max_pixels: int = MAX_PIXELS,
+        answered: bool = True,
+    ) -> None:
+        roots = [Path(image_root)] if image_root is not None else [rows.folder, rows.folder / "images"]
+        self.rows, self.roots, self.max_pixels, self.answered = rows, roots, max_pixels, answered
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Subset(self, range(len(self))[index])
+        index = range(len(self))[index]
+        sample = sample_of(self.rows.row(index), self.default_id(index), self.find_image)
+        return sample.validate(self.answered)
+
+    def ids(self) -> Iterator[str]:
+        """Every sample's id, without building the samples; an unreadable row has its default one."""
+        for index in range(len(self)):
+            try:
+                yield id_of(self.rows.row(index), self.default_id(index))
+            except ValueError:
+                yield self.default_id(index)
+
+    def default_id(self, index: int) -> str:
+        return f"{self.rows.name}:{index}"
+
+    def find_image(self, value: Any) -> ImageRef:
+        """A value of `image` / `images`: a name under the image roots, bytes, a PIL picture, or {"bytes", "path"}."""
+        if isinstance(value, ImageRef):
+            return replace(value, max_pixels=self.max_pixels)
+        if isinstance(value, Mapping):
+            path = value.get("path")
+            encoded = value.get("bytes")
+            return (
+                self.find_image(path)
+                if encoded is None
+                else ImageRef.of(encoded, path or "in the data", self.max_pixels)
+            )
+        if not isinstance(value, str):
+            return ImageRef.of(value, "in the data", self.max_pixels)
+        if value.startswith(("http://", "https://", "data:")):
+            raise ValueError(f"the picture {value:.60} is an address: download it and name the file")
+        candidates = [root / value for root in self.roots]
+        found = next((path for path in candidates if path.is_file()), candidates[0])
+        return ImageRef.of(found, max_pixels=self.max_pixels)
+
+
+class Mixture(Sequence[Sample]):
+    """Several data sets one after the other, each taken `weight` times: 2 is every sample twice, 0.5 a stable half."""
+
+    def __init__(self, sources: Sequence[Samples], weights: Sequence[int | float]) -> None:
+        self.sources: list[Samples] = []
+        for samples, weight in zip(sources, weights, strict=True):
+            whole, rest = divmod(weight, 1)
+            self.sources += [samples] * int(whole)
+            if rest:
+                self.sources.append(_thin(samples, rest))
+        self.ends = list(accumulate(len(samples) for samples in self.sources))
+
+    @classmethod
+    def of(cls, file: Path, entries: list[dict], split: str | None, options: dict[str, Any]) -> "Mixture":
+        """From the entries of a YAML file: `path` (relative to the file), `weight`, `split`, and options of `read`."""
+        sources, weights = [], []
+        for entry in entries:
+            entry = dict(entry)
+            path, weight = str(entry.pop("path")), entry.pop("weight", 1)
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                raise ValueError(f"{file}: the weight of {path} is {weight!r}, expected a number above 0")
+            named = path.startswith((EMOJI_SCENES, "hf:"))
+            inherited = {} if path.startswith(EMOJI_SCENES) else options
+            own_split = entry.pop("split", split)
+            sources.append(read(path if named else file.parent / path, own_split, **(inherited | entry)))
+            weights.append(float(weight))
+        return cls(sources, weights)
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Subset(self, range(len(self))[index])
+        index = range(len(self))[index]
+        number = next(n for n, end in enumerate(self.ends) if index < end)
+        return self.sources[number][index - self.ends[number] + len(self.sources[number])]
+
+
+def _thin(samples: Samples, share: int | float) -> Subset:
+    return Subset(samples, [i for i in range(len(samples)) if stable_fraction(str(i), seed=0) < share])
+
+
+def _divide(samples: Samples, split: str, division: dict[str, Any]) -> Samples:
+    if split not in SPLITS:
+        raise ValueError(f"the data has no splits of its own, so split is one of {', '.join(SPLITS)}, not {split!r}")
+    kept, held = hold_out(samples, **division)
+    return kept if split == "train" else held
+
+
+def _emoji_scenes(source: str, split: str | None, options: dict[str, Any]) -> EmojiScenes:
+    named, *settings = source.partition(":")[2].split(",")
+    if named and split and named != split:
+        raise ValueError(f"{source!r} names the split {named!r}, but {split!r} was asked for")
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{source!r}: {setting!r} is not of the form name=value")
+        options[key] = int(value) if value.lstrip("-").isdigit() else value
+    _refuse(options, EmojiScenes.OPTIONS)
+    return EmojiScenes(split or named or "train", **options)
+
+
+def _refuse(options: dict[str, Any], known: tuple[str, ...]) -> None:
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; this kind of data takes {', '.join(known) or 'no options'}")
