@@ -405,10 +405,11 @@ def test_hold_out_is_stable_disjoint_and_grows_with_the_data(folder: Path) -> No
     ids, held_ids = {sample.id for sample in train}, {sample.id for sample in held}
     assert len(ids) + len(held_ids) == 400 and not ids & held_ids and 8 <= len(held_ids) <= 40
     assert {sample.id for sample in read(path, split="test")} == held_ids
-    reordered = read(
-        save(folder / "e.json", [*rows[::-1], *[{"id": "new", "question": "Q?", "answer": "A"}]]), split="train"
-    )
-    assert {sample.id for sample in reordered} - {"new"} == ids
+    more = [{"id": f"new{number}", "question": "Q?", "answer": "A"} for number in range(1200)]
+    grown_path = save(folder / "e.json", [*more, *rows[::-1]])
+    for fraction in (0.05, 0.2, 0.4):
+        before, after = (read(file, split="train", fraction=fraction, at_most=999) for file in (path, grown_path))
+        assert {s.id for s in after if s.id.startswith("s")} == {s.id for s in before}
     assert len(read(path, split="validation", fraction=0.5, at_most=7)) == 7
     assert {sample.id for sample in read(path, split="validation", seed=1)} != held_ids
     with pytest.raises(ValueError, match="split is one of train, validation, test, not 'dev'"):

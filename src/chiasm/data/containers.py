@@ -93,10 +93,10 @@ class TarRows(Rows):
         for ending, place in sorted(members.items()):
             try:
                 if ending == "json":
-                    row |= json.loads(place.read())
+                    row |= dict(json.loads(place.read()).items())
                 elif ending in ("txt", "caption"):
                     row["caption"] = place.read().decode("utf-8").strip()
-            except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+            except (ValueError, AttributeError) as error:
                 raise SampleError(stem, [_unreadable(f"{tar}, member {stem}.{ending}: {error}")]) from error
         pictures = sorted(ending for ending in members if ending.rpartition(".")[2] in PICTURES)
         row["images"] = [ImageRef.of(members[ending], f"{tar}, member {stem}.{ending}") for ending in pictures]
@@ -206,8 +206,8 @@ def _list_spans(blob: bytes, file: Path) -> Iterator[tuple[int, int]]:
             raise ValueError(
                 f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}{hint}"
             ) from error
-        start_byte = place if ascii_only else last_byte + len(text[last_place:place].encode())
-        end_byte = end if ascii_only else start_byte + len(text[place:end].encode())
+        start_byte = last_byte + place - last_place  # only spaces and a comma lie between two items
+        end_byte = start_byte + (end - place if ascii_only else len(text[place:end].encode()))
         yield start_byte, end_byte
         last_place, last_byte = end, end_byte
         place = _skip_space(text, end)
@@ -227,7 +227,7 @@ def _list_spans(blob: bytes, file: Path) -> Iterator[tuple[int, int]]:
 
 
 def _skip_space(text: str, place: int) -> int:
-    while text[place : place + 1].isspace():
+    while text[place : place + 1] in (" ", "\n", "\r", "\t"):
         place += 1
     return place
 
