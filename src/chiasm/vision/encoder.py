@@ -173,7 +173,7 @@ def load_vision(
             raise ValueError(f"{next(iter(options))!r} is an option for loading, but a loaded model was given")
         model = take_tower(source)
         if isinstance(dtype, torch.dtype):
-            model.to(dtype)  # type: ignore[arg-type]
+            model.to(dtype)
         missing: set[str] = set()
     else:
         model, missing = load_tower(str(source), dtype, **options)

@@ -28,7 +28,7 @@ EXTREME = 64
 """An intermediate picture may have this many times the pixels that are needed; beyond, resizing takes a short cut."""
 
 
-class ChiasmImagesKwargs(ImagesKwargs, total=False):
+class ChiasmImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Options beyond those that every image processor of transformers has."""
 
     resize_mode: str
@@ -85,8 +85,8 @@ class ChiasmImageProcessor(BaseImageProcessor):
         """`pixel_values` (I, 3, height, width) of one picture or a list of them, in float32.
 
         Args:
-            images: paths, PIL pictures, arrays or tensors (see `chiasm.vision.pictures.to_rgb`), one or a list; an array
-                or tensor with four dimensions is a batch.
+            images: one or a list of what `chiasm.vision.pictures.to_rgb` takes: paths, PIL pictures, arrays, tensors.
+                An array or tensor with four dimensions is a batch.
             return_tensors: `pt` or `np`.
             **overrides: this processor's fields, for this call.
         """

@@ -94,7 +94,7 @@ def take_tower(model: PreTrainedModel) -> PreTrainedModel:
             "pass the former, or register the latter with AutoModel"
         )
     if _without_pooler(kind):
-        tower.pooler = None  # type: ignore[assignment]
+        tower.pooler = None
     return tower
 
 
