@@ -257,14 +257,17 @@ def test_gradients_reach_exactly_the_parameters_that_are_used(family: str) -> No
     assert unused == [name for name, parameter in encoder.named_parameters() if parameter.grad is None]
 
 
-def test_looking_at_a_model_leaves_no_trace_on_it() -> None:
-    reference = model("resnet").train()
+@pytest.mark.parametrize("family", ["resnet", "clip_vision_model", "siglip_vision_model"])
+def test_looking_at_a_model_leaves_no_trace_on_it(family: str) -> None:
+    reference = model(family).train()
     before = copy.deepcopy(reference.state_dict())
     encoder = load_vision(reference)
     encoder.unused_parameters()
     encoder.fast_encoder()(pictures(encoder))
     assert all(module.training for module in reference.modules())
+    assert list(reference.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in reference.state_dict().items())
+    assert reference.eval()(pictures(encoder)).pooler_output is not None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

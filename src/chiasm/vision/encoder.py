@@ -25,6 +25,9 @@ DEFAULT_LAYERS: dict[str, tuple[int | str, ...]] = {
 }
 """Model type → layers that are read where none are named; every other encoder gives its last hidden state."""
 
+POOLING_HEADS = ("aimv2_vision_model", "siglip2_vision_model", "siglip_vision_model")
+"""Model types with an attention-pooling head that their attribute `use_head` switches."""
+
 FEATURE_OPTIONS = ("layers", "reduce", "grid")
 
 
@@ -101,7 +104,7 @@ class VisionEncoder(nn.Module):
         return FastEncoder(self, dtype or self._fastest_dtype(), compile)
 
     def _fastest_dtype(self) -> torch.dtype:
-        if not _multiplies_bfloat16(self.model.device):
+        if self.model.dtype != torch.float32 or not _multiplies_bfloat16(self.model.device):
             return self.model.dtype
         noise = torch.randn(1, 3, *self.image_size, generator=torch.Generator().manual_seed(0))
         exact = FastEncoder(self, self.model.dtype)(noise).float()
@@ -130,7 +133,7 @@ class FastEncoder:
     """An encoder's function without gradients, in the fastest precision; shares the encoder's weights."""
 
     def __init__(self, encoder: VisionEncoder, dtype: torch.dtype, compile: bool = False) -> None:
-        self.encoder = VisionEncoder(twin(encoder.model), encoder.features)
+        self.encoder = VisionEncoder(_without_idle_parts(twin(encoder.model), encoder.features), encoder.features)
         self.dtype = dtype
         self.run: Callable[..., Any] = self.encoder.model
         if compile:
@@ -142,7 +145,7 @@ class FastEncoder:
         self.encoder._check_size(pixel_values)
         model = self.encoder.model
         inputs = picture_inputs(model.config, pixel_values.to(model.device, model.dtype))
-        with torch.autocast(model.device.type, self.dtype, enabled=self.dtype != model.dtype):
+        with torch.autocast(model.device.type, self.dtype, enabled=self.dtype.itemsize < model.dtype.itemsize):
             outputs = self.run(**inputs, **self.encoder._options())
         return self.encoder._read(outputs).to(self.dtype)
 
@@ -210,6 +213,16 @@ def _measure(model: PreTrainedModel, wanted: dict[str, Any], image_size: int | G
             f"the {model.config.model_type} encoder does not take pictures of {size[0]}×{size[1]} pixels: {error}"
         ) from error
     return describe(outputs, model.config, tuple(layers), reduce, size, grid, bool(options))
+
+
+def _without_idle_parts(model: PreTrainedModel, features: VisionFeatures) -> PreTrainedModel:
+    """A model that no longer computes what its patch features do not need; for a copy whose weights are not saved."""
+    if model.config.model_type in POOLING_HEADS:
+        model.use_head = False
+    indices = [layer.layer for layer in features.layers if isinstance(layer.layer, int)]
+    if model.config.model_type == "clip_vision_model" and len(indices) == len(features.layers):
+        model.encoder.layers = model.encoder.layers[: max(*indices, 1)]
+    return model
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
