@@ -48,7 +48,9 @@ def check_image_matters(model: EarlyFusionModel, inputs: dict[str, Tensor]) -> N
 
 
 def _scores(model: EarlyFusionModel, inputs: dict[str, Tensor]) -> Tensor:
-    output = model.generate(**inputs, max_new_tokens=3, do_sample=False, output_scores=True, return_dict_in_generate=True)
+    output = model.generate(
+        **inputs, max_new_tokens=3, do_sample=False, output_scores=True, return_dict_in_generate=True
+    )
     return torch.stack(output.scores)
 
 
@@ -74,7 +76,9 @@ def check_padding_is_ignored(model: EarlyFusionModel, inputs: dict[str, Tensor],
     with torch.no_grad():
         plain = model(**inputs).logits
         for side in ("left", "right"):
-            wide = {name: _pad(inputs[name], fill, side) for name, fill in (("input_ids", pad_id), ("attention_mask", 0))}
+            wide = {
+                name: _pad(inputs[name], fill, side) for name, fill in (("input_ids", pad_id), ("attention_mask", 0))
+            }
             logits = model(**(inputs | wide)).logits
             kept = logits[:, 5:] if side == "left" else logits[:, :-5]
             torch.testing.assert_close(kept, plain, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +47,10 @@ def pull(
     from chiasm import sources
 
     if not alias:
-        rows = [{"alias": name, "package": entry.package, "licence": entry.licence} for name, entry in sources.ALIASES.items()]
+        rows = [
+            {"alias": name, "package": entry.package, "licence": entry.licence}
+            for name, entry in sources.ALIASES.items()
+        ]
         if as_json:
             return emit(rows)
         for row in rows:
@@ -64,9 +69,13 @@ def connect(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the connected model.", show_default=False)],
     vision: Annotated[str, typer.Option(help="Vision encoder: alias, folder or hub id.")] = "efficientnet-lite0",
     language: Annotated[str, typer.Option(help="Language model: alias, folder or hub id.")] = "smollm2-135m-instruct",
-    connector: Annotated[str, typer.Option(help="Connector: a name, or JSON such as '{\"name\": \"mlp\", \"depth\": 3}'.")] = "mlp",
+    connector: Annotated[
+        str, typer.Option(help='Connector: a name, or JSON such as \'{"name": "mlp", "depth": 3}\'.')
+    ] = "mlp",
     fusion: Annotated[str, typer.Option(help="Where the two meet.")] = "early",
-    features: Annotated[str | None, typer.Option(help="Feature maps as JSON, such as '{\"layers\": [\"stage5\"]}'.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help='Feature maps as JSON, such as \'{"layers": ["stage5"]}\'.')
+    ] = None,
     resize_mode: Annotated[str | None, typer.Option(help="pad, squash or crop.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels, if not the encoder's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of the connector's weights.")] = 0,
@@ -89,7 +98,10 @@ def connect(
     vlm.save_pretrained(output)
     _show(vlm, as_json)
     if not as_json:
-        out.print(f"saved in {output}; train it: [bold]chiasm train llava --model {output} --data DATA -o RUN[/bold]", soft_wrap=True)
+        out.print(
+            f"saved in {output}; train it: [bold]chiasm train llava --model {output} --data DATA -o RUN[/bold]",
+            soft_wrap=True,
+        )
 
 
 @app.command(epilog=example("chiasm inspect models/mine --images 2"))
@@ -126,12 +138,125 @@ def chat(
     if prompt is None:
         return converse(vlm, images, decoding, out)
     if as_json:
-        return emit({"prompt": prompt, "images": list(map(str, images)), "answer": vlm.chat(images, prompt, **decoding)})
+        return emit(
+            {"prompt": prompt, "images": list(map(str, images)), "answer": vlm.chat(images, prompt, **decoding)}
+        )
     for piece in vlm.stream(images, prompt, **decoding):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
     return None
+
+
+@app.command(epilog=example("chiasm train llava --model models/mine --data data.json -o runs/a"))
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that ships.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", help="Folder of the model to train.", show_default=False)],
+    data: Data,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the run.", show_default=False)],
+    validation_data: Annotated[str | None, typer.Option(help="Held-out data; else a share of --data.")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="Change the recipe: stages.align.lr=1e-3.")] = [],  # noqa: B006
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and count samples that cannot be used.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Train a model by the stages of a recipe; a stopped run goes on where it was."""
+    from chiasm import api
+
+    overrides = [*set_, "skip_bad=true"] if skip_bad else set_
+    result = api.train(
+        recipe, model, data, output, validation_data=validation_data, overrides=overrides, resume=resume, quiet=as_json
+    )
+    if as_json:
+        emit({"model": str(result.model), "run": str(output)})
+    else:
+        out.print(f"model: {result.model}; talk to it: [bold]chiasm chat {result.model} PICTURE[/bold]", soft_wrap=True)
+
+
+@app.command("eval", epilog=example("chiasm eval runs/a/model --data test.json"))
+def evaluate(
+    model: Model,
+    data: Data,
+    split: Annotated[str | None, typer.Option(help="validation, test, ...; by default everything.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many samples, evenly spread.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for results.jsonl and summary.json.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    control: Annotated[bool, typer.Option(help="Ask again with another sample's picture.")] = True,
+    metric: Annotated[str | None, typer.Option(help="One metric for all; by default chosen per skill.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model's answers per skill, with intervals, beside the wrong-picture control."""
+    from chiasm import api
+    from chiasm.evaluation.skills import to_table
+
+    with progress_bar("answering") as update:
+        result = api.evaluate(
+            model,
+            data,
+            split=split,
+            limit=limit,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            control=control,
+            metric=metric,
+            progress=update,
+        )
+    if output is not None:
+        result.save(output)
+    if as_json:
+        return emit({"summary": result.summary, "notes": result.notes})
+    out.print(to_table(result.summary))
+    for note in result.notes:
+        out.print(note, soft_wrap=True)
+    return None
+
+
+@data_app.command("check", epilog=example("chiasm data check data.json"))
+def data_check(
+    data: Annotated[str, typer.Argument(help="LLaVA JSON, image folder, dataset folder, ...", show_default=False)],
+    max_pixels: Annotated[int | None, typer.Option(help="Find pictures with more pixels.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Find picture files with more bytes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find broken, truncated, huge, missing and mislabelled samples before training."""
+    from chiasm.data.check import check
+    from chiasm.data.readers import read
+
+    with progress_bar("checking") as update:
+        report = check(read(data), max_pixels=max_pixels, max_bytes=max_bytes, progress=update)
+    if as_json:
+        emit(report.to_dict())
+    else:
+        out.print(report.summary(), markup=False, highlight=False, soft_wrap=True)
+    if not report.ok:
+        raise typer.Exit(2)
+
+
+@app.command(epilog=example("chiasm demo -o demo"))
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the run and the model.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A minute: shows that all of it works, not that it learns.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the data and the connector.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Give SmolLM2-135M eyes: real weights, both stages, a report, about ten minutes on two cores."""
+    from chiasm.demo import run_demo
+
+    summary = run_demo(output, quick=quick, seed=seed, console=err if as_json else out)
+    if as_json:
+        emit(summary)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, for `progress(done, total)` callbacks; silent where nobody watches."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _show(vlm: Any, as_json: bool, images: int = 1, text_tokens: int = 64) -> None:

@@ -68,7 +68,9 @@ class VLM:
         messages, pictures = _conversation(images, prompt, history)
         return decode.stream(self.model, self.processor, messages, pictures, Decoding(**decoding))
 
-    def generate(self, messages: list[list[Message]], images: list[list[Any]] | None = None, **decoding: Any) -> list[str]:
+    def generate(
+        self, messages: list[list[Message]], images: list[list[Any]] | None = None, **decoding: Any
+    ) -> list[str]:
         """One answer for each conversation of a batch, each with its own list of pictures."""
         images = images if images is not None else [[] for _ in messages]
         return decode.generate(self.model, self.processor, messages, images, Decoding(**decoding))
@@ -178,10 +180,11 @@ def _model_type(source: str) -> str:
 
 
 def _tokenizer_for(given: str | PreTrainedTokenizerBase | None, language: Any) -> PreTrainedTokenizerBase | None:
-    if isinstance(given, PreTrainedTokenizerBase):
-        return given
-    name = given or (language if isinstance(language, str) else language.name_or_path)
-    return load_tokenizer(sources.resolve(name)) if name else None
+    """The tokenizer that was given or named; else the one beside the language model, where there is one."""
+    if given is not None:
+        return load_tokenizer(sources.resolve(given)) if isinstance(given, str) else given
+    name = language if isinstance(language, str) else language.name_or_path
+    return load_tokenizer(name) if name else None
 
 
 def _stop_at_end_of_turn(model: EarlyFusionModel, processor: ChiasmProcessor) -> None:
@@ -205,5 +208,7 @@ def _check_agreement(model: EarlyFusionModel, processor: ChiasmProcessor) -> Non
 
 def _conversation(images: Any, prompt: str, history: list[Message] | None) -> tuple[list[Message], list[Any]]:
     pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
-    earlier = sum(1 for m in history or [] if not isinstance(m["content"], str) for p in m["content"] if p["type"] == "image")
+    earlier = sum(
+        1 for m in history or [] if not isinstance(m["content"], str) for p in m["content"] if p["type"] == "image"
+    )
     return [*(history or []), *decode.user_message(prompt, len(pictures) - earlier)], pictures

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from contracts import check_connector
 from torch import nn
 
 from chiasm.connectors import CONNECTORS, build_connector, connector_settings
 from chiasm.connectors.closed_form import Ridge, initialise
+from contracts import check_connector
 
 
 @pytest.mark.parametrize("name", CONNECTORS)

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import contracts
 import pytest
-import tiny
 import torch
 from PIL import Image
 
 import chiasm
+import contracts
+import tiny
 from chiasm.connectors import CONNECTORS
 
 PAIRS = [(v, l) for v in tiny.VISION_FAMILIES for l in tiny.LANGUAGE_FAMILIES]
@@ -53,7 +53,11 @@ def test_every_connector(connector: str) -> None:
 @pytest.mark.parametrize("language", tiny.LANGUAGE_FAMILIES)
 def test_batched_equals_single(language: str) -> None:
     vlm = connect(language=language)
-    messages = [ask("Short?"), ask("A longer question about two pictures?", 2), [{"role": "user", "content": "No picture."}]]
+    messages = [
+        ask("Short?"),
+        ask("A longer question about two pictures?", 2),
+        [{"role": "user", "content": "No picture."}],
+    ]
     contracts.check_batched_equals_single(vlm, messages, [[picture(1)], [picture(2), picture(3)], []])
 
 

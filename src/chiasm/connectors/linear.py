@@ -10,9 +10,7 @@ from chiasm.connectors.base import AffineConnector
 class LinearProjector(AffineConnector):
     """Every patch becomes one visual token: T = N."""
 
-    def __init__(
-        self, vision_width: int, language_width: int, grid: tuple[int, int], *, bias: bool = True
-    ) -> None:
+    def __init__(self, vision_width: int, language_width: int, grid: tuple[int, int], *, bias: bool = True) -> None:
         super().__init__(vision_width, language_width, grid)
         self.proj = nn.Linear(vision_width, language_width, bias=bias)
 
@@ -31,7 +29,9 @@ class LinearProjector(AffineConnector):
     def set_affine(self, weight: Float[Tensor, "D_l D_v"], bias: Float[Tensor, " D_l"], spread: float) -> None:
         self.proj.weight.copy_(weight)
         if self.proj.bias is None:
-            raise ValueError("init: closed_form needs a bias, got connector linear with bias: false; remove that option")
+            raise ValueError(
+                "init: closed_form needs a bias, got connector linear with bias: false; remove that option"
+            )
         self.proj.bias.copy_(bias)
 
     def forward(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T D_l"]:

@@ -28,7 +28,9 @@ class MLPProjector(AffineConnector):
     ) -> None:
         super().__init__(vision_width, language_width, grid)
         if depth < 2:
-            raise ValueError(f"connector mlp has depth={depth}, expected at least 2; for one layer take connector linear")
+            raise ValueError(
+                f"connector mlp has depth={depth}, expected at least 2; for one layer take connector linear"
+            )
         inner = width or language_width
         widths = [vision_width, *[inner] * (depth - 1), language_width]
         self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in zip(widths, widths[1:], strict=False))
@@ -39,7 +41,7 @@ class MLPProjector(AffineConnector):
 
     @property
     def output(self) -> nn.Linear:
-        return self.layers[-1]
+        return self._ends()[1]
 
     def flops(self) -> int:
         return 2 * self.num_tokens * sum(layer.in_features * layer.out_features for layer in self.layers)
@@ -52,7 +54,7 @@ class MLPProjector(AffineConnector):
                 f"init: closed_form needs connector mlp with depth 2 and a bias, got depth {len(self.layers)}; "
                 "use init: keep"
             )
-        first, last = self.layers
+        first, last = self._ends()
         pairs = first.out_features // 2
         left, strength, right = torch.linalg.svd(weight.double(), full_matrices=False)
         rank = min(pairs, strength.numel())
@@ -67,6 +69,11 @@ class MLPProjector(AffineConnector):
         last.weight[:, pairs : pairs + rank].copy_(-write)
         last.bias.copy_(bias)
         self._wake(first, last, rank, pairs)
+
+    def _ends(self) -> tuple[nn.Linear, nn.Linear]:
+        first, last = self.layers[0], self.layers[-1]
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        return first, last
 
     @staticmethod
     def _wake(first: nn.Linear, last: nn.Linear, rank: int, pairs: int) -> None:

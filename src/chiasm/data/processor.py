@@ -23,7 +23,7 @@ class ChiasmProcessor(ProcessorMixin):
     def __init__(
         self,
         image_processor: Any = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Any = None,
         num_image_tokens: int = 1,
         chat_template: str | None = None,
     ) -> None:
@@ -67,7 +67,9 @@ class ChiasmProcessor(ProcessorMixin):
             batch = [messages] if isinstance(messages[0], dict) else list(messages)
             counts = counts if counts is not None else _deal(batch, len(flat))
             if len(counts) != len(batch):
-                raise ValueError(f"{len(batch)} conversation(s) but {len(counts)} list(s) of images; pass one list each")
+                raise ValueError(
+                    f"{len(batch)} conversation(s) but {len(counts)} list(s) of images; pass one list each"
+                )
             encoded = [
                 self.encode(conversation, num_images=count, add_generation_prompt=add_generation_prompt)
                 for conversation, count in zip(batch, counts, strict=True)
@@ -121,9 +123,7 @@ class ChiasmProcessor(ProcessorMixin):
             labels += [token if learn and token != self.image_token_id else IGNORE] * copies
         return {"input_ids": ids, "labels": labels}
 
-    def _supervised(
-        self, ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]
-    ) -> list[bool]:
+    def _supervised(self, ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[bool]:
         """Which tokens cover an answer, or are the special token that closes it."""
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         marks = [False] * len(ids)

@@ -36,8 +36,8 @@ class ChiasmConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     fusion: str = "early"
-    connector: dict | None = None
-    features: dict | None = None
+    connector: Any = None
+    features: Any = None
     patch_positions: str = "none"
     feature_scale: float = 1.0
     image_token_id: int | None = None
@@ -53,4 +53,4 @@ class ChiasmConfig(PreTrainedConfig):
                 f"patch_positions {self.patch_positions!r} is unknown; choose one of {', '.join(PATCH_POSITIONS)}"
             )
         super().__post_init__(**kwargs)
-        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        self.tie_word_embeddings = bool(self.get_text_config().tie_word_embeddings)

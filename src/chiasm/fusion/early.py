@@ -159,7 +159,7 @@ class EarlyFusionModel(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         tokens = None
-        if inputs_embeds is None:
+        if input_ids is not None:
             inputs_embeds, tokens = self.embed(input_ids, pixel_values, image_features)
         kwargs.pop("return_dict", None)
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **kwargs}

@@ -24,7 +24,9 @@ class _TextOnly(LogitsProcessorList):
 
     def __call__(self, input_ids: Int[Tensor, "B S"], scores: Tensor, **kwargs: Any) -> Tensor:
         """A placeholder counts as the row's last text token, which is in the row anyway."""
-        return super().__call__(torch.where(input_ids == self.image_token_id, input_ids[:, -1:], input_ids), scores, **kwargs)
+        return super().__call__(
+            torch.where(input_ids == self.image_token_id, input_ids[:, -1:], input_ids), scores, **kwargs
+        )
 
 
 def without_placeholders(processors: LogitsProcessorList, image_token_id: int) -> LogitsProcessorList:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from chiasm.connectors import AffineConnector
 from chiasm.connectors.closed_form import Ridge, initialise
 from chiasm.data.chat import flatten
 from chiasm.data.schema import Sample
@@ -18,6 +19,9 @@ from chiasm.fusion.early import EarlyFusionModel
 from chiasm.language.adapter import embedding_scale
 
 WORD = re.compile(r"\w+")
+PLACES = (("top", "bottom"), ("left", "right"))
+WORD_SHARE = 0.8
+"""Loudness of what a patch shows beside where it stands, where the features carry coordinates."""
 
 
 def answer_words(sample: Sample) -> set[str]:
@@ -56,6 +60,18 @@ class WordEmbeddings:
         return share @ stacked
 
 
+def places(
+    grid: tuple[int, int], of: Callable[[str], Float[Tensor, " D_l"]], names: Sequence[Sequence[str]]
+) -> Float[Tensor, "N D_l"]:
+    """For each patch the embeddings of the words for its row and its column, blended towards the middle."""
+    rows, columns = ((torch.arange(count) + 0.5) / count for count in grid)
+    down, across = (
+        (1 - 2 * axis).clamp(min=0)[:, None] * of(first) + (2 * axis - 1).clamp(min=0)[:, None] * of(last)
+        for axis, (first, last) in zip((rows, columns), names, strict=True)
+    )
+    return (down[:, None] + across[None]).flatten(0, 1)
+
+
 @torch.no_grad()
 def closed_form(
     model: EarlyFusionModel,
@@ -72,24 +88,35 @@ def closed_form(
 
     Returns:
         The number of pictures that were used.
+
+    Raises:
+        ValueError: the connector cannot start as an affine map, or no two captions differ.
     """
+    if not isinstance(model.connector, AffineConnector):
+        raise ValueError(
+            f"init: closed_form is for connectors linear and mlp, got {model.config.connector['name']}; use init: keep"
+        )
     step = max(1, len(samples) // limit)
     chosen = [s for s in (samples[i] for i in range(0, len(samples), step)) if s.images]
     weights, _ = rarity(chosen)
     embeddings = WordEmbeddings(model, tokenizer)
+    where = places(model.vision.grid, embeddings.of, PLACES)
+    kinds = (WORD_SHARE, (1 - WORD_SHARE**2) ** 0.5) if model.config.patch_positions == "grid" else (1.0,)
     ridge: Ridge | None = None
     pictures = 0
     for sample in chosen:
         words = sorted(word for word in answer_words(sample) if weights[word] > 0)
         if not words:
             continue
-        target = embeddings.mean_of(words, [weights[word] for word in words])
+        target = embeddings.mean_of(words, [weights[word] for word in words])[None]
         for features in model.with_positions(features_of(sample).float()):
-            ridge = ridge or Ridge(features.shape[-1], target.shape[0])
-            ridge.add(features, target)
+            ridge = ridge or Ridge(features.shape[-1], target.shape[-1], len(kinds))
+            ridge.add(features, *(target, where)[: len(kinds)])
             pictures += 1
     if ridge is None:
-        raise ValueError("init: closed_form needs pictures with captions that differ; this data has none; use init: keep")
-    words_mean = torch.stack([embeddings.of(word) for word in weights]).mean(dim=0)
-    initialise(model.connector, ridge, words_mean, embedding_scale(model.language))
+        raise ValueError(
+            "init: closed_form needs pictures with captions that differ; this data has none; use init: keep"
+        )
+    mean_embedding = model.get_input_embeddings().weight.float().mean(dim=0)
+    initialise(model.connector, ridge, kinds, mean_embedding, embedding_scale(model.language))
     return pictures

@@ -1,0 +1,90 @@
+"""`train` and `evaluate` on a model and data given by name: what the command line and a notebook call."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from chiasm.data.readers import read
+from chiasm.data.schema import Sample
+from chiasm.evaluation.evaluate import EvalResult
+from chiasm.evaluation.evaluate import evaluate as evaluate_answers
+from chiasm.training.schema import Recipe
+from chiasm.training.trainer import TrainResult
+from chiasm.training.trainer import train as train_model
+from chiasm.vlm import VLM, load
+
+Progress = Callable[[int, int], None]
+
+
+def train(
+    recipe: str | Path | Recipe,
+    model: VLM | str | Path,
+    data: Any,
+    output: str | Path,
+    *,
+    validation_data: Any = None,
+    overrides: Sequence[str] = (),
+    resume: bool = True,
+    quiet: bool = False,
+) -> TrainResult:
+    """Trains a model by a recipe; a run that was stopped goes on where its last checkpoint stands.
+
+    Args:
+        recipe: a file, the name of one that ships (`llava`), or a loaded one.
+        model: a `VLM`, or the folder of one.
+        data: anything that `chiasm.data.readers.read` understands.
+        output: the run's folder.
+        validation_data: held-out data; by default 5 % of `data`, the same ones in every run.
+        overrides: `key=value` changes to the recipe, such as `stages.align.lr=1e-3`.
+    """
+    vlm = model if isinstance(model, VLM) else load(model)
+
+    def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:
+        return vlm.generate(messages, images, max_new_tokens=32)
+
+    return train_model(
+        recipe,
+        vlm.model,
+        vlm.processor,
+        read(data),
+        output,
+        validation_samples=None if validation_data is None else read(validation_data),
+        overrides=overrides,
+        generate=generate,
+        resume=resume,
+        quiet=quiet,
+    )
+
+
+def evaluate(
+    model: VLM | str | Path,
+    data: Any,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    control: bool = True,
+    metric: str | None = None,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Scores a model's answers per skill, beside the control that is shown another sample's picture.
+
+    Args:
+        split: `validation`, `test` or another split of the data; by default all of it.
+        limit: at most so many samples, evenly spread.
+    """
+    vlm = model if isinstance(model, VLM) else load(model)
+    samples = spread(read(data, split=split), limit)
+
+    def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:
+        return vlm.generate(messages, images, max_new_tokens=max_new_tokens)
+
+    return evaluate_answers(generate, samples, batch_size=batch_size, control=control, metric=metric, progress=progress)
+
+
+def spread(samples: Sequence[Sample], limit: int | None) -> Sequence[Sample]:
+    """At most `limit` samples, evenly spread over the data."""
+    if limit is None or limit >= len(samples):
+        return samples
+    return [samples[index * len(samples) // limit] for index in range(limit)]
