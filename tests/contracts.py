@@ -1,4 +1,4 @@
-"""The invariants, written once: each function takes members of a family and fails where the member breaks its promise."""
+"""The invariants, written once: each function takes a member of a family and fails where it breaks its promise."""
 
 import tempfile
 from collections.abc import Callable

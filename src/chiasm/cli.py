@@ -1,6 +1,7 @@
 """The verbs of the command line. Exit code 0; 2 for the user's mistake, with one clear line; 1 for a fault."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,7 +135,7 @@ def chat(
     if missing:
         raise FileNotFoundError(f"no such picture: {missing[0]}")
     vlm = chiasm.load(model)
-    decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     if prompt is None:
         return converse(vlm, images, decoding, out)
     if as_json:
@@ -179,7 +180,9 @@ def evaluate(
     data: Data,
     split: Annotated[str | None, typer.Option(help="validation, test, ...; by default everything.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many samples, evenly spread.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for results.jsonl and summary.json.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for results.jsonl and summary.json.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
     control: Annotated[bool, typer.Option(help="Ask again with another sample's picture.")] = True,
@@ -236,7 +239,9 @@ def data_check(
 @app.command(epilog=example("chiasm demo -o demo"))
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the run and the model.")] = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A minute: shows that all of it works, not that it learns.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A minute: shows that all of it works, not that it learns.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the data and the connector.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -291,6 +296,7 @@ def main() -> None:
     """Runs a verb and turns exceptions into exit codes."""
     from chiasm.sources import SourceError
 
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app(standalone_mode=False)
     except (typer.Exit, SystemExit):

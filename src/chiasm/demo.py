@@ -1,4 +1,4 @@
-"""`chiasm demo`: real weights, real pictures, both stages, a report: a language model gets eyes in about ten minutes."""
+"""`chiasm demo`: real weights, real pictures, both stages, a report: eyes for a language model in ten minutes."""
 
 import os
 import platform
@@ -55,7 +55,12 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, console: Console 
     console.print(to_table(result.summary, title="unseen scenes"))
     console.print(f"report: {output / 'report.html'}", soft_wrap=True)
     console.print(f"talk to it: [bold]chiasm chat {shlex.quote(str(trained.model))} PICTURE[/bold]", soft_wrap=True)
-    return {"summary": result.summary, "seconds": seconds, "model": str(trained.model), "report": str(output / "report.html")}
+    return {
+        "summary": result.summary,
+        "seconds": seconds,
+        "model": str(trained.model),
+        "report": str(output / "report.html"),
+    }
 
 
 def _report(output: Path, model: vlm.VLM, result: EvalResult, test: EmojiScenes, seconds: dict[str, float]) -> None:

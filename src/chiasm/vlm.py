@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiasm import sources
 from chiasm.comparison.cost import Cost, cost
+from chiasm.connectors import connector_settings
 from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.build import build_early
@@ -130,6 +131,7 @@ def connect(
     """
     if fusion not in FUSIONS:
         raise ValueError(f"fusion {fusion!r} is unknown; choose one of {', '.join(FUSIONS)}")
+    connector = connector_settings(connector)
     vision_source = sources.resolve(vision) if isinstance(vision, str | Path) else vision
     language_source = sources.resolve(language) if isinstance(language, str | Path) else language
     encoder = load_vision(vision_source, features=features, image_size=image_size, dtype=dtype)

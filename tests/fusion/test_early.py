@@ -11,7 +11,7 @@ import contracts
 import tiny
 from chiasm.connectors import CONNECTORS
 
-PAIRS = [(v, l) for v in tiny.VISION_FAMILIES for l in tiny.LANGUAGE_FAMILIES]
+PAIRS = [(vision, language) for vision in tiny.VISION_FAMILIES for language in tiny.LANGUAGE_FAMILIES]
 
 
 def connect(vision: str = "clip", language: str = "llama", **options: Any) -> chiasm.VLM:

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import tiny
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import chiasm
+import tiny
 
 
 def reference(tmp_path: Path, layer: int = -2) -> LlavaForConditionalGeneration:

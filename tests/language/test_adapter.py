@@ -1,9 +1,9 @@
 """The adapter reaches every kind of language model the same way, and its logits are the model's own."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from chiasm.language import adapter
 from chiasm.language.next_token import next_token_loss, supervised_positions
 

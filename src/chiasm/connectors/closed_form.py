@@ -1,9 +1,9 @@
 """A connector that names things before it is trained: ridge regression from patch features to word embeddings.
 
-Each patch of a picture is regressed on the mean embedding of the words in the picture's caption. What a patch shares with
-other pictures whose captions share a word survives the averaging, so the map sends it near that word. Where a patch stands
-is known without any caption, and is regressed in the same way on the words for places. Solutions are rescaled to the
-language model's embedding scale, because regression shrinks.
+Each patch of a picture is regressed on the mean embedding of the words in the picture's caption. What a patch shares
+with other pictures whose captions share a word survives the averaging, so the map sends it near that word. Where a patch
+stands is known without any caption, and is regressed in the same way on the words for places. Solutions are rescaled to
+the language model's embedding scale, because regression shrinks.
 """
 
 import torch
@@ -81,7 +81,9 @@ def initialise(
     for kind, share in enumerate(shares):
         part, loudness = ridge.solve(kind)
         if not loudness > 1e-8 * scale:
-            raise ValueError("init: closed_form found nothing to learn: every caption has the same words; use init: keep")
+            raise ValueError(
+                "init: closed_form found nothing to learn: every caption has the same words; use init: keep"
+            )
         weight += part * (share * scale / loudness)
     bias = embedding_mean.double().cpu() - weight @ ridge.mean
     like = connector.output.weight

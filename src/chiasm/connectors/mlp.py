@@ -1,5 +1,7 @@
 """MLP projector: Linear – GELU – Linear, of any depth and width (LLaVA-1.5, arXiv 2310.03744)."""
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ class MLPProjector(AffineConnector):
             )
         inner = width or language_width
         widths = [vision_width, *[inner] * (depth - 1), language_width]
-        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in pairwise(widths))
 
     @property
     def num_tokens(self) -> int:
@@ -41,20 +43,20 @@ class MLPProjector(AffineConnector):
 
     @property
     def output(self) -> nn.Linear:
-        return self._ends()[1]
+        return self.linears[-1]
 
     def flops(self) -> int:
-        return 2 * self.num_tokens * sum(layer.in_features * layer.out_features for layer in self.layers)
+        return 2 * self.num_tokens * sum(layer.in_features * layer.out_features for layer in self.linears)
 
     @torch.no_grad()
     def set_affine(self, weight: Float[Tensor, "D_l D_v"], bias: Float[Tensor, " D_l"], spread: float) -> None:
-        """The best map of rank width / 2, exactly: GELU(x) − GELU(−x) = x, so pairs of opposite units pass x through."""
-        if len(self.layers) != 2 or self.layers[0].bias is None:
+        """The best map of rank width / 2, exactly: GELU(x) − GELU(−x) = x, so opposite units pass x through."""
+        if len(self.layers) != 2 or self.output.bias is None:
             raise ValueError(
                 f"init: closed_form needs connector mlp with depth 2 and a bias, got depth {len(self.layers)}; "
                 "use init: keep"
             )
-        first, last = self._ends()
+        first, last = self.linears
         pairs = first.out_features // 2
         left, strength, right = torch.linalg.svd(weight.double(), full_matrices=False)
         rank = min(pairs, strength.numel())
@@ -70,10 +72,9 @@ class MLPProjector(AffineConnector):
         last.bias.copy_(bias)
         self._wake(first, last, rank, pairs)
 
-    def _ends(self) -> tuple[nn.Linear, nn.Linear]:
-        first, last = self.layers[0], self.layers[-1]
-        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
-        return first, last
+    @property
+    def linears(self) -> list[nn.Linear]:
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     @staticmethod
     def _wake(first: nn.Linear, last: nn.Linear, rank: int, pairs: int) -> None:

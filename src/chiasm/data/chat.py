@@ -1,7 +1,7 @@
 """Conversations become one text through the language model's own chat template, with every message's place known.
 
-Labels must come from one tokenisation of one text. So the template is rendered once with marks instead of contents, which
-tells where the contents stand; the text is then put together, and compared with what the template itself renders.
+Labels must come from one tokenisation of one text. So the template is rendered once with marks instead of contents,
+which tells where the contents stand; the text is then put together, and compared with what the template itself renders.
 """
 
 import re

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
 from chiasm.data.chat import IMAGE_TOKEN, Message, count_images, render
 
@@ -44,7 +44,7 @@ class ChiasmProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
-        messages: Sequence[Any] | None = None,
+        messages: Any = None,
         padding_side: str = "left",
         add_generation_prompt: bool = True,
         **kwargs: Any,
@@ -75,7 +75,7 @@ class ChiasmProcessor(ProcessorMixin):
                 for conversation, count in zip(batch, counts, strict=True)
             ]
         else:
-            prompts = [text] if isinstance(text, str) else list(text)
+            prompts = [text] if isinstance(text, str) else list(text or [])
             placeholders = sum(prompt.count(IMAGE_TOKEN) for prompt in prompts)
             _check_count(placeholders, len(flat))
             encoded = [self._tokenize(prompt, [], special=not self._has_bos(prompt)) for prompt in prompts]

@@ -31,7 +31,7 @@ def from_llava(llava: LlavaForConditionalGeneration) -> EarlyFusionModel:
     )
     model = EarlyFusionModel(ours, vision=vision, language=language)
     projector = llava.model.multi_modal_projector
-    for layer, source in zip(model.connector.layers, (projector.linear_1, projector.linear_2), strict=True):
+    for layer, source in zip(model.connector.linears, (projector.linear_1, projector.linear_2), strict=True):
         layer.load_state_dict(source.state_dict(), assign=True)
     model.generation_config = llava.generation_config
     return model.eval()

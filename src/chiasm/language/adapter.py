@@ -1,7 +1,7 @@
 """One small adapter over any `AutoModelForCausalLM`: embeddings in, hidden states or logits out.
 
-Chiasm never subclasses a language model. What it needs of one is here: the embedding table, the decoder without its head,
-the list of layers, and the head applied to chosen positions only.
+Chiasm never subclasses a language model. What it needs of one is here: the embedding table, the decoder without its
+head, the list of layers, and the head applied to chosen positions only.
 """
 
 import inspect

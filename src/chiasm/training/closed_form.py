@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from chiasm.connectors import AffineConnector
@@ -20,7 +20,7 @@ from chiasm.language.adapter import embedding_scale
 
 WORD = re.compile(r"\w+")
 PLACES = (("top", "bottom"), ("left", "right"))
-WORD_SHARE = 0.8
+WORD_SHARE = 1.0
 """Loudness of what a patch shows beside where it stands, where the features carry coordinates."""
 
 
@@ -31,7 +31,7 @@ def answer_words(sample: Sample) -> set[str]:
 
 
 def rarity(samples: Iterable[Sample]) -> tuple[dict[str, float], int]:
-    """Inverse document frequency of every answer word, and the number of samples: what is said everywhere says nothing."""
+    """Inverse document frequency of every answer word, and the number of samples."""
     counts: Counter[str] = Counter()
     total = 0
     for sample in samples:
@@ -44,7 +44,7 @@ class WordEmbeddings:
     """Words as the language model's input embeddings, averaged over a word's tokens."""
 
     def __init__(self, model: EarlyFusionModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.table = model.get_input_embeddings()
+        self.table: nn.Embedding = model.get_input_embeddings()
         self.tokenizer = tokenizer
         self.of = lru_cache(maxsize=50_000)(self._of)
 
@@ -101,7 +101,7 @@ def closed_form(
     weights, _ = rarity(chosen)
     embeddings = WordEmbeddings(model, tokenizer)
     where = places(model.vision.grid, embeddings.of, PLACES)
-    kinds = (WORD_SHARE, (1 - WORD_SHARE**2) ** 0.5) if model.config.patch_positions == "grid" else (1.0,)
+    kinds = (1.0,)
     ridge: Ridge | None = None
     pictures = 0
     for sample in chosen:
@@ -117,6 +117,6 @@ def closed_form(
         raise ValueError(
             "init: closed_form needs pictures with captions that differ; this data has none; use init: keep"
         )
-    mean_embedding = model.get_input_embeddings().weight.float().mean(dim=0)
+    mean_embedding = embeddings.table.weight.float().mean(dim=0)
     initialise(model.connector, ridge, kinds, mean_embedding, embedding_scale(model.language))
     return pictures
