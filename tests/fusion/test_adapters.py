@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+import tiny
 from chiasm.fusion.adapters import adapter_parameters, add_adapter, linear_layers, merge_adapters
 from chiasm.fusion.build import build_early
 from chiasm.fusion.early import EarlyFusionModel

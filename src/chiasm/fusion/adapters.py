@@ -1,4 +1,4 @@
-"""LoRA adapters inside a part (arXiv 2106.09685), recorded in the configuration, so that a saved model loads with them."""
+"""LoRA adapters inside a part (arXiv 2106.09685), recorded in the configuration: a saved model loads with them."""
 
 import re
 from typing import Any
@@ -78,6 +78,11 @@ def adapter_parameters(model: PreTrainedModel) -> set[str]:
         for path, _ in layer.named_parameters()
         if path.split(".")[0] in layer.adapter_layer_names
     }
+
+
+def plain_name(name: str) -> str:
+    """A weight's name as it is without adapters."""
+    return name.replace(".base_layer.", ".")
 
 
 def linear_layers(model: PreTrainedModel, part: str) -> list[str]:

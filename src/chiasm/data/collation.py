@@ -1,0 +1,93 @@
+"""Samples become padded batches: every token counted, no picture cut, and an error names its sample."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chiasm.data.processor import IGNORE, ChiasmProcessor
+from chiasm.data.schema import ImageError, Problem, Sample, SampleError
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample as a batch needs it. `pictures`: patch features (I, N, D_v) if `encoded`, else pixels (I, 3, H, W)."""
+
+    id: str
+    tokens: dict[str, list[int]]
+    pictures: Tensor | None = None
+    encoded: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs, and what is in them: samples by id, supervised and real tokens."""
+
+    inputs: dict[str, Tensor]
+    ids: list[str]
+    supervised: int
+    tokens: int
+
+
+def encode_sample(sample: Sample, processor: ChiasmProcessor, max_length: int | None = None) -> dict[str, list[int]]:
+    """Token ids and labels of a sample; the end of a text that is too long is cut off, but never within a picture.
+
+    Raises:
+        SampleError: the sample is not usable, or nothing supervised or not every picture is left within `max_length`.
+    """
+    try:
+        tokens = processor.encode(sample.messages, num_images=len(sample.images), supervise=True)
+    except SampleError:
+        raise
+    except ValueError as error:
+        raise SampleError(sample.id, [Problem("placeholders", str(error))]) from error
+    ids, labels = tokens["input_ids"], tokens["labels"]
+    if max_length is not None and len(ids) > max_length:
+        lost = ids[max_length:].count(processor.image_token_id)
+        if lost:
+            reason = f"{len(ids)} tokens, at most {max_length} are allowed, and {lost} of those beyond are a picture's"
+            raise SampleError(sample.id, [Problem("too long", reason)])
+        tokens = {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+    if num_supervised(tokens["labels"]) == 0:
+        reason = f"none of its {len(ids)} tokens is supervised" + (
+            f" after it was cut to {max_length}" if len(tokens["labels"]) < len(ids) else ""
+        )
+        raise SampleError(sample.id, [Problem("no answer", reason)])
+    return tokens
+
+
+def load_pixels(sample: Sample, processor: ChiasmProcessor) -> Tensor | None:
+    """The pictures of a sample, decoded and resized: (I, 3, H, W).
+
+    Raises:
+        SampleError: a picture is missing, broken or too large.
+    """
+    if not sample.images:
+        return None
+    try:
+        pictures = [ref.load() for ref in sample.images]
+    except ImageError as error:
+        raise SampleError(sample.id, [Problem(error.kind, str(error), error.name)]) from error
+    return torch.as_tensor(processor.image_processor(pictures)["pixel_values"])
+
+
+def collate(items: Sequence[Item], processor: ChiasmProcessor) -> Batch:
+    """Items padded on the right, their pictures in the order of the placeholders."""
+    padded = processor.pad([item.tokens for item in items], side="right")
+    inputs = {name: padded[name] for name in ("input_ids", "attention_mask", "labels")}
+    pictures = [item.pictures for item in items if item.pictures is not None]
+    if pictures:
+        encoded = any(item.encoded for item in items)
+        inputs["image_features" if encoded else "pixel_values"] = torch.cat(pictures)
+    return Batch(
+        inputs=inputs,
+        ids=[item.id for item in items],
+        supervised=sum(num_supervised(item.tokens["labels"]) for item in items),
+        tokens=sum(len(item.tokens["input_ids"]) for item in items),
+    )
+
+
+def num_supervised(labels: list[int]) -> int:
+    """Tokens that are predicted: the first of a sequence never is."""
+    return sum(label != IGNORE for label in labels[1:])

@@ -1,0 +1,210 @@
+"""A frozen encoder's features for training: every picture that a stage will meet is encoded before the first step."""
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chiasm.data.feature_cache import DTYPES, FeatureCache, encoder_identity
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.schema import ImageError, ImageRef, Problem, Sample, SampleError
+from chiasm.training.batches import WORKERS, prefetch
+from chiasm.training.log import Reporter
+from chiasm.training.schema import Stage
+from chiasm.training.stages import FreezePlan
+
+ENCODE_BATCH = 32
+WORTH_COMPILING = 2000
+"""From so many pictures on, a compiled encoder makes up for the time that compiling takes."""
+
+Encode = Callable[[Float[Tensor, "images 3 height width"]], Float[Tensor, "images N D_v"]]
+Missing = dict[str, tuple[str, ImageRef]]
+"""Pictures that are not in the cache, by key: the first sample that shows each, and where to load it from."""
+
+
+class Features:
+    """Features by sample, out of a cache that is filled on demand.
+
+    Args:
+        encode: pixels to features, without gradients.
+        compiled: makes a faster `encode`, for many pictures.
+        cache: where they are kept.
+        stage: whether bad samples are skipped, and whether the cache is a must.
+    """
+
+    def __init__(
+        self,
+        encode: Encode,
+        compiled: Callable[[], Encode] | None,
+        cache: FeatureCache,
+        processor: ChiasmProcessor,
+        reporter: Reporter,
+        stage: Stage,
+    ) -> None:
+        self.encode, self.compiled, self.cache = encode, compiled, cache
+        self.processor, self.reporter, self.stage = processor, reporter, stage
+
+    def fill(self, samples: Sequence[Sample], indices: Sequence[int]) -> "Rows | None":
+        """Encodes what is missing of the samples' pictures; None where the disk has no room and the cache is no must.
+
+        Raises:
+            SampleError: a picture cannot be read and bad samples are not skipped.
+            ValueError: the disk has no room and the recipe demands a cache.
+        """
+        rows, missing = self._locate(samples, indices)
+        if len(missing) > self.cache.room():
+            gigabytes = len(missing) * self.cache.row_bytes / 1e9
+            short = (
+                f"{len(missing)} encoded pictures need {gigabytes:.1f} GB in {self.cache.folder}, which are not free"
+            )
+            if self.stage.cache_features is True:
+                raise ValueError(f"{short}; make room, set CHIASM_CACHE, or write cache_features: false")
+            self.reporter.note(f"{short}: encoding in every epoch instead")
+            return None
+        self._encode_missing(missing)
+        return rows
+
+    def _locate(self, samples: Sequence[Sample], indices: Sequence[int]) -> tuple["Rows", Missing]:
+        """Where the pictures of samples are in the cache, and those that are not there yet."""
+        rows, missing = Rows(self.cache), Missing()
+        with ThreadPoolExecutor(WORKERS) as pool, self.reporter.task("looking up pictures", len(indices)) as task:
+            for index, sample, keys in _in_order(pool, indices, lambda i: _keys_of(samples[i])):
+                task.advance()
+                if isinstance(keys, SampleError):
+                    self._bad(keys)
+                    rows.bad[index] = str(keys)
+                    continue
+                rows.keys[index] = keys
+                for key, ref in zip(keys, sample.images, strict=True):
+                    if self.cache.row(key) is None:
+                        missing.setdefault(key, (sample.id, ref))
+        return rows, missing
+
+    def _bad(self, error: SampleError) -> None:
+        if not self.stage.skip_bad:
+            raise error
+
+    def _encode_missing(self, missing: Missing) -> None:
+        """Encodes pictures into the cache; decoding runs ahead in threads."""
+        keys = list(missing)
+        starts = range(0, len(keys), ENCODE_BATCH)
+        if len(keys) >= WORTH_COMPILING and self.compiled is not None:
+            self.encode, self.compiled = self.compiled(), None
+        with ThreadPoolExecutor(WORKERS) as pool, self.reporter.task("encoding pictures", len(keys)) as task:
+
+            def make(number: int) -> list[tuple[str, Tensor | SampleError]]:
+                chosen = keys[starts[number] : starts[number] + ENCODE_BATCH]
+                return list(zip(chosen, pool.map(lambda key: self._pixels(*missing[key]), chosen), strict=True))
+
+            for loaded in prefetch(make, 0, len(starts)):
+                for _, value in loaded:
+                    if isinstance(value, SampleError):
+                        self._bad(value)
+                self._add([(key, value) for key, value in loaded if isinstance(value, Tensor)])
+                task.advance(len(loaded))
+
+    def of(self, sample: Sample) -> Float[Tensor, "images N D_v"]:
+        """Features of one sample's pictures, encoded now if they never were.
+
+        Raises:
+            SampleError: a picture cannot be read.
+        """
+        _, keys = _keys_of(sample)
+        if isinstance(keys, SampleError):
+            raise keys
+        for key, ref in zip(keys, sample.images, strict=True):
+            if self.cache.row(key) is None:
+                pixels = self._pixels(sample.id, ref)
+                if isinstance(pixels, SampleError):
+                    raise pixels
+                self._add([(key, pixels)])
+        return self.cache.read([row for key in keys if (row := self.cache.row(key)) is not None])
+
+    def _pixels(self, sample_id: str, ref: ImageRef) -> Tensor | SampleError:
+        try:
+            return torch.as_tensor(self.processor.image_processor([ref.load()])["pixel_values"])
+        except ImageError as error:
+            return SampleError(sample_id, [Problem(error.kind, str(error), error.name)])
+
+    def _add(self, pictures: list[tuple[str, Tensor]]) -> None:
+        """Encodes pictures in a batch of always the same size, so that their company does not change the result."""
+        if pictures:
+            pixels = torch.cat([value for _, value in pictures])
+            filled = torch.cat([pixels, pixels[:1].expand(ENCODE_BATCH - len(pixels), *pixels.shape[1:])])
+            self.cache.add([key for key, _ in pictures], self.encode(filled)[: len(pixels)])
+
+
+class Rows:
+    """Keys of the pictures of samples by index. `bad`: reasons of samples whose pictures cannot be read."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self.cache = cache
+        self.keys: dict[int, list[str]] = {}
+        self.bad: dict[int, str] = {}
+
+    def read(self, index: int, sample: Sample) -> Float[Tensor, "images N D_v"] | None:
+        """Features of a sample's pictures; None where it has none.
+
+        Raises:
+            SampleError: a picture could not be encoded.
+        """
+        rows = [self.cache.row(key) for key in self.keys.get(index, ())]
+        if index not in self.keys or None in rows:
+            raise SampleError(
+                sample.id, [Problem("broken picture", self.bad.get(index, "a picture cannot be decoded"))]
+            )
+        return self.cache.read([row for row in rows if row is not None]) if rows else None
+
+
+def stage_features(
+    model: PreTrainedModel,
+    processor: ChiasmProcessor,
+    stage: Stage,
+    plan: FreezePlan,
+    dtype: torch.dtype,
+    reporter: Reporter,
+    root: Path | None,
+) -> Features | None:
+    """The cache for a stage, in bfloat16 where training is and the encoder bears it; None for a stage without one.
+
+    Raises:
+        ValueError: the recipe asks for a cache but the stage tunes the encoder.
+    """
+    if stage.cache_features is False or "vision" not in plan.states:
+        return None
+    if "vision" not in plan.frozen_parts():
+        if stage.cache_features is True:
+            raise ValueError(f"stage {stage.name!r} tunes the vision part, so its features cannot be cached")
+        return None
+    vision = model.vision
+    encode = vision.fast_encoder(dtype=None if dtype == torch.bfloat16 else vision.model.dtype)
+    name = next(name for name, known in DTYPES.items() if known == encode.dtype)
+    identity = encoder_identity(vision, vision.features.to_dict(), processor.image_processor.to_dict(), name)
+    cache = FeatureCache(identity, (vision.num_patches, vision.width), root)
+
+    def compiled() -> Encode:
+        return vision.fast_encoder(dtype=encode.dtype, compile=True)
+
+    can_compile = model.device.type != "cpu" or shutil.which("g++") or shutil.which("clang++")
+    return Features(encode, compiled if can_compile else None, cache, processor, reporter, stage)
+
+
+def _keys_of(sample: Sample) -> tuple[Sample, list[str] | SampleError]:
+    try:
+        return sample, [ref.key() for ref in sample.images]
+    except ImageError as error:
+        return sample, SampleError(sample.id, [Problem(error.kind, str(error), error.name)])
+
+
+def _in_order(pool: ThreadPoolExecutor, indices: Sequence[int], work: Callable) -> Iterable[tuple]:
+    """`(index, *work(index))` in order, with a bounded number of results waiting."""
+    window = 256
+    for start in range(0, len(indices), window):
+        chosen = indices[start : start + window]
+        for index, result in zip(chosen, pool.map(work, chosen), strict=True):
+            yield (index, *result)

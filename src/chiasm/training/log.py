@@ -1,0 +1,140 @@
+"""What a run says: `log.jsonl` always, and a progress bar, plain lines, or nothing on the terminal."""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from chiasm.training.stages import FreezePlan
+
+Show = Literal["auto", "bar", "plain", "quiet"]
+PLAIN_SECONDS = 20.0
+
+
+class RunLog:
+    """Appends one JSON object per line; a line is on its way to the disk when `write` returns."""
+
+    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
+        """Opens the log and cuts off what a killed run wrote after its last checkpoint."""
+        self.path = path
+        self._file = path.open("ab")
+        if path.stat().st_size > keep_bytes:
+            os.truncate(path, keep_bytes)
+
+    def write(self, event: str, stage: str | None = None, step: int | None = None, **fields: Any) -> None:
+        place = {name: value for name, value in (("stage", stage), ("step", step)) if value is not None}
+        line = {"event": event, "time": round(time.time(), 3), **place, **fields}
+        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def num_bytes(self) -> int:
+        """Length so far: what a checkpoint remembers."""
+        return self.path.stat().st_size
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Reporter:
+    """The terminal: `auto` shows a bar where there is a terminal and a line now and then where there is none."""
+
+    def __init__(self, show: Show = "auto") -> None:
+        self.console = Console(stderr=True)
+        self.show = ("bar" if self.console.is_terminal else "plain") if show == "auto" else show
+
+    def note(self, text: str) -> None:
+        if self.show != "quiet":
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def plan(self, plan: FreezePlan) -> None:
+        """The freeze plan as a table."""
+        if self.show == "quiet":
+            return
+        table = Table(title=f"stage {plan.stage}: what is trained", title_justify="left", box=SIMPLE, pad_edge=False)
+        for column in ("part", "state", "lr", "tensors", "parameters", "share", "memory"):
+            table.add_column(column, justify="left" if column in ("part", "state") else "right", no_wrap=True)
+        for row in plan.rows:
+            table.add_row(
+                row.part,
+                row.state,
+                "" if row.lr is None else f"{row.lr:g}",
+                f"{row.trainable_tensors}/{row.tensors}",
+                f"{row.trainable:,}/{row.parameters:,}",
+                f"{row.share:.1%}",
+                f"{row.memory / 1e6:,.0f} MB",
+            )
+        self.console.print(table)
+
+    @contextmanager
+    def task(self, name: str, total: int, done: int = 0) -> Iterator["Task"]:
+        """Progress over `total` units of something."""
+        if self.show != "bar":
+            yield Task(self, name, total, done)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        with Progress(*columns, console=self.console) as bar:
+            yield Task(self, name, total, done, bar)
+
+
+class Task:
+    def __init__(self, reporter: Reporter, name: str, total: int, done: int, bar: Progress | None = None) -> None:
+        self.reporter, self.name, self.total, self.done, self.bar = reporter, name, total, done, bar
+        self.started, self.first, self.said = time.monotonic(), done, time.monotonic()
+        self.id = bar.add_task(name, total=total, completed=done, text="") if bar is not None else None
+
+    def advance(self, units: int = 1, text: str = "") -> None:
+        self.done += units
+        if self.bar is not None and self.id is not None:
+            self.bar.update(self.id, completed=self.done, text=text)
+        elif time.monotonic() - self.said > PLAIN_SECONDS or (self.done >= self.total and self._took_long()):
+            self.said = time.monotonic()
+            self.reporter.note(f"{self.name} {self.done}/{self.total} {text}{self._left()}")
+
+    def _took_long(self) -> bool:
+        return time.monotonic() - self.started > 2
+
+    def _left(self) -> str:
+        rate = (self.done - self.first) / max(1e-9, time.monotonic() - self.started)
+        seconds = (self.total - self.done) / max(1e-9, rate)
+        return f", {int(seconds // 60)}:{int(seconds % 60):02d} left" if self.done < self.total else ""
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The events of a `log.jsonl`; a last line that a killed run left unfinished is ignored."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def plan_fields(plan: FreezePlan) -> dict[str, Any]:
+    """The freeze plan for the log: in words by part, the number of trained parameters, and the table."""
+    return {
+        "parts": {row.part: row.state + (f", lr {row.lr:g}" if row.lr else "") for row in plan.rows},
+        "trainable": sum(row.trainable for row in plan.rows),
+        "table": [asdict(row) for row in plan.rows],
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory so far in bytes: of the process, or of its GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,94 @@
+"""AdamW (arXiv 1711.05101) over a freeze plan: a rate for each part, weight decay on matrices, warm-up, cosine."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chiasm.training.schema import Settings
+from chiasm.training.stages import FreezePlan
+
+FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class StageOptimizer:
+    """The optimizer of one stage. The learning rate is a function of the step alone, so it needs no saving."""
+
+    def __init__(self, model: nn.Module, plan: FreezePlan, settings: Settings, num_steps: int) -> None:
+        self.settings = settings
+        self.num_steps = num_steps
+        self.parameters = {name: p for name, p in model.named_parameters() if plan.rates[name] is not None}
+        groups: dict[tuple[str, float, float], list[Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((name.split(".")[0], plan.rates[name] or 0.0, decay), []).append(parameter)
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": tensors, "lr": rate, "weight_decay": decay, "part": part, "peak": rate}
+                for (part, rate, decay), tensors in groups.items()
+            ],
+            betas=settings.betas,
+            fused=all(p.device.type in FUSED_DEVICES for p in self.parameters.values()),
+        )
+
+    def factor(self, step: int) -> float:
+        """The learning rate of a step as a share of the peak: linear warm-up, then the schedule."""
+        warmup = math.ceil(self.settings.warmup * self.num_steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        if self.settings.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.num_steps - warmup)))
+
+    def step(self, step: int) -> float:
+        """Clips the gradients that were accumulated and takes a step.
+
+        Returns:
+            The gradients' norm before clipping; without a step if it is not finite.
+        """
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            return norm.item()
+        if self.settings.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.clip, norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = group["peak"] * self.factor(step)
+        self.adamw.step()
+        return norm.item()
+
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Learning rate of every trained part at a step."""
+        return {group["part"]: group["peak"] * self.factor(step) for group in self.adamw.param_groups}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Moments by parameter name: `exp_avg/connector.…`. Parameters that never had a gradient have none."""
+        return {
+            f"{moment}/{name}": self.adamw.state[parameter][moment]
+            for name, parameter in self.parameters.items()
+            if parameter in self.adamw.state
+            for moment in MOMENTS
+        }
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Puts saved moments back.
+
+        Raises:
+            ValueError: a moment belongs to no trainable parameter, or its shape differs.
+        """
+        state: dict[Any, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            moment, name = key.split("/", 1)
+            if name not in self.parameters or moment not in MOMENTS:
+                raise ValueError(f"the checkpoint has optimizer state for {name!r}, which this stage does not train")
+            parameter = self.parameters[name]
+            if moment != "step" and tensor.shape != parameter.shape:
+                raise ValueError(f"{name} is {tuple(parameter.shape)} but its saved state is {tuple(tensor.shape)}")
+            device = tensor.device if moment == "step" and parameter.device.type == "cpu" else parameter.device
+            state.setdefault(parameter, {})[moment] = tensor.to(device, copy=True)
+        self.adamw.state.update(state)

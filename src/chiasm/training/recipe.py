@@ -1,0 +1,216 @@
+"""Recipes from YAML files, dictionaries and the command line; an error is one line with file, line and key."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from chiasm.training.schema import LENGTHS, PartPlan, Recipe, Settings, Stage, Validation
+
+__all__ = ["Recipe", "RecipeError", "apply_overrides", "find_recipe", "load_recipe", "to_yaml"]
+
+Keys = tuple[str | int, ...]
+Origins = dict[Keys, str]
+"""Where each value of a recipe was written: `file:line`, or the override's text."""
+
+
+class RecipeError(ValueError):
+    """One line: where, which key, what is wrong."""
+
+
+def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file, the name of one that comes with Chiasm (`llava`), or a dictionary.
+
+    Args:
+        overrides: `key=value` with a dotted key: `batch_size=8` is for every stage,
+            `stages.align.parts.connector.lr=1e-3` for one.
+    """
+    if isinstance(source, Recipe):
+        return apply_overrides(source, overrides)
+    if isinstance(source, dict):
+        return _validate(*_override(deepcopy(source), {}, overrides), "recipe")
+    path = find_recipe(source)
+    return _validate(*_override(*_read(path), overrides), str(path))
+
+
+def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with `key=value` overrides."""
+    if not overrides:
+        return recipe
+    raw = deepcopy(recipe._written) or recipe.model_dump(mode="json", exclude_unset=True)
+    return _validate(*_override(raw, {}, overrides), "recipe")
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The file itself, or the one of that name among Chiasm's own recipes."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    package = Path(__file__).parents[1]
+    folders = [package / "recipes", package.parents[1] / "recipes"]
+    for folder in folders:
+        if (own := folder / f"{source}.yaml").is_file():
+            return own
+    known = sorted(file.stem for folder in folders if folder.is_dir() for file in folder.glob("*.yaml"))
+    raise RecipeError(f"recipe {str(source)!r} is neither a file nor one of Chiasm's own ({', '.join(known)})")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe with every setting spelled out, as a file that `load_recipe` reads."""
+    raw = json.loads(recipe.model_dump_json(exclude_none=True))
+    stages = [{"name": stage["name"], **stage} for stage in raw["stages"]]
+    for stage in stages:
+        stage["parts"] = {part: _without_defaults(plan) for part, plan in stage["parts"].items()}
+    return yaml.safe_dump({"stages": stages}, sort_keys=False, allow_unicode=True)
+
+
+def _without_defaults(plan: dict[str, Any]) -> Any:
+    if plan["tune"] == "lora":
+        return plan
+    return "frozen" if plan["tune"] == "frozen" else {"tune": "full", "lr": plan["lr"]}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Origins]:
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        origins: Origins = {}
+        if node is not None:
+            _note_lines(node, (), path, origins)
+        raw = loader.construct_document(node) if node is not None else None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{path}:{line}: {error.problem}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text ({error})") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}:1: a recipe is a mapping with the key 'stages', found {type(raw).__name__}")
+    return raw, origins
+
+
+def _note_lines(node: yaml.Node, at: Keys, path: Path, origins: Origins) -> None:
+    origins.setdefault(at, f"{path}:{node.start_mark.line + 1}")
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*at, key.value)
+            if here in origins:
+                raise RecipeError(f"{path}:{key.start_mark.line + 1}: {_dotted(here)}: this key stands here twice")
+            origins[here] = f"{path}:{key.start_mark.line + 1}"
+            _note_lines(value, here, path, origins)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _note_lines(value, (*at, index), path, origins)
+
+
+def _override(raw: dict[str, Any], origins: Origins, overrides: Sequence[str]) -> tuple[dict[str, Any], Origins]:
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"override {text!r}: expected key=value, such as stages.align.batch_size=8")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"override {text!r}: {value!r} is not a YAML value") from error
+        _set(raw, key.split("."), parsed, text, origins)
+    return raw, origins
+
+
+def _set(raw: dict[str, Any], keys: list[str], value: Any, text: str, origins: Origins) -> None:
+    stages: list[Any] = raw["stages"] if isinstance(raw.get("stages"), list) else []
+    if keys[0] in Settings.model_fields:
+        for stage in stages:
+            _drop(stage, keys)
+    target: Any = raw
+    at: Keys = ()
+    if keys[0] == "stages" and len(keys) > 2:
+        names = [stage.get("name") for stage in stages if isinstance(stage, dict)]
+        if keys[1] not in names:
+            raise RecipeError(
+                f"override {text!r}: no stage is named {keys[1]!r}; there are {', '.join(map(str, names))}"
+            )
+        at = ("stages", names.index(keys[1]))
+        target, keys = stages[at[1]], keys[2:]
+    if keys[-1] in LENGTHS and len(keys) == 1:
+        _drop(target, keys)
+    for key in keys[:-1]:
+        at = (*at, key)
+        if isinstance(target.get(key), str):
+            target[key] = {"tune": target[key]}
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise RecipeError(f"override {text!r}: {_dotted(at)} has no keys")
+    target[keys[-1]] = value
+    origins[(*at, keys[-1])] = f"override {text!r}"
+
+
+def _drop(target: dict[str, Any], keys: list[str]) -> None:
+    """Removes a setting that an override replaces; a stage has only one length."""
+    if len(keys) == 1:
+        for key in LENGTHS if keys[0] in LENGTHS else (keys[0],):
+            target.pop(key, None)
+    elif isinstance(target.get(keys[0]), dict):
+        target[keys[0]].pop(keys[1], None)
+
+
+def _validate(raw: dict[str, Any], origins: Origins, name: str) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(raw)
+        recipe._written = raw
+        return recipe
+    except ValidationError as error:
+        raise RecipeError(_first_line(error, raw, origins, name)) from None
+
+
+def _first_line(error: ValidationError, raw: dict[str, Any], origins: Origins, name: str) -> str:
+    first = error.errors(include_url=False)[0]
+    at = first["loc"]
+    shown = at[:-1] if at and at[-1] in ("literal['all-linear']", "list[str]", "int", "str", "bool") else at
+    where = origins.get(_known(shown, origins), name)
+    if where == name and shown[:1] == ("stages",):
+        where = origins.get(_known(shown[2:], origins), name)
+    key = _dotted(_with_names(shown, raw))
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {f'{key}: ' if key else ''}{_reason(first)}{more}"
+
+
+def _known(at: Keys, origins: Origins) -> Keys:
+    while at and at not in origins:
+        at = at[:-1]
+    return at
+
+
+def _reason(first: Any) -> str:
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        return "unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}")
+    if first["type"] == "missing":
+        return "this key is missing"
+    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return reason if first["type"] == "value_error" else f"{first['input']!r}: {reason}"
+
+
+def _keys_at(at: Keys) -> list[str]:
+    if at and at[-1] == "validation":
+        return list(Validation.model_fields)
+    if len(at) > 1 and at[-2] == "parts":
+        return list(PartPlan.model_fields)
+    return list((Stage if at[:1] == ("stages",) else Recipe).model_fields)
+
+
+def _with_names(at: Keys, raw: dict[str, Any]) -> Keys:
+    """A stage's index replaced by its name, as overrides write it."""
+    if len(at) > 1 and at[0] == "stages" and isinstance(at[1], int):
+        stage = raw["stages"][at[1]]
+        if isinstance(stage, dict) and isinstance(stage.get("name"), str):
+            return ("stages", stage["name"], *at[2:])
+    return at
+
+
+def _dotted(at: Keys) -> str:
+    return ".".join(map(str, at))

@@ -1,0 +1,191 @@
+"""The folder of a run: its lock, its log, and where it stands.
+
+RUN/recipe.yaml   log.jsonl   checkpoints/<stage>-<step>/   <stage>/ (a model)   model/ (the last stage's)
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.training.checkpoint import (
+    Checkpoint,
+    Position,
+    newest_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+    whole_folder,
+)
+from chiasm.training.fingerprint import differences
+from chiasm.training.log import Reporter, RunLog
+from chiasm.training.recipe import to_yaml
+from chiasm.training.schema import WITHOUT_EFFECT, Recipe
+
+RECIPE, LOG, MODEL, CHECKPOINTS = "recipe.yaml", "log.jsonl", "model", "checkpoints"
+
+
+@dataclass
+class Run:
+    """An open run."""
+
+    folder: Path
+    stages: list[str]
+    log: RunLog
+    fingerprint: dict[str, Any]
+    environment: dict[str, Any]
+    resumed: Checkpoint | None
+
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage's weights are final in the checkpoint that the run goes on from."""
+        if self.resumed is None:
+            return False
+        position = self.resumed.position
+        reached = self.stages.index(position.stage) + (1 if position.finished else 0)
+        return self.stages.index(stage) < reached
+
+    def resumed_in(self, stage: str) -> Checkpoint | None:
+        """The checkpoint, if the run goes on within this stage."""
+        if self.resumed is None or self.resumed.position.finished or self.resumed.position.stage != stage:
+            return None
+        return self.resumed
+
+    def save(
+        self, stage: str, step: int, finished: bool, weights: dict[str, Tensor], moments: dict[str, Tensor], keep: int
+    ) -> None:
+        """Writes a checkpoint."""
+        position = Position(stage, step, finished, self.log.num_bytes(), self.fingerprint, self.environment)
+        save_checkpoint(self.folder / CHECKPOINTS, Checkpoint(position, weights, moments), self.stages, keep)
+        self.log.write("checkpoint", stage, step, finished=finished)
+
+    def save_model(self, stage: str, model: PreTrainedModel, processor: ChiasmProcessor) -> Path:
+        """The finished stage as a model folder; that of the last stage is the run's result too."""
+        names = [stage, MODEL] if stage == self.stages[-1] else [stage]
+        for name in names:
+            if not (self.folder / name).is_dir():
+                with whole_folder(self.folder / name) as place, without_progress_bars():
+                    model.save_pretrained(place)
+                    processor.save_pretrained(place)
+        return self.folder / names[-1]
+
+
+@contextmanager
+def open_run(
+    folder: Path,
+    recipe: Recipe,
+    fingerprint: dict[str, Any],
+    environment: dict[str, Any],
+    resume: bool,
+    reporter: Reporter,
+) -> Iterator[Run]:
+    """Opens a folder for a new run, or goes on with the one that it holds.
+
+    Raises:
+        ValueError: the folder holds something else, a run of another recipe, model or data, or a run that is going on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process is training in {folder}; wait for it or choose another folder") from None
+    try:
+        stages = [stage.name for stage in recipe.stages]
+        _prepare(folder, stages, resume)
+        resumed, notes = newest_checkpoint(folder / CHECKPOINTS, stages)
+        if resumed is not None:
+            _compare(folder, resumed.position, fingerprint)
+            notes += _moved(resumed.position.environment, environment)
+        else:
+            _discard(folder, stages)
+        whole_file(folder / RECIPE, to_yaml(recipe))
+        log = RunLog(folder / LOG, resumed.position.log_bytes if resumed is not None else 0)
+        try:
+            run = Run(folder, stages, log, fingerprint, environment, resumed)
+            _tell(run, notes, reporter)
+            yield run
+        finally:
+            log.close()
+    finally:
+        lock.release()
+
+
+def fingerprint_of(recipe: Recipe, model: str, data: str, processor: str) -> dict[str, Any]:
+    """What must be the same for a run to go on: everything that a weight depends on."""
+    plain = recipe.model_dump(mode="json", include={"stages"})
+    stages = [{key: value for key, value in stage.items() if key not in WITHOUT_EFFECT} for stage in plain["stages"]]
+    return {"stages": stages, "model": model, "data": data, "processor": processor}
+
+
+def whole_file(path: Path, text: str) -> None:
+    """Writes a small file at once."""
+    place = path.with_name(f".{path.name}.partial")
+    place.write_text(text, encoding="utf-8")
+    place.replace(path)
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for every file that it writes; the run has its own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _prepare(folder: Path, stages: list[str], resume: bool) -> None:
+    strange = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    if strange and not (folder / RECIPE).is_file():
+        raise ValueError(f"{folder} is not empty and holds no run (found {strange[0]}); choose another folder")
+    remove_unfinished(folder)
+    if (folder / CHECKPOINTS).is_dir():
+        remove_unfinished(folder / CHECKPOINTS)
+        if not resume:
+            shutil.rmtree(folder / CHECKPOINTS)
+
+
+def _discard(folder: Path, stages: list[str]) -> None:
+    """A run that starts from the beginning keeps nothing of an earlier one."""
+    for name in (*stages, MODEL):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _compare(folder: Path, position: Position, fingerprint: dict[str, Any]) -> None:
+    found = differences(position.fingerprint, fingerprint)
+    if not found:
+        return
+    shown = [line if line.startswith("stages") else f"the {line.split(' ')[0]} is not the same" for line in found]
+    listed = "; ".join(shown[:3]) + (f"; and {len(shown) - 3} more" if len(shown) > 3 else "")
+    raise ValueError(
+        f"{folder} holds another run: {listed}. Restore that to go on, choose another folder, "
+        "or start anew in this one with --no-resume (resume=False)"
+    )
+
+
+def _moved(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = differences(before, now)
+    return (
+        [f"this is not the machine or software of before ({'; '.join(found)}): results may differ in the last bits"]
+        if found
+        else []
+    )
+
+
+def _tell(run: Run, notes: list[str], reporter: Reporter) -> None:
+    for note in notes:
+        reporter.note(note)
+        run.log.write("note", text=note)
+    if run.resumed is not None:
+        position = run.resumed.position
+        reporter.note(f"going on after step {position.step} of stage {position.stage}")
+        run.log.write("resume", position.stage, position.step)

@@ -1,0 +1,200 @@
+"""A recipe: a list of stages, each of which says for every part whether it is frozen, tuned or given LoRA.
+
+Every key of `Settings` may stand at the recipe's top, for all stages, and again inside a stage, for that one.
+Files and command-line overrides are read by `chiasm.training.recipe`.
+"""
+
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+    field_validator,
+)
+from pydantic import model_validator as validates_model
+
+PARTS = ("vision", "connector", "language", "cross_attention")
+OTHER_PARTS = "*"
+LENGTHS = ("epochs", "steps", "samples")
+RESERVED_NAMES = ("checkpoints", "model")
+WITHOUT_EFFECT = ("validation", "checkpoint_every", "keep_checkpoints")
+"""Settings that may differ between a run and its continuation: no weight depends on them."""
+
+_LORA_KEYS = ("rank", "alpha", "dropout", "targets")
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, and values do not change after they were checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PartPlan(Strict):
+    """What a stage does with one part. In a file, the bare word of `tune` will do where nothing else is said."""
+
+    tune: Literal["frozen", "full", "lora"]
+    lr: PositiveFloat | None = Field(None, description="peak learning rate; by default the stage's `lr`")
+    rank: PositiveInt = Field(16, description="LoRA: width of the bottleneck")
+    alpha: PositiveFloat = Field(32.0, description="LoRA: the update is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1, description="LoRA: dropout before the bottleneck")] = 0.0
+    targets: Literal["all-linear"] | list[str] = Field("all-linear", description="LoRA: linear layers by name")
+
+    @validates_model(mode="after")
+    def _keys_belong_together(self) -> "PartPlan":
+        foreign = [key for key in _LORA_KEYS if key in self.model_fields_set and self.tune != "lora"]
+        if foreign:
+            raise ValueError(f"tune: {self.tune} takes no {foreign[0]!r}; only tune: lora does")
+        if self.tune == "frozen" and self.lr is not None:
+            raise ValueError(f"a frozen part takes no lr (found {self.lr}); write tune: full or tune: lora")
+        if self.tune != "frozen" and self.lr is None:
+            raise ValueError(f"tune: {self.tune} needs an lr, here or at the stage")
+        return self
+
+
+class Validation(Strict):
+    """When held-out samples are looked at, and how many. At the run's start and each stage's end they always are."""
+
+    every: PositiveInt | None = Field(None, description="steps between validations within a stage")
+    samples: NonNegativeInt = Field(64, description="held-out samples, at most; 0 turns validation off")
+    answers: NonNegativeInt = Field(4, description="answers that are generated and logged")
+
+
+class Settings(Strict):
+    """How a stage is run."""
+
+    lr: PositiveFloat | None = Field(None, description="learning rate of tuned parts that name none")
+    epochs: PositiveFloat | None = Field(None, description="length of a stage, 1 if nothing is said; or")
+    steps: PositiveInt | None = Field(None, description="length in optimizer steps; or")
+    samples: PositiveInt | None = Field(None, description="length in samples")
+    batch_size: PositiveInt = Field(16, description="samples that go through the model at once")
+    accumulate: PositiveInt = Field(1, description="batches for one optimizer step")
+    warmup: Annotated[float, Field(ge=0, le=1, description="share of the steps in which the rate rises")] = 0.03
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="of the rate after the warm-up")
+    weight_decay: Annotated[float, Field(ge=0, description="AdamW's, on matrices only")] = 0.0
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's")
+    clip: PositiveFloat | None = Field(1.0, description="largest norm of the gradient; null does not clip")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the arithmetic; weights learn in float32"
+    )
+    compile: bool = Field(False, description="compile the decoder's layers: about 15 % faster on long runs")
+    cache_features: Literal["auto"] | bool = Field("auto", description="keep a frozen encoder's features on disk")
+    validation: Validation = Field(default_factory=lambda: Validation.model_validate({}))
+    checkpoint_every: PositiveInt | str = Field("5m", description="steps, or a time such as 90s, 5m, 1h")
+    keep_checkpoints: PositiveInt = Field(2, description="how many of the newest stay")
+    seed: int = Field(0, description="of the order, dropout and new LoRA weights")
+    skip_bad: bool = Field(False, description="leave unusable samples out and count them, instead of stopping")
+    objective: Literal["next_token"] = "next_token"
+    max_length: PositiveInt | None = Field(None, description="tokens of a sample; by default the model's context")
+    group_by_length: bool = Field(True, description="batches of samples of similar length, to pad less")
+
+    @field_validator("checkpoint_every")
+    @classmethod
+    def _is_a_time(cls, value: int | str) -> int | str:
+        if isinstance(value, str) and not re.fullmatch(r"[1-9]\d*[smh]", value):
+            raise ValueError(f"{value!r} is neither a number of steps nor a time such as 90s, 5m or 1h")
+        return value
+
+    @validates_model(mode="after")
+    def _has_one_length(self) -> "Settings":
+        given = [key for key in LENGTHS if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict each other; give one of them")
+        return self
+
+    def num_steps(self, num_samples: int) -> int:
+        """Optimizer steps that the stage takes on so many samples."""
+        if self.steps is not None:
+            return self.steps
+        if self.samples is not None:
+            return math.ceil(self.samples / (self.batch_size * self.accumulate))
+        return math.ceil((self.epochs or 1.0) * self.steps_per_epoch(num_samples))
+
+    def steps_per_epoch(self, num_samples: int) -> int:
+        return math.ceil(math.ceil(num_samples / self.batch_size) / self.accumulate)
+
+    def checkpoint_due(self, step: int, seconds: float) -> bool:
+        """Whether a checkpoint is due after `step` steps, `seconds` after the last one."""
+        if isinstance(self.checkpoint_every, int):
+            return step % self.checkpoint_every == 0
+        return seconds >= int(self.checkpoint_every[:-1]) * _SECONDS[self.checkpoint_every[-1]]
+
+
+class Stage(Settings):
+    """One training phase."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    parts: dict[str, PartPlan]
+    init: Literal["keep", "closed_form"] = Field("keep", description="what the connector starts from")
+
+    @field_validator("name")
+    @classmethod
+    def _is_free(cls, name: str) -> str:
+        if name in RESERVED_NAMES:
+            raise ValueError(f"{name!r} is a folder of every run; choose another name")
+        return name
+
+    @validates_model(mode="before")
+    @classmethod
+    def _complete_parts(cls, raw: Any) -> Any:
+        """A bare word stands for `tune`, and tuned parts without a learning rate take the stage's."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("parts"), dict):
+            return raw
+        parts = {}
+        for part, plan in raw["parts"].items():
+            plan = {"tune": plan} if isinstance(plan, str) else plan
+            if isinstance(plan, dict) and plan.get("tune") in ("full", "lora") and raw.get("lr") is not None:
+                plan = {"lr": raw["lr"], **plan}
+            parts[part] = plan
+        return {**raw, "parts": parts}
+
+    @validates_model(mode="after")
+    def _names_known_parts(self) -> "Stage":
+        for part in self.parts:
+            if part not in (*PARTS, OTHER_PARTS):
+                raise ValueError(
+                    f"{part!r} is no part; parts are {', '.join(PARTS)}, and {OTHER_PARTS!r} for all others"
+                )
+        return self
+
+
+class Recipe(Settings):
+    """What `chiasm train` runs."""
+
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    _written: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @validates_model(mode="before")
+    @classmethod
+    def _inherit(cls, raw: Any) -> Any:
+        """Stages take the settings at the recipe's top that they do not state themselves."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("stages"), list):
+            return raw
+        shared = {key: value for key, value in raw.items() if key in Settings.model_fields}
+        return {**raw, "stages": [_inherited(shared, stage) for stage in raw["stages"]]}
+
+    @validates_model(mode="after")
+    def _has_unique_names(self) -> "Recipe":
+        names = [stage.name for stage in self.stages]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two stages are named {twice!r}; names are folders of the run")
+        return self
+
+
+def _inherited(shared: dict[str, Any], stage: Any) -> Any:
+    if not isinstance(stage, dict):
+        return stage
+    own_length = any(key in stage for key in LENGTHS)
+    inherited = {key: value for key, value in shared.items() if not (own_length and key in LENGTHS)}
+    if isinstance(stage.get("validation"), dict) and isinstance(shared.get("validation"), dict):
+        inherited["validation"] = shared["validation"]
+        stage = {**stage, "validation": {**shared["validation"], **stage["validation"]}}
+    return {**inherited, **stage}

@@ -1,0 +1,130 @@
+"""A data set as training sees it: looked through once before the first step, then one prepared sample at a time."""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from chiasm.data.collation import Batch, Item, collate, encode_sample, load_pixels
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.schema import Sample, SampleError, text_of
+from chiasm.training.features import Rows
+from chiasm.training.fingerprint import sample_fingerprint
+from chiasm.training.log import Reporter
+
+CHARACTERS_PER_TOKEN = 4
+HINT = "chiasm data check lists every such sample; skip_bad: true leaves them out"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over the data found. `lengths` are estimates in tokens, aligned with `usable`."""
+
+    usable: list[int]
+    lengths: list[int]
+    fingerprint: str
+    bad: dict[int, str] = field(default_factory=dict)
+
+
+def survey(samples: Sequence[Sample], tokens_per_image: int, skip_bad: bool, reporter: Reporter) -> Survey:
+    """Looks at every sample's text, without opening a picture.
+
+    Raises:
+        SampleError: a sample is unusable and `skip_bad` is not set.
+        ValueError: no sample is left.
+    """
+    digest = hashlib.sha256()
+    usable, lengths, bad = [], [], {}
+    with reporter.task("reading the data", len(samples)) as task:
+        for index in range(len(samples)):
+            try:
+                sample = samples[index].validate()
+            except SampleError as error:
+                if not skip_bad:
+                    raise with_hint(error) from error
+                bad[index] = str(error)
+                digest.update(b"bad")
+            else:
+                usable.append(index)
+                lengths.append(_length(sample, tokens_per_image))
+                digest.update(sample_fingerprint(sample))
+            task.advance()
+    if not usable:
+        raise ValueError(
+            f"none of the {len(samples)} samples is usable" if len(samples) else "the data holds no samples"
+        )
+    return Survey(usable, lengths, digest.hexdigest(), bad)
+
+
+def usable_samples(samples: Sequence[Sample], at_most: int, skip_bad: bool) -> list[Sample]:
+    """The first samples of a data set, without those that cannot be used if these are skipped.
+
+    Raises:
+        ValueError: a sample is unusable and `skip_bad` is not set.
+    """
+    chosen = []
+    for index in range(min(len(samples), at_most)):
+        try:
+            chosen.append(samples[index].validate())
+        except SampleError as error:
+            if not skip_bad:
+                raise with_hint(error) from error
+    return chosen
+
+
+def with_hint(error: SampleError) -> ValueError:
+    return ValueError(f"{error}; {HINT}")
+
+
+def _length(sample: Sample, tokens_per_image: int) -> int:
+    characters = sum(len(text_of(message["content"])) for message in sample.messages)
+    return characters // CHARACTERS_PER_TOKEN + tokens_per_image * len(sample.images)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Prepares samples: text as tokens, pictures as cached features or as pixels."""
+
+    samples: Sequence[Sample]
+    processor: ChiasmProcessor
+    max_length: int | None
+    rows: Rows | None = None
+    skip_bad: bool = False
+
+    def batch(self, indices: Sequence[int], pool: ThreadPoolExecutor) -> tuple[Batch | None, dict[str, str]]:
+        """Samples as one batch, and the reasons of those that were left out by their ids.
+
+        Tokenizers are not safe in several threads, so only pictures are decoded in the pool.
+
+        Raises:
+            ValueError: a sample is unusable and `skip_bad` is not set.
+        """
+        skipped: dict[str, str] = {}
+        ready: list[tuple[int, Sample, dict[str, list[int]]]] = []
+        for index in indices:
+            try:
+                sample = self.samples[index]
+                ready.append((index, sample, encode_sample(sample, self.processor, self.max_length)))
+            except SampleError as error:
+                self._leave_out(error, skipped)
+        items = []
+        for (_, sample, tokens), pictures in zip(ready, pool.map(self._pictures, ready), strict=True):
+            if isinstance(pictures, SampleError):
+                self._leave_out(pictures, skipped)
+            else:
+                items.append(Item(sample.id, tokens, pictures, self.rows is not None))
+        return (collate(items, self.processor) if items else None), skipped
+
+    def _pictures(self, ready: tuple[int, Sample, dict[str, list[int]]]) -> Tensor | SampleError | None:
+        index, sample, _ = ready
+        try:
+            return load_pixels(sample, self.processor) if self.rows is None else self.rows.read(index, sample)
+        except SampleError as error:
+            return error
+
+    def _leave_out(self, error: SampleError, skipped: dict[str, str]) -> None:
+        if not self.skip_bad:
+            raise with_hint(error) from error
+        skipped[error.sample_id] = str(error)

@@ -1,0 +1,291 @@
+"""One stage of a run: an explicit loop over optimizer steps, with what stands before, between and after them.
+
+Written for one process. For several, each takes its share of a step's batches, and the count of supervised tokens is
+summed over them before the losses are divided by it (`StageRun._optimize`).
+"""
+
+import math
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chiasm.data.collation import Batch, load_pixels
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.schema import Sample
+from chiasm.data.splits import Subset
+from chiasm.fusion.adapters import merge_adapters, plain_name
+from chiasm.training.attention import fast_attention
+from chiasm.training.batches import WORKERS, Order, prefetch, seed_of
+from chiasm.training.checkpoint import TrainingError
+from chiasm.training.features import Rows, stage_features
+from chiasm.training.log import Reporter, peak_memory, plan_fields
+from chiasm.training.optimizer import StageOptimizer
+from chiasm.training.precision import autocast, choose_dtype, stage_precision
+from chiasm.training.run import Run
+from chiasm.training.schema import Stage
+from chiasm.training.source import Source, Survey, usable_samples
+from chiasm.training.stages import check_first_step, digests, enter, set_modes
+from chiasm.training.validation import Generate, Validator
+
+SPARE_PICTURES = 8
+NAMED = 8
+
+
+@dataclass
+class Context:
+    """What all stages of a run share. `trained`: plain names of the weights that any stage has changed so far."""
+
+    model: PreTrainedModel
+    processor: ChiasmProcessor
+    samples: Sequence[Sample]
+    survey: Survey
+    held_out: Sequence[Sample]
+    run: Run
+    reporter: Reporter
+    generate: Generate | None
+    closed_form: Callable[..., Any]
+    cache_root: Path | None
+    trained: set[str] = field(default_factory=set)
+
+
+class StageRun:
+    """One stage of a run, from the freeze plan to the model folder."""
+
+    def __init__(self, context: Context, number: int, stage: Stage) -> None:
+        self.context, self.number, self.stage = context, number, stage
+        self.model, self.log, self.reporter = context.model, context.run.log, context.reporter
+        self.device = self.model.device
+        self.dtype = choose_dtype(stage.dtype, self.device)
+        self.resumed = context.run.resumed_in(stage.name)
+        self.first_step = self.resumed.position.step if self.resumed is not None else 0
+        survey = context.survey
+        self.order = Order(survey.usable, survey.lengths if stage.group_by_length else None, stage, number)
+        self.num_steps = stage.num_steps(len(survey.usable))
+        self.originals: dict[str, Tensor] = {}
+
+    def run(self) -> None:
+        began = time.monotonic()
+        torch.manual_seed(seed_of(self.stage.seed, self.number))
+        self.plan = enter(self.model, self.stage)
+        self.reporter.plan(self.plan)
+        about = {"steps": self.num_steps, "objectives": self.stage.objective, "dtype": _name(self.dtype)}
+        self.log.write("plan", self.stage.name, self.first_step, **about, **plan_fields(self.plan))
+        self._prepare_data()
+        if self.stage.init == "closed_form" and self.resumed is None:
+            self._start_in_closed_form()
+        with ExitStack() as state:
+            self.originals = state.enter_context(stage_precision(self.model, self.dtype))
+            if "language" in self.plan.states:
+                state.enter_context(fast_attention(self.model.language, self.dtype))
+            self.optimizer = StageOptimizer(self.model, self.plan, self.stage, self.num_steps)
+            if self.resumed is not None:
+                restore(self.model, self.resumed.weights, self.originals)
+                self.optimizer.load_state_dict(self.resumed.optimizer)
+            self._loop()
+        self._finish(time.monotonic() - began)
+
+    def _loop(self) -> None:
+        """Steps from the first to the last, with what is due between them."""
+        pool = ThreadPoolExecutor(WORKERS)
+        task = self.reporter.task(f"stage {self.stage.name}", self.num_steps, self.first_step)
+        with pool as self.pool, task as self.task, closing(self._prefetched()) as ready:
+            if self.first_step == 0 and self.number == 0:
+                self._validate(0)
+            started = saved = time.monotonic()
+            for step, (batches, skipped) in enumerate(ready, self.first_step):
+                done = step + 1
+                loss, norm = self._optimize(step, batches)
+                self._log_step(step, batches, skipped, loss, norm, time.monotonic() - started)
+                if done == self.num_steps or (self.stage.validation.every and done % self.stage.validation.every == 0):
+                    self._validate(done)
+                if done < self.num_steps and self.stage.checkpoint_due(done, time.monotonic() - saved):
+                    self._save(done)
+                    saved = time.monotonic()
+                started = time.monotonic()
+
+    def _optimize(self, step: int, batches: list[Batch]) -> tuple[float, float]:
+        """One step over all batches of it, weighted by supervised tokens: k small batches equal one large one.
+
+        Returns:
+            Loss per supervised token, and the norm of the gradient.
+        """
+        torch.manual_seed(seed_of(self.stage.seed, self.number, step))
+        check = step == self.first_step
+        before = digests(self.model) if check else {}
+        supervised = sum(batch.supervised for batch in batches)
+        loss = 0.0
+        for batch in batches:
+            inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
+            with autocast(self.device, self.dtype):
+                share = self.model(**inputs, num_items_in_batch=supervised).loss
+            _refuse_infinite("loss", share.item(), self.stage.name, step, [batch])
+            share.backward()
+            loss += share.item()
+        norm = self.optimizer.step(step) if batches else 0.0
+        _refuse_infinite("gradient", norm, self.stage.name, step, batches)
+        if check and batches:
+            for warning in check_first_step(self.model, self.plan, before, self.optimizer.factor(step)):
+                self._warn(step + 1, warning)
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def _prefetched(self) -> Generator[tuple[list[Batch], dict[str, str]], None, None]:
+        return prefetch(self._batches, self.first_step, self.num_steps)
+
+    def _batches(self, step: int) -> tuple[list[Batch], dict[str, str]]:
+        """A step's batches, and the samples that were left out; runs in another thread, ahead of the steps."""
+        made = [self.source.batch(indices, self.pool) for indices in self.order.step(step)]
+        skipped = {sample: reason for _, reasons in made for sample, reason in reasons.items()}
+        return [batch for batch, _ in made if batch is not None], skipped
+
+    def _prepare_data(self) -> None:
+        context, stage = self.context, self.stage
+        self.features = stage_features(
+            self.model, context.processor, stage, self.plan, self.dtype, self.reporter, context.cache_root
+        )
+        rows = None
+        if self.features is not None:
+            rows = self.features.fill(context.samples, self.order.visited(self.num_steps))
+            self.features = self.features if rows is not None else None
+        self.source = self._source(context.samples, rows)
+        self.validator = None
+        held_out = usable_samples(context.held_out, stage.validation.samples, stage.skip_bad)
+        if held_out:
+            others = [context.samples[index] for index in context.survey.usable[:SPARE_PICTURES]]
+            self.validator = Validator(
+                self._source, held_out, others, stage.batch_size, stage.validation.answers, context.generate
+            )
+            if not self.validator.controlled and any(sample.images for sample in held_out):
+                self._warn(self.first_step, "no shuffled-image control: the data has no two different pictures")
+
+    def _source(self, samples: Sequence[Sample], rows: Rows | None = None) -> Source:
+        if rows is None and self.features is not None:
+            rows = self.features.fill(samples, range(len(samples)))
+        return Source(samples, self.context.processor, self._max_length(), rows, self.stage.skip_bad)
+
+    def _max_length(self) -> int | None:
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min((length for length in (self.stage.max_length, context) if length is not None), default=None)
+
+    def _start_in_closed_form(self) -> None:
+        started = time.monotonic()
+        samples = Subset(self.context.samples, self.context.survey.usable)
+        features_of = self.features.of if self.features is not None else self._encode
+        with self.reporter.task("closed-form start of the connector", 1) as task:
+            pictures = self.context.closed_form(self.model, self.context.processor.tokenizer, samples, features_of)
+            task.advance()
+        self.log.write(
+            "closed_form", self.stage.name, 0, pictures=pictures, seconds=round(time.monotonic() - started, 3)
+        )
+
+    @torch.no_grad()
+    def _encode(self, sample: Sample) -> Tensor:
+        pixels = load_pixels(sample, self.context.processor)
+        if pixels is None:
+            raise ValueError(f"sample {sample.id!r} has no picture to encode")
+        return self.model.encode_images(pixels.to(self.device))
+
+    def _validate(self, done: int) -> None:
+        if self.validator is None:
+            return
+        started = time.monotonic()
+        self.model.eval()
+        result = self.validator.run(self.model, self.dtype)
+        set_modes(self.model, self.plan)
+        self.log.write("validation", self.stage.name, done, **result, seconds=round(time.monotonic() - started, 3))
+        right, wrong = result["loss"], result["shuffled_loss"]
+        against = f", with wrong pictures {wrong:.4f}" if wrong is not None else ""
+        self.reporter.note(f"stage {self.stage.name}, step {done}: validation loss {right:.4f}{against}")
+        if done and wrong is not None and right >= wrong:
+            self._warn(
+                done, f"the pictures do not help: loss {right:.4f} with the right ones, {wrong:.4f} with wrong ones"
+            )
+
+    def _log_step(
+        self, step: int, batches: list[Batch], skipped: dict[str, str], loss: float, norm: float, seconds: float
+    ) -> None:
+        samples, tokens = sum(len(b.ids) for b in batches), sum(b.tokens for b in batches)
+        for sample, reason in skipped.items():
+            self.log.write("skipped", self.stage.name, step + 1, id=sample, reason=reason)
+        self.log.write(
+            "step",
+            self.stage.name,
+            step + 1,
+            loss=loss if batches else None,
+            lr=self.optimizer.rates(step),
+            grad_norm=norm,
+            samples=samples,
+            skipped=len(skipped),
+            supervised_tokens=sum(b.supervised for b in batches),
+            samples_per_second=round(samples / seconds, 3),
+            tokens_per_second=round(tokens / seconds, 1),
+            peak_memory_bytes=peak_memory(self.device),
+        )
+        self.task.advance(1, f"loss {loss:.4f}, {samples / seconds:.1f} samples/s")
+
+    def _warn(self, done: int, text: str) -> None:
+        self.log.write("warning", self.stage.name, done, text=text)
+        self.reporter.note(f"warning: stage {self.stage.name}: {text}")
+
+    def _save(self, done: int) -> None:
+        weights = self._weights()
+        self.context.run.save(
+            self.stage.name, done, False, weights, self.optimizer.state_dict(), self.stage.keep_checkpoints
+        )
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Everything that this stage or an earlier one trains; of frozen weights the originals, not the copies."""
+        return {
+            name: self.originals.get(name, parameter.data)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad or plain_name(name) in self.context.trained
+        }
+
+    def _finish(self, seconds: float) -> None:
+        """Merges adapters, and writes the stage's last checkpoint and its model folder."""
+        run, trained = self.context.run, self.context.trained
+        trained |= set(self.plan.trainable) | set(merge_adapters(self.model))
+        self.model.requires_grad_(False).eval()
+        self.originals = {}
+        self.log.write("stage_end", self.stage.name, self.num_steps, seconds=round(seconds, 3))
+        run.save(self.stage.name, self.num_steps, True, self._weights(), {}, self.stage.keep_checkpoints)
+        run.save_model(self.stage.name, self.model, self.context.processor)
+
+
+@torch.no_grad()
+def restore(model: PreTrainedModel, weights: dict[str, Tensor], originals: dict[str, Tensor]) -> None:
+    """Puts a checkpoint's weights into the model, and into the originals of frozen copies.
+
+    Raises:
+        ValueError: the model has no weight of that name, or another shape.
+    """
+    parameters = dict(model.named_parameters())
+    for name, tensor in weights.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ValueError(f"the checkpoint's weight {name} {tuple(tensor.shape)} does not fit this model")
+        parameters[name].data.copy_(tensor)
+        if name in originals:
+            originals[name].copy_(tensor)
+
+
+def _refuse_infinite(what: str, value: float, stage: str, step: int, batches: list[Batch]) -> None:
+    if math.isfinite(value):
+        return
+    ids = [sample for batch in batches for sample in batch.ids]
+    listed = ", ".join(ids[:NAMED]) + (f" and {len(ids) - NAMED} more" if len(ids) > NAMED else "")
+    raise TrainingError(
+        f"stage {stage!r}, step {step + 1}: the {what} is {value} on the samples {listed}; "
+        "lower lr, or look at these samples"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

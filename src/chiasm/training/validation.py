@@ -1,0 +1,122 @@
+"""Validation with its control: the same questions about a wrong picture must be harder, or nothing was seen."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from chiasm.data.collation import Batch
+from chiasm.data.schema import ImageError, Sample
+from chiasm.training.precision import autocast
+from chiasm.training.source import Source
+
+Generate = Callable[[list[list[dict]], list[list[Image.Image]]], list[str]]
+
+
+class Validator:
+    """Held-out samples as batches, once with their own pictures and once with wrong ones."""
+
+    def __init__(
+        self,
+        source: Callable[[Sequence[Sample]], Source],
+        samples: Sequence[Sample],
+        others: Sequence[Sample],
+        batch_size: int,
+        num_answers: int,
+        generate: Generate | None,
+    ) -> None:
+        """
+        Args:
+            source: prepares samples as training does.
+            samples: the held-out samples.
+            others: more samples whose pictures may serve as wrong ones.
+        """
+        swapped = with_wrong_pictures(samples, others)
+        kept = [index for index, sample in enumerate(swapped) if sample is not None]
+        self.controlled = any(samples[index].images for index in kept)
+        if self.controlled:
+            samples = [samples[index] for index in kept]
+        self.right = _batches(source(samples), batch_size)
+        self.wrong = _batches(source([s for s in swapped if s is not None]), batch_size) if self.controlled else []
+        self.asked = list(samples[:num_answers]) if generate is not None else []
+        self.generate = generate
+        self.num_samples = len(samples)
+
+    def run(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+        """The validation's fields in the log."""
+        result: dict[str, Any] = {"loss": mean_loss(model, self.right, dtype), "samples": self.num_samples}
+        result["shuffled_loss"] = mean_loss(model, self.wrong, dtype) if self.controlled else None
+        result["answers"] = self._answers(model, dtype)
+        return result
+
+    def _answers(self, model: nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:
+        if self.generate is None or not self.asked:
+            return []
+        images = [[ref.load() for ref in sample.images] for sample in self.asked]
+        with autocast(next(model.parameters()).device, dtype):
+            given = self.generate([sample.prompt for sample in self.asked], images)
+        return [
+            {
+                "id": sample.id,
+                "question": sample.question,
+                "answer": answer,
+                "expected": sample.answer,
+                "correct": _plain(answer) == _plain(sample.answer),
+            }
+            for sample, answer in zip(self.asked, given, strict=True)
+        ]
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Batch], dtype: torch.dtype) -> float:
+    """Loss per supervised token over all batches."""
+    device = next(model.parameters()).device
+    total = sum(batch.supervised for batch in batches)
+    loss = 0.0
+    for batch in batches:
+        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        with autocast(device, dtype):
+            loss += model(**inputs, num_items_in_batch=total, return_logits=False).loss.item()
+    return loss
+
+
+def with_wrong_pictures(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample | None]:
+    """Every sample with as many pictures of another one, none of which is its own; None where there is no such other.
+
+    Samples without pictures stay as they are.
+    """
+    pool = [*samples, *others]
+    keys = [_keys(sample) for sample in pool]
+    swapped: list[Sample | None] = []
+    for index, sample in enumerate(samples):
+        turned = [*range(index + 1, len(pool)), *range(index)]
+        donors = (
+            pool[other]
+            for other in turned
+            if len(pool[other].images) == len(sample.images) and not keys[other] & keys[index]
+        )
+        donor = next(donors, None) if sample.images else sample
+        swapped.append(replace(sample, images=donor.images) if donor is not None else None)
+    return swapped
+
+
+def _keys(sample: Sample) -> set[str]:
+    try:
+        return {ref.key() for ref in sample.images}
+    except ImageError:
+        return set()
+
+
+def _batches(source: Source, size: int) -> list[Batch]:
+    with ThreadPoolExecutor(4) as pool:
+        starts = range(0, len(source.samples), size)
+        made = (source.batch(range(s, min(s + size, len(source.samples))), pool)[0] for s in starts)
+        return [batch for batch in made if batch is not None]
+
+
+def _plain(answer: str) -> str:
+    return answer.strip().rstrip(".!").strip().casefold()

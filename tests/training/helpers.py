@@ -1,0 +1,63 @@
+"""A tiny connected model, colour pictures with a question each, and recipes that take a second."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import chiasm
+import tiny
+from chiasm.data.schema import ImageRef, Sample
+from chiasm.training.trainer import TrainResult, train
+from chiasm.vision.image_processor import ChiasmImageProcessor
+
+COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "grey": (120, 120, 120)}
+SETTINGS = {"batch_size": 4, "dtype": "float32", "validation": {"samples": 0}, "checkpoint_every": 2}
+FROZEN = {"vision": "frozen", "connector": "frozen", "language": "frozen"}
+
+
+def vlm(language: str = "llama", vision: str = "clip", connector: Any = "mlp") -> chiasm.VLM:
+    """A tiny connected model, always with the same weights."""
+    pictures = ChiasmImageProcessor(30, [0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+    return chiasm.connect(
+        tiny.vision(vision), tiny.language(language), connector, tokenizer=tiny.tokenizer(), image_processor=pictures
+    )
+
+
+def sample(index: int, images: int = 1) -> Sample:
+    """A question about `images` pictures of one colour."""
+    name, colour = list(COLOURS.items())[index % len(COLOURS)]
+    tint = tuple(min(255, channel + index) for channel in colour)
+    pictures = [Image.new("RGB", (30 + index % 3, 30), tint) for _ in range(images)]
+    parts = [{"type": "image"}] * images + [{"type": "text", "text": "colour" + "?" * (index % 5)}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": name}]
+    return Sample(f"s{index}", messages, [ImageRef.of(picture, f"picture {index}") for picture in pictures])
+
+
+def samples(count: int = 20) -> list[Sample]:
+    """Samples with one picture, two, or none."""
+    return [sample(index, images=2 if index % 7 == 3 else 0 if index % 7 == 5 else 1) for index in range(count)]
+
+
+def stage(name: str = "align", **settings: Any) -> dict[str, Any]:
+    """A stage that tunes the connector, for four steps."""
+    parts = {"parts": {**FROZEN, "connector": {"tune": "full", "lr": 1e-2}}}
+    return {"name": name, "steps": 4, **SETTINGS, **parts, **settings}
+
+
+LORA = {**FROZEN, "connector": {"tune": "full", "lr": 1e-2}, "language": {"tune": "lora", "lr": 1e-2, "rank": 4}}
+TWO_STAGES = {"stages": [stage(), stage("instruct", steps=5, accumulate=2, parts=LORA)]}
+
+
+def run(folder: Path, recipe: Any, model: chiasm.VLM | None = None, data: Any = None, **options: Any) -> TrainResult:
+    """`train` on the tiny model with a cache of its own, quietly."""
+    model = model or vlm()
+    options = {"cache_root": folder.parent / "features", "quiet": True} | options
+    data = samples() if data is None else data
+    return train(recipe, model.model, model.processor, data, folder, **options)
+
+
+def weights(model: chiasm.VLM) -> dict[str, torch.Tensor]:
+    """A copy of every weight."""
+    return {name: tensor.clone() for name, tensor in model.model.state_dict().items()}

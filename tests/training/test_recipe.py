@@ -1,0 +1,140 @@
+"""Recipes: what is read, what is refused, and that a refusal names file, line and key in one line."""
+
+from pathlib import Path
+
+import helpers
+import pytest
+
+from chiasm.training.recipe import RecipeError, apply_overrides, load_recipe, to_yaml
+
+TEXT = """\
+batch_size: 8
+stages:
+  - name: align
+    lr: 1e-3
+    parts: {vision: frozen, connector: full, language: frozen}
+  - name: instruct
+    steps: 10
+    batch_size: 2
+    parts:
+      vision: frozen
+      connector: {tune: full, lr: 2e-5}
+      language: {tune: lora, lr: 2e-4, rank: 8}
+    validation: {every: 5}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_stages_inherit_from_the_top_and_override_it(tmp_path: Path) -> None:
+    align, instruct = load_recipe(write(tmp_path, "validation: {samples: 7}\n" + TEXT)).stages
+    assert (align.batch_size, instruct.batch_size) == (8, 2)
+    assert (align.validation.samples, align.validation.every) == (7, None)
+    assert (instruct.validation.samples, instruct.validation.every) == (7, 5)
+    assert align.parts["connector"].lr == 1e-3 and align.parts["vision"].lr is None
+    assert instruct.parts["language"].rank == 8 and instruct.parts["language"].targets == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (
+            "batch_size: 2",
+            "batch_sise: 2",
+            "recipe.yaml:8: stages.instruct.batch_sise: unknown key; did you mean 'batch_siz",
+        ),
+        ("rank: 8", "rnk: 8", "recipe.yaml:12: stages.instruct.parts.language.rnk: unknown key; did you mean 'rank'"),
+        (
+            "{every: 5}",
+            "{each: 5}",
+            "recipe.yaml:13: stages.instruct.validation.each: unknown key; known keys are",
+        ),
+        ("batch_size: 8", "batch_size: -1", "recipe.yaml:1: batch_size: -1: should be greater than 0"),
+        (
+            "tune: lora",
+            "tune: laura",
+            "recipe.yaml:12: stages.instruct.parts.language.tune: 'laura': should be",
+        ),
+        ("  - name: align\n", "  -\n", "stages.0.name: this key is missing"),
+        ("name: instruct", "name: align", "two stages are named 'align'"),
+        ("name: instruct", "name: model", "recipe.yaml:6: stages.model.name: 'model' is a folder of every run"),
+        ("steps: 10", "steps: 10\n    epochs: 2", "epochs and steps contradict each other"),
+        ("steps: 10", "steps: 10\n    steps: 2", "recipe.yaml:8: stages.1.steps: this key stands here twice"),
+        ("vision: frozen\n", "vision: {tune: frozen, rank: 3}\n", "tune: frozen takes no 'rank'"),
+        ("vision: frozen\n", "vision: {tune: full}\n", "tune: full needs an lr, here or at the stage"),
+        ("vision: frozen\n", "eyes: frozen\n", "'eyes' is no part; parts are vision, connector, language"),
+        ("steps: 10", "steps: 10\n    checkpoint_every: often", "'often' is neither a number of steps nor a time"),
+        ("stages:", "stages: [", "recipe.yaml:"),
+    ],
+)
+def test_a_refusal_is_one_line_with_the_place(tmp_path: Path, before: str, after: str, expected: str) -> None:
+    assert before in TEXT
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path, TEXT.replace(before, after, 1) if after != "stages: [" else "stages: ["))
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_overrides_reach_one_stage_or_all_of_them(tmp_path: Path) -> None:
+    overrides = [
+        "batch_size=4",
+        "stages.align.steps=3",
+        "stages.instruct.parts.connector.lr=5e-5",
+        "validation.samples=2",
+    ]
+    align, instruct = load_recipe(write(tmp_path, TEXT), overrides).stages
+    assert (align.batch_size, instruct.batch_size) == (4, 4)
+    assert (align.steps, align.epochs, instruct.steps) == (3, None, 10)
+    assert instruct.parts["connector"].lr == 5e-5
+    assert instruct.validation.samples == 2 and instruct.validation.every == 5
+    again = apply_overrides(load_recipe(write(tmp_path, TEXT)), overrides)
+    assert again == load_recipe(write(tmp_path, TEXT), overrides)
+
+
+def test_an_override_of_the_length_replaces_any_other() -> None:
+    recipe = load_recipe({"epochs": 2, "stages": [helpers.stage(steps=9)]}, ["samples=100"])
+    assert (recipe.stages[0].samples, recipe.stages[0].steps, recipe.stages[0].epochs) == (100, None, None)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stages.nowhere.steps=1", "no stage is named 'nowhere'; there are align, instruct"),
+        (
+            "stages.align.stepz=1",
+            "override 'stages.align.stepz=1': stages.align.stepz: unknown key; did you mean",
+        ),
+        ("batch_size", "expected key=value"),
+        ("batch_size=many", "override 'batch_size=many': batch_size: 'many': should be a valid integer"),
+    ],
+)
+def test_a_wrong_override_is_named(tmp_path: Path, override: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path, TEXT), [override])
+    assert expected in str(error.value)
+
+
+def test_a_recipe_is_written_so_that_it_reads_the_same(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, TEXT))
+    (tmp_path / "again.yaml").write_text(to_yaml(recipe))
+    assert load_recipe(tmp_path / "again.yaml").stages == recipe.stages
+
+
+def test_the_length_of_a_stage_in_steps() -> None:
+    def steps(**settings: float) -> int:
+        settings = {"batch_size": 4, "accumulate": 2, **settings}
+        return load_recipe({"stages": [{**helpers.stage(), "steps": None, **settings}]}).stages[0].num_steps(21)
+
+    assert steps() == steps(epochs=1) == 3
+    assert steps(epochs=2) == 6 and steps(epochs=0.4) == 2
+    assert steps(steps=7) == 7
+    assert steps(samples=17) == 3
+
+
+def test_own_recipes_are_found_by_name_and_others_are_listed() -> None:
+    assert [stage.name for stage in load_recipe("llava").stages] == ["align", "instruct"]
+    with pytest.raises(RecipeError, match=r"'lava' is neither a file nor one of Chiasm's own \(.*llava"):
+        load_recipe("lava")
