@@ -19,6 +19,7 @@ from chiasm.training.schema import Stage
 from chiasm.training.stages import FreezePlan
 
 ENCODE_BATCH = 32
+HINT = "chiasm data check lists every such sample; skip_bad: true leaves them out"
 WORTH_COMPILING = 2000
 """From so many pictures on, a compiled encoder makes up for the time that compiling takes."""
 
@@ -87,7 +88,7 @@ class Features:
 
     def _bad(self, error: SampleError) -> None:
         if not self.stage.skip_bad:
-            raise error
+            raise with_hint(error) from error
 
     def _encode_missing(self, missing: Missing) -> None:
         """Encodes pictures into the cache; decoding runs ahead in threads."""
@@ -159,6 +160,11 @@ class Rows:
                 sample.id, [Problem("broken picture", self.bad.get(index, "a picture cannot be decoded"))]
             )
         return self.cache.read([row for row in rows if row is not None]) if rows else None
+
+
+def with_hint(error: SampleError) -> ValueError:
+    """The error that stops a run, with what to do about it."""
+    return ValueError(f"{error}; {HINT}")
 
 
 def stage_features(

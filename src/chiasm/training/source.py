@@ -10,12 +10,11 @@ from torch import Tensor
 from chiasm.data.collation import Batch, Item, collate, encode_sample, load_pixels
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import Sample, SampleError, text_of
-from chiasm.training.features import Rows
+from chiasm.training.features import Rows, with_hint
 from chiasm.training.fingerprint import sample_fingerprint
 from chiasm.training.log import Reporter
 
 CHARACTERS_PER_TOKEN = 4
-HINT = "chiasm data check lists every such sample; skip_bad: true leaves them out"
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,6 @@ def usable_samples(samples: Sequence[Sample], at_most: int, skip_bad: bool) -> l
             if not skip_bad:
                 raise with_hint(error) from error
     return chosen
-
-
-def with_hint(error: SampleError) -> ValueError:
-    return ValueError(f"{error}; {HINT}")
 
 
 def _length(sample: Sample, tokens_per_image: int) -> int:

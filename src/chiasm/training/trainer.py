@@ -19,12 +19,13 @@ from chiasm.data.schema import Sample, SampleError
 from chiasm.data.splits import hold_out
 from chiasm.fusion.adapters import plain_name
 from chiasm.training.closed_form import closed_form as closed_form_start
+from chiasm.training.features import with_hint
 from chiasm.training.fingerprint import model_fingerprint
 from chiasm.training.log import Reporter
 from chiasm.training.recipe import load_recipe
 from chiasm.training.run import LOG, MODEL, fingerprint_of, open_run
 from chiasm.training.schema import Recipe
-from chiasm.training.source import survey, with_hint
+from chiasm.training.source import survey
 from chiasm.training.stage_run import Context, StageRun, restore
 from chiasm.training.validation import Generate
 

@@ -1,0 +1,204 @@
+"""A run that was killed, at any moment and any number of times, ends with the bits of the run that never was."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from filelock import FileLock
+
+import chiasm
+from chiasm.training import checkpoint, stage_run
+from chiasm.training.checkpoint import TrainingError
+from chiasm.training.log import read_log
+
+DROPOUT = {**helpers.LORA, "language": {**helpers.LORA["language"], "dropout": 0.2}}
+RECIPE = {
+    "checkpoint_every": 1,
+    "validation": {"samples": 4, "every": 4},
+    "stages": [
+        helpers.stage("align", steps=6, accumulate=2, checkpoint_every=1, validation={"samples": 4}),
+        helpers.stage("lora", steps=8, accumulate=2, parts=DROPOUT, checkpoint_every=3, dtype="bfloat16"),
+        helpers.stage("again", steps=4, parts=DROPOUT, checkpoint_every=1),
+    ],
+}
+
+
+class Killed(BaseException):
+    """Stands for a kill within this process: nothing catches it."""
+
+
+def outcome(folder: Path) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    log = [event for event in read_log(folder / "log.jsonl") if event["event"] in ("step", "validation", "stage_end")]
+    told = [
+        [event["event"], event["stage"], event["step"], event.get("loss"), event.get("shuffled_loss")] for event in log
+    ]
+    return told, helpers.weights(chiasm.load(folder / "model"))
+
+
+def assert_same(folder: Path, reference: Path) -> None:
+    (told, ours), (expected, theirs) = outcome(folder), outcome(reference)
+    assert told == expected
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    helpers.run(folder, RECIPE)
+    return folder
+
+
+@pytest.mark.parametrize("dies_at", [1, 5, 6, 7, 9, 10, 14, 16, 18])
+def test_a_run_goes_on_bit_for_bit(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int
+) -> None:
+    done = 0
+    optimize = stage_run.StageRun._optimize
+
+    def dying(self: Any, step: int, batches: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == dies_at:
+            raise Killed
+        return optimize(self, step, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_run.StageRun, "_optimize", dying)
+        with pytest.raises(Killed):
+            helpers.run(tmp_path / "run", RECIPE)
+    helpers.run(tmp_path / "run", RECIPE)
+    assert_same(tmp_path / "run", reference)
+
+
+KILLABLE = "import sys, pathlib, helpers, test_resume; helpers.run(pathlib.Path(sys.argv[1]), test_resume.RECIPE)"
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments(tmp_path: Path, reference: Path) -> None:
+    folder, dice = tmp_path / "run", random.Random(time.time_ns())
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    kills = 0
+    while True:
+        started = (folder / "log.jsonl").stat().st_size if (folder / "log.jsonl").exists() else 0
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLABLE, str(folder)], env=environment, stderr=subprocess.PIPE
+        )
+        while kills < 3 and process.poll() is None:
+            log = folder / "log.jsonl"
+            if log.exists() and log.stat().st_size != started:
+                time.sleep(dice.uniform(0, 0.6))
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        _, error = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error.decode()
+        kills += 1
+    assert kills > 0
+    assert_same(folder, reference)
+
+
+def test_the_newest_checkpoint_may_be_torn(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_step = stage_run.StageRun._log_step
+
+    def dying(self: Any, step: int, *rest: Any) -> None:
+        if (self.stage.name, step) == ("align", 4):
+            raise Killed
+        log_step(self, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_run.StageRun, "_log_step", dying)
+        with pytest.raises(Killed):
+            helpers.run(tmp_path / "run", RECIPE)
+    torn = tmp_path / "run" / "checkpoints" / "align-4" / "optimizer.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-9])
+    result = helpers.run(tmp_path / "run", RECIPE)
+    assert_same(tmp_path / "run", reference)
+    notes = [event["text"] for event in read_log(result.log) if event["event"] == "note"]
+    assert notes == ["checkpoint align-4 is ignored: optimizer.safetensors is not what was written"]
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    recipe = {"stages": [helpers.stage(), helpers.stage("more", parts=helpers.LORA)]}
+    helpers.run(tmp_path / "run", recipe)
+    before = outcome(tmp_path / "run")
+    model = helpers.vlm()
+    helpers.run(tmp_path / "run", recipe, model)
+    after = outcome(tmp_path / "run")
+    assert before[0] == after[0]
+    final = helpers.weights(model)
+    assert all(torch.equal(final[name], tensor) for name, tensor in before[1].items())
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("recipe", r"stages\.align\.batch_size was 4, is 2"),
+        ("data", "the data is not the same"),
+        ("model", "the model is not the same"),
+    ],
+)
+def test_another_recipe_data_or_model_is_refused(tmp_path: Path, change: str, told: str) -> None:
+    recipe = {"stages": [helpers.stage()]}
+    helpers.run(tmp_path / "run", recipe)
+    other: dict[str, Any] = {}
+    if change == "recipe":
+        other["overrides"] = ["batch_size=2"]
+    if change == "data":
+        other["data"] = [*helpers.samples(), helpers.sample(33)]
+    if change == "model":
+        other["model"] = helpers.vlm()
+        other["model"].model.connector.output.bias.data.add_(1)
+    with pytest.raises(ValueError, match=rf"holds another run: {told}\. Restore that .* --no-resume"):
+        helpers.run(tmp_path / "run", recipe, **other)
+    helpers.run(tmp_path / "run", recipe, resume=False, **other)
+
+
+def test_settings_without_effect_on_weights_may_change(tmp_path: Path) -> None:
+    recipe = {"stages": [helpers.stage()]}
+    helpers.run(tmp_path / "run", recipe)
+    helpers.run(tmp_path / "run", recipe, overrides=["checkpoint_every=1h", "keep_checkpoints=5"])
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"is not empty and holds no run \(found thesis\.tex\)"):
+        helpers.run(tmp_path / "run", {"stages": [helpers.stage()]})
+
+
+def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(ValueError, match="another process is training in"):
+        helpers.run(tmp_path / "run", {"stages": [helpers.stage()]})
+
+
+def test_a_full_disk_leaves_a_run_that_goes_on(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    save_file, written = checkpoint.save_file, 0
+
+    def full(tensors: dict, path: Path) -> None:
+        nonlocal written
+        written += 1
+        if written == 9:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(TrainingError, match="the disk is full"):
+            helpers.run(tmp_path / "run", RECIPE)
+    helpers.run(tmp_path / "run", RECIPE)
+    assert_same(tmp_path / "run", reference)

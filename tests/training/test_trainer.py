@@ -1,0 +1,238 @@
+"""Whole runs on a tiny model: who changes, who does not, what is written, and what stops a run."""
+
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import chiasm
+from chiasm.data.schema import ImageRef, Sample
+from chiasm.training.checkpoint import TrainingError
+from chiasm.training.log import read_log
+from chiasm.training.recipe import load_recipe
+
+FULL = {**helpers.FROZEN, "connector": {"tune": "full", "lr": 1e-2}}
+
+
+def events(result: helpers.TrainResult, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_log(result.log) if event["event"] == kind]
+
+
+def losses(result: helpers.TrainResult) -> list[tuple[str, int, float]]:
+    return [(event["stage"], event["step"], event["loss"]) for event in events(result, "step")]
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("part", ["connector", "language", "vision"])
+def test_one_step_changes_exactly_the_parts_that_are_tuned(tmp_path: Path, part: str, dtype: str) -> None:
+    model = helpers.vlm()
+    before = helpers.weights(model)
+    parts = {**helpers.FROZEN, part: {"tune": "full", "lr": 1e-2}}
+    result = helpers.run(tmp_path / "run", {"stages": [helpers.stage(steps=1, parts=parts, dtype=dtype)]}, model)
+    unused = {f"vision.{name}" for name in model.model.vision.unused_parameters()}
+    expected = {name for name, _ in model.model.named_parameters() if name.startswith(f"{part}.")} - unused
+    assert changed(before, helpers.weights(model)) == expected
+    warned = [event["text"] for event in events(result, "warning")]
+    assert len(warned) == (1 if part == "vision" else 0) and all("got no gradient" in text for text in warned)
+
+
+def test_lora_changes_its_targets_and_leaves_no_trace_of_itself(tmp_path: Path) -> None:
+    model = helpers.vlm()
+    before = helpers.weights(model)
+    plan = {"tune": "lora", "lr": 1e-2, "rank": 2, "targets": ["q_proj", "down_proj"]}
+    recipe = {"stages": [helpers.stage(steps=2, parts={**helpers.FROZEN, "language": plan}, dtype="bfloat16")]}
+    helpers.run(tmp_path / "run", recipe, model)
+    names = changed(before, helpers.weights(model))
+    assert len(names) == 2 * 3 and all(".q_proj." in name or ".down_proj." in name for name in names)
+    assert model.model.config.adapters is None and all(p.requires_grad for p in model.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_stage_is_a_model_folder_and_the_last_is_the_result(tmp_path: Path, dtype: str) -> None:
+    model = helpers.vlm()
+    result = helpers.run(tmp_path / "run", helpers.TWO_STAGES, model, overrides=[f"dtype={dtype}"])
+    final = helpers.weights(model)
+    for folder in (result.model, result.stages["instruct"]):
+        assert changed(final, helpers.weights(chiasm.load(folder))) == set()
+    align = helpers.weights(chiasm.load(result.stages["align"]))
+    assert all(name.startswith("connector.") for name in changed(helpers.weights(helpers.vlm()), align))
+    picture = helpers.sample(0).images[0].load()
+    assert chiasm.load(result.model).chat(picture, "colour", max_new_tokens=4) == model.chat(
+        picture, "colour", max_new_tokens=4
+    )
+
+
+def test_the_log_says_what_happened(tmp_path: Path) -> None:
+    recipe = {"stages": [helpers.stage(validation={"samples": 4, "every": 3, "answers": 2})]}
+    model = helpers.vlm()
+
+    def generate(messages: list, images: list) -> list[str]:
+        return model.generate(messages, images, max_new_tokens=2)
+
+    result = helpers.run(tmp_path / "run", recipe, model, data=helpers.samples(60), generate=generate)
+    plan = events(result, "plan")[0]
+    assert plan["parts"] == {"vision": "frozen", "connector": "full, lr 0.01", "language": "frozen"}
+    assert plan["trainable"] == sum(p.numel() for p in model.model.connector.parameters()) and plan["steps"] == 4
+    steps = events(result, "step")
+    assert [event["step"] for event in steps] == [1, 2, 3, 4]
+    assert {"loss", "lr", "grad_norm", "samples_per_second", "tokens_per_second", "supervised_tokens"} <= set(steps[0])
+    assert steps[0]["peak_memory_bytes"] > 1e6 and steps[0]["lr"] == {"connector": 0.01}
+    validations = events(result, "validation")
+    assert [event["step"] for event in validations] == [0, 3, 4]
+    assert validations[0]["loss"] != validations[0]["shuffled_loss"]
+    answer = validations[-1]["answers"][0]
+    assert set(answer) == {"id", "question", "answer", "expected", "correct"} and answer["expected"] in helpers.COLOURS
+    assert events(result, "stage_end")[0]["seconds"] > 0
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").stages == load_recipe(recipe).stages
+
+
+def test_learning_beats_the_shuffled_control(tmp_path: Path) -> None:
+    parts = {**FULL, "language": {"tune": "full", "lr": 1e-2}}
+    recipe = {"stages": [helpers.stage(steps=60, parts=parts, batch_size=8, validation={"samples": 8})]}
+    data = [helpers.sample(index) for index in range(48)]
+    result = helpers.run(tmp_path / "run", recipe, data=data[8:], validation_samples=data[:8])
+    last = events(result, "validation")[-1]
+    assert last["loss"] < 0.5 < last["shuffled_loss"] and not events(result, "warning")
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
+    data = [
+        helpers.sample(index, images=index % 3) for index in range(7)
+    ]  # a last batch that is smaller, and different numbers of supervised tokens
+    outcome = []
+    for size, accumulate in [(7, 1), (2, 4)]:
+        model = helpers.vlm()
+        recipe = {"stages": [helpers.stage(steps=2, parts=FULL, batch_size=size, accumulate=accumulate, warmup=0)]}
+        result = helpers.run(tmp_path / str(size), recipe, model, data=data)
+        outcome.append(
+            (losses(result), [event["grad_norm"] for event in events(result, "step")], model.model.connector)
+        )
+    (large, norms, one), (small, other_norms, other) = outcome
+    assert large[0][2] == pytest.approx(small[0][2], rel=1e-6) and norms == pytest.approx(other_norms, rel=1e-4)
+    for name, parameter in one.named_parameters():
+        torch.testing.assert_close(parameter, other.get_parameter(name), rtol=1e-4, atol=1e-6)
+
+
+def test_cached_features_give_the_losses_of_pixels(tmp_path: Path) -> None:
+    runs = [
+        helpers.run(tmp_path / str(cached), helpers.TWO_STAGES, overrides=[f"cache_features={str(cached).lower()}"])
+        for cached in (True, False)
+    ]
+    cached, pixels = ([loss for *_, loss in losses(run)] for run in runs)
+    assert cached == pytest.approx(pixels, rel=1e-4)
+    keys = list((tmp_path / "features").glob("*/keys.bin"))
+    assert len(keys) == 1 and keys[0].stat().st_size > 0
+
+
+def test_a_run_is_a_function_of_its_seed(tmp_path: Path) -> None:
+    first, again, other = (
+        losses(helpers.run(tmp_path / name, helpers.TWO_STAGES, overrides=[f"seed={seed}"]))
+        for name, seed in [("a", 0), ("b", 0), ("c", 1)]
+    )
+    assert first == again != other
+
+
+def test_the_callers_random_numbers_are_left_alone(tmp_path: Path) -> None:
+    model = helpers.vlm()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    helpers.run(tmp_path / "run", {"stages": [helpers.stage(steps=1)]}, model)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_frozen_bfloat16_copies_never_reach_the_disk(tmp_path: Path) -> None:
+    recipe = {"stages": [helpers.stage(dtype="bfloat16"), helpers.stage("again", parts=helpers.LORA, dtype="bfloat16")]}
+    helpers.run(tmp_path / "run", recipe, overrides=["checkpoint_every=1", "keep_checkpoints=50"])
+    for file in (tmp_path / "run" / "checkpoints").glob("*/weights.safetensors"):
+        assert all(tensor.dtype == torch.float32 for tensor in load_file(file).values())
+
+
+def test_a_half_precision_checkpoint_stays_one(tmp_path: Path) -> None:
+    model = helpers.vlm()
+    model.model.to(torch.bfloat16)
+    before = helpers.weights(model)
+    result = helpers.run(tmp_path / "run", {"stages": [helpers.stage(steps=2, dtype="bfloat16")]}, model)
+    after = helpers.weights(model)
+    assert {tensor.dtype for name, tensor in after.items() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert {name.split(".")[0] for name in changed(before, after)} == {"connector"}
+    assert changed(after, helpers.weights(chiasm.load(result.model))) == set()
+
+
+def test_text_alone_trains(tmp_path: Path) -> None:
+    parts = {**FULL, "language": {"tune": "full", "lr": 1e-2}}
+    data = [helpers.sample(index, images=0) for index in range(8)]
+    result = helpers.run(tmp_path / "run", {"stages": [helpers.stage(parts=parts)]}, data=data)
+    assert losses(result)[-1][2] < losses(result)[0][2]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tmp_path: Path) -> None:
+    model = helpers.vlm()
+    model.model.connector.output.weight.data.fill_(float("inf"))
+    with pytest.raises(TrainingError, match=r"step 1: the loss is nan on the samples s\d+, s\d+") as error:
+        helpers.run(tmp_path / "run", {"stages": [helpers.stage()]}, model, data=helpers.samples(4))
+    assert "\n" not in str(error.value)
+
+
+def broken(kind: str, folder: Path) -> Sample:
+    good = helpers.sample(3, images=1)
+    if kind == "picture":
+        (folder / "broken.jpg").write_bytes(b"not a picture")
+        return Sample("bad", good.messages, [ImageRef.of(folder / "broken.jpg")])
+    if kind == "missing":
+        return Sample("bad", good.messages, [ImageRef.of(folder / "nowhere.jpg")])
+    if kind == "count":
+        return Sample("bad", good.messages, [])
+    if kind == "answer":
+        return Sample("bad", good.messages[:1], good.images)
+    long = [{"role": "user", "content": "word " * 900}, good.messages[1]]
+    return Sample("bad", long, [])
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("kind", ["picture", "missing", "count", "answer", "long"])
+def test_a_bad_sample_stops_the_run_by_name_or_is_skipped_and_counted(tmp_path: Path, kind: str, cached: bool) -> None:
+    data = [*helpers.samples(6), broken(kind, tmp_path)]
+    recipe = {"stages": [helpers.stage(steps=None, epochs=1, cache_features=cached)]}
+    with pytest.raises(ValueError, match=r"sample 'bad': .*; chiasm data check lists every such sample") as error:
+        helpers.run(tmp_path / "run", recipe, data=data)
+    assert "\n" not in str(error.value)
+    result = helpers.run(tmp_path / "run", recipe, data=data, overrides=["skip_bad=true"])
+    known = len(events(result, "start")[0]["bad"])
+    skipped = [event["id"] for event in events(result, "skipped")]
+    assert (known, skipped) in [(1, []), (0, ["bad"])]
+    assert sum(event["samples"] for event in events(result, "step")) == 6
+
+
+def test_closed_form_is_asked_once_with_features(tmp_path: Path) -> None:
+    asked = []
+
+    def closed_form(model: Any, tokenizer: Any, samples: Any, features_of: Any) -> int:
+        asked.append([features_of(sample).shape for sample in samples if sample.images])
+        model.connector.output.bias.data.fill_(3.0)
+        return len(asked[0])
+
+    for cached in (True, False):
+        recipe = {"stages": [helpers.stage(steps=1, lr=1e-6, init="closed_form", cache_features=cached)]}
+        model = helpers.vlm()
+        result = helpers.run(tmp_path / str(cached), recipe, model, data=helpers.samples(8), closed_form=closed_form)
+        assert model.model.connector.output.bias.mean().item() == pytest.approx(3.0, abs=0.1)
+        assert events(result, "closed_form")[0]["pictures"] == len(asked[0])
+    assert len(asked) == 2 and asked[0] == asked[1] and set(asked[0]) == {(1, 9, 24), (2, 9, 24)}
+
+
+def test_a_stage_that_tunes_the_encoder_has_no_cache(tmp_path: Path) -> None:
+    parts = {**FULL, "vision": {"tune": "full", "lr": 1e-3}}
+    recipe = {"stages": [helpers.stage(parts=parts, cache_features=True)]}
+    with pytest.raises(ValueError, match="'align' tunes the vision part, so its features cannot be cached"):
+        helpers.run(tmp_path / "run", recipe)
+    helpers.run(tmp_path / "other", recipe, overrides=["cache_features=auto"])
+    assert not (tmp_path / "features").exists()
