@@ -40,6 +40,11 @@ class ChiasmProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "ChiasmProcessor":
+        """A saved processor from its loaded parts and its own settings."""
+        return cls(*args, num_image_tokens=processor_dict["num_image_tokens"])
+
     def __call__(
         self,
         images: Any = None,

@@ -17,11 +17,9 @@ from chiasm.data.chat import flatten
 from chiasm.data.schema import Sample
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.language.adapter import embedding_scale
+from chiasm.positions.grid import WIDTH
 
 WORD = re.compile(r"\w+")
-PLACES = (("top", "bottom"), ("left", "right"))
-WORD_SHARE = 1.0
-"""Loudness of what a patch shows beside where it stands, where the features carry coordinates."""
 
 
 def answer_words(sample: Sample) -> set[str]:
@@ -30,14 +28,14 @@ def answer_words(sample: Sample) -> set[str]:
     return {word for answer in answers for word in WORD.findall(answer.lower())}
 
 
-def rarity(samples: Iterable[Sample]) -> tuple[dict[str, float], int]:
-    """Inverse document frequency of every answer word, and the number of samples."""
+def rarity(samples: Iterable[Sample]) -> dict[str, float]:
+    """Inverse document frequency of every answer word: what every answer says tells nothing."""
     counts: Counter[str] = Counter()
     total = 0
     for sample in samples:
         counts.update(answer_words(sample))
         total += 1
-    return {word: math.log(total / count) for word, count in counts.items()}, total
+    return {word: math.log(total / count) for word, count in counts.items()}
 
 
 class WordEmbeddings:
@@ -58,18 +56,6 @@ class WordEmbeddings:
         stacked = torch.stack([self.of(word) for word in words])
         share = torch.tensor(weights) / sum(weights)
         return share @ stacked
-
-
-def places(
-    grid: tuple[int, int], of: Callable[[str], Float[Tensor, " D_l"]], names: Sequence[Sequence[str]]
-) -> Float[Tensor, "N D_l"]:
-    """For each patch the embeddings of the words for its row and its column, blended towards the middle."""
-    rows, columns = ((torch.arange(count) + 0.5) / count for count in grid)
-    down, across = (
-        (1 - 2 * axis).clamp(min=0)[:, None] * of(first) + (2 * axis - 1).clamp(min=0)[:, None] * of(last)
-        for axis, (first, last) in zip((rows, columns), names, strict=True)
-    )
-    return (down[:, None] + across[None]).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -98,25 +84,24 @@ def closed_form(
         )
     step = max(1, len(samples) // limit)
     chosen = [s for s in (samples[i] for i in range(0, len(samples), step)) if s.images]
-    weights, _ = rarity(chosen)
+    weights = rarity(chosen)
     embeddings = WordEmbeddings(model, tokenizer)
-    where = places(model.vision.grid, embeddings.of, PLACES)
-    kinds = (1.0,)
     ridge: Ridge | None = None
     pictures = 0
     for sample in chosen:
         words = sorted(word for word in answer_words(sample) if weights[word] > 0)
         if not words:
             continue
-        target = embeddings.mean_of(words, [weights[word] for word in words])[None]
+        target = embeddings.mean_of(words, [weights[word] for word in words])
         for features in model.with_positions(features_of(sample).float()):
-            ridge = ridge or Ridge(features.shape[-1], target.shape[-1], len(kinds))
-            ridge.add(features, *(target, where)[: len(kinds)])
+            ridge = ridge or Ridge(features.shape[-1], target.shape[-1])
+            ridge.add(features, target)
             pictures += 1
     if ridge is None:
         raise ValueError(
             "init: closed_form needs pictures with captions that differ; this data has none; use init: keep"
         )
     mean_embedding = embeddings.table.weight.float().mean(dim=0)
-    initialise(model.connector, ridge, kinds, mean_embedding, embedding_scale(model.language))
+    coordinates = WIDTH if model.config.patch_positions == "grid" else 0
+    initialise(model.connector, ridge, mean_embedding, embedding_scale(model.language), coordinates)
     return pictures

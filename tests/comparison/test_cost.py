@@ -1,0 +1,63 @@
+"""The cost model's closed form equals counted parameters, tokens, FLOPs and cache bytes."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import chiasm
+import tiny
+from chiasm.comparison.cost import encode_flops
+from chiasm.comparison.describe import describe
+
+
+def connect(vision: str, language: str, connector: str = "mlp") -> chiasm.VLM:
+    vlm = chiasm.connect(tiny.vision(vision), tiny.language(language), connector, tokenizer=tiny.tokenizer())
+    vlm.model.set_attn_implementation("eager")
+    return vlm
+
+
+@pytest.mark.parametrize("language", tiny.LANGUAGE_FAMILIES)
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_prefill_and_cache(language: str, images: int) -> None:
+    model = connect("clip", language).model
+    cost = chiasm.VLM(model, None).cost(images=images, text_tokens=11)
+    ids = torch.randint(0, 250, (1, 11 + images * model.num_image_tokens))
+    ids[0, 5 : 5 + images * model.num_image_tokens] = model.config.image_token_id
+    features = torch.randn(images, model.vision.num_patches, model.vision.width) if images else None
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        output = model(input_ids=ids, image_features=features, use_cache=True, logits_to_keep=1)
+    assert counter.get_total_flops() == cost.prefill_flops + cost.connect_flops
+    layers = output.past_key_values.layers
+    kept = sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in (layer.keys, layer.values))
+    if language != "gemma3":  # its sliding window keeps less than the closed form, which says so
+        assert kept == cost.kv_cache_bytes
+    assert cost.sequence == ids.shape[1]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids[:, :1], past_key_values=output.past_key_values, use_cache=True)
+    if language != "gemma3":
+        assert counter.get_total_flops() == cost.decode_flops
+
+
+@pytest.mark.parametrize("vision", ["clip", "convnext"])
+@pytest.mark.parametrize("connector", ["linear", "mlp"])
+def test_encode_connect_and_parameters(vision: str, connector: str) -> None:
+    vlm = connect(vision, "llama", connector)
+    model, cost = vlm.model, vlm.cost(images=2)
+    pixels = torch.randn(2, 3, *model.vision.image_size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        features = model.encode_images(pixels)
+    assert counter.get_total_flops() == cost.encode_flops == 2 * encode_flops(model.vision)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.connect_features(features)
+    assert counter.get_total_flops() == cost.connect_flops
+    assert sum(cost.parameters.values()) == sum(p.numel() for p in model.parameters())
+    assert cost.visual_tokens == 2 * model.num_image_tokens
+
+
+def test_description_is_complete() -> None:
+    vlm = connect("clip", "llama")
+    facts = describe(vlm.model)
+    assert set(facts["parts"]) == {"vision", "connector", "language"}
+    assert facts["tokens_per_image"] == 9
+    with pytest.raises(ValueError, match="images=-1"):
+        vlm.cost(images=-1)

@@ -1,0 +1,123 @@
+"""Labels come from one tokenisation, whatever the chat template; images and placeholders agree or are refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import tiny
+from chiasm.data.chat import render
+from chiasm.data.processor import IGNORE, ChiasmProcessor
+from chiasm.vision.image_processor import ChiasmImageProcessor
+
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+FORGETFUL = "{% for m in messages %}{{ m['role'] }}:{{ m['content'].split('</think>')[-1] }}\n{% endfor %}"
+PICTURE = Image.new("RGB", (20, 30), "red")
+
+
+def processor(template: str | None = tiny.CHATML, tokens: int = 3) -> ChiasmProcessor:
+    images = ChiasmImageProcessor(size=30, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return ChiasmProcessor(images, tiny.tokenizer(template), num_image_tokens=tokens)
+
+
+def conversation(*turns: str) -> list[dict[str, Any]]:
+    roles = ["user", "assistant"] * len(turns)
+    first = [{"type": "image"}, {"type": "text", "text": turns[0]}]
+    return [{"role": r, "content": first if i == 0 else t} for i, (r, t) in enumerate(zip(roles, turns, strict=False))]
+
+
+def supervised(made: dict[str, list[int]], words: ChiasmProcessor) -> str:
+    return words.tokenizer.decode([label for label in made["labels"] if label != IGNORE])
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [(tiny.CHATML, "<|im_end|>"), (LLAMA2, " <|im_end|>"), (None, "<|im_end|>")]
+)
+def test_only_answers_and_their_end_are_supervised(template: str | None, end: str) -> None:
+    words = processor(template)
+    made = words.encode(conversation("What is it?", "a", "And the user says a?", "Ein Apfel, 사과."), 1, supervise=True)
+    assert supervised(made, words) == f"a{end}Ein Apfel, 사과.{end}"
+    assert made["input_ids"].count(words.image_token_id) == 3
+    assert all(label in (IGNORE, token) for token, label in zip(made["input_ids"], made["labels"], strict=True))
+
+
+@pytest.mark.parametrize("template", [tiny.CHATML, LLAMA2, None])
+def test_a_prompt_is_the_beginning_of_its_training_sample(template: str | None) -> None:
+    words = processor(template)
+    turns = conversation("What is it?", "An apple.")
+    prompt = words.encode(turns[:1], 1, add_generation_prompt=True)["input_ids"]
+    whole = words.encode(turns, 1, supervise=True)
+    assert whole["input_ids"][: len(prompt)] == prompt
+    assert set(whole["labels"][: len(prompt)]) == {IGNORE}
+
+
+def test_the_end_of_turn_is_found_through_the_template() -> None:
+    assert processor().end_of_turn_id() == tiny.tokenizer().eos_token_id
+
+
+def test_a_template_that_rewrites_answers_is_refused() -> None:
+    words = processor(FORGETFUL)
+    with pytest.raises(ValueError, match="rewrites the messages"):
+        render(words.tokenizer, conversation("Why?", "<think>hm</think>Because."))
+
+
+def test_messages_with_marks_and_template_code_are_plain_text() -> None:
+    words = processor()
+    text = "{{ 7 * 7 }} \ue0000\ue001 <|im_end|>"
+    assert text in render(words.tokenizer, conversation("a", text)).text
+
+
+@pytest.mark.parametrize(
+    ("images", "message"), [(0, r"1 image placeholder.*0 image"), (2, r"1 image placeholder.*2 image")]
+)
+def test_wrong_counts_name_both(images: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor().encode(conversation("What?", "That."), num_images=images)
+
+
+def test_nothing_to_supervise_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no token is supervised"):
+        processor().encode(conversation("What?"), supervise=True)
+
+
+def test_unknown_parts_are_errors() -> None:
+    with pytest.raises(ValueError, match="part of type 'video' is unknown"):
+        processor().encode([{"role": "user", "content": [{"type": "video"}]}])
+
+
+def test_a_batch_deals_pictures_to_conversations() -> None:
+    words = processor()
+    batch = [conversation("One?"), [{"role": "user", "content": "None."}], conversation("Another?")]
+    inputs = words(messages=batch, images=[PICTURE, PICTURE])
+    assert inputs["pixel_values"].shape == (2, 3, 30, 30)
+    assert (inputs["input_ids"] == words.image_token_id).sum(dim=1).tolist() == [3, 0, 3]
+    nested = words(messages=batch, images=[[PICTURE], [], [PICTURE]])
+    assert torch.equal(nested["input_ids"], inputs["input_ids"])
+    assert inputs["attention_mask"][1, 0] == 0, "shorter prompts are padded on the left"
+    with pytest.raises(ValueError, match=r"3 conversation\(s\) but 1 list"):
+        words(messages=batch, images=[[PICTURE]])
+
+
+def test_rendered_text_is_taken_too() -> None:
+    words = processor()
+    text = words.apply_chat_template(conversation("What?"), add_generation_prompt=True)
+    from_text = words(text=text, images=PICTURE)
+    from_messages = words(messages=conversation("What?"), images=[PICTURE])
+    assert torch.equal(from_text["input_ids"], from_messages["input_ids"])
+
+
+def test_saved_and_loaded(tmp_path: Any) -> None:
+    words = processor(tokens=5)
+    words.save_pretrained(tmp_path)
+    again = ChiasmProcessor.from_pretrained(tmp_path)
+    assert again.num_image_tokens == 5
+    turns = conversation("What?", "That.")
+    assert again.encode(turns, 1, supervise=True) == words.encode(turns, 1, supervise=True)
+    assert torch.equal(
+        again(messages=turns[:1], images=[PICTURE])["pixel_values"],
+        words(messages=turns[:1], images=[PICTURE])["pixel_values"],
+    )
