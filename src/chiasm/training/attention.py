@@ -72,17 +72,19 @@ def grouped_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers' `sdpa` computes; only short bfloat16 sequences that need a gradient go another way."""
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    short = max(query.shape[2], key.shape[2]) <= LONGEST and query.dtype == torch.bfloat16
+    short = max(query.shape[2], key.shape[2]) <= LONGEST and dtype == torch.bfloat16
     if not (learns and short and dropout == 0.0 and attention_mask is not None):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if attention_mask.dtype == torch.bool:
-        blocked = torch.zeros(attention_mask.shape, dtype=query.dtype, device=query.device)
-        attention_mask = blocked.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
+        open_ = torch.zeros(attention_mask.shape, dtype=dtype, device=query.device)
+        attention_mask = open_.masked_fill_(~attention_mask, torch.finfo(dtype).min)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attended = GroupedAttention.apply(query, key, value, attention_mask.to(query.dtype), scale)
+    attended = GroupedAttention.apply(*(t.to(dtype) for t in (query, key, value, attention_mask)), scale)
     return attended.transpose(1, 2).contiguous(), None
 
 

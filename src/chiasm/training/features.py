@@ -1,6 +1,5 @@
 """A frozen encoder's features for training: every picture that a stage will meet is encoded before the first step."""
 
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from chiasm.data.feature_cache import DTYPES, FeatureCache, encoder_identity
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import ImageError, ImageRef, Problem, Sample, SampleError
 from chiasm.training.batches import WORKERS, prefetch
+from chiasm.training.compiling import can_compile
 from chiasm.training.log import Reporter
 from chiasm.training.schema import Stage
 from chiasm.training.stages import FreezePlan
@@ -196,8 +196,7 @@ def stage_features(
     def compiled() -> Encode:
         return vision.fast_encoder(dtype=encode.dtype, compile=True)
 
-    can_compile = model.device.type != "cpu" or shutil.which("g++") or shutil.which("clang++")
-    return Features(encode, compiled if can_compile else None, cache, processor, reporter, stage)
+    return Features(encode, compiled if can_compile(model.device) else None, cache, processor, reporter, stage)
 
 
 def _keys_of(sample: Sample) -> tuple[Sample, list[str] | SampleError]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 
 KEPT_PARTS = ("vision",)
@@ -32,7 +33,8 @@ def stage_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, 
     """While it lasts, trainable weights are float32 and frozen ones (but those of `KEPT_PARTS`) are copies in `dtype`.
 
     Afterwards frozen weights are the very ones that they were, and trained ones have their original precision again.
-    The value is the originals of the copies, by name.
+    The value is the originals of the copies, by name. The inputs of LoRA are left to `autocast`, which would only undo
+    the conversion to float32 that peft makes.
     """
     frozen: dict[str, Tensor] = {}
     lower: dict[str, torch.dtype] = {}
@@ -46,7 +48,8 @@ def stage_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, 
             frozen[name] = parameter.data
             parameter.data = parameter.data.to(dtype)
     try:
-        yield frozen
+        with disable_input_dtype_casting(model, active=dtype != torch.float32):
+            yield frozen
     finally:
         for name, parameter in model.named_parameters():
             if name in frozen:

@@ -84,7 +84,7 @@ class Settings(Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the arithmetic; weights learn in float32"
     )
-    compile: bool = Field(False, description="compile the decoder's layers: about 15 % faster on long runs")
+    compile: bool = Field(False, description="compile the decoder's layers: 10 % faster on long runs")
     cache_features: Literal["auto"] | bool = Field("auto", description="keep a frozen encoder's features on disk")
     validation: Validation = Field(default_factory=lambda: Validation.model_validate({}))
     checkpoint_every: PositiveInt | str = Field("5m", description="steps, or a time such as 90s, 5m, 1h")

@@ -25,6 +25,7 @@ from chiasm.fusion.adapters import merge_adapters, plain_name
 from chiasm.training.attention import fast_attention
 from chiasm.training.batches import WORKERS, Order, prefetch, seed_of
 from chiasm.training.checkpoint import TrainingError
+from chiasm.training.compiling import compiled_layers
 from chiasm.training.features import Rows, stage_features
 from chiasm.training.log import Reporter, peak_memory, plan_fields
 from chiasm.training.optimizer import StageOptimizer
@@ -85,6 +86,7 @@ class StageRun:
             self.originals = state.enter_context(stage_precision(self.model, self.dtype))
             if "language" in self.plan.states:
                 state.enter_context(fast_attention(self.model.language, self.dtype))
+                state.enter_context(compiled_layers(self.model.language, self.stage.compile))
             self.optimizer = StageOptimizer(self.model, self.plan, self.stage, self.num_steps)
             if self.resumed is not None:
                 restore(self.model, self.resumed.weights, self.originals)
