@@ -103,7 +103,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C_in height width"]) -> Float[Tensor, "B C_out h w"]:
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
-        (top, bottom), (left, right) = (_same_padding(size, kernel, stride) for size in x.shape[-2:])
+        (top, bottom), (left, right) = (same_padding(size, kernel, stride) for size in x.shape[-2:])
         if (top, left) != (bottom, right):
             x = F.pad(x, (left, right, top, bottom))
             top = left = 0
@@ -177,7 +177,7 @@ def _scale_channels(channels: int, width: float) -> int:
     return rounded + 8 if rounded < 0.9 * scaled else rounded
 
 
-def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """Zeros before and after, as TensorFlow pads: the odd one comes after."""
     total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
