@@ -1,8 +1,13 @@
 """`train` and `evaluate` on a model and data given by name: what the command line and a notebook call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from chiasm.data.readers import read
 from chiasm.data.schema import Sample
@@ -88,3 +93,12 @@ def spread(samples: Sequence[Sample], limit: int | None) -> Sequence[Sample]:
     if limit is None or limit >= len(samples):
         return samples
     return [samples[index * len(samples) // limit] for index in range(limit)]
+
+
+@contextmanager
+def progress_bar(what: str, console: Console) -> Iterator[Progress]:
+    """A bar for `progress(done, total)` callbacks; silent where nobody watches."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

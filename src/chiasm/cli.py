@@ -3,8 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -193,7 +191,7 @@ def evaluate(
     from chiasm import api
     from chiasm.evaluation.skills import to_table
 
-    with progress_bar("answering") as update:
+    with api.progress_bar("answering", err) as update:
         result = api.evaluate(
             model,
             data,
@@ -223,10 +221,11 @@ def data_check(
     as_json: Json = False,
 ) -> None:
     """Find broken, truncated, huge, missing and mislabelled samples before training."""
+    from chiasm.api import progress_bar
     from chiasm.data.check import check
     from chiasm.data.readers import read
 
-    with progress_bar("checking") as update:
+    with progress_bar("checking", err) as update:
         report = check(read(data), max_pixels=max_pixels, max_bytes=max_bytes, progress=update)
     if as_json:
         emit(report.to_dict())
@@ -251,17 +250,6 @@ def demo(
     summary = run_demo(output, quick=quick, seed=seed, console=err if as_json else out)
     if as_json:
         emit(summary)
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, for `progress(done, total)` callbacks; silent where nobody watches."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _show(vlm: Any, as_json: bool, images: int = 1, text_tokens: int = 64) -> None:

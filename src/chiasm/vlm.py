@@ -106,6 +106,7 @@ def connect(
     *,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
     image_processor: ChiasmImageProcessor | None = None,
+    chat_template: str | None = None,
     features: dict[str, Any] | None = None,
     image_size: int | tuple[int, int] | None = None,
     resize_mode: str | None = None,
@@ -121,6 +122,7 @@ def connect(
         connector: a name of `chiasm.connectors.CONNECTORS`, or `{"name": ..., option: ...}`.
         fusion: where the two meet.
         tokenizer: needed only where `language` is a loaded module without files behind it.
+        chat_template: a Jinja template in place of the tokenizer's own.
         features: which feature maps to read, as `{"layers": [...], "reduce": ..., "grid": ...}` of
             `chiasm.vision.encoder.load_vision`; by default what suits the encoder's type.
         image_size: pixels, where it shall differ from the encoder's own.
@@ -140,6 +142,7 @@ def connect(
     processor = None
     image_token_id = language_model.config.get_text_config().vocab_size
     if words is not None:
+        words.chat_template = chat_template or words.chat_template
         pictures = image_processor or image_processor_for(vision_source, encoder, resize_mode=resize_mode)
         processor = ChiasmProcessor(pictures, words)
         image_token_id = processor.image_token_id

@@ -3,7 +3,7 @@
 Each patch of a picture is regressed on the mean embedding of the words in the picture's caption. What a patch shares
 with other pictures whose captions share a word survives the averaging, so the map sends it near that word. The solution
 is rescaled to the language model's embedding scale, because regression shrinks. A caption cannot tell where a patch
-stands: coordinate channels get directions at random, so that every place has a mark of its own.
+stands, but its coordinates can: they are mapped to the words for places.
 """
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from chiasm.connectors.base import AffineConnector
 
-COORDINATE_SHARE = 0.4
-"""Loudness of a patch's place beside what it shows."""
+PLACE_SHARE = 0.5
+"""Loudness of where a patch stands beside what it shows."""
 
 
 class Ridge:
@@ -66,7 +66,8 @@ def initialise(
     ridge: Ridge,
     embedding_mean: Float[Tensor, " D_l"],
     scale: float,
-    coordinates: int = 0,
+    coordinates: Float[Tensor, "N C"] | None = None,
+    places: Float[Tensor, "N D_l"] | None = None,
 ) -> None:
     """Sets the connector to the regression, centred on the mean embedding and as loud as the words are.
 
@@ -74,7 +75,8 @@ def initialise(
         ridge: moments of at least two pictures whose captions differ.
         embedding_mean: mean token embedding, where a patch that predicts nothing lands.
         scale: root mean square of the token embeddings.
-        coordinates: how many of the last feature channels tell a place.
+        coordinates: the last C channels of the features, which are the same for every picture, where there are any.
+        places: what the words for a patch's place embed to.
 
     Raises:
         ValueError: the captions do not differ.
@@ -83,9 +85,11 @@ def initialise(
     if not loudness > 1e-8 * scale:
         raise ValueError("init: closed_form found nothing to learn: every caption has the same words; use init: keep")
     weight *= scale / loudness
-    if coordinates:
-        power = ridge.covariance.diagonal()[-coordinates:].sum().sqrt()
-        weight[:, -coordinates:] = torch.randn(weight.shape[0], coordinates) * (COORDINATE_SHARE * scale / power)
+    if coordinates is not None and places is not None:
+        marks = (places - places.mean(dim=0)).double().cpu()
+        marks *= PLACE_SHARE * scale / marks.square().mean().sqrt()
+        centred = (coordinates - coordinates.mean(dim=0)).double().cpu()
+        weight[:, -coordinates.shape[1] :] = torch.linalg.lstsq(centred, marks, driver="gelsd").solution.T
     bias = embedding_mean.double().cpu() - weight @ ridge.mean
     like = connector.output.weight
     connector.set_affine(weight.to(like.device, like.dtype), bias.to(like.device, like.dtype), ridge.spread())

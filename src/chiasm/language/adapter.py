@@ -5,6 +5,7 @@ head, the list of layers, and the head applied to chosen positions only.
 """
 
 import inspect
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -63,7 +64,7 @@ def layers(language: PreTrainedModel) -> nn.ModuleList:
     return found[0]
 
 
-def last_hidden_state(language: PreTrainedModel, **inputs: Tensor) -> Float[Tensor, "B S D_l"]:
+def last_hidden_state(language: PreTrainedModel, **inputs: Tensor | None) -> Float[Tensor, "B S D_l"]:
     """The decoder's normalised output, which the head reads."""
     return decoder(language)(**inputs, use_cache=False).last_hidden_state
 
@@ -87,7 +88,7 @@ def head_is_direct(language: PreTrainedModel) -> bool:
 
 def logits_at(
     language: PreTrainedModel,
-    inputs: dict[str, Tensor],
+    inputs: dict[str, Any],
     rows: Int[Tensor, " K"],
     columns: Int[Tensor, " K"],
     direct_head: bool,

@@ -20,6 +20,7 @@ from chiasm.language.adapter import embedding_scale
 from chiasm.positions.grid import WIDTH
 
 WORD = re.compile(r"\w+")
+PLACES = (("top", "bottom"), ("left", "right"))
 
 
 def answer_words(sample: Sample) -> set[str]:
@@ -102,6 +103,19 @@ def closed_form(
             "init: closed_form needs pictures with captions that differ; this data has none; use init: keep"
         )
     mean_embedding = embeddings.table.weight.float().mean(dim=0)
-    coordinates = WIDTH if model.config.patch_positions == "grid" else 0
-    initialise(model.connector, ridge, mean_embedding, embedding_scale(model.language), coordinates)
+    where = _places(model, embeddings) if model.config.patch_positions == "grid" else (None, None)
+    initialise(model.connector, ridge, mean_embedding, embedding_scale(model.language), *where)
     return pictures
+
+
+def _places(
+    model: EarlyFusionModel, embeddings: WordEmbeddings
+) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N D_l"]]:
+    """Coordinate channels of every patch, and the embeddings of the words for its row and column."""
+    blank = torch.zeros(1, model.vision.num_patches, model.vision.width)
+    halves = [torch.linspace(-1, 1, count) for count in model.vision.grid]
+    down, across = (
+        (-axis).clamp(min=0)[:, None] * embeddings.of(first) + axis.clamp(min=0)[:, None] * embeddings.of(last)
+        for axis, (first, last) in zip(halves, PLACES, strict=True)
+    )
+    return model.with_positions(blank)[0, :, -WIDTH:], (down[:, None] + across[None]).flatten(0, 1)

@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from chiasm.vision.efficientnet_lite import EfficientNetLiteModel
+from chiasm.vision.fast_inference import fast_inference
 from chiasm.vision.features import FeatureLayer, Grid, VisionFeatures
 from chiasm.vision.probe import default_image_size, describe, find, pair, trace, twin
 from chiasm.vision.towers import build_tower, check_inputs, load_tower, picture_inputs, take_tower, takes
@@ -136,7 +138,10 @@ class FastEncoder:
         self.encoder = VisionEncoder(_without_idle_parts(twin(encoder.model), encoder.features), encoder.features)
         self.dtype = dtype
         self.run: Callable[..., Any] = self.encoder.model
-        if compile:
+        if isinstance(encoder.model, EfficientNetLiteModel):
+            maps = ["head" if layer.layer == "last" else str(layer.layer) for layer in encoder.features.layers]
+            self.run = fast_inference(encoder.model, dtype, compile, maps)
+        elif compile:
             self.run = torch.compile(self.run)
 
     @torch.no_grad()
