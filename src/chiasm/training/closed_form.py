@@ -65,13 +65,11 @@ def closed_form(
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Sample],
     features_of: Callable[[Sample], Float[Tensor, "images N D_v"]],
-    limit: int = 4000,
 ) -> int:
     """Initialises the model's connector from samples with pictures and answers.
 
     Args:
         features_of: patch features of a sample's pictures, from the feature cache or the encoder.
-        limit: samples that are looked at, evenly spread over the data.
 
     Returns:
         The number of pictures that were used.
@@ -83,8 +81,7 @@ def closed_form(
         raise ValueError(
             f"init: closed_form is for connectors linear and mlp, got {model.config.connector['name']}; use init: keep"
         )
-    step = max(1, len(samples) // limit)
-    chosen = [s for s in (samples[i] for i in range(0, len(samples), step)) if s.images]
+    chosen = [sample for sample in samples if sample.images]
     weights = rarity(chosen)
     embeddings = WordEmbeddings(model, tokenizer)
     ridge: Ridge | None = None

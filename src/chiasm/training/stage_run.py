@@ -39,6 +39,9 @@ from chiasm.training.validation import Generate, Validator
 SPARE_PICTURES = 8
 NAMED = 8
 
+CLOSED_FORM_SAMPLES = 4000
+"""A closed-form start looks at no more samples than these, evenly spread over the data."""
+
 
 @dataclass
 class Context:
@@ -179,7 +182,10 @@ class StageRun:
 
     def _start_in_closed_form(self) -> None:
         started = time.monotonic()
-        samples = Subset(self.context.samples, self.context.survey.usable)
+        usable = self.context.survey.usable
+        samples = Subset(self.context.samples, usable[:: -(-len(usable) // CLOSED_FORM_SAMPLES)])
+        if self.features is not None:
+            self.features.fill(samples, range(len(samples)))
         features_of = self.features.of if self.features is not None else self._encode
         with self.reporter.task("closed-form start of the connector", 1) as task:
             pictures = self.context.closed_form(self.model, self.context.processor.tokenizer, samples, features_of)

@@ -1,0 +1,117 @@
+"""The verbs, end to end on tiny models: what they print, and how they fail."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import chiasm
+import tiny
+from chiasm.cli import main
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs `chiasm ...` and returns exit code, standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["chiasm", *map(str, arguments)])
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return call
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder of a tiny connected model."""
+    folder = tmp_path / "model"
+    chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """LLaVA JSON with 24 pictures of one colour each."""
+    rows = []
+    for number in range(24):
+        name = list(COLOURS)[number % 3]
+        Image.new("RGB", (40 + number, 40), COLOURS[name]).save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": name}]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_train_eval_chat(run: Any, model: Path, data: Path, tmp_path: Path) -> None:
+    options = ["--set", "batch_size=4", "--set", "validation.answers=1"]
+    code, out, err = run("train", "llava", "--model", model, "--data", data, "-o", tmp_path / "run", *options, "--json")
+    assert code == 0, err
+    trained = Path(json.loads(out)["model"])
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert {"plan", "step", "validation", "stage_end"} <= {event["event"] for event in events}
+    code, out, err = run("eval", trained, "--data", data, "--limit", 6, "--max-new-tokens", 4, "--json")
+    assert code == 0, err
+    assert json.loads(out)["summary"][-1]["n"] == 6
+    code, out, err = run("chat", trained, data.parent / "1.png", "-p", "Colour?", "--max-new-tokens", 4)
+    assert code == 0, err
+    assert out.endswith("\n")
+    code, out, err = run("inspect", trained, "--json")
+    assert json.loads(out)["tokens_per_image"] == 9
+
+
+def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
+    assert run("data", "check", data)[0] == 0
+    (data.parent / "3.png").write_bytes((data.parent / "3.png").read_bytes()[:60])
+    code, out, _ = run("data", "check", data, "--json")
+    assert code == 2
+    assert [finding["id"] for finding in json.loads(out)["findings"]] == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["connect", "--vision", "efficientnet-lite", "-o", "OUT"], "did you mean efficientnet-lite"),
+        (["connect", "--connector", "mlpp", "-o", "OUT"], "connector 'mlpp' is unknown"),
+        (["connect", "--connector", "{bad", "-o", "OUT"], "is not JSON"),
+        (["chat", "no-such-folder/at-all/", "-p", "Hi"], "does not exist"),
+        (["train", "llavaa", "--model", "MODEL", "--data", "DATA", "-o", "OUT"], "llavaa"),
+        (["train", "llava", "--model", "MODEL", "--data", "no.json", "-o", "OUT"], "no.json"),
+        (["train", "llava", "--model", "MODEL", "--data", "DATA", "-o", "OUT", "--set", "batchsize=3"], "batchsize"),
+        (["chat", "MODEL", "nowhere.png", "-p", "Hi"], "no such picture: nowhere.png"),
+        (["frobnicate"], "No such command"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(
+    run: Any, model: Path, data: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    places = {"OUT": tmp_path / "out", "MODEL": model, "DATA": data}
+    code, _, err = run(*(places.get(argument, argument) for argument in arguments))
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("verb", ["pull", "connect", "inspect", "chat", "train", "eval", "demo"])
+def test_every_verb_has_an_example(run: Any, verb: str) -> None:
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    assert f"chiasm {verb}" in out
+
+
+def test_a_conversation_remembers(run: Any, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["Colour?", "/image nowhere.png", "And now?", "/new", "Hello", "/quit"])
+    monkeypatch.setattr("rich.console.Console.input", lambda *_: next(lines))
+    code, out, err = run("chat", model, data.parent / "0.png", "--max-new-tokens", 3)
+    assert code == 0, err
+    assert "no such picture" in out

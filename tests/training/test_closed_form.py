@@ -1,0 +1,62 @@
+"""The closed-form start reads captions: a picture's visual tokens lie nearer to its own word than to another one's."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import chiasm
+import tiny
+from chiasm.data.schema import ImageRef, Sample
+from chiasm.training.closed_form import WordEmbeddings, closed_form, rarity
+
+PICTURES = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 200, 20)}
+
+
+def samples(number: int = 30) -> list[Sample]:
+    made = []
+    for index in range(number):
+        name = list(PICTURES)[index % len(PICTURES)]
+        picture = Image.new("RGB", (40, 40), PICTURES[name])
+        question = [{"type": "image"}, {"type": "text", "text": "What?"}]
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": f"A picture in {name}."}]
+        made.append(Sample(str(index), turns, [ImageRef.of(picture, name)], None, {}))
+    return made
+
+
+def encoder(vlm: chiasm.VLM) -> Callable[[Sample], Tensor]:
+    def features_of(sample: Sample) -> Tensor:
+        pixels = vlm.processor.image_processor([image.load() for image in sample.images])["pixel_values"]
+        with torch.no_grad():
+            return vlm.model.encode_images(pixels)
+
+    return features_of
+
+
+@pytest.mark.parametrize("connector", ["linear", "mlp"])
+@pytest.mark.parametrize("vision", ["clip", "convnext"])
+def test_tokens_lie_near_their_words(connector: str, vision: str) -> None:
+    vlm = chiasm.connect(tiny.vision(vision), tiny.language(), connector, tokenizer=tiny.tokenizer())
+    data, features_of = samples(), encoder(vlm)
+    assert closed_form(vlm.model, vlm.processor.tokenizer, data, features_of) == len(data)
+    words = WordEmbeddings(vlm.model, vlm.processor.tokenizer)
+    vocabulary = torch.stack([words.of(name) for name in PICTURES])
+    vocabulary = vocabulary - vocabulary.mean(dim=0)
+    with torch.no_grad():
+        tokens = torch.stack([vlm.model.connect_features(features_of(s))[0].mean(dim=0) for s in data[:3]])
+    tokens = tokens - tokens.mean(dim=0)
+    assert (tokens @ vocabulary.T).argmax(dim=1).tolist() == [0, 1, 2]
+
+
+def test_words_of_every_answer_weigh_nothing() -> None:
+    weights = rarity(samples())
+    assert weights["picture"] == 0
+    assert weights["red"] > 0
+
+
+def test_captions_that_agree_are_refused() -> None:
+    vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer())
+    with pytest.raises(ValueError, match="captions that differ"):
+        closed_form(vlm.model, vlm.processor.tokenizer, samples()[::3], encoder(vlm))
