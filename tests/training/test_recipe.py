@@ -130,7 +130,8 @@ def test_the_length_of_a_stage_in_steps() -> None:
 
     assert steps() == steps(epochs=1) == 3
     assert steps(epochs=2) == 6 and steps(epochs=0.4) == 2
-    assert steps(steps=7) == 7
+    assert steps(epochs=1, min_steps=2) == 3 and steps(epochs=1, min_steps=50) == 50
+    assert steps(steps=7) == steps(steps=7, min_steps=50) == 7
     assert steps(samples=17) == 3
 
 

@@ -43,7 +43,8 @@ class ChiasmProcessor(ProcessorMixin):
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "ChiasmProcessor":
         """A saved processor from its loaded parts and its own settings."""
-        return cls(*args, num_image_tokens=processor_dict["num_image_tokens"])
+        image_processor, tokenizer = args
+        return cls(image_processor, tokenizer, num_image_tokens=processor_dict["num_image_tokens"])
 
     def __call__(
         self,

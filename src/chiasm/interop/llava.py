@@ -31,8 +31,8 @@ def from_llava(llava: LlavaForConditionalGeneration) -> EarlyFusionModel:
     )
     model = EarlyFusionModel(ours, vision=vision, language=language)
     projector = llava.model.multi_modal_projector
-    for layer, source in zip(model.connector.linears, (projector.linear_1, projector.linear_2), strict=True):
-        layer.load_state_dict(source.state_dict(), assign=True)
+    model.get_submodule("connector.layers.0").load_state_dict(projector.linear_1.state_dict(), assign=True)
+    model.get_submodule("connector.layers.1").load_state_dict(projector.linear_2.state_dict(), assign=True)
     model.generation_config = llava.generation_config
     return model.eval()
 

@@ -5,10 +5,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from chiasm.connectors import AffineConnector
@@ -43,7 +44,7 @@ class WordEmbeddings:
     """Words as the language model's input embeddings, averaged over a word's tokens."""
 
     def __init__(self, model: EarlyFusionModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.table: nn.Embedding = model.get_input_embeddings()
+        self.table: Any = model.get_input_embeddings()
         self.tokenizer = tokenizer
         self.of = lru_cache(maxsize=50_000)(self._of)
 

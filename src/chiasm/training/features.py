@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -102,12 +103,13 @@ class Features:
                 chosen = keys[starts[number] : starts[number] + ENCODE_BATCH]
                 return list(zip(chosen, pool.map(lambda key: self._pixels(*missing[key]), chosen), strict=True))
 
-            for loaded in prefetch(make, 0, len(starts)):
-                for _, value in loaded:
-                    if isinstance(value, SampleError):
-                        self._bad(value)
-                self._add([(key, value) for key, value in loaded if isinstance(value, Tensor)])
-                task.advance(len(loaded))
+            with closing(prefetch(make, 0, len(starts))) as batches:
+                for loaded in batches:
+                    for _, value in loaded:
+                        if isinstance(value, SampleError):
+                            self._bad(value)
+                    self._add([(key, value) for key, value in loaded if isinstance(value, Tensor)])
+                    task.advance(len(loaded))
 
     def of(self, sample: Sample) -> Float[Tensor, "images N D_v"]:
         """Features of one sample's pictures, encoded now if they never were.

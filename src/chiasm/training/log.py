@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +9,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
+
+if sys.platform != "win32":
+    import resource
 
 import torch
 from rich.box import SIMPLE
@@ -71,7 +73,7 @@ class Reporter:
                 row.state,
                 "" if row.lr is None else f"{row.lr:g}",
                 f"{row.trainable_tensors}/{row.tensors}",
-                f"{row.trainable:,}/{row.parameters:,}",
+                f"{_short(row.trainable)}/{_short(row.parameters)}",
                 f"{row.share:.1%}",
                 f"{row.memory / 1e6:,.0f} MB",
             )
@@ -117,6 +119,14 @@ class Task:
         return f", {int(seconds // 60)}:{int(seconds % 60):02d} left" if self.done < self.total else ""
 
 
+def _short(count: int) -> str:
+    """A count in four characters or so: 950, 1.34M, 135M."""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)
+
+
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The events of a `log.jsonl`; a last line that a killed run left unfinished is ignored."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -133,8 +143,10 @@ def plan_fields(plan: FreezePlan) -> dict[str, Any]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory so far in bytes: of the process, or of its GPU."""
+    """Largest memory so far in bytes: of the process, or of its GPU; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

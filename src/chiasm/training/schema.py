@@ -74,6 +74,7 @@ class Settings(Strict):
     epochs: PositiveFloat | None = Field(None, description="length of a stage, 1 if nothing is said; or")
     steps: PositiveInt | None = Field(None, description="length in optimizer steps; or")
     samples: PositiveInt | None = Field(None, description="length in samples")
+    min_steps: PositiveInt | None = Field(None, description="of `epochs` at least so many, however small the data")
     batch_size: PositiveInt = Field(16, description="samples that go through the model at once")
     accumulate: PositiveInt = Field(1, description="batches for one optimizer step")
     warmup: Annotated[float, Field(ge=0, le=1, description="share of the steps in which the rate rises")] = 0.03
@@ -115,7 +116,7 @@ class Settings(Strict):
             return self.steps
         if self.samples is not None:
             return math.ceil(self.samples / (self.batch_size * self.accumulate))
-        return math.ceil((self.epochs or 1.0) * self.steps_per_epoch(num_samples))
+        return max(math.ceil((self.epochs or 1.0) * self.steps_per_epoch(num_samples)), self.min_steps or 1)
 
     def steps_per_epoch(self, num_samples: int) -> int:
         return math.ceil(math.ceil(num_samples / self.batch_size) / self.accumulate)

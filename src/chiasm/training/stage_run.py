@@ -131,9 +131,9 @@ class StageRun:
             inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
             with autocast(self.device, self.dtype):
                 share = self.model(**inputs, num_items_in_batch=supervised).loss
-            _refuse_infinite("loss", share.item(), self.stage.name, step, [batch])
-            share.backward()
             loss += share.item()
+            _refuse_infinite("loss", loss, self.stage.name, step, [batch])
+            share.backward()
         norm = self.optimizer.step(step) if batches else 0.0
         _refuse_infinite("gradient", norm, self.stage.name, step, batches)
         if check and batches:
