@@ -106,9 +106,7 @@ def closed_form(
     return pictures
 
 
-def _places(
-    model: EarlyFusionModel, embeddings: WordEmbeddings
-) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N D_l"]]:
+def _places(model: EarlyFusionModel, embeddings: WordEmbeddings) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N D_l"]]:
     """Coordinate channels of every patch, and the embeddings of the words for its row and column."""
     blank = torch.zeros(1, model.vision.num_patches, model.vision.width)
     halves = [torch.linspace(-1, 1, count) for count in model.vision.grid]
