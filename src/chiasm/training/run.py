@@ -111,6 +111,9 @@ def open_run(
             run = Run(folder, stages, log, fingerprint, environment, resumed)
             _tell(run, notes, reporter)
             yield run
+        except KeyboardInterrupt:
+            reporter.note(f"stopped; the same command goes on from the last checkpoint in {folder}")
+            raise
         finally:
             log.close()
     finally:

@@ -22,6 +22,7 @@ from chiasm.training.closed_form import closed_form as closed_form_start
 from chiasm.training.features import with_hint
 from chiasm.training.fingerprint import model_fingerprint
 from chiasm.training.log import Reporter
+from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
 from chiasm.training.run import LOG, MODEL, fingerprint_of, open_run
 from chiasm.training.schema import Recipe
@@ -87,6 +88,7 @@ def train(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": model.device.type,
+        "auto_dtype": str(choose_dtype("auto", model.device)),
     }
     with torch.random.fork_rng(), open_run(output, recipe, fingerprint, environment, resume, reporter) as run:
         context = Context(model, processor, samples, found, held_out, run, reporter, generate, closed_form, cache_root)
