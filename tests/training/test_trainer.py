@@ -229,6 +229,18 @@ def test_closed_form_is_asked_once_with_features(tmp_path: Path) -> None:
     assert len(asked) == 2 and asked[0] == asked[1] and set(asked[0]) == {(1, 9, 24), (2, 9, 24)}
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_closed_form_never_meets_a_bad_picture(tmp_path: Path, cached: bool) -> None:
+    data = [*helpers.samples(6), broken("picture", tmp_path)]
+
+    def closed_form(model: Any, tokenizer: Any, samples: Any, features_of: Any) -> int:
+        return sum(len(features_of(sample)) for sample in samples if sample.images)
+
+    recipe = {"stages": [helpers.stage(init="closed_form", cache_features=cached, skip_bad=True)]}
+    result = helpers.run(tmp_path / "run", recipe, data=data, closed_form=closed_form)
+    assert events(result, "closed_form")[0]["pictures"] == sum(len(sample.images) for sample in data[:6])
+
+
 def test_a_stage_that_tunes_the_encoder_has_no_cache(tmp_path: Path) -> None:
     parts = {**FULL, "vision": {"tune": "full", "lr": 1e-3}}
     recipe = {"stages": [helpers.stage(parts=parts, cache_features=True)]}

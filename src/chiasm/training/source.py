@@ -112,6 +112,10 @@ class Source:
                 items.append(Item(sample.id, tokens, pictures, self.rows is not None))
         return (collate(items, self.processor) if items else None), skipped
 
+    def is_readable(self, index: int) -> bool:
+        """Whether a sample's pictures can be read."""
+        return not isinstance(self._pictures((index, self.samples[index], {})), SampleError)
+
     def _pictures(self, ready: tuple[int, Sample, dict[str, list[int]]]) -> Tensor | SampleError | None:
         index, sample, _ = ready
         try:

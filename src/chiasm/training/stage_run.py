@@ -183,9 +183,7 @@ class StageRun:
     def _start_in_closed_form(self) -> None:
         started = time.monotonic()
         usable = self.context.survey.usable
-        samples = Subset(self.context.samples, usable[:: -(-len(usable) // CLOSED_FORM_SAMPLES)])
-        if self.features is not None:
-            self.features.fill(samples, range(len(samples)))
+        samples = self._readable(Subset(self.context.samples, usable[:: -(-len(usable) // CLOSED_FORM_SAMPLES)]))
         features_of = self.features.of if self.features is not None else self._encode
         with self.reporter.task("closed-form start of the connector", 1) as task:
             pictures = self.context.closed_form(self.model, self.context.processor.tokenizer, samples, features_of)
@@ -193,6 +191,13 @@ class StageRun:
         self.log.write(
             "closed_form", self.stage.name, 0, pictures=pictures, seconds=round(time.monotonic() - started, 3)
         )
+
+    def _readable(self, samples: Subset) -> Subset:
+        """The samples whose pictures can be read, with these in the cache where there is one."""
+        source = self._source(samples)
+        if not self.stage.skip_bad:
+            return samples
+        return Subset(samples, [index for index in range(len(samples)) if source.is_readable(index)])
 
     @torch.no_grad()
     def _encode(self, sample: Sample) -> Tensor:
