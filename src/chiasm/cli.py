@@ -19,6 +19,9 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look after training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+FAULTS = ("TrainingError",)
+"""Faults that say in one line what happened; any other one shows its traceback."""
+
 out = Console()
 err = Console(stderr=True)
 
@@ -293,10 +296,11 @@ def main() -> None:
         if type(error).__module__.startswith(("click", "typer")):
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
-        if isinstance(error, ValueError | OSError | SourceError):
-            err.print(f"[red]error:[/red] {_one_line(error)}", soft_wrap=True, highlight=False)
-            sys.exit(2)
-        raise
+        known = isinstance(error, ValueError | OSError | SourceError)
+        if not known and type(error).__name__ not in FAULTS:
+            raise
+        err.print(f"[red]error:[/red] {_one_line(error)}", soft_wrap=True, highlight=False)
+        sys.exit(2 if known else 1)
 
 
 def _one_line(error: BaseException) -> str:

@@ -98,7 +98,9 @@ def logits_at(
     Without a direct head the model's own forward is asked for the union of the columns (`logits_to_keep`).
     """
     if direct_head:
-        return language.get_output_embeddings()(last_hidden_state(language, **inputs)[rows, columns])
+        hidden = last_hidden_state(language, **inputs)
+        chosen = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + columns)
+        return language.get_output_embeddings()(chosen)
     kept, position = torch.unique(columns, return_inverse=True)
     if accepts(language, "logits_to_keep"):
         return language(**inputs, use_cache=False, logits_to_keep=kept).logits[rows, position]
