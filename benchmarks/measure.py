@@ -46,8 +46,11 @@ class Gate:
 
     def wait(self) -> None:
         """Says that everything is prepared, and sleeps until the side is asked to run a block."""
-        self._connection.send(None)
-        self._connection.recv()
+        try:
+            self._connection.send(None)
+            self._connection.recv()
+        except (EOFError, BrokenPipeError):
+            raise SystemExit("the benchmark has ended") from None
 
     def done(self, **result: Any) -> None:
         """Ends a block; `seconds` is a must. The peak of the process's memory so far is added."""
