@@ -16,7 +16,7 @@ from chiasm.evaluation.evaluate import evaluate as evaluate_answers
 from chiasm.training.schema import Recipe
 from chiasm.training.trainer import TrainResult
 from chiasm.training.trainer import train as train_model
-from chiasm.vlm import VLM, load
+from chiasm.vlm import VLM, best_device, load
 
 Progress = Callable[[int, int], None]
 
@@ -42,7 +42,7 @@ def train(
         validation_data: held-out data; by default 5 % of `data`, the same ones in every run.
         overrides: `key=value` changes to the recipe, such as `stages.align.lr=1e-3`.
     """
-    vlm = model if isinstance(model, VLM) else load(model)
+    vlm = model if isinstance(model, VLM) else load(model).to(best_device())
 
     def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:
         return vlm.generate(messages, images, max_new_tokens=32)
@@ -79,7 +79,7 @@ def evaluate(
         split: `validation`, `test` or another split of the data; by default all of it.
         limit: at most so many samples, evenly spread.
     """
-    vlm = model if isinstance(model, VLM) else load(model)
+    vlm = model if isinstance(model, VLM) else load(model).to(best_device())
     samples = spread(read(data, split=split), limit)
 
     def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:

@@ -131,11 +131,12 @@ def chat(
     """Ask about pictures: one answer with -p, otherwise a conversation."""
     import chiasm
     from chiasm.conversation import converse
+    from chiasm.vlm import best_device
 
     missing = [str(path) for path in images if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"no such picture: {missing[0]}")
-    vlm = chiasm.load(model)
+    vlm = chiasm.load(model).to(best_device())
     decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     if prompt is None:
         return converse(vlm, images, decoding, out)

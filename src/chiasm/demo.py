@@ -46,7 +46,7 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, console: Console 
         for alias in (vlm.DEFAULT_VISION, vlm.DEFAULT_LANGUAGE, "twemoji"):
             sources.pull(alias)
     with _phase("connect", seconds, console):
-        model = vlm.connect(features=FEATURES, chat_template=CHAT_TEMPLATE, seed=seed)
+        model = vlm.connect(features=FEATURES, chat_template=CHAT_TEMPLATE, seed=seed).to(vlm.best_device())
     share = 0.02 if quick else 1.0
     held_out = EmojiScenes("validation", size=max(20, int(100 * share)), seed=seed, weights=SKILLS)
     with _phase("train", seconds, console):

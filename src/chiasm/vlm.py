@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from chiasm import sources
 from chiasm.comparison.cost import Cost, cost
 from chiasm.connectors import connector_settings
-from chiasm.data.chat import Message
+from chiasm.data.chat import Message, count_images
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.build import build_early
 from chiasm.fusion.config import FUSIONS
@@ -174,6 +174,11 @@ def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[EarlyFusionMode
     return model.eval(), processor
 
 
+def best_device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
 LOADERS = {"chiasm": _load_chiasm, "llava": load_llava}
 
 
@@ -186,8 +191,13 @@ def _model_type(source: str) -> str:
 
 def _tokenizer_for(given: str | PreTrainedTokenizerBase | None, language: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer that was given or named; else the one beside the language model, where there is one."""
+    if isinstance(given, str):
+        found = load_tokenizer(sources.resolve(given))
+        if found is None:
+            raise ValueError(f"tokenizer={given!r} holds no tokenizer that transformers can load; name another folder")
+        return found
     if given is not None:
-        return load_tokenizer(sources.resolve(given)) if isinstance(given, str) else given
+        return given
     name = language if isinstance(language, str) else language.name_or_path
     return load_tokenizer(name) if name else None
 
@@ -213,7 +223,5 @@ def _check_agreement(model: EarlyFusionModel, processor: ChiasmProcessor) -> Non
 
 def _conversation(images: Any, prompt: str, history: list[Message] | None) -> tuple[list[Message], list[Any]]:
     pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
-    earlier = sum(
-        1 for m in history or [] if not isinstance(m["content"], str) for p in m["content"] if p["type"] == "image"
-    )
+    earlier = count_images(history or [])
     return [*(history or []), *decode.user_message(prompt, len(pictures) - earlier)], pictures

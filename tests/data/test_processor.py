@@ -121,3 +121,17 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
         again(messages=turns[:1], images=[PICTURE])["pixel_values"],
         words(messages=turns[:1], images=[PICTURE])["pixel_values"],
     )
+
+
+PARTS_ONLY = (
+    "{% for m in messages %}{{ m['role'].upper() }}: "
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def test_a_template_that_reads_only_parts_gets_parts() -> None:
+    words = processor(PARTS_ONLY)
+    made = words.encode(conversation("What is it?", "An apple."), 1, supervise=True)
+    assert made["input_ids"].count(words.image_token_id) == 3
+    assert supervised(made, words).startswith("An apple.")

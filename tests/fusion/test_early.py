@@ -154,3 +154,17 @@ def test_text_only_batches_reach_the_connector_with_weight_zero() -> None:
     ids = torch.randint(0, 250, (2, 7))
     vlm.model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in vlm.model.connector.parameters())
+
+
+@pytest.mark.parametrize("language", ["llama", "qwen2"])
+def test_the_placeholder_is_never_chosen(language: str) -> None:
+    """With room in the vocabulary the head could choose it, and the next step would look for a picture."""
+    vlm = connect(language=language)
+    token = vlm.model.config.image_token_id
+    assert token < vlm.model.config.text_config.vocab_size
+    inputs = batch(vlm)
+    with torch.no_grad():
+        hidden = vlm.model(**inputs, output_hidden_states=True).hidden_states[-1][:, -1].mean(dim=0)
+        vlm.model.get_output_embeddings().weight[token] = 100 * hidden
+    answer = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=258)
+    assert token not in answer[:, inputs["input_ids"].shape[1] :]

@@ -1,6 +1,7 @@
 """MLP projector: Linear – GELU – Linear, of any depth and width (LLaVA-1.5, arXiv 2310.03744)."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -35,7 +36,7 @@ class MLPProjector(AffineConnector):
             )
         inner = width or language_width
         widths = [vision_width, *[inner] * (depth - 1), language_width]
-        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in pairwise(widths))
+        self.layers: Any = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in pairwise(widths))
 
     @property
     def num_tokens(self) -> int:
@@ -43,10 +44,10 @@ class MLPProjector(AffineConnector):
 
     @property
     def output(self) -> nn.Linear:
-        return self.linears[-1]
+        return self.layers[-1]
 
     def flops(self) -> int:
-        return 2 * self.num_tokens * sum(layer.in_features * layer.out_features for layer in self.linears)
+        return 2 * self.num_tokens * sum(layer.in_features * layer.out_features for layer in self.layers)
 
     @torch.no_grad()
     def set_affine(self, weight: Float[Tensor, "D_l D_v"], bias: Float[Tensor, " D_l"], spread: float) -> None:
@@ -56,7 +57,7 @@ class MLPProjector(AffineConnector):
                 f"init: closed_form needs connector mlp with depth 2 and a bias, got depth {len(self.layers)}; "
                 "use init: keep"
             )
-        first, last = self.linears
+        first, last = self.layers[0], self.layers[1]
         pairs = first.out_features // 2
         left, strength, right = torch.linalg.svd(weight.double(), full_matrices=False)
         rank = min(pairs, strength.numel())
@@ -71,10 +72,6 @@ class MLPProjector(AffineConnector):
         last.weight[:, pairs : pairs + rank].copy_(-write)
         last.bias.copy_(bias)
         self._wake(first, last, rank, pairs)
-
-    @property
-    def linears(self) -> list[nn.Linear]:
-        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     @staticmethod
     def _wake(first: nn.Linear, last: nn.Linear, rank: int, pairs: int) -> None:

@@ -91,7 +91,16 @@ def _compose(skeleton: list[str], messages: list[Message], clean: Any) -> tuple[
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:
-    template = tokenizer.chat_template or PLAIN_TEMPLATE
+    """The template's text of flattened messages; a template that only reads lists of parts gets one part each."""
+    text = _render(tokenizer, messages, add_generation_prompt)
+    if all(message["content"].strip() in text for message in messages if message["role"] == "user"):
+        return text
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    return _render(tokenizer, parts, add_generation_prompt)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
     blanks = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
     try:
         return tokenizer.apply_chat_template(

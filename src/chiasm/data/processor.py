@@ -63,7 +63,8 @@ class ChiasmProcessor(ProcessorMixin):
             messages: one conversation, or a batch of them.
             padding_side: `left` to generate from the prompts, `right` to train on them.
         """
-        kwargs.pop("return_tensors", None)
+        for neutral in ("return_tensors", "padding"):
+            kwargs.pop(neutral, None)
         if kwargs:
             raise TypeError(f"unknown processor arguments: {', '.join(kwargs)}")
         if (text is None) == (messages is None):
@@ -111,6 +112,11 @@ class ChiasmProcessor(ProcessorMixin):
             _check_count(count_images(messages), num_images)
         rendered = render(self.tokenizer, messages, add_generation_prompt)
         encoded = self._tokenize(rendered.text, rendered.answers if supervise else [])
+        wanted, found = count_images(messages), encoded["input_ids"].count(self.image_token_id) // self.num_image_tokens
+        if wanted != found:
+            raise ValueError(
+                f"the chat template turned {wanted} image placeholder(s) into {found}; pass chat_template="
+            )
         if supervise and all(label == IGNORE for label in encoded["labels"]):
             raise ValueError("no token is supervised: the conversation has no answer by the assistant")
         return encoded

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chiasm.connectors import build_connector
@@ -222,8 +223,12 @@ class EarlyFusionModel(PreTrainedModel, GenerationMixin):
         return input_ids, kwargs | expanded
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
-        """Processors that look tokens up in the scores (a repetition penalty) never meet the placeholder's id."""
-        return without_placeholders(super()._get_logits_processor(*args, **kwargs), self.config.image_token_id)
+        """The placeholder is never chosen, and processors that look tokens up in the scores never meet its id."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        token = self.config.image_token_id
+        if token < self.get_output_embeddings().weight.shape[0]:
+            processors.append(SuppressTokensLogitsProcessor([token], device=self.device))
+        return without_placeholders(processors, token)
 
 
 AutoConfig.register("chiasm", ChiasmConfig, exist_ok=True)

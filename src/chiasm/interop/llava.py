@@ -14,9 +14,16 @@ from chiasm.vision.image_processor import image_processor_for
 def from_llava(llava: LlavaForConditionalGeneration) -> EarlyFusionModel:
     """The same model in Chiasm's parts; tensors are shared, not copied."""
     config = llava.config
+    if config.projector_hidden_act != "gelu":
+        raise ValueError(f"this LLaVA projector uses {config.projector_hidden_act!r}; Chiasm's mlp has gelu")
     layers = config.vision_feature_layer
     features = {"layers": [layers] if isinstance(layers, int) else list(layers)}
     vision = load_vision(llava.model.vision_tower, features=features)
+    keeps_class_token = config.vision_feature_select_strategy == "full"
+    if keeps_class_token and any(layer.prefix_tokens for layer in vision.features.layers):
+        raise ValueError(
+            "this LLaVA keeps the class token (vision_feature_select_strategy: full); Chiasm reads patches"
+        )
     language = AutoModelForCausalLM.from_config(config.text_config, dtype=llava.dtype)
     language.base_model.load_state_dict(llava.model.language_model.state_dict(), assign=True)
     language.get_output_embeddings().weight = llava.lm_head.weight

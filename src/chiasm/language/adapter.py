@@ -83,7 +83,8 @@ def head_is_direct(language: PreTrainedModel) -> bool:
         expected = language(input_ids=tokens, use_cache=False).logits
         direct = language.get_output_embeddings()(hidden)
     language.train(was_training)
-    return direct.shape == expected.shape and torch.allclose(direct, expected, rtol=1e-3, atol=1e-4)
+    capped = getattr(language.config.get_text_config(), "final_logit_softcapping", None)
+    return not capped and direct.shape == expected.shape and torch.allclose(direct, expected, rtol=1e-3, atol=1e-4)
 
 
 def logits_at(

@@ -100,7 +100,8 @@ def closed_form(
         raise ValueError(
             "init: closed_form needs pictures with captions that differ; this data has none; use init: keep"
         )
-    mean_embedding = embeddings.table.weight.float().mean(dim=0)
+    every = torch.arange(embeddings.table.weight.shape[0], device=embeddings.table.weight.device)
+    mean_embedding = embeddings.table(every).float().mean(dim=0)
     where = _places(model, embeddings) if model.config.patch_positions == "grid" else (None, None)
     initialise(model.connector, ridge, mean_embedding, embedding_scale(model.language), *where)
     return pictures

@@ -192,7 +192,8 @@ def stage_features(
     vision = model.vision
     encode = vision.fast_encoder(dtype=None if dtype == torch.bfloat16 else vision.model.dtype)
     name = next(name for name, known in DTYPES.items() if known == encode.dtype)
-    identity = encoder_identity(vision, vision.features.to_dict(), processor.image_processor.to_dict(), name)
+    read = {**vision.features.to_dict(), "config": json.loads(vision.model.config.to_json_string())}
+    identity = encoder_identity(vision, read, processor.image_processor.to_dict(), name)
     cache = FeatureCache(identity, (vision.num_patches, vision.width), root)
 
     def compiled() -> Encode:

@@ -56,9 +56,18 @@ class Validator:
     def _answers(self, model: nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:
         if self.generate is None or not self.asked:
             return []
-        images = [[ref.load() for ref in sample.images] for sample in self.asked]
+        asked, images = [], []
+        for sample in self.asked:
+            try:
+                pictures = [ref.load() for ref in sample.images]
+            except ImageError:
+                continue
+            asked.append(sample)
+            images.append(pictures)
+        if not asked:
+            return []
         with autocast(next(model.parameters()).device, dtype):
-            given = self.generate([sample.prompt for sample in self.asked], images)
+            given = self.generate([sample.prompt for sample in asked], images)
         return [
             {
                 "id": sample.id,
@@ -67,7 +76,7 @@ class Validator:
                 "expected": sample.answer,
                 "correct": _plain(answer) == _plain(sample.answer),
             }
-            for sample, answer in zip(self.asked, given, strict=True)
+            for sample, answer in zip(asked, given, strict=True)
         ]
 
 
