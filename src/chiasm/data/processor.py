@@ -114,9 +114,7 @@ class ChiasmProcessor(ProcessorMixin):
         encoded = self._tokenize(rendered.text, rendered.answers if supervise else [])
         wanted, found = count_images(messages), encoded["input_ids"].count(self.image_token_id) // self.num_image_tokens
         if wanted != found:
-            raise ValueError(
-                f"the chat template turned {wanted} image placeholder(s) into {found}; pass chat_template="
-            )
+            raise ValueError(f"the chat template turned {wanted} image placeholders into {found}; pass chat_template=")
         if supervise and all(label == IGNORE for label in encoded["labels"]):
             raise ValueError("no token is supervised: the conversation has no answer by the assistant")
         return encoded

@@ -226,7 +226,7 @@ class EarlyFusionModel(PreTrainedModel, GenerationMixin):
         """The placeholder is never chosen, and processors that look tokens up in the scores never meet its id."""
         processors = super()._get_logits_processor(*args, **kwargs)
         token = self.config.image_token_id
-        if token < self.get_output_embeddings().weight.shape[0]:
+        if token < self.config.get_text_config().vocab_size:
             processors.append(SuppressTokensLogitsProcessor([token], device=self.device))
         return without_placeholders(processors, token)
 

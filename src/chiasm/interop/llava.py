@@ -21,9 +21,7 @@ def from_llava(llava: LlavaForConditionalGeneration) -> EarlyFusionModel:
     vision = load_vision(llava.model.vision_tower, features=features)
     keeps_class_token = config.vision_feature_select_strategy == "full"
     if keeps_class_token and any(layer.prefix_tokens for layer in vision.features.layers):
-        raise ValueError(
-            "this LLaVA keeps the class token (vision_feature_select_strategy: full); Chiasm reads patches"
-        )
+        raise ValueError("this LLaVA keeps the class token (vision_feature_select_strategy: full), which Chiasm drops")
     language = AutoModelForCausalLM.from_config(config.text_config, dtype=llava.dtype)
     language.base_model.load_state_dict(llava.model.language_model.state_dict(), assign=True)
     language.get_output_embeddings().weight = llava.lm_head.weight

@@ -1,5 +1,6 @@
 """A frozen encoder's features for training: every picture that a stage will meet is encoded before the first step."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
