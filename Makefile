@@ -14,6 +14,7 @@ test: install            ## every test that needs no weights
 
 test-weights: install    ## the tests on real weights, after fetching them
 	$(BIN)/chiasm pull smollm2-135m-instruct efficientnet-lite0 efficientnet-lite1 efficientnet-lite2 twemoji
+	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite-pytorch==0.1.0  # a reference to compare with
 	$(BIN)/python -m pytest -m weights
 
 check: install           ## style, types, layers
