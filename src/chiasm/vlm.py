@@ -13,9 +13,9 @@ from chiasm.comparison.cost import Cost, cost
 from chiasm.connectors import connector_settings
 from chiasm.data.chat import Message, count_images
 from chiasm.data.processor import ChiasmProcessor
-from chiasm.fusion.build import build_early
-from chiasm.fusion.config import FUSIONS
-from chiasm.fusion.early import EarlyFusionModel
+from chiasm.fusion.base import FusionModel
+from chiasm.fusion.build import FUSION_MODELS, build_fusion
+from chiasm.fusion.config import FUSIONS, ChiasmConfig
 from chiasm.generation import decode
 from chiasm.generation.decode import Decoding
 from chiasm.interop.llava import load_llava
@@ -30,7 +30,7 @@ DEFAULT_LANGUAGE = "smollm2-135m-instruct"
 class VLM:
     """A generative vision-language model: `.model` and `.processor` are transformers objects."""
 
-    def __init__(self, model: EarlyFusionModel, processor: ChiasmProcessor | None) -> None:
+    def __init__(self, model: FusionModel, processor: ChiasmProcessor | None) -> None:
         self.model = model
         self._processor = processor
         if processor is not None:
@@ -146,7 +146,7 @@ def connect(
         pictures = image_processor or image_processor_for(vision_source, encoder, resize_mode=resize_mode)
         processor = ChiasmProcessor(pictures, words)
         image_token_id = processor.image_token_id
-    model = build_early(encoder, language_model, connector, image_token_id, patch_positions, seed)
+    model = build_fusion(encoder, language_model, connector, image_token_id, fusion, patch_positions, seed)
     if processor is not None:
         processor.num_image_tokens = model.num_image_tokens
         _stop_at_end_of_turn(model, processor)
@@ -162,8 +162,9 @@ def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM:
     return VLM(*LOADERS[model_type](source, dtype))
 
 
-def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[EarlyFusionModel, ChiasmProcessor | None]:
-    model, info = EarlyFusionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
+def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[FusionModel, ChiasmProcessor | None]:
+    family = FUSION_MODELS[ChiasmConfig.from_pretrained(source).fusion]
+    model, info = family.from_pretrained(source, dtype=dtype, output_loading_info=True)
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         raise ValueError(f"{source} does not hold this model's weights: {len(wrong)} keys differ, first {wrong[0]}")
@@ -202,7 +203,7 @@ def _tokenizer_for(given: str | PreTrainedTokenizerBase | None, language: Any) -
     return load_tokenizer(name) if name else None
 
 
-def _stop_at_end_of_turn(model: EarlyFusionModel, processor: ChiasmProcessor) -> None:
+def _stop_at_end_of_turn(model: FusionModel, processor: ChiasmProcessor) -> None:
     """Generation ends at the chat template's end-of-turn mark as well as at the end of text."""
     stops = model.generation_config.eos_token_id
     known = stops if isinstance(stops, list) else [stops]
@@ -211,7 +212,7 @@ def _stop_at_end_of_turn(model: EarlyFusionModel, processor: ChiasmProcessor) ->
         model.generation_config.eos_token_id = [stop for stop in known if stop is not None] + [end]
 
 
-def _check_agreement(model: EarlyFusionModel, processor: ChiasmProcessor) -> None:
+def _check_agreement(model: FusionModel, processor: ChiasmProcessor) -> None:
     pairs = {
         "num_image_tokens": (model.num_image_tokens, processor.num_image_tokens),
         "image_token_id": (model.config.image_token_id, processor.image_token_id),

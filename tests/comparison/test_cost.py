@@ -27,13 +27,13 @@ def test_prefill_and_cache(language: str, images: int) -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         output = model(input_ids=ids, image_features=features, use_cache=True, logits_to_keep=1)
     assert counter.get_total_flops() == cost.prefill_flops + cost.connect_flops
-    layers = output.past_key_values.layers
+    layers = output.cache.layers
     kept = sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in (layer.keys, layer.values))
     if language != "gemma3":  # its sliding window keeps less than the closed form, which says so
         assert kept == cost.kv_cache_bytes
     assert cost.sequence == ids.shape[1]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(input_ids=ids[:, :1], past_key_values=output.past_key_values, use_cache=True)
+        model(input_ids=ids[:, :1], cache=output.cache, use_cache=True)
     if language != "gemma3":
         assert counter.get_total_flops() == cost.decode_flops
 

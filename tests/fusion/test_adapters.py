@@ -8,13 +8,13 @@ from torch import Tensor
 
 import tiny
 from chiasm.fusion.adapters import adapter_parameters, add_adapter, linear_layers, merge_adapters
-from chiasm.fusion.build import build_early
+from chiasm.fusion.build import build_fusion
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.vision.encoder import load_vision
 
 
 def build(family: str = "llama") -> EarlyFusionModel:
-    return build_early(load_vision(tiny.vision()), tiny.language(family), "mlp", image_token_id=260)
+    return build_fusion(load_vision(tiny.vision()), tiny.language(family), "mlp", image_token_id=260)
 
 
 def logits(model: EarlyFusionModel) -> Tensor:

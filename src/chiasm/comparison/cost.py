@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from chiasm.fusion.early import EarlyFusionModel
+from chiasm.fusion.base import FusionModel
 from chiasm.language.adapter import layers
 from chiasm.vision.encoder import VisionEncoder
 
@@ -31,7 +31,7 @@ class Cost:
         return asdict(self)
 
 
-def cost(model: EarlyFusionModel, images: int = 1, text_tokens: int = 64) -> Cost:
+def cost(model: FusionModel, images: int = 1, text_tokens: int = 64) -> Cost:
     """The cost of a prompt with `images` pictures and `text_tokens` words: prefill, then each decoded token.
 
     Args:
@@ -56,7 +56,7 @@ def cost(model: EarlyFusionModel, images: int = 1, text_tokens: int = 64) -> Cos
     )
 
 
-def language_flops(model: EarlyFusionModel, new: int, context: int, logits: int) -> int:
+def language_flops(model: FusionModel, new: int, context: int, logits: int) -> int:
     """FLOPs of `new` tokens that attend to `context` positions (themselves included), and of `logits` head rows.
 
     Attention is counted as it is computed: a full `new × context` square, masked or not.
@@ -69,7 +69,7 @@ def language_flops(model: EarlyFusionModel, new: int, context: int, logits: int)
     return 2 * new * matrices + attention + 2 * logits * head.numel()
 
 
-def kv_bytes_per_token(model: EarlyFusionModel) -> int:
+def kv_bytes_per_token(model: FusionModel) -> int:
     """Bytes that one position adds to the cache, in the model's dtype; a sliding window is not subtracted."""
     config = model.config.text_config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -88,6 +88,6 @@ def _head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _decoder_matrix_elements(model: EarlyFusionModel) -> int:
+def _decoder_matrix_elements(model: FusionModel) -> int:
     """Elements of every matrix that a token is multiplied with: two-dimensional weights inside the layers."""
     return sum(p.numel() for p in layers(model.language).parameters() if p.ndim == 2)

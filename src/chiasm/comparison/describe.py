@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from chiasm.comparison.cost import PARTS, cost
-from chiasm.fusion.early import EarlyFusionModel
+from chiasm.fusion.base import FusionModel
 
 
-def describe(model: EarlyFusionModel, images: int = 1, text_tokens: int = 64) -> dict[str, Any]:
+def describe(model: FusionModel, images: int = 1, text_tokens: int = 64) -> dict[str, Any]:
     """JSON-able facts about a model."""
     config = model.config
     kinds = {

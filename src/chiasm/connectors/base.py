@@ -2,18 +2,22 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+Grid = tuple[int, int]
 
 
 class Connector(nn.Module, ABC):
     """Patch features `(B, N, D_v)` → visual tokens `(B, T, D_l)`.
 
     A connector is built from the widths on both sides, the encoder's grid, and its own keyword-only options; T follows
-    from the grid and is asked for nowhere else.
+    from them and is asked for nowhere else. Connectors that attend take any N; those that keep places take N = rows ×
+    columns in row-major order.
     """
 
-    def __init__(self, vision_width: int, language_width: int, grid: tuple[int, int]) -> None:
+    def __init__(self, vision_width: int, language_width: int, grid: Grid) -> None:
         super().__init__()
         self.vision_width = vision_width
         self.language_width = language_width
@@ -25,9 +29,28 @@ class Connector(nn.Module, ABC):
         """T: visual tokens for one picture."""
 
     @property
+    def width(self) -> int:
+        """Width of the visual tokens: D_l, except for connectors that only cross-attention reads."""
+        return self.language_width
+
+    @property
+    def token_grid(self) -> Grid | None:
+        """Rows and columns of the visual tokens, None where a token has no place in the picture."""
+        return None
+
+    @property
+    def reads_instruction(self) -> bool:
+        """Whether `forward` also takes the instruction, as `instruction_ids` and `instruction_mask`, both `(B, L)`."""
+        return False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
     @abstractmethod
-    def output(self) -> nn.Linear:
-        """The last linear layer, whose scale decides how loud the visual tokens are."""
+    def output(self) -> nn.Linear | None:
+        """The last linear layer, whose scale decides how loud the visual tokens are; None where a norm comes last."""
 
     @abstractmethod
     def flops(self) -> int:
@@ -36,6 +59,15 @@ class Connector(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T D_l"]:
         """Visual tokens of a batch of pictures."""
+
+    def attention(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T N"]:
+        """The share that every patch has in every visual token; rows sum to 1.
+
+        Connectors that keep places have fixed blocks of patches, those that attend answer with their own weights.
+        """
+        if self.token_grid is None:
+            raise NotImplementedError(f"{type(self).__name__} has tokens without places but does not say what they see")
+        return block_attention(self.grid, self.token_grid).to(features).expand(features.shape[0], -1, -1)
 
 
 class AffineConnector(Connector):
@@ -50,3 +82,16 @@ class AffineConnector(Connector):
             bias: the map's offset.
             spread: root mean square of the features, for connectors that choose an inner scale.
         """
+
+
+def block_attention(grid: Grid, token_grid: Grid) -> Float[Tensor, "T N"]:
+    """Every visual token takes the block of patches below it in equal shares (the bins of adaptive pooling)."""
+    down, across = (_shares(patches, tokens) for patches, tokens in zip(grid, token_grid, strict=True))
+    return torch.einsum("ar,bc->abrc", down, across).flatten(2).flatten(0, 1)
+
+
+def _shares(patches: int, tokens: int) -> Float[Tensor, "tokens patches"]:
+    shares = torch.zeros(tokens, patches)
+    for token in range(tokens):
+        shares[token, token * patches // tokens : -(-(token + 1) * patches // tokens)] = 1.0
+    return shares / shares.sum(dim=1, keepdim=True)

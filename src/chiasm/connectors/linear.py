@@ -4,19 +4,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from chiasm.connectors.base import AffineConnector
+from chiasm.connectors.base import AffineConnector, Grid
 
 
 class LinearProjector(AffineConnector):
     """Every patch becomes one visual token: T = N."""
 
-    def __init__(self, vision_width: int, language_width: int, grid: tuple[int, int], *, bias: bool = True) -> None:
+    def __init__(self, vision_width: int, language_width: int, grid: Grid, *, bias: bool = True) -> None:
         super().__init__(vision_width, language_width, grid)
         self.proj = nn.Linear(vision_width, language_width, bias=bias)
 
     @property
     def num_tokens(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def token_grid(self) -> Grid:
+        return self.grid
 
     @property
     def output(self) -> nn.Linear:

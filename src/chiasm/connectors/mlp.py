@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from chiasm.connectors.base import AffineConnector
+from chiasm.connectors.base import AffineConnector, Grid
 
 
 class MLPProjector(AffineConnector):
@@ -23,7 +23,7 @@ class MLPProjector(AffineConnector):
         self,
         vision_width: int,
         language_width: int,
-        grid: tuple[int, int],
+        grid: Grid,
         *,
         depth: int = 2,
         width: int | None = None,
@@ -41,6 +41,10 @@ class MLPProjector(AffineConnector):
     @property
     def num_tokens(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def token_grid(self) -> Grid:
+        return self.grid
 
     @property
     def output(self) -> nn.Linear:

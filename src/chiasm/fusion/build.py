@@ -8,24 +8,29 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chiasm.connectors import connector_settings
+from chiasm.fusion.base import FusionModel
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.language.adapter import embedding_scale, head_is_direct
 from chiasm.vision.encoder import VisionEncoder
 
+FUSION_MODELS: dict[str, type[FusionModel]] = {"early": EarlyFusionModel}
+"""Where the modalities first meet → the generative model that meets there."""
+
 CONVOLUTIONAL = ("efficientnet_lite", "convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet", "mobilenet_v2")
 """Encoders without position embeddings, to whose patch features `patch_positions: auto` appends coordinates."""
 
 
-def build_early(
+def build_fusion(
     vision: VisionEncoder,
     language: PreTrainedModel,
     connector: str | dict[str, Any],
     image_token_id: int,
+    fusion: str = "early",
     patch_positions: str = "auto",
     seed: int = 0,
-) -> EarlyFusionModel:
-    """An early-fusion model around two loaded parts, with a fresh connector drawn from `seed`.
+) -> FusionModel:
+    """A model around two loaded parts, whose new weights are drawn from `seed`.
 
     The connector's output is scaled to the language model's embedding scale, measured on synthetic pictures.
     """
@@ -35,7 +40,7 @@ def build_early(
     config = ChiasmConfig(
         vision_config=vision.model.config.to_dict(),
         text_config=language.config.to_dict(),
-        fusion="early",
+        fusion=fusion,
         connector=connector_settings(connector),
         features=vision.features.to_dict(),
         patch_positions=patch_positions,
@@ -46,7 +51,7 @@ def build_early(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = EarlyFusionModel(config, vision=vision, language=language)
+        model = FUSION_MODELS[fusion](config, vision=vision, language=language)
     model.connector.to(device=language.device, dtype=language.dtype)
     scale_connector(model, samples)
     if language.generation_config is not None:
@@ -55,9 +60,11 @@ def build_early(
 
 
 @torch.no_grad()
-def scale_connector(model: EarlyFusionModel, features: Float[Tensor, "images N D_v"]) -> None:
+def scale_connector(model: FusionModel, features: Float[Tensor, "images N D_v"]) -> None:
     """Scales the connector's last layer so that visual tokens have the root mean square of token embeddings."""
     output = model.connector.output
+    if output is None:
+        return
     if output.bias is not None:
         output.bias.zero_()
     loudness = root_mean_square(model.connect_features(features.to(output.weight.device)))

@@ -54,3 +54,6 @@ class ChiasmConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(self.get_text_config().tie_word_embeddings)
+
+
+AutoConfig.register("chiasm", ChiasmConfig, exist_ok=True)

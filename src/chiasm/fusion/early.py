@@ -1,158 +1,81 @@
-"""Early fusion: visual tokens stand in the language model's input sequence (LLaVA, arXiv 2304.08485).
+"""Early fusion: visual tokens stand in the language model's input sequence (LLaVA, arXiv 2304.08485)."""
 
-The language model itself is untouched: its embeddings, layers and head are the ones that were loaded, and on text alone
-it computes exactly what it computed before.
-"""
-
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.generation.logits_process import SuppressTokensLogitsProcessor
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.utils.deprecation import deprecate_kwarg
 
-from chiasm.connectors import build_connector
 from chiasm.fusion.adapters import inject_adapters
+from chiasm.fusion.base import FusionModel, FusionOutput
 from chiasm.fusion.config import ChiasmConfig
-from chiasm.fusion.generation_inputs import expand_images, without_placeholders
 from chiasm.fusion.splice import splice
-from chiasm.language.adapter import accepts, embedding_width, logits_at
-from chiasm.language.next_token import next_token_loss, supervised_positions
-from chiasm.positions import grid as grid_positions
-from chiasm.vision.encoder import VisionEncoder, VisionFeatures
+from chiasm.vision.encoder import VisionEncoder
 
 
-@dataclass
-class EarlyFusionOutput(CausalLMOutputWithPast):
-    """A causal language model's output, with the visual tokens `(images, T, D_l)` that entered the sequence."""
-
-    visual_tokens: Tensor | None = None
-
-
-class EarlyFusionModel(PreTrainedModel, GenerationMixin):
-    """A vision encoder, a connector and a language model; parameters are named after these three parts."""
-
-    config_class = ChiasmConfig
-    base_model_prefix = ""
-    input_modalities = ("image", "text")
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ("past_key_values",)
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+class EarlyFusionModel(FusionModel):
+    """A picture takes T places in the sequence, and every layer of the language model reads them like words."""
 
     def __init__(
         self, config: ChiasmConfig, vision: VisionEncoder | None = None, language: PreTrainedModel | None = None
     ) -> None:
-        """Parts that are not given are built from the configuration with fresh weights."""
-        super().__init__(config)
-        features = VisionFeatures.from_dict(config.features)
-        self.vision = vision or VisionEncoder.from_config(config.vision_config, features)
-        self.language = language or AutoModelForCausalLM.from_config(config.text_config)
-        width = self.vision.width + (grid_positions.WIDTH if config.patch_positions == "grid" else 0)
-        self.connector = build_connector(config.connector, width, embedding_width(self.language), self.vision.grid)
+        super().__init__(config, vision, language)
         inject_adapters(self)
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Nothing to do: the parts initialise themselves when they are built."""
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.language.set_output_embeddings(value)
-
     @property
     def num_image_tokens(self) -> int:
-        """T: placeholders that one picture takes in the sequence."""
         return self.connector.num_tokens
 
-    def encode_images(self, pixel_values: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images N D_v"]:
-        """Patch features of pictures: what a feature cache keeps."""
-        return self.vision(pixel_values)
-
-    def connect_features(self, features: Float[Tensor, "images N D_v"]) -> Float[Tensor, "images T D_l"]:
-        """Visual tokens of patch features."""
-        return self.connector(self.with_positions(features.to(self.connector.output.weight.dtype)))
-
-    def with_positions(self, features: Float[Tensor, "images N D_v"]) -> Float[Tensor, "images N D_p"]:
-        """Patch features as the connector receives them: with coordinates where the configuration asks for them."""
-        if self.config.patch_positions == "none":
-            return features
-        return grid_positions.append_grid_positions(features, self.vision.grid, self.config.feature_scale)
-
     def embed(
-        self,
-        input_ids: Int[Tensor, "B S"],
-        pixel_values: Float[Tensor, "images 3 height width"] | None = None,
-        image_features: Float[Tensor, "images N D_v"] | None = None,
-    ) -> tuple[Float[Tensor, "B S D_l"], Float[Tensor, "images_or_one T D_l"] | None]:
-        """The sequence that the language model reads, and the visual tokens in it.
+        self, input_ids: Int[Tensor, "B S"], visual_tokens: Float[Tensor, "images T D_l"] | None
+    ) -> Float[Tensor, "B S D_l"]:
+        """The sequence that the language model reads.
 
-        A training batch without pictures still sends one blank picture through the connector with weight zero, so that
-        every process of a distributed run has a gradient for the same parameters.
+        Raises:
+            ValueError: pictures and placeholders do not match.
         """
         placeholders = input_ids == self.config.image_token_id
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
-        if pixel_values is not None:
-            image_features = self.encode_images(pixel_values)
-        if image_features is not None:
-            tokens = self.connect_features(image_features)
-            return splice(embeddings, placeholders, tokens), tokens
+        if visual_tokens is not None:
+            return splice(embeddings, placeholders, visual_tokens)
         if placeholders.any():
             raise ValueError(
                 f"the text holds {int(placeholders.sum())} image placeholders but no image was given; "
                 "pass pixel_values or image_features"
             )
         if self.training:
-            embeddings = embeddings + 0.0 * self._blank_picture(embeddings).sum().to(embeddings.dtype)
-        return embeddings, None
+            embeddings = embeddings + 0.0 * self.blank_picture(embeddings).sum().to(embeddings.dtype)
+        return embeddings
 
-    def _blank_picture(self, like: Tensor) -> Float[Tensor, "1 T D_l"]:
-        if any(parameter.requires_grad for parameter in self.vision.parameters()):
-            height, width = self.vision.image_size
-            features = self.encode_images(torch.zeros(1, 3, height, width, device=like.device, dtype=self.dtype))
-        else:
-            features = torch.zeros(1, self.vision.num_patches, self.vision.width, device=like.device, dtype=like.dtype)
-        return self.connect_features(features)
-
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: Int[Tensor, "B S"] | None = None,
         attention_mask: Tensor | dict | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "B S D_l"] | None = None,
         pixel_values: Float[Tensor, "images 3 height width"] | None = None,
         image_features: Float[Tensor, "images N D_v"] | None = None,
+        instruction_ids: Int[Tensor, "images L"] | None = None,
+        instruction_mask: Int[Tensor, "images L"] | None = None,
         labels: Int[Tensor, "B S"] | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
         **kwargs: Any,
-    ) -> EarlyFusionOutput:
+    ) -> FusionOutput:
         """Next-token logits, and the loss where labels are given.
 
         Args:
             input_ids: text tokens, with T placeholders (`config.image_token_id`) for every picture.
             pixel_values: the batch's pictures in the order of their placeholders.
             image_features: encoded pictures instead, as `encode_images` returns them.
+            instruction_ids: for each picture, the instruction in the connector's own tokens, where it reads one.
             labels: the tokens themselves where they are supervised, −100 elsewhere.
-            return_logits: with labels, whether to return logits of the whole sequence beside the loss. By default
-                they are in evaluation mode and not in training mode, where only supervised positions meet the head.
+            return_logits: with labels, whether to return logits of the whole sequence beside the loss.
 
         Raises:
             ValueError: pictures and placeholders do not match; the message has both counts.
@@ -161,74 +84,8 @@ class EarlyFusionModel(PreTrainedModel, GenerationMixin):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         tokens = None
         if input_ids is not None:
-            inputs_embeds, tokens = self.embed(input_ids, pixel_values, image_features)
-        kwargs.pop("return_dict", None)
-        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **kwargs}
-        position_ids = self._positions(position_ids, attention_mask, past_key_values)
-        if position_ids is not None:
-            inputs["position_ids"] = position_ids
-
-        if labels is not None and not (return_logits if return_logits is not None else not self.training):
-            inputs.pop("use_cache", None)
-            rows, columns, targets = supervised_positions(labels)
-            logits = logits_at(self.language, inputs, rows, columns, self.config.direct_head)
-            return EarlyFusionOutput(loss=next_token_loss(logits, targets, num_items_in_batch), visual_tokens=tokens)
-
-        if accepts(self.language, "logits_to_keep"):
-            inputs["logits_to_keep"] = logits_to_keep
-        output = self.language(**inputs, past_key_values=past_key_values, return_dict=True)
-        loss = None
-        if labels is not None:
-            rows, columns, targets = supervised_positions(labels)
-            loss = next_token_loss(output.logits[rows, columns], targets, num_items_in_batch)
-        return EarlyFusionOutput(
-            loss=loss,
-            logits=output.logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            visual_tokens=tokens,
-        )
-
-    def _positions(self, given: Tensor | None, attention_mask: Any, past_key_values: Any) -> Tensor | None:
-        """Positions that count real tokens only, so that left padding changes nothing."""
-        if not accepts(self.language, "position_ids"):
-            return None
-        started = past_key_values is not None and past_key_values.get_seq_length() > 0
-        if given is not None or started or not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-            return given
-        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, use_cache: bool = True, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Pictures are read once: afterwards the cache holds them."""
-        if use_cache and not is_first_iteration:
-            kwargs.pop("image_features", None)
-        return super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
-        )
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Beams and several answers repeat a row's pictures together, in the row's own order."""
-        pictures = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
-        expanded = {
-            name: expand_images(tensor, input_ids == self.config.image_token_id, self.num_image_tokens, expand_size)
-            for name, tensor in pictures.items()
-            if tensor is not None
-        }
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        return input_ids, kwargs | expanded
-
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
-        """The placeholder is never chosen, and processors that look tokens up in the scores never meet its id."""
-        processors = super()._get_logits_processor(*args, **kwargs)
-        token = self.config.image_token_id
-        if token < self.config.get_text_config().vocab_size:
-            processors.append(SuppressTokensLogitsProcessor([token], device=self.device))
-        return without_placeholders(processors, token)
-
-
-AutoConfig.register("chiasm", ChiasmConfig, exist_ok=True)
+            tokens = self.visual_tokens(pixel_values, image_features, instruction_ids, instruction_mask)
+            inputs_embeds = self.embed(input_ids, tokens)
+        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
+        return FusionOutput(**fields, visual_tokens=tokens)

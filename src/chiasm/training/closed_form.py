@@ -16,7 +16,7 @@ from chiasm.connectors import AffineConnector
 from chiasm.connectors.closed_form import Ridge, initialise
 from chiasm.data.chat import flatten
 from chiasm.data.schema import Sample
-from chiasm.fusion.early import EarlyFusionModel
+from chiasm.fusion.base import FusionModel
 from chiasm.language.adapter import embedding_scale
 from chiasm.positions.grid import WIDTH
 
@@ -43,7 +43,7 @@ def rarity(samples: Iterable[Sample]) -> dict[str, float]:
 class WordEmbeddings:
     """Words as the language model's input embeddings, averaged over a word's tokens."""
 
-    def __init__(self, model: EarlyFusionModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: FusionModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.table: Any = model.get_input_embeddings()
         self.tokenizer = tokenizer
         self.of = lru_cache(maxsize=50_000)(self._of)
@@ -62,7 +62,7 @@ class WordEmbeddings:
 
 @torch.no_grad()
 def closed_form(
-    model: EarlyFusionModel,
+    model: FusionModel,
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Sample],
     features_of: Callable[[Sample], Float[Tensor, "images N D_v"]],
@@ -107,7 +107,7 @@ def closed_form(
     return pictures
 
 
-def _places(model: EarlyFusionModel, embeddings: WordEmbeddings) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N D_l"]]:
+def _places(model: FusionModel, embeddings: WordEmbeddings) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N D_l"]]:
     """Coordinate channels of every patch, and the embeddings of the words for its row and column."""
     blank = torch.zeros(1, model.vision.num_patches, model.vision.width)
     halves = [torch.linspace(-1, 1, count) for count in model.vision.grid]

@@ -1,0 +1,193 @@
+"""What generative fusions share: the parts, the way from pictures to visual tokens, the loss, and `generate`'s hooks.
+
+The language model itself is untouched: its embeddings, layers and head are the ones that were loaded, and on text alone
+it computes exactly what it computed before.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.generation.logits_process import SuppressTokensLogitsProcessor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from chiasm.connectors import build_connector
+from chiasm.fusion.config import ChiasmConfig
+from chiasm.fusion.generation_inputs import expand_images, without_placeholders
+from chiasm.language.adapter import accepts, embedding_width, logits_at
+from chiasm.language.next_token import next_token_loss, supervised_positions
+from chiasm.positions import grid as grid_positions
+from chiasm.vision.encoder import VisionEncoder, VisionFeatures
+
+PICTURE_INPUTS = ("pixel_values", "image_features", "instruction_ids", "instruction_mask")
+"""Inputs with one row for each picture, which beams repeat by the pictures of a conversation."""
+
+
+@dataclass
+class FusionOutput(CausalLMOutputWithPast):
+    """A causal language model's output, with the visual tokens `(images, T, D_l)` that it has seen."""
+
+    visual_tokens: Tensor | None = None
+
+
+class FusionModel(PreTrainedModel, GenerationMixin):
+    """A vision encoder, a connector and a language model; parameters are named after the parts."""
+
+    config_class = ChiasmConfig
+    base_model_prefix = ""
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ("cache",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self, config: ChiasmConfig, vision: VisionEncoder | None = None, language: PreTrainedModel | None = None
+    ) -> None:
+        """Parts that are not given are built from the configuration with fresh weights."""
+        super().__init__(config)
+        features = VisionFeatures.from_dict(config.features)
+        self.vision = vision or VisionEncoder.from_config(config.vision_config, features)
+        self.language = language or AutoModelForCausalLM.from_config(config.text_config)
+        width = self.vision.width + (grid_positions.WIDTH if config.patch_positions == "grid" else 0)
+        self.connector = build_connector(config.connector, width, embedding_width(self.language), self.vision.grid)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing to do: the parts initialise themselves when they are built."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language.set_output_embeddings(value)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholders that one picture takes in the sequence."""
+        raise NotImplementedError
+
+    def encode_images(self, pixel_values: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images N D_v"]:
+        """Patch features of pictures: what a feature cache keeps."""
+        return self.vision(pixel_values)
+
+    def connect_features(
+        self, features: Float[Tensor, "images N D_v"], **instruction: Tensor | None
+    ) -> Float[Tensor, "images T D_l"]:
+        """Visual tokens of patch features; connectors that read the instruction take one for each picture."""
+        return self.connector(self.with_positions(features.to(self.connector.dtype)), **instruction)
+
+    def with_positions(self, features: Float[Tensor, "images N D_v"]) -> Float[Tensor, "images N D_p"]:
+        """Patch features as the connector receives them: with coordinates where the configuration asks for them."""
+        if self.config.patch_positions == "none":
+            return features
+        return grid_positions.append_grid_positions(features, self.vision.grid, self.config.feature_scale)
+
+    def visual_tokens(
+        self,
+        pixel_values: Float[Tensor, "images 3 height width"] | None = None,
+        image_features: Float[Tensor, "images N D_v"] | None = None,
+        instruction_ids: Int[Tensor, "images L"] | None = None,
+        instruction_mask: Int[Tensor, "images L"] | None = None,
+    ) -> Float[Tensor, "images T D_l"] | None:
+        """Visual tokens of pictures or of their encoded features; None without either."""
+        if pixel_values is not None:
+            image_features = self.encode_images(pixel_values)
+        if image_features is None:
+            return None
+        if not self.connector.reads_instruction:
+            return self.connect_features(image_features)
+        return self.connect_features(image_features, instruction_ids=instruction_ids, instruction_mask=instruction_mask)
+
+    def blank_picture(self, like: Tensor) -> Float[Tensor, "1 T D_l"]:
+        """Visual tokens of a blank picture: what a training batch without pictures sends through the connector with
+        weight zero, so that every process of a distributed run has a gradient for the same parameters."""
+        if any(parameter.requires_grad for parameter in self.vision.parameters()):
+            height, width = self.vision.image_size
+            features = self.encode_images(torch.zeros(1, 3, height, width, device=like.device, dtype=self.dtype))
+        else:
+            features = torch.zeros(1, self.vision.num_patches, self.vision.width, device=like.device, dtype=like.dtype)
+        return self.connect_features(features)
+
+    def predict(
+        self,
+        inputs: dict[str, Any],
+        cache: Cache | None,
+        labels: Int[Tensor, "B S"] | None,
+        logits_to_keep: int | Tensor,
+        num_items_in_batch: Tensor | int | None,
+        return_logits: bool | None,
+    ) -> dict[str, Any]:
+        """The language model's logits, and the loss where labels are given: fields of a `FusionOutput`.
+
+        With labels, logits of the whole sequence are made in evaluation mode and not in training mode, where only
+        supervised positions meet the head; `return_logits` asks for one or the other.
+        """
+        inputs.pop("return_dict", None)
+        if "position_ids" in inputs or accepts(self.language, "position_ids"):
+            inputs["position_ids"] = self._positions(inputs.get("position_ids"), inputs.get("attention_mask"), cache)
+        if labels is not None and not (return_logits if return_logits is not None else not self.training):
+            inputs.pop("use_cache", None)
+            rows, columns, targets = supervised_positions(labels)
+            logits = logits_at(self.language, inputs, rows, columns, self.config.direct_head)
+            return {"loss": next_token_loss(logits, targets, num_items_in_batch)}
+        if accepts(self.language, "logits_to_keep"):
+            inputs["logits_to_keep"] = logits_to_keep
+        output = self.language(**inputs, cache=cache, return_dict=True)
+        loss = None
+        if labels is not None:
+            rows, columns, targets = supervised_positions(labels)
+            loss = next_token_loss(output.logits[rows, columns], targets, num_items_in_batch)
+        fields = ("logits", "cache", "hidden_states", "attentions")
+        return {"loss": loss} | {name: getattr(output, name) for name in fields}
+
+    @staticmethod
+    def _positions(given: Tensor | None, attention_mask: Any, cache: Cache | None) -> Tensor | None:
+        """Positions that count real tokens only, so that left padding changes nothing."""
+        started = cache is not None and cache.get_seq_length() > 0
+        if given is not None or started or not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+            return given
+        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool | None = False, use_cache: bool = True, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Pictures are read once: afterwards the cache holds them."""
+        if use_cache and not is_first_iteration:
+            kwargs = {name: value for name, value in kwargs.items() if name not in PICTURE_INPUTS}
+        return super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+        )
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Beams and several answers repeat a row's pictures together, in the row's own order."""
+        pictures = {name: kwargs.pop(name, None) for name in PICTURE_INPUTS}
+        expanded = {
+            name: expand_images(tensor, input_ids == self.config.image_token_id, self.num_image_tokens, expand_size)
+            for name, tensor in pictures.items()
+            if tensor is not None
+        }
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, kwargs | expanded
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """The placeholder is never chosen, and processors that look tokens up in the scores never meet its id."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        token = self.config.image_token_id
+        if token < self.config.get_text_config().vocab_size:
+            processors.append(SuppressTokensLogitsProcessor([token], device=self.device))
+        return without_placeholders(processors, token)
