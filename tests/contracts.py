@@ -9,7 +9,7 @@ from torch import Tensor
 
 import chiasm
 from chiasm.connectors import Connector
-from chiasm.fusion.early import EarlyFusionModel
+from chiasm.fusion.base import FusionModel
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -39,7 +39,7 @@ def check_saved_equals_loaded(vlm: chiasm.VLM, inputs: dict[str, Tensor]) -> Non
         assert {n for n, _ in again.model.named_parameters()} == {n for n, _ in vlm.model.named_parameters()}
 
 
-def check_image_matters(model: EarlyFusionModel, inputs: dict[str, Tensor]) -> None:
+def check_image_matters(model: FusionModel, inputs: dict[str, Tensor]) -> None:
     """A different picture gives different logits and different generated scores."""
     other = inputs | {"pixel_values": inputs["pixel_values"].flip(0) + 1.0}
     with torch.no_grad():
@@ -47,14 +47,14 @@ def check_image_matters(model: EarlyFusionModel, inputs: dict[str, Tensor]) -> N
     assert not torch.allclose(_scores(model, inputs), _scores(model, other))
 
 
-def _scores(model: EarlyFusionModel, inputs: dict[str, Tensor]) -> Tensor:
+def _scores(model: FusionModel, inputs: dict[str, Tensor]) -> Tensor:
     output = model.generate(
         **inputs, max_new_tokens=3, do_sample=False, output_scores=True, return_dict_in_generate=True
     )
     return torch.stack(output.scores)
 
 
-def check_cached_equals_full(model: EarlyFusionModel, inputs: dict[str, Tensor]) -> None:
+def check_cached_equals_full(model: FusionModel, inputs: dict[str, Tensor]) -> None:
     """Decoding with a cache gives the logits of a full forward without one."""
     kwargs: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     kwargs |= {"output_logits": True, "return_dict_in_generate": True}
@@ -71,7 +71,7 @@ def check_batched_equals_single(vlm: chiasm.VLM, messages: list[Any], images: li
     assert together == alone
 
 
-def check_padding_is_ignored(model: EarlyFusionModel, inputs: dict[str, Tensor], pad_id: int) -> None:
+def check_padding_is_ignored(model: FusionModel, inputs: dict[str, Tensor], pad_id: int) -> None:
     """Padding on either side changes no logit of a real token."""
     with torch.no_grad():
         plain = model(**inputs).logits
@@ -89,7 +89,7 @@ def _pad(tensor: Tensor, fill: int, side: str) -> Tensor:
     return torch.cat([block, tensor] if side == "left" else [tensor, block], dim=1)
 
 
-def check_text_only_is_the_language_model(model: EarlyFusionModel, language: Any, input_ids: Tensor) -> None:
+def check_text_only_is_the_language_model(model: FusionModel, language: Any, input_ids: Tensor) -> None:
     """Without pictures the logits are the language model's own, bit for bit."""
     mask = torch.ones_like(input_ids)
     with torch.no_grad():
@@ -97,7 +97,23 @@ def check_text_only_is_the_language_model(model: EarlyFusionModel, language: Any
         assert torch.equal(ours, language(input_ids=input_ids, attention_mask=mask).logits)
 
 
-def check_losses_agree(model: EarlyFusionModel, inputs: dict[str, Tensor], labels: Tensor) -> None:
+def open_gates(model: FusionModel, gate: float | None) -> None:
+    """Sets every gate of cross-attention to one value, where the model has gates and a value is given."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if gate is not None and name.rsplit(".", 1)[-1] in ("attention_gate", "feed_forward_gate"):
+                parameter.fill_(gate)
+
+
+def check_closed_gates_are_the_language_model(model: FusionModel, language: Any, inputs: dict[str, Tensor]) -> None:
+    """With gates at 0, pictures or not, the logits are the text-only language model's, bit for bit."""
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    positions = (text["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, language(**text, position_ids=positions).logits)
+
+
+def check_losses_agree(model: FusionModel, inputs: dict[str, Tensor], labels: Tensor) -> None:
     """The loss at supervised positions only equals the loss of full logits, and so do its gradients."""
     model.eval()
     for parameter in model.connector.parameters():
@@ -105,11 +121,12 @@ def check_losses_agree(model: EarlyFusionModel, inputs: dict[str, Tensor], label
     short = model(**inputs, labels=labels, return_logits=False)
     assert short.logits is None
     short.loss.backward()
-    gradient = model.connector.output.weight.grad.clone()
-    model.connector.output.weight.grad = None
+    first = next(model.connector.parameters())
+    gradient = first.grad.clone()
+    first.grad = None
     full = model(**inputs, labels=labels, return_logits=True)
     full.loss.backward()
     torch.testing.assert_close(short.loss, full.loss, **TOLERANCE)
-    torch.testing.assert_close(gradient, model.connector.output.weight.grad, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(gradient, first.grad, rtol=1e-3, atol=1e-5)
     reference = torch.nn.functional.cross_entropy(full.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(short.loss, reference, **TOLERANCE)

@@ -1,6 +1,9 @@
 """Tiny random models and a tiny tokenizer: every architecture the tests need, with no weights and no network."""
 
+from typing import Any
+
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -96,3 +99,14 @@ def vision(family: str = "clip", seed: int = 1) -> PreTrainedModel:
     """A vision encoder on 30 × 30 pictures (ConvNeXt: 64 × 64) with patch size 10 and width 24."""
     torch.manual_seed(seed)
     return _vision_model(family).eval()
+
+
+def picture(seed: int = 0) -> Image.Image:
+    """A picture of random pixels, 30 wide and 40 high."""
+    pixels = torch.randint(0, 256, (40, 30, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def ask(prompt: str, images: int = 1) -> list[dict[str, Any]]:
+    """A conversation of one question about so many pictures."""
+    return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": prompt}]}]

@@ -111,6 +111,7 @@ def connect(
     image_size: int | tuple[int, int] | None = None,
     resize_mode: str | None = None,
     patch_positions: str = "auto",
+    cross_attention: dict[str, Any] | None = None,
     dtype: torch.dtype | str = "auto",
     seed: int = 0,
 ) -> VLM:
@@ -128,6 +129,8 @@ def connect(
         image_size: pixels, where it shall differ from the encoder's own.
         resize_mode: `pad`, `squash` or `crop`; by default the encoder's own.
         patch_positions: `grid` appends 2-D coordinates to patch features, `none` does not, `auto` does for CNNs.
+        cross_attention: for intermediate fusion, `{"every": n}` (a block in front of every n-th layer) and other fields
+            of `chiasm.fusion.cross_attention.CrossAttentionSettings`.
         dtype: of the weights; `auto` keeps each checkpoint's own.
         seed: of the new connector's weights.
     """
@@ -146,7 +149,8 @@ def connect(
         pictures = image_processor or image_processor_for(vision_source, encoder, resize_mode=resize_mode)
         processor = ChiasmProcessor(pictures, words)
         image_token_id = processor.image_token_id
-    model = build_fusion(encoder, language_model, connector, image_token_id, fusion, patch_positions, seed)
+    new: dict[str, Any] = {"patch_positions": patch_positions, "seed": seed, "cross_attention": cross_attention}
+    model = build_fusion(encoder, language_model, connector, image_token_id, fusion, **new)
     if processor is not None:
         processor.num_image_tokens = model.num_image_tokens
         _stop_at_end_of_turn(model, processor)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import chiasm
@@ -36,6 +37,29 @@ def test_prefill_and_cache(language: str, images: int) -> None:
         model(input_ids=ids[:, :1], cache=output.cache, use_cache=True)
     if language != "gemma3":
         assert counter.get_total_flops() == cost.decode_flops
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_intermediate_fusion(images: int) -> None:
+    settings = {"every": 2, "heads": 4, "kv_heads": 2, "head_dim": 10, "gated_feed_forward": True}
+    model = chiasm.connect(
+        tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer(), fusion="intermediate", cross_attention=settings
+    ).model
+    model.set_attn_implementation("eager")
+    cost = chiasm.VLM(model, None).cost(images=images, text_tokens=11)
+    ids = torch.randint(0, 250, (1, 11 + images))
+    ids[0, 3 : 3 + images] = model.config.image_token_id
+    features = torch.randn(images, model.vision.num_patches, model.vision.width) if images else None
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        output = model(input_ids=ids, image_features=features, use_cache=True, logits_to_keep=1)
+    assert counter.get_total_flops() == cost.prefill_flops + cost.connect_flops
+    pairs = output.image_cache.keys_values if output.image_cache else []
+    pairs = [*pairs, *((layer.keys, layer.values) for layer in output.cache.layers)]
+    assert sum(t.numel() * t.element_size() for pair in pairs for t in pair) == cost.kv_cache_bytes
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids[:, :1] * 0, cache=output.cache, image_cache=output.image_cache, use_cache=True)
+    assert counter.get_total_flops() == cost.decode_flops
+    assert sum(cost.parameters.values()) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("vision", ["clip", "convnext"])

@@ -4,27 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 import chiasm
 import contracts
 import tiny
 from chiasm.connectors import CONNECTORS
+from tiny import ask, picture
 
 PAIRS = [(vision, language) for vision in tiny.VISION_FAMILIES for language in tiny.LANGUAGE_FAMILIES]
 
 
 def connect(vision: str = "clip", language: str = "llama", **options: Any) -> chiasm.VLM:
     return chiasm.connect(tiny.vision(vision), tiny.language(language), tokenizer=tiny.tokenizer(), **options)
-
-
-def picture(seed: int = 0) -> Image.Image:
-    pixels = torch.randint(0, 256, (40, 30, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
-def ask(prompt: str, images: int = 1) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": prompt}]}]
 
 
 def batch(vlm: chiasm.VLM) -> dict[str, torch.Tensor]:

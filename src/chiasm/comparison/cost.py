@@ -7,10 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from chiasm.fusion.base import FusionModel
+from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.language.adapter import layers
 from chiasm.vision.encoder import VisionEncoder
 
-PARTS = ("vision", "connector", "language")
+PARTS = ("vision", "connector", "language", "cross_attention")
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,36 @@ def cost(model: FusionModel, images: int = 1, text_tokens: int = 64) -> Cost:
     """
     if images < 0 or text_tokens < 1:
         raise ValueError(f"images={images}, text_tokens={text_tokens}; expected at least 0 and 1")
-    visual = images * model.num_image_tokens
-    sequence = visual + text_tokens
+    visual = images * model.connector.num_tokens
+    sequence = images * model.num_image_tokens + text_tokens
     per_token = kv_bytes_per_token(model)
+    looked_at, per_look, kept = _cross_attention(model, visual)
     return Cost(
-        parameters={part: sum(p.numel() for p in getattr(model, part).parameters()) for part in PARTS},
+        parameters={part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts(model)},
         visual_tokens=visual,
         sequence=sequence,
         encode_flops=images * encode_flops(model.vision),
         connect_flops=images * model.connector.flops(),
-        prefill_flops=language_flops(model, new=sequence, context=sequence, logits=1),
-        decode_flops=language_flops(model, new=1, context=sequence + 1, logits=1),
-        kv_cache_bytes=per_token * sequence,
+        prefill_flops=language_flops(model, new=sequence, context=sequence, logits=1) + looked_at + per_look * sequence,
+        decode_flops=language_flops(model, new=1, context=sequence + 1, logits=1) + per_look,
+        kv_cache_bytes=per_token * sequence + kept,
         kv_cache_bytes_per_token=per_token,
     )
+
+
+def parts(model: FusionModel) -> list[str]:
+    """The parts that the model has."""
+    return [part for part in PARTS if hasattr(model, part)]
+
+
+def _cross_attention(model: FusionModel, visual_tokens: int) -> tuple[int, int, int]:
+    """Intermediate fusion's FLOPs of the pictures' keys and values and of each token, and the bytes that are kept."""
+    if not isinstance(model, IntermediateFusionModel) or not visual_tokens:
+        return 0, 0, 0
+    part, settings = model.cross_attention, model.cross_attention.settings
+    kept = 2 * len(settings.layers) * settings.kv_heads * settings.head_dim * visual_tokens
+    per_token = part.flops(1, visual_tokens)
+    return part.keys_values_flops(visual_tokens), per_token, kept * part.blocks[0].k_proj.weight.dtype.itemsize
 
 
 def language_flops(model: FusionModel, new: int, context: int, logits: int) -> int:

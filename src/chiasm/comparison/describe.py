@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from chiasm.comparison.cost import PARTS, cost
+from chiasm.comparison.cost import cost, parts
 from chiasm.fusion.base import FusionModel
 
 
@@ -16,15 +16,16 @@ def describe(model: FusionModel, images: int = 1, text_tokens: int = 64) -> dict
         "vision": config.vision_config.model_type,
         "connector": config.connector["name"],
         "language": config.text_config.model_type,
+        "cross_attention": "gated blocks",
     }
     return {
         "fusion": config.fusion,
-        "parts": {part: {"kind": kinds[part], **_parameters(getattr(model, part))} for part in PARTS},
+        "parts": {part: {"kind": kinds[part], **_parameters(getattr(model, part))} for part in parts(model)},
         "connector": config.connector,
         "features": config.features,
         "patch_positions": config.patch_positions,
         "patches": model.vision.num_patches,
-        "tokens_per_image": model.num_image_tokens,
+        "tokens_per_image": model.connector.num_tokens,
         "adapters": config.adapters or {},
         "prompt": {"images": images, "text_tokens": text_tokens},
         "cost": cost(model, images=images, text_tokens=text_tokens).to_dict(),

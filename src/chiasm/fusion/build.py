@@ -1,5 +1,6 @@
 """Two loaded parts become one model whose visual tokens are as loud as the words are."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from transformers import PreTrainedModel
 from chiasm.connectors import connector_settings
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.config import ChiasmConfig
+from chiasm.fusion.cross_attention import cross_attention_settings
 from chiasm.fusion.early import EarlyFusionModel
-from chiasm.language.adapter import embedding_scale, head_is_direct
+from chiasm.fusion.intermediate import IntermediateFusionModel
+from chiasm.language.adapter import embedding_scale, embedding_width, head_is_direct, layers, vocabulary
 from chiasm.vision.encoder import VisionEncoder
 
-FUSION_MODELS: dict[str, type[FusionModel]] = {"early": EarlyFusionModel}
+FUSION_MODELS: dict[str, type[FusionModel]] = {"early": EarlyFusionModel, "intermediate": IntermediateFusionModel}
 """Where the modalities first meet → the generative model that meets there."""
 
 CONVOLUTIONAL = ("efficientnet_lite", "convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet", "mobilenet_v2")
@@ -29,6 +32,7 @@ def build_fusion(
     fusion: str = "early",
     patch_positions: str = "auto",
     seed: int = 0,
+    cross_attention: dict[str, Any] | None = None,
 ) -> FusionModel:
     """A model around two loaded parts, whose new weights are drawn from `seed`.
 
@@ -47,6 +51,7 @@ def build_fusion(
         feature_scale=root_mean_square(samples),
         image_token_id=image_token_id,
         direct_head=head_is_direct(language),
+        cross_attention=_cross_attention(fusion, cross_attention, language),
         dtype=language.dtype,
     )
     with torch.random.fork_rng(devices=[]):
@@ -54,6 +59,9 @@ def build_fusion(
         model = FUSION_MODELS[fusion](config, vision=vision, language=language)
     model.connector.to(device=language.device, dtype=language.dtype)
     scale_connector(model, samples)
+    if isinstance(model, IntermediateFusionModel):
+        model.cross_attention.to(device=language.device, dtype=language.dtype)
+        read_placeholder(model)
     if language.generation_config is not None:
         model.generation_config = language.generation_config
     return model.eval()
@@ -69,6 +77,23 @@ def scale_connector(model: FusionModel, features: Float[Tensor, "images N D_v"])
         output.bias.zero_()
     loudness = root_mean_square(model.connect_features(features.to(output.weight.device)))
     output.weight.mul_(embedding_scale(model.language) / loudness)
+
+
+@torch.no_grad()
+def read_placeholder(model: IntermediateFusionModel) -> None:
+    """`<image>` starts as its own row of the embedding table, or as the mean word where the table has no such row."""
+    own, token = model.cross_attention.image_embedding, model.config.image_token_id
+    if own is not None:
+        words = [token] if token < vocabulary(model.language) else range(min(vocabulary(model.language), 4096))
+        own.copy_(model.get_input_embeddings()(torch.tensor(list(words), device=own.device)).mean(dim=0))
+
+
+def _cross_attention(fusion: str, wanted: dict[str, Any] | None, language: PreTrainedModel) -> dict[str, Any] | None:
+    if fusion == "intermediate":
+        return asdict(cross_attention_settings(wanted, len(layers(language)), embedding_width(language)))
+    if wanted is not None:
+        raise ValueError(f"cross_attention= is for fusion='intermediate', got fusion={fusion!r}")
+    return None
 
 
 @torch.no_grad()

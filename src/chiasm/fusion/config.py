@@ -7,7 +7,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 import chiasm.vision  # noqa: F401  (registers the encoders of our own with AutoConfig)
 
-FUSIONS = ("early",)
+FUSIONS = ("early", "intermediate")
 PATCH_POSITIONS = ("none", "grid")
 
 
@@ -24,6 +24,7 @@ class ChiasmConfig(PreTrainedConfig):
         feature_scale: root mean square of the patch features, the amplitude of those coordinates.
         image_token_id: the placeholder that one visual token replaces; it may lie beyond the embedding table.
         direct_head: whether the language model's logits are its output embedding applied to the last hidden state.
+        cross_attention: intermediate fusion's blocks (`chiasm.fusion.cross_attention.CrossAttentionSettings`).
         adapters: part → LoRA settings, for parts that carry unmerged adapters.
     """
 
@@ -42,6 +43,7 @@ class ChiasmConfig(PreTrainedConfig):
     feature_scale: float = 1.0
     image_token_id: int | None = None
     direct_head: bool = False
+    cross_attention: dict | None = None
     adapters: dict | None = None
     tie_word_embeddings: bool = False
 

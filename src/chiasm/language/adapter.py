@@ -38,11 +38,16 @@ def embedding_width(language: PreTrainedModel) -> int:
     return language.get_input_embeddings().weight.shape[1]
 
 
+def vocabulary(language: PreTrainedModel) -> int:
+    """Rows of the embedding table."""
+    return language.get_input_embeddings().weight.shape[0]
+
+
 @torch.no_grad()
 def embedding_scale(language: PreTrainedModel) -> float:
     """Root mean square of the token embeddings as the first layer receives them."""
     embeddings = language.get_input_embeddings()
-    tokens = torch.arange(min(embeddings.weight.shape[0], 4096), device=embeddings.weight.device)
+    tokens = torch.arange(min(vocabulary(language), 4096), device=embeddings.weight.device)
     return embeddings(tokens).float().pow(2).mean().sqrt().item()
 
 

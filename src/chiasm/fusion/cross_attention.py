@@ -1,0 +1,239 @@
+"""Gated cross-attention: tokens look at pictures in front of a language model's layers (Flamingo, arXiv 2204.14198).
+
+Gates start at 0, where the model is the language model bit for bit. With RMS norms, SwiGLU, grouped heads and query-key
+norms the same block is Idefics' or Llama 3.2 Vision's.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+GATES = ("scalar", "vector")
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class CrossAttentionSettings:
+    """What `config.cross_attention` holds.
+
+    Args:
+        layers: indices of the language model's layers that have a block in front of them.
+        heads: query heads.
+        kv_heads: key-value heads that they share, all of their own by default.
+        head_dim: width of a head.
+        feed_forward: inner width of the feed-forward.
+        gated_feed_forward: SwiGLU instead of GELU.
+        norm: `layer` or `rms`.
+        eps: of the norms.
+        qk_norm: whether queries and keys are RMS-normalised.
+        visual_norm: whether visual tokens are normalised before they become keys and values.
+        gate: one `scalar` for a block, or a `vector` with one gate for each channel.
+        mask_feed_forward: whether the feed-forward, too, leaves tokens alone that see no picture (Llama 3.2 Vision).
+        image_embedding: whether the placeholder reads as a vector of its own, or as its row of the embedding table.
+    """
+
+    layers: list[int]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+    gated_feed_forward: bool = False
+    norm: str = "layer"
+    eps: float = 1e-5
+    qk_norm: bool = False
+    visual_norm: bool = True
+    gate: str = "scalar"
+    mask_feed_forward: bool = True
+    image_embedding: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (("norm", self.norm, tuple(NORMS)), ("gate", self.gate, GATES)):
+            if value not in choices:
+                raise ValueError(f"cross_attention {name} {value!r} is unknown; choose one of {', '.join(choices)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"cross_attention has {self.heads} heads, which {self.kv_heads} kv_heads do not divide")
+
+
+def cross_attention_settings(
+    wanted: dict[str, Any] | None, num_layers: int, language_width: int
+) -> CrossAttentionSettings:
+    """Full settings from a user's: by default Flamingo's heads and feed-forward in front of every fourth layer.
+
+    Args:
+        wanted: fields of `CrossAttentionSettings`, or `every`: a block in front of layer i where i + 1 is a multiple.
+
+    Raises:
+        ValueError: an unknown key, or a layer that is not there.
+    """
+    given = dict(wanted or {})
+    known = ("every", *CrossAttentionSettings.__dataclass_fields__)
+    if unknown := sorted(given.keys() - set(known)):
+        raise ValueError(f"cross_attention has no option {unknown[0]!r}; its options are: {', '.join(known)}")
+    if "every" in given and "layers" in given:
+        raise ValueError("cross_attention: every and layers contradict each other; give one of them")
+    every = given.pop("every", min(4, num_layers))
+    if not isinstance(every, int) or not 1 <= every <= num_layers:
+        raise ValueError(f"cross_attention: every={every!r}, expected 1 to {num_layers}, the language model's layers")
+    layers = [int(layer) for layer in given.pop("layers", range(every - 1, num_layers, every))]
+    if not layers or sorted(set(layers) & set(range(num_layers))) != layers:
+        raise ValueError(f"cross_attention: layers={layers}, expected ascending indices from 0 to {num_layers - 1}")
+    heads = given.pop("heads", 8)
+    defaults = {"kv_heads": heads, "head_dim": 64, "feed_forward": 4 * language_width}
+    return CrossAttentionSettings(layers=layers, heads=heads, **(defaults | given))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the tokens of one forward can look at.
+
+    Args:
+        keys_values: for every block, keys and values `(B, kv_heads, I·T, head_dim)`.
+        mask: which visual tokens each token attends to.
+        sees: whether it attends to any.
+        record: where blocks put their attention weights `(B, H, S, I·T)`, if anyone asks.
+    """
+
+    keys_values: list[KeysValues]
+    mask: Bool[Tensor, "B 1 S K"]
+    sees: Bool[Tensor, "B S 1"]
+    record: list[Tensor] | None = None
+
+
+LOOK: ContextVar[Look | None] = ContextVar("chiasm_look", default=None)
+"""What this forward's tokens look at: a value of the call, so that no module keeps anything between calls."""
+
+
+@contextmanager
+def looking(look: Look | None) -> Iterator[None]:
+    """While it lasts, the hooked layers of this thread's language model attend to `look`."""
+    token = LOOK.set(look)
+    try:
+        yield
+    finally:
+        LOOK.reset(token)
+
+
+class GatedCrossAttention(nn.Module):
+    """x + tanh(attention_gate) · attention(x, pictures), then x + tanh(feed_forward_gate) · feed_forward(x)."""
+
+    def __init__(self, width: int, visual_width: int, settings: CrossAttentionSettings) -> None:
+        super().__init__()
+        norm, eps, size = NORMS[settings.norm], settings.eps, settings.head_dim
+        inner, shared = settings.heads * size, settings.kv_heads * size
+        self.settings = settings
+        self.attention_norm = norm(width, eps=eps)
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(visual_width, shared, bias=False)
+        self.v_proj = nn.Linear(visual_width, shared, bias=False)
+        self.o_proj = nn.Linear(inner, width, bias=False)
+        self.q_norm = nn.RMSNorm(size, eps=eps) if settings.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(size, eps=eps) if settings.qk_norm else nn.Identity()
+        self.feed_forward_norm = norm(width, eps=eps)
+        self.up_proj = nn.Linear(width, settings.feed_forward, bias=False)
+        self.gate_proj = nn.Linear(width, settings.feed_forward, bias=False) if settings.gated_feed_forward else None
+        self.down_proj = nn.Linear(settings.feed_forward, width, bias=False)
+        gates = 1 if settings.gate == "scalar" else width
+        self.attention_gate = nn.Parameter(torch.zeros(gates))
+        self.feed_forward_gate = nn.Parameter(torch.zeros(gates))
+
+    def keys_values(self, visual: Float[Tensor, "B K W"]) -> KeysValues:
+        """Keys and values of the pictures, which stay the same while an answer is decoded."""
+        split = (self.settings.kv_heads, self.settings.head_dim)
+        keys, values = (proj(visual).unflatten(-1, split).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
+        return self.k_norm(keys), values
+
+    def forward(
+        self, hidden: Float[Tensor, "B S D_l"], keys_values: KeysValues, look: Look
+    ) -> Float[Tensor, "B S D_l"]:
+        attended = self._attend(self.attention_norm(hidden), keys_values, look).masked_fill(~look.sees, 0.0)
+        hidden = hidden + torch.tanh(self.attention_gate).to(hidden.dtype) * attended.to(hidden.dtype)
+        fed = self._feed_forward(self.feed_forward_norm(hidden))
+        if self.settings.mask_feed_forward:
+            fed = fed.masked_fill(~look.sees, 0.0)
+        return hidden + torch.tanh(self.feed_forward_gate).to(hidden.dtype) * fed.to(hidden.dtype)
+
+    def _attend(self, hidden: Tensor, keys_values: KeysValues, look: Look) -> Float[Tensor, "B S D_l"]:
+        queries = self.q_norm(self.q_proj(hidden).unflatten(-1, (self.settings.heads, -1)).transpose(1, 2))
+        keys, values = (states.to(queries.dtype) for states in keys_values)
+        mask = look.mask | ~look.sees[:, None]  # a row that sees nothing attends anywhere and is dropped afterwards
+        if look.record is not None:
+            shared = keys.repeat_interleave(self.settings.heads // self.settings.kv_heads, dim=1)
+            scores = queries @ shared.transpose(-1, -2) * self.settings.head_dim**-0.5
+            look.record.append(
+                scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).masked_fill(~look.sees[:, None], 0)
+            )
+        attended = F.scaled_dot_product_attention(queries, keys, values, mask, enable_gqa=True)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+    def _feed_forward(self, hidden: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(self.up_proj(hidden)))
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class CrossAttention(nn.Module):
+    """The part `cross_attention`: blocks, the norm in front of their keys and values, the placeholder's embedding."""
+
+    def __init__(self, width: int, visual_width: int, settings: CrossAttentionSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.visual_norm = nn.LayerNorm(visual_width) if settings.visual_norm else nn.Identity()
+        self.blocks: Any = nn.ModuleList(GatedCrossAttention(width, visual_width, settings) for _ in settings.layers)
+        self.image_embedding = nn.Parameter(torch.zeros(width)) if settings.image_embedding else None
+
+    def attach(self, layers: nn.ModuleList) -> None:
+        """Puts the blocks in front of their layers, by PyTorch's own hooks: no class and no weight name changes."""
+        for index, layer in enumerate(self.settings.layers):
+            hook = _InFront(self.blocks[index], index)
+            layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
+
+    def keys_values(self, visual: Float[Tensor, "B K W"]) -> list[KeysValues]:
+        """Keys and values of every block."""
+        visual = self.visual_norm(visual)
+        return [block.keys_values(visual) for block in self.blocks]
+
+    def flops(self, tokens: int, visual_tokens: int) -> int:
+        """FLOPs of `tokens` new tokens through all blocks, with `visual_tokens` keys in view."""
+        block, heads = self.blocks[0], self.settings.heads * self.settings.head_dim
+        fresh = (block.q_proj, block.o_proj, block.up_proj, block.gate_proj, block.down_proj)
+        matrices = sum(layer.weight.numel() for layer in fresh if layer is not None)
+        return len(self.blocks) * 2 * tokens * (matrices + 2 * visual_tokens * heads)
+
+    def keys_values_flops(self, visual_tokens: int) -> int:
+        """FLOPs of the keys and values of `visual_tokens`, which are paid once for a picture."""
+        weights = sum(layer.weight.numel() for layer in (self.blocks[0].k_proj, self.blocks[0].v_proj))
+        return len(self.blocks) * 2 * visual_tokens * weights
+
+    def gates(self) -> dict[str, list[float]]:
+        """How far each block's gates are open, layer by layer: tanh of a scalar, the mean size of a vector."""
+        return {
+            name: [_openness(getattr(block, name)) for block in self.blocks]
+            for name in ("attention_gate", "feed_forward_gate")
+        }
+
+
+def _openness(gate: Tensor) -> float:
+    opened = torch.tanh(gate.detach().float())
+    return opened.item() if opened.numel() == 1 else opened.abs().mean().item()
+
+
+class _InFront:
+    """A forward pre-hook that sends hidden states through a block first; an object, so that models can be copied."""
+
+    def __init__(self, block: nn.Module, index: int) -> None:
+        self.block, self.index = block, index
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        look = LOOK.get()
+        if look is None:
+            return None
+        hidden = self.block(args[0] if args else kwargs["hidden_states"], look.keys_values[self.index], look)
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

@@ -1,0 +1,226 @@
+"""Intermediate fusion: the language model's layers look at pictures through gated cross-attention (arXiv 2204.14198).
+
+A picture takes one placeholder in the text. Every text token sees the most recent picture before it, text before any
+picture sees none, and earlier pictures reach later text through the language model's own self-attention.
+"""
+
+import contextvars
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel
+from transformers.utils.deprecation import deprecate_kwarg
+
+from chiasm.fusion.adapters import inject_adapters
+from chiasm.fusion.base import FusionModel, FusionOutput
+from chiasm.fusion.config import ChiasmConfig
+from chiasm.fusion.cross_attention import CrossAttention, CrossAttentionSettings, KeysValues, Look, looking
+from chiasm.language.adapter import embedding_width, layers
+from chiasm.vision.encoder import VisionEncoder
+
+
+@dataclass(frozen=True)
+class ImageCache:
+    """The pictures of a batch as decoding needs them: computed once, read by every new token.
+
+    Args:
+        keys_values: for every block, keys and values of all pictures of a row.
+        tokens: T, visual tokens of one picture.
+        seen: pictures that each row's text has passed so far.
+    """
+
+    keys_values: list[KeysValues]
+    tokens: int
+    seen: Int[Tensor, " B"]
+
+
+@dataclass
+class IntermediateFusionOutput(FusionOutput):
+    """A fusion's output, with the pictures' keys and values for the tokens that follow."""
+
+    image_cache: ImageCache | None = None
+
+
+class IntermediateFusionModel(FusionModel):
+    """Pictures stay outside of the sequence; parameters of the new layers are the part `cross_attention`."""
+
+    def __init__(
+        self, config: ChiasmConfig, vision: VisionEncoder | None = None, language: PreTrainedModel | None = None
+    ) -> None:
+        super().__init__(config, vision, language)
+        settings = CrossAttentionSettings(**(config.cross_attention or {}))
+        self.cross_attention = CrossAttention(embedding_width(self.language), self.connector.width, settings)
+        self.cross_attention.attach(layers(self.language))
+        inject_adapters(self)
+        self.post_init()
+
+    @property
+    def num_image_tokens(self) -> int:
+        return 1
+
+    def embed(self, input_ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S D_l"]:
+        """Token embeddings, with the placeholder's own where it has one."""
+        placeholders, own = input_ids == self.config.image_token_id, self.cross_attention.image_embedding
+        if own is None:
+            return self.get_input_embeddings()(input_ids)
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
+        return torch.where(placeholders[..., None], own.to(embeddings.dtype), embeddings)
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B S"] | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B S D_l"] | None = None,
+        pixel_values: Float[Tensor, "... 3 height width"] | None = None,
+        image_features: Float[Tensor, "images N D_v"] | None = None,
+        instruction_ids: Int[Tensor, "images L"] | None = None,
+        instruction_mask: Int[Tensor, "images L"] | None = None,
+        image_attention_mask: Tensor | None = None,
+        image_cache: ImageCache | None = None,
+        labels: Int[Tensor, "B S"] | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> IntermediateFusionOutput:
+        """Next-token logits, and the loss where labels are given.
+
+        Args:
+            input_ids: text tokens, with one placeholder (`config.image_token_id`) for every picture.
+            pixel_values: the batch's pictures in the order of their placeholders; or `(B, I, 3, height, width)` with an
+                `image_attention_mask`.
+            image_attention_mask: `(B, S, I)`, which pictures each token sees, in place of the most recent one.
+            image_cache: pictures of an earlier forward of the same rows, whose output had it.
+            labels: the tokens themselves where they are supervised, −100 elsewhere.
+            return_logits: with labels, whether to return logits of the whole sequence beside the loss.
+
+        Raises:
+            ValueError: pictures and placeholders do not match; the message has both counts.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if input_ids is not None:
+            placeholders, inputs_embeds = input_ids == self.config.image_token_id, self.embed(input_ids)
+        elif inputs_embeds is not None:
+            placeholders = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        tokens = None
+        if image_cache is None:
+            flat = pixel_values.flatten(0, -4) if pixel_values is not None else None
+            tokens = self.visual_tokens(flat, image_features, instruction_ids, instruction_mask)
+            image_cache = self._remember(tokens, placeholders, image_attention_mask)
+        look = None
+        if image_cache is not None:
+            look = self._look(image_cache, placeholders, image_attention_mask, kwargs.pop("record", None))
+        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        with looking(look):
+            fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
+        if image_cache is not None:
+            seen = image_cache.seen + placeholders.sum(dim=1)
+            image_cache = ImageCache(image_cache.keys_values, image_cache.tokens, seen)
+        return IntermediateFusionOutput(**fields, visual_tokens=tokens, image_cache=image_cache)
+
+    def _remember(
+        self,
+        tokens: Float[Tensor, "images T W"] | None,
+        placeholders: Bool[Tensor, "B S"],
+        image_attention_mask: Tensor | None,
+    ) -> ImageCache | None:
+        """Keys and values of the pictures, one group for each row; None where there is nothing to look at.
+
+        A batch without pictures looks at a blank one that no token sees, where something still depends on the blocks:
+        in training, so that every process of a distributed run has a gradient for the same parameters, and where the
+        feed-forward reads all text.
+        """
+        counts = placeholders.sum(dim=1)
+        if tokens is None:
+            if counts.any():
+                raise ValueError(
+                    f"the text holds {int(counts.sum())} image placeholders but no image was given; "
+                    "pass pixel_values or image_features"
+                )
+            if not (self.training or not self.cross_attention.settings.mask_feed_forward):
+                return None
+            blank = self.blank_picture(next(self.cross_attention.parameters()))
+            rows = blank[:, None].expand(placeholders.shape[0], -1, -1, -1)
+        elif image_attention_mask is not None:
+            rows = tokens.unflatten(0, (placeholders.shape[0], -1))
+        else:
+            rows = _by_row(tokens, counts)
+        keys_values = self.cross_attention.keys_values(rows.flatten(1, 2))
+        return ImageCache(keys_values, rows.shape[2], torch.zeros_like(counts))
+
+    @staticmethod
+    def _look(
+        cache: ImageCache,
+        placeholders: Bool[Tensor, "B S"],
+        image_attention_mask: Tensor | None,
+        record: list[Tensor] | None,
+    ) -> Look:
+        """Which pictures the new tokens see: the ones they are told to, or the most recent one."""
+        images = cache.keys_values[0][0].shape[2] // cache.tokens
+        if image_attention_mask is not None:
+            visible = image_attention_mask.bool()
+        else:
+            latest = cache.seen[:, None] + placeholders.cumsum(dim=1) - 1
+            visible = latest[..., None] == torch.arange(images, device=latest.device)
+        mask = visible.repeat_interleave(cache.tokens, dim=-1)[:, None]
+        return Look(cache.keys_values, mask, visible.any(dim=-1, keepdim=True), record)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """With a cache of the pictures, a step brings its own tokens' part of the mask only."""
+        if not kwargs.get("use_cache", True):
+            kwargs.pop("image_cache", None)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if (visible := inputs.get("image_attention_mask")) is not None and inputs.get("input_ids") is not None:
+            inputs["image_attention_mask"] = visible[:, -inputs["input_ids"].shape[1] :]
+        return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
+    ) -> dict[str, Any]:
+        """New tokens see what the last one saw."""
+        kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
+        if outputs.image_cache is not None:
+            kwargs["image_cache"] = outputs.image_cache
+        if (visible := kwargs.get("image_attention_mask")) is not None:
+            last = visible[:, -1:].expand(-1, num_new_tokens, -1)
+            kwargs["image_attention_mask"] = torch.cat([visible, last], dim=1)
+        return kwargs
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        """Layers that are computed again in the backward look at the pictures of their own forward."""
+        super()._set_gradient_checkpointing(enable, _in_context(gradient_checkpointing_func), **kwargs)
+
+
+def _by_row(tokens: Float[Tensor, "images T W"], counts: Int[Tensor, " B"]) -> Float[Tensor, "B I T W"]:
+    """Pictures in a row for each text, filled up with zeros that no token sees."""
+    if int(counts.sum()) != tokens.shape[0]:
+        raise ValueError(
+            f"the text holds {int(counts.sum())} image placeholders but {tokens.shape[0]} image(s) were given; "
+            "pass one image for each, or build the inputs with the model's processor"
+        )
+    rows = tokens.new_zeros(counts.shape[0], max(int(counts.max()), 1), *tokens.shape[1:])
+    places = torch.arange(rows.shape[1], device=counts.device) < counts[:, None]
+    return rows.masked_scatter(places[..., None, None], tokens)
+
+
+def _in_context(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpoint function that computes again in the context of the first time."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if getattr(run, "keywords", {}).get("use_reentrant"):
+            raise ValueError("intermediate fusion needs gradient checkpointing with use_reentrant=False, got True")
+        context = contextvars.copy_context()
+        return run(lambda *inner, **named: context.copy().run(function, *inner, **named), *args, **kwargs)
+
+    return call
