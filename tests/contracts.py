@@ -130,3 +130,27 @@ def check_losses_agree(model: FusionModel, inputs: dict[str, Tensor], labels: Te
     torch.testing.assert_close(gradient, first.grad, rtol=1e-3, atol=1e-5)
     reference = torch.nn.functional.cross_entropy(full.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(short.loss, reference, **TOLERANCE)
+
+
+def check_embeddings_equal_tokens(model: FusionModel, inputs: dict[str, Tensor]) -> None:
+    """Token embeddings in place of token ids, placeholders included, see the same pictures."""
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(inputs["input_ids"])
+        assert torch.equal(model(**rest, inputs_embeds=embeddings).logits, model(**inputs).logits)
+        assert model(**inputs, return_dict=False)[0].shape == model(**inputs).logits.shape
+
+
+def check_generation_strategies(model: FusionModel, inputs: dict[str, Tensor]) -> None:
+    """Strategies of `transformers.generate` that must not change a greedy answer do not, and the others run."""
+    greedy: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 258}
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    expected = model.generate(**inputs, **greedy)
+    static = model.generate(**inputs, **greedy, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, expected)
+    embedded = model.generate(**rest, inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]), **greedy)
+    assert torch.equal(embedded, expected[:, -embedded.shape[1] :])
+    several = {"num_return_sequences": 2, "max_new_tokens": 3, "pad_token_id": 258}
+    rows = 2 * inputs["input_ids"].shape[0]
+    assert model.generate(**inputs, **several, num_beams=3, do_sample=False).shape[0] == rows
+    assert model.generate(**inputs, **several, do_sample=True).shape[0] == rows

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from chiasm.connectors import build_connector
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.generation_inputs import expand_images, without_placeholders
-from chiasm.language.adapter import accepts, embedding_width, logits_at
+from chiasm.language.adapter import accepts, embedding_width, logits_at, vocabulary
 from chiasm.language.next_token import next_token_loss, supervised_positions
 from chiasm.positions import grid as grid_positions
 from chiasm.vision.encoder import VisionEncoder, VisionFeatures
@@ -31,6 +31,11 @@ class FusionOutput(CausalLMOutputWithPast):
     """A causal language model's output, with the visual tokens `(images, T, D_l)` that it has seen."""
 
     visual_tokens: Tensor | None = None
+
+    @property
+    def image_outputs(self) -> BaseModelOutputWithPooling:
+        """The same under the name that transformers' image-text models have for it."""
+        return BaseModelOutputWithPooling(pooler_output=self.visual_tokens)
 
 
 class FusionModel(PreTrainedModel, GenerationMixin):
@@ -78,6 +83,35 @@ class FusionModel(PreTrainedModel, GenerationMixin):
     def num_image_tokens(self) -> int:
         """Placeholders that one picture takes in the sequence."""
         raise NotImplementedError
+
+    def word_embeddings(
+        self,
+        input_ids: Int[Tensor, "B S"] | None,
+        inputs_embeds: Float[Tensor, "B S D_l"] | None,
+        placeholders: Bool[Tensor, "B S"],
+    ) -> Float[Tensor, "B S D_l"]:
+        """Embeddings of the text; a placeholder's id may lie beyond the table, so that it reads as the first word."""
+        if inputs_embeds is not None:
+            return inputs_embeds
+        return self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))  # type: ignore[union-attr]
+
+    def placeholders(
+        self, input_ids: Int[Tensor, "B S"] | None, inputs_embeds: Float[Tensor, "B S D_l"] | None
+    ) -> Bool[Tensor, "B S"]:
+        """Where pictures stand in the text; in embeddings, where the placeholder's own stands.
+
+        Raises:
+            ValueError: not exactly one of the two is given.
+        """
+        token = self.config.image_token_id
+        if input_ids is not None and inputs_embeds is None:
+            return input_ids == token
+        if input_ids is not None or inputs_embeds is None:
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if token >= vocabulary(self.language):
+            return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        own = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
+        return (inputs_embeds == own).all(dim=-1)
 
     def encode_images(self, pixel_values: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images N D_v"]:
         """Patch features of pictures: what a feature cache keeps."""
@@ -135,7 +169,6 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         With labels, logits of the whole sequence are made in evaluation mode and not in training mode, where only
         supervised positions meet the head; `return_logits` asks for one or the other.
         """
-        inputs.pop("return_dict", None)
         if "position_ids" in inputs or accepts(self.language, "position_ids"):
             inputs["position_ids"] = self._positions(inputs.get("position_ids"), inputs.get("attention_mask"), cache)
         if labels is not None and not (return_logits if return_logits is not None else not self.training):
@@ -162,25 +195,37 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, use_cache: bool = True, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        use_cache: bool = True,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Pictures are read once: afterwards the cache holds them."""
         if use_cache and not is_first_iteration:
             kwargs = {name: value for name, value in kwargs.items() if name not in PICTURE_INPUTS}
         return super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
         )
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """Beams and several answers repeat a row's pictures together, in the row's own order."""
-        pictures = {name: kwargs.pop(name, None) for name in PICTURE_INPUTS}
-        expanded = {
-            name: expand_images(tensor, input_ids == self.config.image_token_id, self.num_image_tokens, expand_size)
-            for name, tensor in pictures.items()
-            if tensor is not None
-        }
+        pictures = {name: kwargs.pop(name) for name in PICTURE_INPUTS if kwargs.get(name) is not None}
+        expanded = {}
+        if pictures:
+            embeddings = kwargs.get("inputs_embeds")
+            placeholders = self.placeholders(input_ids if embeddings is None else None, embeddings)
+            expanded = {
+                name: expand_images(tensor, placeholders, self.num_image_tokens, expand_size)
+                for name, tensor in pictures.items()
+            }
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return input_ids, kwargs | expanded
 

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.generic import can_return_tuple
 
 from chiasm.fusion.adapters import inject_adapters
 from chiasm.fusion.base import FusionModel, FusionOutput
@@ -29,15 +30,18 @@ class EarlyFusionModel(FusionModel):
         return self.connector.num_tokens
 
     def embed(
-        self, input_ids: Int[Tensor, "B S"], visual_tokens: Float[Tensor, "images T D_l"] | None
+        self,
+        input_ids: Int[Tensor, "B S"] | None,
+        inputs_embeds: Float[Tensor, "B S D_l"] | None,
+        visual_tokens: Float[Tensor, "images T D_l"] | None,
     ) -> Float[Tensor, "B S D_l"]:
         """The sequence that the language model reads.
 
         Raises:
             ValueError: pictures and placeholders do not match.
         """
-        placeholders = input_ids == self.config.image_token_id
-        embeddings = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
+        placeholders = self.placeholders(input_ids, inputs_embeds)
+        embeddings = self.word_embeddings(input_ids, inputs_embeds, placeholders)
         if visual_tokens is not None:
             return splice(embeddings, placeholders, visual_tokens)
         if placeholders.any():
@@ -50,6 +54,7 @@ class EarlyFusionModel(FusionModel):
         return embeddings
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "B S"] | None = None,
@@ -80,12 +85,8 @@ class EarlyFusionModel(FusionModel):
         Raises:
             ValueError: pictures and placeholders do not match; the message has both counts.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        tokens = None
-        if input_ids is not None:
-            tokens = self.visual_tokens(pixel_values, image_features, instruction_ids, instruction_mask)
-            inputs_embeds = self.embed(input_ids, tokens)
+        tokens = self.visual_tokens(pixel_values, image_features, instruction_ids, instruction_mask)
+        inputs_embeds = self.embed(input_ids, inputs_embeds, tokens)
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
         return FusionOutput(**fields, visual_tokens=tokens)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.generic import can_return_tuple
 
 from chiasm.fusion.adapters import inject_adapters
 from chiasm.fusion.base import FusionModel, FusionOutput
@@ -63,15 +64,21 @@ class IntermediateFusionModel(FusionModel):
     def num_image_tokens(self) -> int:
         return 1
 
-    def embed(self, input_ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S D_l"]:
+    def embed(
+        self,
+        input_ids: Int[Tensor, "B S"] | None,
+        inputs_embeds: Float[Tensor, "B S D_l"] | None,
+        placeholders: Bool[Tensor, "B S"],
+    ) -> Float[Tensor, "B S D_l"]:
         """Token embeddings, with the placeholder's own where it has one."""
-        placeholders, own = input_ids == self.config.image_token_id, self.cross_attention.image_embedding
+        own = self.cross_attention.image_embedding
         if own is None:
-            return self.get_input_embeddings()(input_ids)
-        embeddings = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
-        return torch.where(placeholders[..., None], own.to(embeddings.dtype), embeddings)
+            placeholders = torch.zeros_like(placeholders)
+        embeddings = self.word_embeddings(input_ids, inputs_embeds, placeholders)
+        return embeddings if own is None else torch.where(placeholders[..., None], own.to(embeddings.dtype), embeddings)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "B S"] | None = None,
@@ -105,12 +112,8 @@ class IntermediateFusionModel(FusionModel):
         Raises:
             ValueError: pictures and placeholders do not match; the message has both counts.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        if input_ids is not None:
-            placeholders, inputs_embeds = input_ids == self.config.image_token_id, self.embed(input_ids)
-        elif inputs_embeds is not None:
-            placeholders = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        placeholders = self.placeholders(input_ids, inputs_embeds)
+        inputs_embeds = self.embed(input_ids, inputs_embeds, placeholders)
         tokens = None
         if image_cache is None:
             flat = pixel_values.flatten(0, -4) if pixel_values is not None else None
@@ -174,11 +177,13 @@ class IntermediateFusionModel(FusionModel):
         mask = visible.repeat_interleave(cache.tokens, dim=-1)[:, None]
         return Look(cache.keys_values, mask, visible.any(dim=-1, keepdim=True), record)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """With a cache of the pictures, a step brings its own tokens' part of the mask only."""
         if not kwargs.get("use_cache", True):
             kwargs.pop("image_cache", None)
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds, **kwargs)
         if (visible := inputs.get("image_attention_mask")) is not None and inputs.get("input_ids") is not None:
             inputs["image_attention_mask"] = visible[:, -inputs["input_ids"].shape[1] :]
         return inputs
