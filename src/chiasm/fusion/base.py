@@ -60,6 +60,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         features = VisionFeatures.from_dict(config.features)
         self.vision = vision or VisionEncoder.from_config(config.vision_config, features)
         self.language = language or AutoModelForCausalLM.from_config(config.text_config)
+        config.vision_config, config.text_config = self.vision.model.config, self.language.config
         width = self.vision.width + (grid_positions.WIDTH if config.patch_positions == "grid" else 0)
         self.connector = build_connector(config.connector, width, embedding_width(self.language), self.vision.grid)
 

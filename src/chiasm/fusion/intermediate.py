@@ -177,7 +177,7 @@ class IntermediateFusionModel(FusionModel):
         mask = visible.repeat_interleave(cache.tokens, dim=-1)[:, None]
         return Look(cache.keys_values, mask, visible.any(dim=-1, keepdim=True), record)
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """With a cache of the pictures, a step brings its own tokens' part of the mask only."""
