@@ -9,6 +9,7 @@ import chiasm
 import contracts
 import tiny
 from chiasm.connectors import CONNECTORS
+from chiasm.fusion.adapters import add_adapter
 from tiny import ask, picture
 
 PAIRS = [(vision, language) for vision in tiny.VISION_FAMILIES for language in tiny.LANGUAGE_FAMILIES]
@@ -39,6 +40,19 @@ def test_every_connector(connector: str) -> None:
     vlm = connect(connector=connector)
     contracts.check_saved_equals_loaded(vlm, batch(vlm))
     contracts.check_image_matters(vlm.model, batch(vlm))
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("language", tiny.LANGUAGE_FAMILIES)
+def test_parts_of_different_precision(language: str, dtypes: tuple[str, str], tmp_path: Any) -> None:
+    parts = {"vision": tiny.vision(), "language": tiny.language(language)}
+    for (name, part), dtype in zip(parts.items(), dtypes, strict=True):
+        part.save_pretrained(tmp_path / name)
+        parts[name] = type(part).from_pretrained(tmp_path / name, dtype=dtype)
+    vlm = chiasm.connect(**parts, tokenizer=tiny.tokenizer())
+    contracts.check_part_dtypes_survive(vlm, batch(vlm))
+    add_adapter(vlm.model, "language", rank=2)
+    contracts.check_part_dtypes_survive(vlm, batch(vlm))
 
 
 @pytest.mark.parametrize("language", tiny.LANGUAGE_FAMILIES)

@@ -10,6 +10,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from chiasm.fusion.adapters import inject_adapters
 from chiasm.fusion.base import FusionModel, FusionOutput
 from chiasm.fusion.config import ChiasmConfig
+from chiasm.fusion.part_dtypes import cast_parts
 from chiasm.fusion.splice import splice
 from chiasm.vision.encoder import VisionEncoder
 
@@ -22,6 +23,7 @@ class EarlyFusionModel(FusionModel):
     ) -> None:
         super().__init__(config, vision, language)
         inject_adapters(self)
+        cast_parts(self)
         self.post_init()
 
     @property
