@@ -424,3 +424,18 @@ def test_hold_out_keeps_one_id_together_and_both_sides_filled() -> None:
         hold_out(samples[:2])
     with pytest.raises(ValueError, match="fraction 1"):
         hold_out(samples, fraction=1.0)
+
+
+def test_hold_out_of_mixtures_and_subsets_builds_no_sample(folder: Path) -> None:
+    """Samples that cannot be used are left to those who take them: a hold-out only needs the ids."""
+    rows: list[dict] = [{"id": f"s{number}", "question": "Q?", "answer": "A"} for number in range(30)]
+    save(folder / "a.json", [*rows, {"id": "broken", "conversations": 7}])
+    save(folder / "b.json", rows[:5])
+    (folder / "mix.yaml").write_text("- {path: a.json, weight: 1.5}\n- {path: b.json, weight: 2}\n")
+    mixture = read(folder / "mix.yaml")
+    for samples in (mixture, mixture[3:], mixture[::-1]):
+        kept, held = hold_out(samples, fraction=0.3)
+        assert len(kept) + len(held) == len(samples) and not set(kept.ids()) & set(held.ids())
+        assert held.ids() == [sample.id for sample in held]
+    with pytest.raises(SampleError, match="'broken'"):
+        list(mixture)

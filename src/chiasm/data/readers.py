@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from chiasm.data import containers
 from chiasm.data.emoji_scenes import EmojiScenes
 from chiasm.data.rows import id_of, sample_of
 from chiasm.data.schema import MAX_PIXELS, ImageRef, Sample, Samples
-from chiasm.data.splits import SPLITS, Subset, hold_out, stable_fraction
+from chiasm.data.splits import SPLITS, Subset, hold_out, ids_of, stable_fraction
 
 EMOJI_SCENES = "emoji-scenes"
 UNDERSTOOD = (
@@ -145,6 +145,10 @@ class Mixture(Sequence[Sample]):
         index = range(len(self))[index]
         number = next(n for n, end in enumerate(self.ends) if index < end)
         return self.sources[number][index - self.ends[number] + len(self.sources[number])]
+
+    def ids(self) -> Iterator[str]:
+        """Every sample's id, without building the samples where that is possible."""
+        return chain.from_iterable(map(ids_of, self.sources))
 
 
 def _thin(samples: Samples, share: int | float) -> Subset:
