@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from chiasm.vision.compiling import Note, compiled
 from chiasm.vision.efficientnet_lite import EfficientNetLiteModel
 from chiasm.vision.fast_inference import fast_inference
 from chiasm.vision.features import FeatureLayer, Grid, VisionFeatures
@@ -95,15 +96,19 @@ class VisionEncoder(nn.Module):
         used = {name for name, gradient in zip(differentiable, gradients, strict=True) if gradient is not None}
         return [f"model.{name}" for name in weights if name not in used]
 
-    def fast_encoder(self, dtype: torch.dtype | None = None, compile: bool = False) -> "FastEncoder":
+    def fast_encoder(
+        self, dtype: torch.dtype | None = None, compile: bool = False, note: Note | None = None
+    ) -> "FastEncoder":
         """The same function for inference only, as fast as this machine allows: what fills a feature cache.
 
         Args:
             dtype: precision of the arithmetic and of the features; by default bfloat16, if the hardware multiplies it
                 and this encoder's features stay within 1% of what they are without it.
-            compile: whether to compile the model, which costs up to a minute and needs a C++ compiler on a CPU.
+            compile: whether to compile the model, which costs up to a minute and needs a C++ compiler on a CPU; where
+                that fails, it stays uncompiled.
+            note: told in one line where it failed; by default a warning says it.
         """
-        return FastEncoder(self, dtype or self._fastest_dtype(), compile)
+        return FastEncoder(self, dtype or self._fastest_dtype(), compile, note)
 
     def _fastest_dtype(self) -> torch.dtype:
         if self.model.dtype != torch.float32 or not _multiplies_bfloat16(self.model.device):
@@ -134,15 +139,17 @@ class VisionEncoder(nn.Module):
 class FastEncoder:
     """An encoder's function without gradients, in the fastest precision; shares the encoder's weights."""
 
-    def __init__(self, encoder: VisionEncoder, dtype: torch.dtype, compile: bool = False) -> None:
+    def __init__(
+        self, encoder: VisionEncoder, dtype: torch.dtype, compile: bool = False, note: Note | None = None
+    ) -> None:
         self.encoder = VisionEncoder(_without_idle_parts(twin(encoder.model), encoder.features), encoder.features)
         self.dtype = dtype
         self.run: Callable[..., Any] = self.encoder.model
         if isinstance(encoder.model, EfficientNetLiteModel):
             maps = ["head" if layer.layer == "last" else str(layer.layer) for layer in encoder.features.layers]
-            self.run = fast_inference(encoder.model, dtype, compile, maps)
+            self.run = fast_inference(encoder.model, dtype, compile, maps, note)
         elif compile:
-            self.run = torch.compile(self.run)
+            self.run = compiled(self.run, note)
 
     @torch.no_grad()
     def __call__(self, pixel_values: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D_v"]:
