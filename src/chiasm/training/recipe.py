@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from chiasm.training.schema import LENGTHS, PartPlan, Recipe, Settings, Stage, Validation
+from chiasm.training.schema import EXACT_LENGTHS, LENGTHS, PartPlan, Recipe, Settings, Stage, Validation
 
 __all__ = ["Recipe", "RecipeError", "apply_overrides", "find_recipe", "load_recipe", "to_yaml"]
 
@@ -149,10 +149,12 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any, text: str, origins: O
 
 
 def _drop(target: dict[str, Any], keys: list[str]) -> None:
-    """Removes a setting that an override replaces; a stage has only one length."""
+    """Removes a setting that an override replaces; a stage has only one length, and `min_steps` is part of it."""
     if len(keys) == 1:
         for key in LENGTHS if keys[0] in LENGTHS else (keys[0],):
             target.pop(key, None)
+        if keys[0] in EXACT_LENGTHS:
+            target.pop("min_steps", None)
     elif isinstance(target.get(keys[0]), dict):
         target[keys[0]].pop(keys[1], None)
 
