@@ -115,3 +115,28 @@ def test_a_conversation_remembers(run: Any, model: Path, data: Path, monkeypatch
     code, out, err = run("chat", model, data.parent / "0.png", "--max-new-tokens", 3)
     assert code == 0, err
     assert "no such picture" in out
+
+
+def test_brackets_are_printed_as_they_are(run: Any, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = data.parent / "[bold]my models"
+    code, out, err = run("connect", "--vision", data.parent / "v", "--language", data.parent / "l", "-o", folder)
+    assert code == 2 and "/v' does not exist" in err
+    model.rename(folder)
+    options = ["--set", "steps=1", "--set", "batch_size=2", "--set", "validation.samples=0"]
+    result = data.parent / "[red]run"
+    code, out, err = run("train", "llava", "--model", folder, "--data", data, "-o", result, *options)
+    assert code == 0, err
+    assert f"model: {result}/model; talk to it: chiasm chat '{result}/model' PICTURE" in out
+    lines = iter(["/image [x].jpg", "[bold]What[/bold]?", "And [/red] now?", "/quit"])
+    monkeypatch.setattr("rich.console.Console.input", lambda *_: next(lines))
+
+    def stream(self: chiasm.VLM, images: Any, prompt: str, **_: Any) -> Any:
+        if "[/red]" in prompt:
+            raise ValueError(f"a mistake in {prompt}")
+        yield from ("[bold]", "[/red] ", prompt)
+
+    monkeypatch.setattr(chiasm.VLM, "stream", stream)
+    code, out, err = run("chat", folder)
+    assert code == 0, err
+    for line in ("no such picture: [x].jpg", "[bold][/red] [bold]What[/bold]?", "a mistake in And [/red] now?"):
+        assert line in out
