@@ -33,8 +33,9 @@ class PartDtypes(PreTrainedModel):
         return super().from_pretrained(source, *args, dtype=dtype or "auto", **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Writes weights and configuration, with the dtype of every part in it."""
-        self.config.part_dtypes = {part: str(dtype).removeprefix("torch.") for part, dtype in part_dtypes(self).items()}
+        """Writes weights and configuration, with the dtypes of the parts in it where they differ."""
+        dtypes = {part: str(dtype).removeprefix("torch.") for part, dtype in part_dtypes(self).items()}
+        self.config.part_dtypes = dtypes if len(set(dtypes.values())) > 1 else None
         super().save_pretrained(*args, **kwargs)
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
