@@ -134,6 +134,20 @@ def test_an_error_while_streaming_is_raised() -> None:
         list(vlm.stream(picture(), "What?", max_new_tokens=0))
 
 
+@pytest.mark.parametrize("language", ["gpt2", "llama"])
+def test_a_prompt_beyond_the_context_names_both_counts(language: str) -> None:
+    vlm = connect(language=language)
+    prompt = "x" * 900
+    tokens = vlm.processor(messages=[ask(prompt)], images=[[picture()]])["input_ids"].shape[1]
+    room = 1024 - tokens
+    assert isinstance(vlm.chat(picture(), prompt, max_new_tokens=room), str)
+    expected = rf"{tokens} tokens and max_new_tokens={room + 1} are 1025 tokens, but .* context is 1024; shorten"
+    with pytest.raises(ValueError, match=expected):
+        vlm.chat(picture(), prompt, max_new_tokens=room + 1)
+    with pytest.raises(ValueError, match=expected):
+        list(vlm.stream(picture(), prompt, max_new_tokens=room + 1))
+
+
 def test_cached_features_equal_pictures() -> None:
     vlm = connect()
     inputs = batch(vlm)

@@ -228,6 +228,18 @@ def test_an_encoder_that_cannot_be_compiled_is_noted_and_runs(
     assert capsys.readouterr().err.count("not compiled: RuntimeError") == 1
 
 
+def test_validation_says_that_a_question_leaves_no_room_for_an_answer(tmp_path: Path) -> None:
+    model = helpers.vlm("gpt2")
+
+    def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:
+        return model.generate(messages, images, max_new_tokens=1020)
+
+    recipe = {"stages": [helpers.stage(validation={"samples": 4, "answers": 2})]}
+    result = helpers.run(tmp_path / "run", recipe, model, generate=generate)
+    assert all(event["answers"] == [] for event in events(result, "validation"))
+    assert "max_new_tokens=1020" in events(result, "warning")[0]["text"]
+
+
 def test_closed_form_is_asked_once_with_features(tmp_path: Path) -> None:
     asked = []
 
