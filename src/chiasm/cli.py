@@ -281,9 +281,12 @@ def _json_option(text: str | None, option: str) -> Any:
     if text is None:
         return None
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{option} {text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} {text!r} is not a JSON object; write {{...}} with names and values")
+    return value
 
 
 def _refuse_to_overwrite(folder: Path) -> None:

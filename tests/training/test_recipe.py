@@ -152,6 +152,15 @@ def test_the_length_of_a_stage_in_steps() -> None:
     assert steps(samples=17) == 3
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("? [a]\n: 1\n", "recipe.yaml:1: a key is a word"), ("a: &x [*x]\n", "an alias contains itself")],
+)
+def test_strange_yaml_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(write(tmp_path, text))
+
+
 def test_own_recipes_are_found_by_name_and_others_are_listed() -> None:
     assert [stage.name for stage in load_recipe("llava").stages] == ["align", "instruct"]
     with pytest.raises(RecipeError, match=r"'lava' is neither a file nor one of Chiasm's own \(.*llava"):

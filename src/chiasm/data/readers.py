@@ -46,7 +46,10 @@ def read(source: Any, split: str | None = None, **options: Any) -> Samples:
         _refuse(options, ())
         return source if split is None else _divide(source, split, division)
     if isinstance(source, str | Path) and (entries := containers.mixture_entries(Path(source))) is not None:
-        return Mixture.of(Path(source), entries, split, division | options)
+        try:
+            return Mixture.of(Path(source), entries, split, division | options)
+        except RecursionError:
+            raise ValueError(f"{source}: the mixture contains itself; remove that entry") from None
     rows, split = containers.open_source(source, split, UNDERSTOOD)
     _refuse(options, ("image_root", "max_pixels", "answered"))
     samples = RowSamples(rows, **options)
@@ -172,6 +175,9 @@ def _emoji_scenes(source: str, split: str | None, options: dict[str, Any]) -> Em
             raise ValueError(f"{source!r}: {setting!r} is not of the form name=value")
         options[key] = int(value) if value.lstrip("-").isdigit() else value
     _refuse(options, EmojiScenes.OPTIONS)
+    for key in ("size", "seed", "num_objects", "questions_per_scene"):
+        if not isinstance(options.get(key), int | None):
+            raise ValueError(f"{EMOJI_SCENES}: {key} is {options[key]!r}, expected a whole number")
     return EmojiScenes(split or named or "train", **options)
 
 

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from chiasm.sources.errors import readable_weights
 
 
 class ContextError(ValueError):
@@ -23,7 +32,7 @@ def load_language(source: str | PreTrainedModel, dtype: torch.dtype | str = "aut
     Raises:
         ValueError: it has no head, or no attention (Mamba, RWKV): its state is not a cache of keys and values.
     """
-    model = source if isinstance(source, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model = source if isinstance(source, PreTrainedModel) else _load(source, dtype)
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"language={type(model).__name__} has no language-modelling head; "
@@ -35,6 +44,17 @@ def load_language(source: str | PreTrainedModel, dtype: torch.dtype | str = "aut
             "attention, which decoding and the cost model need; choose a language model with attention"
         )
     return model
+
+
+def _load(source: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(source)
+    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+        raise ValueError(
+            f"language={source!r} holds a model of type {config.model_type!r}, which is no causal language model; "
+            "name the folder or hub id of one that is"
+        )
+    with readable_weights(source):
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
 
 
 @torch.no_grad()

@@ -83,6 +83,8 @@ def _read(path: Path) -> tuple[dict[str, Any], Origins]:
         if node is not None:
             _note_lines(node, (), path, origins)
         raw = loader.construct_document(node) if node is not None else None
+    except RecursionError:
+        raise RecipeError(f"{path}: an alias contains itself") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: {error.problem}") from error
@@ -97,6 +99,8 @@ def _note_lines(node: yaml.Node, at: Keys, path: Path, origins: Origins) -> None
     origins.setdefault(at, f"{path}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"{path}:{key.start_mark.line + 1}: a key is a word, not a list or a mapping")
             here = (*at, key.value)
             if here in origins:
                 raise RecipeError(f"{path}:{key.start_mark.line + 1}: {_dotted(here)}: this key stands here twice")

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from chiasm.sources.errors import readable_weights
 from chiasm.vision.compiling import Note, compiled
 from chiasm.vision.efficientnet_lite import EfficientNetLiteModel
 from chiasm.vision.fast_inference import fast_inference
@@ -191,7 +192,8 @@ def load_vision(
             model.to(dtype)
         missing: set[str] = set()
     else:
-        model, missing = load_tower(str(source), dtype, **options)
+        with readable_weights(source):
+            model, missing = load_tower(str(source), dtype, **options)
     encoder = VisionEncoder(model, _measure(model, features or {}, image_size))
     if missing and (lacking := sorted({f"model.{name}" for name in missing} - set(encoder.unused_parameters()))):
         raise ValueError(f"{source} lacks {len(lacking)} weights of its vision model, such as {lacking[0]!r}")
@@ -203,13 +205,17 @@ def _measure(model: PreTrainedModel, wanted: dict[str, Any], image_size: int | G
     if unknown := sorted(set(wanted) - set(FEATURE_OPTIONS)):
         raise ValueError(f"features has an unknown key {unknown[0]!r}; known keys: {', '.join(FEATURE_OPTIONS)}")
     native = default_image_size(model.config)
-    size = native if image_size is None else pair(image_size)
+    size = native if image_size is None else pair(image_size, "image_size")
     layers = wanted.get("layers") or DEFAULT_LAYERS.get(model.config.model_type, ("last",))
+    if not isinstance(layers, list | tuple) or not all(type(layer) in (int, str) for layer in layers):
+        raise ValueError(f"layers is {layers!r}, expected a list of 'last', indices and names of feature maps")
     reduce = wanted.get("reduce") or "fold"
+    if not isinstance(reduce, str | list | tuple):
+        raise ValueError(f"reduce is {reduce!r}, expected a word or a list of words, one per layer")
     reduce = (reduce,) * len(layers) if isinstance(reduce, str) else tuple(reduce)
     if len(reduce) != len(layers):
         raise ValueError(f"reduce has {len(reduce)} entries for {len(layers)} layers; give one word or one per layer")
-    grid = pair(wanted["grid"]) if wanted.get("grid") else None
+    grid = pair(wanted["grid"], "grid") if wanted.get("grid") else None
     check_inputs(model, size)
     options = {"interpolate_pos_encoding": True} if size != native and takes(model, "interpolate_pos_encoding") else {}
 
