@@ -39,6 +39,21 @@ def check_saved_equals_loaded(vlm: chiasm.VLM, inputs: dict[str, Tensor]) -> Non
         assert {n for n, _ in again.model.named_parameters()} == {n for n, _ in vlm.model.named_parameters()}
 
 
+def check_part_dtypes_survive(vlm: chiasm.VLM, inputs: dict[str, Tensor]) -> None:
+    """save → load → the same dtypes and logits, bit for bit; a dtype that is asked for is still for all parts."""
+    model = vlm.model.eval()
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        before = model(**inputs).logits
+        vlm.save_pretrained(folder)
+        for again in (chiasm.load(folder).model, type(model).from_pretrained(folder)):
+            assert {name: p.dtype for name, p in again.named_parameters()} == dtypes
+            assert torch.equal(again(**inputs).logits, before)
+        for dtype in (torch.float32, torch.bfloat16):
+            for again in (chiasm.load(folder, dtype=dtype).model, type(model).from_pretrained(folder, dtype=dtype)):
+                assert {p.dtype for p in again.parameters()} == {dtype}
+
+
 def check_image_matters(model: FusionModel, inputs: dict[str, Tensor]) -> None:
     """A different picture gives different logits and different generated scores."""
     other = inputs | {"pixel_values": inputs["pixel_values"].flip(0) + 1.0}

@@ -1,6 +1,7 @@
 """The verbs, end to end on tiny models: what they print, and how they fail."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,58 @@ def test_mistakes_are_one_line_and_exit_2(
     assert "Traceback" not in err
 
 
+PARTS = ["connect", "--vision", "VISION", "--language", "LANGUAGE", "-o", "OUT"]
+RECIPE = ["train", "RECIPE", "--model", "MODEL", "--data", "DATA", "-o", "OUT"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*PARTS, "--connector", '{"name": ["mlp"]}'], "connector ['mlp'] is unknown"),
+        ([*PARTS, "--connector", '{"name": "mlp", "depth": "x"}'], "depth='x', expected int"),
+        ([*PARTS, "--connector", '{"name": "mlp", "bias": "no"}'], "bias='no', expected bool"),
+        ([*PARTS, "--connector", '{"name": "mlp", "width": -2}'], "width=-2, expected at least 1"),
+        ([*PARTS, "--features", "5"], "--features '5' is not a JSON object"),
+        ([*PARTS, "--features", '{"layers": 3}'], "layers is 3, expected a list"),
+        ([*PARTS, "--features", '{"layers": [null]}'], "layers is [None], expected a list"),
+        ([*PARTS, "--features", '{"reduce": 5}'], "reduce is 5, expected a word"),
+        ([*PARTS, "--features", '{"grid": [0, 0]}'], "grid is [0, 0], expected a whole number above 0"),
+        ([*PARTS, "--features", '{"grid": "x"}'], "grid is 'x', expected a whole number above 0"),
+        ([*PARTS, "--image-size", "-3"], "image_size is -3, expected a whole number above 0"),
+        ([*PARTS, "--language", "VISION"], "'clip_vision_model', which is no causal language model"),
+        ([*PARTS, "--language", "BROKEN"], "damaged or cut off"),
+        ([*PARTS, "--vision", "BROKEN"], "damaged or cut off"),
+        (["inspect", "BROKEN"], "damaged or cut off"),
+        (["inspect", "EMPTY"], "holds no config.json"),
+        (["inspect", "TYPELESS"], "is no JSON object with model_type"),
+        ([*PARTS[:-1], "MODEL"], "exists and is not empty"),
+        ([*RECIPE[:-1], "MODEL"], "is not empty and holds no run"),
+        (["chat", "MODEL", "RECIPE", "-p", "Hi"], "cannot be read as a picture"),
+        (["chat", "MODEL", "-p", "Hi" * 800], "context is 1024; shorten"),
+        (["eval", "MODEL", "--data", "EMPTY"], "holds no data file"),
+    ],
+)
+def test_strange_values_are_one_line_and_exit_2(
+    run: Any, model: Path, data: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    names = ("OUT", "MODEL", "VISION", "LANGUAGE", "BROKEN", "EMPTY", "TYPELESS", "RECIPE", "DATA")
+    places: dict[str, Path] = {name: tmp_path / name.lower() for name in names} | {"DATA": data}
+    tiny.vision().save_pretrained(places["VISION"])
+    tiny.language().save_pretrained(places["LANGUAGE"])
+    whole = {"inspect": model, "--vision": places["VISION"]}
+    before = arguments[arguments.index("BROKEN") - 1] if "BROKEN" in arguments else ""
+    shutil.copytree(whole.get(before, places["LANGUAGE"]), places["BROKEN"])
+    (places["BROKEN"] / "model.safetensors").write_bytes(b"cut off")
+    places["EMPTY"].mkdir()
+    places["TYPELESS"].mkdir()
+    (places["TYPELESS"] / "config.json").write_text("[]")
+    places["RECIPE"].write_text("stages: [{name: a, steps: 1, lr: 1.0e-3, parts: {connector: full, '*': frozen}}]")
+    code, _, err = run(*(places.get(argument, argument) for argument in arguments))
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize("verb", ["pull", "connect", "inspect", "chat", "train", "eval", "demo"])
 def test_every_verb_has_an_example(run: Any, verb: str) -> None:
     code, out, _ = run(verb, "--help")
@@ -115,3 +168,28 @@ def test_a_conversation_remembers(run: Any, model: Path, data: Path, monkeypatch
     code, out, err = run("chat", model, data.parent / "0.png", "--max-new-tokens", 3)
     assert code == 0, err
     assert "no such picture" in out
+
+
+def test_brackets_are_printed_as_they_are(run: Any, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = data.parent / "[bold]my models"
+    code, out, err = run("connect", "--vision", data.parent / "v", "--language", data.parent / "l", "-o", folder)
+    assert code == 2 and "/v' does not exist" in err
+    model.rename(folder)
+    options = ["--set", "steps=1", "--set", "batch_size=2", "--set", "validation.samples=0"]
+    result = data.parent / "[red]run"
+    code, out, err = run("train", "llava", "--model", folder, "--data", data, "-o", result, *options)
+    assert code == 0, err
+    assert f"model: {result}/model; talk to it: chiasm chat '{result}/model' PICTURE" in out
+    lines = iter(["/image [x].jpg", "[bold]What[/bold]?", "And [/red] now?", "/quit"])
+    monkeypatch.setattr("rich.console.Console.input", lambda *_: next(lines))
+
+    def stream(self: chiasm.VLM, images: Any, prompt: str, **_: Any) -> Any:
+        if "[/red]" in prompt:
+            raise ValueError(f"a mistake in {prompt}")
+        yield from ("[bold]", "[/red] ", prompt)
+
+    monkeypatch.setattr(chiasm.VLM, "stream", stream)
+    code, out, err = run("chat", folder)
+    assert code == 0, err
+    for line in ("no such picture: [x].jpg", "[bold][/red] [bold]What[/bold]?", "a mistake in And [/red] now?"):
+        assert line in out

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     name="chiasm",
@@ -62,7 +64,7 @@ def pull(
     if as_json:
         return emit(folders)
     for name, folder in folders.items():
-        out.print(f"{name}: {folder}", highlight=False, soft_wrap=True)
+        out.print(f"{name}: {folder}", markup=False, highlight=False, soft_wrap=True)
     return None
 
 
@@ -101,7 +103,8 @@ def connect(
     _show(vlm, as_json)
     if not as_json:
         out.print(
-            f"saved in {output}; train it: [bold]chiasm train llava --model {output} --data DATA -o RUN[/bold]",
+            f"saved in {escape(str(output))}; "
+            f"train it: [bold]chiasm train llava --model {_argument(output)} --data DATA -o RUN[/bold]",
             soft_wrap=True,
         )
 
@@ -173,7 +176,11 @@ def train(
     if as_json:
         emit({"model": str(result.model), "run": str(output)})
     else:
-        out.print(f"model: {result.model}; talk to it: [bold]chiasm chat {result.model} PICTURE[/bold]", soft_wrap=True)
+        out.print(
+            f"model: {escape(str(result.model))}; "
+            f"talk to it: [bold]chiasm chat {_argument(result.model)} PICTURE[/bold]",
+            soft_wrap=True,
+        )
 
 
 @app.command("eval", epilog=example("chiasm eval runs/a/model --data test.json"))
@@ -213,7 +220,7 @@ def evaluate(
         return emit({"summary": result.summary, "notes": result.notes})
     out.print(to_table(result.summary))
     for note in result.notes:
-        out.print(note, soft_wrap=True)
+        out.print(note, markup=False, soft_wrap=True)
     return None
 
 
@@ -274,9 +281,12 @@ def _json_option(text: str | None, option: str) -> Any:
     if text is None:
         return None
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{option} {text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} {text!r} is not a JSON object; write {{...}} with names and values")
+    return value
 
 
 def _refuse_to_overwrite(folder: Path) -> None:
@@ -304,7 +314,10 @@ def main() -> None:
         sys.exit(2 if known else 1)
 
 
-def _one_line(error: BaseException) -> str:
-    from rich.markup import escape
+def _argument(path: Path) -> str:
+    """A path as one would type it in a shell, for a line with markup."""
+    return escape(shlex.quote(str(path)))
 
+
+def _one_line(error: BaseException) -> str:
     return escape(" ".join(str(error).split()))

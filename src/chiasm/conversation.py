@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from chiasm.generation.decode import user_message
 from chiasm.vlm import VLM
@@ -33,7 +34,7 @@ def converse(vlm: VLM, images: list[Path], decoding: dict[str, Any], console: Co
             if path.is_file():
                 waiting.append(path)
             else:
-                console.print(f"[red]no such picture:[/red] {path}")
+                console.print(f"[red]no such picture:[/red] {escape(str(path))}", soft_wrap=True)
         elif command.startswith("/"):
             console.print(f"[dim]{HELP}[/dim]")
         elif line:
@@ -41,7 +42,7 @@ def converse(vlm: VLM, images: list[Path], decoding: dict[str, Any], console: Co
             try:
                 answer = _answer(vlm, pictures, line, history, decoding, console)
             except (ValueError, OSError) as error:
-                console.print(f"[red]{error}[/red]")
+                console.print(f"[red]{escape(str(error))}[/red]", soft_wrap=True)
                 waiting = []
                 continue
             history += [*user_message(line, len(waiting)), {"role": "assistant", "content": answer}]

@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from chiasm import api, sources, vlm
 from chiasm.comparison.cost import cost
@@ -65,8 +66,9 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, console: Console 
     with _phase("report", seconds, console):
         _report(output, model, result, [*test, *held_out], seconds)
     console.print(to_table(result.summary, title="unseen scenes"))
-    console.print(f"report: {output / 'report.html'}", soft_wrap=True)
-    console.print(f"talk to it: [bold]chiasm chat {shlex.quote(str(trained.model))} PICTURE[/bold]", soft_wrap=True)
+    console.print(f"report: {output / 'report.html'}", markup=False, soft_wrap=True)
+    command = f"chiasm chat {shlex.quote(str(trained.model))} PICTURE"
+    console.print(f"talk to it: [bold]{escape(command)}[/bold]", soft_wrap=True)
     return {
         "summary": result.summary,
         "seconds": seconds,

@@ -20,6 +20,7 @@ from chiasm.generation import decode
 from chiasm.generation.decode import Decoding
 from chiasm.interop.llava import load_llava
 from chiasm.language.adapter import load_language, load_tokenizer
+from chiasm.sources.errors import readable_weights
 from chiasm.vision.encoder import load_vision
 from chiasm.vision.image_processor import ChiasmImageProcessor, image_processor_for
 
@@ -163,7 +164,8 @@ def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM:
     model_type = _model_type(source)
     if model_type not in LOADERS:
         raise ValueError(f"{source} holds a {model_type!r} model; chiasm.load reads {', '.join(LOADERS)}")
-    return VLM(*LOADERS[model_type](source, dtype))
+    with readable_weights(source):
+        return VLM(*LOADERS[model_type](source, dtype))
 
 
 def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[FusionModel, ChiasmProcessor | None]:
@@ -190,8 +192,13 @@ LOADERS = {"chiasm": _load_chiasm, "llava": load_llava}
 def _model_type(source: str) -> str:
     from transformers.utils import cached_file
 
-    path = cached_file(source, "config.json")
-    return json.loads(Path(path).read_text())["model_type"]
+    path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        raise ValueError(f"{source} holds no config.json, so it is no model; name the folder that has it")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the configuration of a model: it is no JSON object with model_type") from error
 
 
 def _tokenizer_for(given: str | PreTrainedTokenizerBase | None, language: Any) -> PreTrainedTokenizerBase | None:

@@ -424,3 +424,41 @@ def test_hold_out_keeps_one_id_together_and_both_sides_filled() -> None:
         hold_out(samples[:2])
     with pytest.raises(ValueError, match="fraction 1"):
         hold_out(samples, fraction=1.0)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, r"a turn is from \['human'\]"),
+        ({"conversations": turns("\ud800", "x")}, "'value' is no text: it holds half a character"),
+        ({"question": "Q?", "answer": "A", "answers": 5}, "'answers' is 5, expected a list"),
+    ],
+)
+def test_values_of_the_wrong_type_are_named(folder: Path, row: dict, expected: str) -> None:
+    (folder / "d.json").write_text(json.dumps([row]))
+    with pytest.raises(SampleError, match=expected):
+        read(folder / "d.json")[0]
+
+
+def test_a_mixture_of_itself_and_a_size_that_is_no_number_are_refused(folder: Path) -> None:
+    (folder / "a.yaml").write_text("- path: b.yaml\n")
+    (folder / "b.yaml").write_text("- path: a.yaml\n")
+    with pytest.raises(ValueError, match="the mixture contains itself"):
+        read(folder / "a.yaml")
+    with pytest.raises(ValueError, match="size is 'x', expected a whole number"):
+        read("emoji-scenes:train,size=x")
+
+
+def test_hold_out_of_mixtures_and_subsets_builds_no_sample(folder: Path) -> None:
+    """Samples that cannot be used are left to those who take them: a hold-out only needs the ids."""
+    rows: list[dict] = [{"id": f"s{number}", "question": "Q?", "answer": "A"} for number in range(30)]
+    save(folder / "a.json", [*rows, {"id": "broken", "conversations": 7}])
+    save(folder / "b.json", rows[:5])
+    (folder / "mix.yaml").write_text("- {path: a.json, weight: 1.5}\n- {path: b.json, weight: 2}\n")
+    mixture = read(folder / "mix.yaml")
+    for samples in (mixture, mixture[3:], mixture[::-1]):
+        kept, held = hold_out(samples, fraction=0.3)
+        assert len(kept) + len(held) == len(samples) and not set(kept.ids()) & set(held.ids())
+        assert held.ids() == [sample.id for sample in held]
+    with pytest.raises(SampleError, match="'broken'"):
+        list(mixture)

@@ -209,8 +209,6 @@ def test_the_users_mistakes_are_named() -> None:
     red = colour("a", "red")
     with pytest.raises(ValueError, match="samples is empty"):
         evaluate(seeing, [])
-    with pytest.raises(ValueError, match="'a' occurs 2 times"):
-        evaluate(seeing, [red, red])
     with pytest.raises(ValueError, match="metric is 'bleu', expected one of exact_match"):
         evaluate(seeing, [red], metric="bleu")
     with pytest.raises(ValueError, match="batch_size is 0"):
@@ -221,6 +219,16 @@ def test_the_users_mistakes_are_named() -> None:
         evaluate(seeing, [Sample("b", [ask("?", 1), say("x")])])
     with pytest.raises(SampleError, match="'c'"):
         evaluate(seeing, [Sample("c", [ask("?", 1)], [picture("red")])])
+
+
+def test_a_sample_that_comes_twice_is_numbered() -> None:
+    red, blue, taken = colour("a", "red"), colour("b", "blue"), colour("a (2)", "green")
+    two = Sample("c", [ask("Which?", 1), say("red"), ask("Sure?"), say("yes")], [picture("red")])
+    rows = evaluate(seeing, [red, blue, red, taken, red, two, two]).rows
+    assert [row["id"] for row in rows][:5] == ["a", "b", "a (3)", "a (2)", "a (4)"]
+    assert [row["id"] for row in rows][5:] == ["c#1", "c#2", "c (2)#1", "c (2)#2"]
+    assert [row["sample"] for row in rows][:5] == ["a", "b", "a", "a (2)", "a"]
+    assert rows[0]["control_sample"] != "a"
 
 
 def test_results_survive_the_disk(tmp_path) -> None:

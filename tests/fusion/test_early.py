@@ -9,6 +9,7 @@ import chiasm
 import contracts
 import tiny
 from chiasm.connectors import CONNECTORS
+from chiasm.fusion.adapters import add_adapter
 from tiny import ask, picture
 
 PAIRS = [(vision, language) for vision in tiny.VISION_FAMILIES for language in tiny.LANGUAGE_FAMILIES]
@@ -41,6 +42,19 @@ def test_every_connector(connector: str) -> None:
     vlm = connect(connector=connector)
     contracts.check_saved_equals_loaded(vlm, batch(vlm))
     contracts.check_image_matters(vlm.model, batch(vlm))
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("language", tiny.LANGUAGE_FAMILIES)
+def test_parts_of_different_precision(language: str, dtypes: tuple[str, str], tmp_path: Any) -> None:
+    parts = {"vision": tiny.vision(), "language": tiny.language(language)}
+    for (name, part), dtype in zip(parts.items(), dtypes, strict=True):
+        part.save_pretrained(tmp_path / name)
+        parts[name] = type(part).from_pretrained(tmp_path / name, dtype=dtype)
+    vlm = chiasm.connect(**parts, tokenizer=tiny.tokenizer())
+    contracts.check_part_dtypes_survive(vlm, batch(vlm))
+    add_adapter(vlm.model, "language", rank=2)
+    contracts.check_part_dtypes_survive(vlm, batch(vlm))
 
 
 @pytest.mark.parametrize("language", tiny.LANGUAGE_FAMILIES)
@@ -120,6 +134,20 @@ def test_an_error_while_streaming_is_raised() -> None:
     vlm = connect()
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         list(vlm.stream(picture(), "What?", max_new_tokens=0))
+
+
+@pytest.mark.parametrize("language", ["gpt2", "llama"])
+def test_a_prompt_beyond_the_context_names_both_counts(language: str) -> None:
+    vlm = connect(language=language)
+    prompt = "x" * 900
+    tokens = vlm.processor(messages=[ask(prompt)], images=[[picture()]])["input_ids"].shape[1]
+    room = 1024 - tokens
+    assert isinstance(vlm.chat(picture(), prompt, max_new_tokens=room), str)
+    expected = rf"{tokens} tokens and max_new_tokens={room + 1} are 1025 tokens, but .* context is 1024; shorten"
+    with pytest.raises(ValueError, match=expected):
+        vlm.chat(picture(), prompt, max_new_tokens=room + 1)
+    with pytest.raises(ValueError, match=expected):
+        list(vlm.stream(picture(), prompt, max_new_tokens=room + 1))
 
 
 def test_cached_features_equal_pictures() -> None:

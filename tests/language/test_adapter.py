@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedConfig, RwkvConfig
 
+import chiasm
 import tiny
 from chiasm.language import adapter
 from chiasm.language.next_token import next_token_loss, supervised_positions
@@ -46,3 +48,11 @@ def test_next_token_loss_shifts_by_one() -> None:
     logits = torch.randn(3, 11)
     total = next_token_loss(logits, targets, num_items=6)
     torch.testing.assert_close(total, next_token_loss(logits, targets) / 2)
+
+
+@pytest.mark.parametrize("config", [MambaConfig(state_size=8), RwkvConfig(attention_hidden_size=16)])
+def test_a_language_model_without_attention_is_refused(config: PreTrainedConfig) -> None:
+    config.update({"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 261})
+    with pytest.raises(ValueError, match=r"model type '\w+'\) keeps no keys and values of attention") as error:
+        chiasm.connect(tiny.vision(), AutoModelForCausalLM.from_config(config))
+    assert "\n" not in str(error.value)

@@ -63,6 +63,13 @@ def test_stages_inherit_from_the_top_and_override_it(tmp_path: Path) -> None:
         ("name: instruct", "name: align", "two stages are named 'align'"),
         ("name: instruct", "name: model", "recipe.yaml:6: stages.model.name: 'model' is a folder of every run"),
         ("steps: 10", "steps: 10\n    epochs: 2", "epochs and steps contradict each other"),
+        (
+            "steps: 10",
+            "steps: 10\n    min_steps: 2",
+            "recipe.yaml:6: stages.instruct: min_steps is for epochs, not for",
+        ),
+        ("steps: 10", "samples: 10\n    min_steps: 2", "would not be read beside samples (10); remove one of them"),
+        ("batch_size: 8", "steps: 8\nmin_steps: 2", "min_steps is for epochs, not for steps"),
         ("steps: 10", "steps: 10\n    steps: 2", "recipe.yaml:8: stages.1.steps: this key stands here twice"),
         ("vision: frozen\n", "vision: {tune: frozen, rank: 3}\n", "tune: frozen takes no 'rank'"),
         ("vision: frozen\n", "vision: {tune: full}\n", "tune: full needs an lr, here or at the stage"),
@@ -99,6 +106,16 @@ def test_an_override_of_the_length_replaces_any_other() -> None:
     assert (recipe.stages[0].samples, recipe.stages[0].steps, recipe.stages[0].epochs) == (100, None, None)
 
 
+def test_the_fewest_steps_go_with_epochs_only() -> None:
+    stages = [helpers.stage(steps=None), helpers.stage("exact"), helpers.stage("short", steps=None, epochs=0.5)]
+    recipe = load_recipe({"min_steps": 30, "stages": stages})
+    assert [stage.min_steps for stage in recipe.stages] == [30, None, 30]
+    exact = apply_overrides(recipe, ["steps=3"])
+    assert [(stage.steps, stage.min_steps) for stage in exact.stages] == [(3, None)] * 3
+    with pytest.raises(RecipeError, match=r"stages\.exact: min_steps is for epochs, not for steps"):
+        apply_overrides(recipe, ["stages.exact.min_steps=3"])
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -131,8 +148,17 @@ def test_the_length_of_a_stage_in_steps() -> None:
     assert steps() == steps(epochs=1) == 3
     assert steps(epochs=2) == 6 and steps(epochs=0.4) == 2
     assert steps(epochs=1, min_steps=2) == 3 and steps(epochs=1, min_steps=50) == 50
-    assert steps(steps=7) == steps(steps=7, min_steps=50) == 7
+    assert steps(steps=7) == 7
     assert steps(samples=17) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("? [a]\n: 1\n", "recipe.yaml:1: a key is a word"), ("a: &x [*x]\n", "an alias contains itself")],
+)
+def test_strange_yaml_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(write(tmp_path, text))
 
 
 def test_own_recipes_are_found_by_name_and_others_are_listed() -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import chiasm
 from chiasm.data.schema import ImageRef, Sample
+from chiasm.training import features
 from chiasm.training.checkpoint import TrainingError
 from chiasm.training.log import read_log
 from chiasm.training.recipe import load_recipe
@@ -210,6 +211,33 @@ def test_a_bad_sample_stops_the_run_by_name_or_is_skipped_and_counted(tmp_path: 
     skipped = [event["id"] for event in events(result, "skipped")]
     assert (known, skipped) in [(1, []), (0, ["bad"])]
     assert sum(event["samples"] for event in events(result, "step")) == 6
+
+
+def test_an_encoder_that_cannot_be_compiled_is_noted_and_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    recipe = {"stages": [helpers.stage(cache_features=True)]}
+    expected = losses(helpers.run(tmp_path / "plain", recipe, cache_root=tmp_path / "a"))
+    monkeypatch.setattr(features, "WORTH_COMPILING", 1)
+    monkeypatch.setattr(features, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    assert losses(helpers.run(tmp_path / "run", recipe, cache_root=tmp_path / "b", quiet=False)) == expected
+    assert capsys.readouterr().err.count("not compiled: RuntimeError") == 1
+
+
+def test_validation_says_that_a_question_leaves_no_room_for_an_answer(tmp_path: Path) -> None:
+    model = helpers.vlm("gpt2")
+
+    def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:
+        return model.generate(messages, images, max_new_tokens=1020)
+
+    recipe = {"stages": [helpers.stage(validation={"samples": 4, "answers": 2})]}
+    result = helpers.run(tmp_path / "run", recipe, model, generate=generate)
+    assert all(event["answers"] == [] for event in events(result, "validation"))
+    assert "max_new_tokens=1020" in events(result, "warning")[0]["text"]
 
 
 def test_closed_form_is_asked_once_with_features(tmp_path: Path) -> None:

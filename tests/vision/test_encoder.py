@@ -280,6 +280,21 @@ def test_the_fast_encoder_gives_the_same_features(family: str) -> None:
     assert (fast.float() - expected).norm() <= 0.01 * expected.norm()
 
 
+def test_without_a_compiler_the_fast_encoder_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    encoder = load_vision(model("siglip_vision_model"))
+    inputs, notes = pictures(encoder), []
+    run = encoder.fast_encoder(torch.float32, compile=True, note=notes.append)
+    expected = encoder.fast_encoder(torch.float32)(inputs)
+    assert torch.equal(run(inputs), expected) and torch.equal(run(inputs), expected)
+    assert len(notes) == 1 and notes[0].startswith("not compiled")
+    with pytest.warns(UserWarning, match="not compiled"):
+        encoder.fast_encoder(torch.float32, compile=True)(inputs)
+
+
 def test_attention_implementation_and_dtype_change_nothing_but_precision(tmp_path) -> None:
     model("siglip_vision_model").save_pretrained(tmp_path)
     sdpa = load_vision(tmp_path, attn_implementation="sdpa").eval()

@@ -1,7 +1,8 @@
 """Patch features → visual tokens: one idea, one short file; `CONNECTORS` is the whole registry."""
 
 import inspect
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 from chiasm.connectors.base import AffineConnector, Connector
 from chiasm.connectors.linear import LinearProjector
@@ -23,7 +24,7 @@ def connector_settings(spec: str | dict[str, Any]) -> dict[str, Any]:
     """
     given = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = given.pop("name", None)
-    if name not in CONNECTORS:
+    if not isinstance(name, str) or name not in CONNECTORS:
         raise ValueError(f"connector {name!r} is unknown; choose one of {', '.join(CONNECTORS)}")
     parameters = inspect.signature(CONNECTORS[name].__init__).parameters.values()
     options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -31,7 +32,20 @@ def connector_settings(spec: str | dict[str, Any]) -> dict[str, Any]:
     if unknown:
         known = ", ".join(options) or "none"
         raise ValueError(f"connector {name!r} has no option {', '.join(map(repr, unknown))}; its options are: {known}")
+    hints = get_type_hints(CONNECTORS[name].__init__)
+    for option, value in given.items():
+        kind = hints.get(option, object)
+        if isinstance(kind, type | UnionType) and not _is_a(value, kind):
+            raise ValueError(f"connector {name!r} has {option}={value!r}, expected {getattr(kind, '__name__', kind)}")
     return {"name": name, **options, **given}
+
+
+def _is_a(value: Any, kind: type | UnionType) -> bool:
+    """`isinstance`, where true is no number and a whole number is a float."""
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, bool):
+        return bool in kinds or object in kinds
+    return isinstance(value, kind) or (isinstance(value, int) and float in kinds)
 
 
 def build_connector(

@@ -34,6 +34,8 @@ class MLPProjector(AffineConnector):
             raise ValueError(
                 f"connector mlp has depth={depth}, expected at least 2; for one layer take connector linear"
             )
+        if width is not None and width < 1:
+            raise ValueError(f"connector mlp has width={width}, expected at least 1 or none")
         inner = width or language_width
         widths = [vision_width, *[inner] * (depth - 1), language_width]
         self.layers: Any = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in pairwise(widths))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from chiasm.data import containers
 from chiasm.data.emoji_scenes import EmojiScenes
 from chiasm.data.rows import id_of, sample_of
 from chiasm.data.schema import MAX_PIXELS, ImageRef, Sample, Samples
-from chiasm.data.splits import SPLITS, Subset, hold_out, stable_fraction
+from chiasm.data.splits import SPLITS, Subset, hold_out, ids_of, stable_fraction
 
 EMOJI_SCENES = "emoji-scenes"
 UNDERSTOOD = (
@@ -46,7 +46,10 @@ def read(source: Any, split: str | None = None, **options: Any) -> Samples:
         _refuse(options, ())
         return source if split is None else _divide(source, split, division)
     if isinstance(source, str | Path) and (entries := containers.mixture_entries(Path(source))) is not None:
-        return Mixture.of(Path(source), entries, split, division | options)
+        try:
+            return Mixture.of(Path(source), entries, split, division | options)
+        except RecursionError:
+            raise ValueError(f"{source}: the mixture contains itself; remove that entry") from None
     rows, split = containers.open_source(source, split, UNDERSTOOD)
     _refuse(options, ("image_root", "max_pixels", "answered"))
     samples = RowSamples(rows, **options)
@@ -146,6 +149,10 @@ class Mixture(Sequence[Sample]):
         number = next(n for n, end in enumerate(self.ends) if index < end)
         return self.sources[number][index - self.ends[number] + len(self.sources[number])]
 
+    def ids(self) -> Iterator[str]:
+        """Every sample's id, without building the samples where that is possible."""
+        return chain.from_iterable(map(ids_of, self.sources))
+
 
 def _thin(samples: Samples, share: int | float) -> Subset:
     return Subset(samples, [i for i in range(len(samples)) if stable_fraction(str(i), seed=0) < share])
@@ -168,6 +175,9 @@ def _emoji_scenes(source: str, split: str | None, options: dict[str, Any]) -> Em
             raise ValueError(f"{source!r}: {setting!r} is not of the form name=value")
         options[key] = int(value) if value.lstrip("-").isdigit() else value
     _refuse(options, EmojiScenes.OPTIONS)
+    for key in ("size", "seed", "num_objects", "questions_per_scene"):
+        if not isinstance(options.get(key), int | None):
+            raise ValueError(f"{EMOJI_SCENES}: {key} is {options[key]!r}, expected a whole number")
     return EmojiScenes(split or named or "train", **options)
 
 

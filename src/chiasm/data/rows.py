@@ -85,9 +85,10 @@ Converted = tuple[list[dict], list[Any], tuple[str, ...]]  # messages, pictures 
 def _llava(row: Mapping[str, Any], sample_id: str) -> Converted:
     messages = []
     for turn in _dicts(row["conversations"], "conversations"):
-        role = LLAVA_ROLES.get(turn.get("from"))  # type: ignore[arg-type]
+        speaker = turn.get("from")
+        role = LLAVA_ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            reason = f"a turn is from {turn.get('from')!r}, expected one of {', '.join(LLAVA_ROLES)}"
+            reason = f"a turn is from {speaker!r}, expected one of {', '.join(LLAVA_ROLES)}"
             raise SampleError(sample_id, [Problem("role", reason)])
         messages.append({"role": role, "content": split_placeholders(_text(turn.get("value"), "value"))})
     return messages, [], ("conversations",)
@@ -123,6 +124,8 @@ def _pairs(row: Mapping[str, Any], sample_id: str) -> Converted:
 
 def _question(row: Mapping[str, Any], sample_id: str) -> Converted:
     messages = [{"role": "user", "content": _with_images(row, _text(row["question"], "question"))}]
+    if not isinstance(row.get("answers", []), list):
+        raise ValueError(f"'answers' is {row['answers']!r:.60}, expected a list of texts")
     answer = row.get("answer", row.get("answers"))
     if isinstance(answer, list) and answer:
         answer = Counter(_text(text, "answers") for text in answer).most_common(1)[0][0]
@@ -168,4 +171,8 @@ def _dicts(value: Any, key: str) -> list[dict]:
 def _text(value: Any, key: str) -> str:
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ValueError(f"{key!r} is {value!r:.60}, expected text")
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{key!r} is no text: it holds half a character ({error.reason})") from error
     return str(value)

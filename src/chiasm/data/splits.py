@@ -32,6 +32,16 @@ class Subset(Sequence[Sample]):
             return Subset(self.samples, self.indices[index].tolist())
         return self.samples[int(self.indices[index])]
 
+    def ids(self) -> list[str]:
+        """Every sample's id, without building the samples where that is possible."""
+        known = ids_of(self.samples)
+        return [known[index] for index in self.indices]
+
+
+def ids_of(samples: Samples) -> list[str]:
+    """Every sample's id: from `samples.ids()` where there is one, else out of the samples themselves."""
+    return list(samples.ids()) if isinstance(samples, HasIds) else [sample.id for sample in samples]
+
 
 def hold_out(samples: Samples, fraction: float = 0.05, at_most: int = 512, seed: int = 0) -> tuple[Subset, Subset]:
     """(samples to train on, samples held out): `fraction` of the ids by their hash, never more than `at_most` ids.
@@ -43,7 +53,7 @@ def hold_out(samples: Samples, fraction: float = 0.05, at_most: int = 512, seed:
         raise ValueError(
             f"hold-out of fraction {fraction}, at most {at_most}: expected 0 < fraction < 1 and at least 1"
         )
-    ids = list(samples.ids()) if isinstance(samples, HasIds) else [sample.id for sample in samples]
+    ids = ids_of(samples)
     order = sorted((stable_fraction(sample_id, seed), sample_id) for sample_id in set(ids))
     if len(order) < 2:
         raise ValueError(f"{len(order)} sample(s) with an id of their own: at least 2 are needed to hold one out")

@@ -96,16 +96,18 @@ def evaluate(
         progress: called with the answers so far and the answers in total.
         metric: a key of `METRICS` for everything; by default chosen for each skill by `choose_metric`.
 
-    A sample may list further accepted answers to its last question in `meta["answers"]`.
+    A sample may list further accepted answers to its last question in `meta["answers"]`. Where a sample's id comes
+    again, its question's `id` is numbered; `sample` is the id as it is.
 
     Raises:
-        ValueError: no samples, an id twice, an unknown metric, or `generate` gives another number of answers.
+        ValueError: no samples, an unknown metric, or `generate` gives another number of answers.
         SampleError: a sample without an answer, or with an image too many or too few.
     """
     if metric is not None and metric not in METRICS:
         raise ValueError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
     _check(samples, batch_size)
-    questions = [question for number, sample in enumerate(samples) for question in _questions(number, sample)]
+    names = _names(samples)
+    questions = [q for number, sample in enumerate(samples) for q in _questions(number, names[number], sample)]
     donors, notes = wrong_pictures(samples, seed) if control else ({}, [])
     controlled = [q for q in questions if q.num_images and q.sample in donors]
     total = len(questions) + len(controlled)
@@ -127,23 +129,35 @@ def _check(samples: Sequence[Sample], batch_size: int) -> None:
         raise ValueError("samples is empty: there is nothing to evaluate")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
-    sample_id, times = Counter(sample.id for sample in samples).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"sample id {sample_id!r} occurs {times} times: give every sample an id of its own")
     for sample in samples:
         sample.validate()
 
 
-def _questions(number: int, sample: Sample) -> Iterator[Question]:
+def _names(samples: Sequence[Sample]) -> list[str]:
+    """The samples' ids; where one comes again, as in a mixture that takes it twice, it is numbered."""
+    ids = [sample.id for sample in samples]
+    taken, times = set(ids), Counter[str]()
+    names = []
+    for sample_id in ids:
+        times[sample_id] += 1
+        name = sample_id
+        while times[sample_id] > 1 and (name := f"{sample_id} ({times[sample_id]})") in taken:
+            times[sample_id] += 1
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _questions(number: int, name: str, sample: Sample) -> Iterator[Question]:
     turns = [index for index, message in enumerate(sample.messages) if message["role"] == "assistant"]
     for turn, index in enumerate(turns, start=1):
         prompt = sample.messages[:index]
         references = [text_of(sample.messages[index]["content"])]
         if index == turns[-1]:
             references = [str(answer) for answer in sample.meta.get("answers", [])] or references
-        name = sample.id if len(turns) == 1 else f"{sample.id}#{turn}"
+        question_id = name if len(turns) == 1 else f"{name}#{turn}"
         text = text_of(prompt[-1]["content"]).strip()
-        yield Question(name, number, turn, sample.skill or ALL, prompt, _count_images(prompt), text, references)
+        yield Question(question_id, number, turn, sample.skill or ALL, prompt, _count_images(prompt), text, references)
 
 
 def _count_images(messages: list[dict]) -> int:

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 from chiasm.connectors import build_connector
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.generation_inputs import expand_images, without_placeholders
+from chiasm.fusion.part_dtypes import PartDtypes, set_config_dtypes
 from chiasm.language.adapter import accepts, embedding_width, logits_at, vocabulary
 from chiasm.language.next_token import next_token_loss, supervised_positions
 from chiasm.positions import grid as grid_positions
@@ -38,7 +39,7 @@ class FusionOutput(CausalLMOutputWithPast):
         return BaseModelOutputWithPooling(pooler_output=self.visual_tokens)
 
 
-class FusionModel(PreTrainedModel, GenerationMixin):
+class FusionModel(PartDtypes, GenerationMixin):
     """A vision encoder, a connector and a language model; parameters are named after the parts."""
 
     config_class = ChiasmConfig
@@ -57,6 +58,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Parts that are not given are built from the configuration with fresh weights."""
         super().__init__(config)
+        set_config_dtypes(config)
         features = VisionFeatures.from_dict(config.features)
         self.vision = vision or VisionEncoder.from_config(config.vision_config, features)
         self.language = language or AutoModelForCausalLM.from_config(config.text_config)

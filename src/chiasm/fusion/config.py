@@ -26,6 +26,7 @@ class ChiasmConfig(PreTrainedConfig):
         direct_head: whether the language model's logits are its output embedding applied to the last hidden state.
         cross_attention: intermediate fusion's blocks (`chiasm.fusion.cross_attention.CrossAttentionSettings`).
         adapters: part → LoRA settings, for parts that carry unmerged adapters.
+        part_dtypes: part → dtype of its saved weights, such as `float32`; None where all have the model's `dtype`.
     """
 
     model_type = "chiasm"
@@ -45,6 +46,7 @@ class ChiasmConfig(PreTrainedConfig):
     direct_head: bool = False
     cross_attention: dict | None = None
     adapters: dict | None = None
+    part_dtypes: dict | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -11,6 +11,7 @@ from transformers.utils.generic import can_return_tuple
 from chiasm.fusion.adapters import inject_adapters
 from chiasm.fusion.base import FusionModel, FusionOutput
 from chiasm.fusion.config import ChiasmConfig
+from chiasm.fusion.part_dtypes import cast_parts
 from chiasm.fusion.splice import splice
 from chiasm.vision.encoder import VisionEncoder
 
@@ -23,6 +24,7 @@ class EarlyFusionModel(FusionModel):
     ) -> None:
         super().__init__(config, vision, language)
         inject_adapters(self)
+        cast_parts(self)
         self.post_init()
 
     @property

@@ -21,6 +21,7 @@ from chiasm.fusion.adapters import inject_adapters
 from chiasm.fusion.base import FusionModel, FusionOutput
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.cross_attention import CrossAttention, CrossAttentionSettings, KeysValues, Look, looking
+from chiasm.fusion.part_dtypes import cast_parts
 from chiasm.language.adapter import embedding_width, layers
 from chiasm.vision.encoder import VisionEncoder
 
@@ -58,6 +59,7 @@ class IntermediateFusionModel(FusionModel):
         self.cross_attention = CrossAttention(embedding_width(self.language), self.connector.width, settings)
         self.cross_attention.attach(layers(self.language))
         inject_adapters(self)
+        cast_parts(self)
         self.post_init()
 
     @property

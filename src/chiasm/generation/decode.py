@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TextIteratorStreamer
 
 from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
+from chiasm.language.adapter import ContextError, context_length
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,24 @@ def user_message(prompt: str, num_images: int) -> list[Message]:
 
 
 def prepare(
-    model: PreTrainedModel, processor: ChiasmProcessor, messages: list[list[Message]], images: list[list[Any]]
+    model: PreTrainedModel,
+    processor: ChiasmProcessor,
+    messages: list[list[Message]],
+    images: list[list[Any]],
+    max_new_tokens: int,
 ) -> dict[str, torch.Tensor]:
-    """Left-padded inputs of a batch of conversations on the model's device and in its dtype."""
+    """Left-padded inputs of a batch of conversations on the model's device and in its dtype.
+
+    Raises:
+        ContextError: with the answer they are longer than the language model's context.
+    """
     inputs = processor(messages=messages, images=[list(group) for group in images])
+    tokens, context = inputs["input_ids"].shape[1], context_length(model.config)
+    if context is not None and tokens + max_new_tokens > context:
+        raise ContextError(
+            f"a prompt of {tokens} tokens and max_new_tokens={max_new_tokens} are {tokens + max_new_tokens} tokens, "
+            f"but the language model's context is {context}; shorten the prompt or lower max_new_tokens"
+        )
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
@@ -71,7 +86,7 @@ def generate(
         raise ValueError(f"{len(messages)} conversation(s) but {len(images)} list(s) of images; pass one list each")
     if not messages:
         return []
-    inputs = prepare(model, processor, messages, images)
+    inputs = prepare(model, processor, messages, images, decoding.max_new_tokens)
     tokens = model.generate(**inputs, pad_token_id=processor.tokenizer.pad_token_id, **decoding.arguments())
     answers = processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
@@ -85,7 +100,7 @@ def stream(
     decoding: Decoding,
 ) -> Iterator[str]:
     """Pieces of one answer as they are decoded; an error in decoding is raised here."""
-    inputs = prepare(model, processor, [messages], [images])
+    inputs = prepare(model, processor, [messages], [images], decoding.max_new_tokens)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
 

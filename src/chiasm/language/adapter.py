@@ -10,19 +10,60 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from chiasm.sources.errors import readable_weights
+
+
+class ContextError(ValueError):
+    """A sequence that is longer than the language model's context."""
 
 
 def load_language(source: str | PreTrainedModel, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A causal language model from a folder or hub id, or the loaded one that was given."""
-    if isinstance(source, PreTrainedModel):
-        if source.get_output_embeddings() is None:
-            raise ValueError(
-                f"language={type(source).__name__} has no language-modelling head; "
-                "load it with AutoModelForCausalLM instead of AutoModel"
-            )
-        return source
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    """A causal language model from a folder or hub id, or the loaded one that was given.
+
+    Raises:
+        ValueError: it has no head, or no attention (Mamba, RWKV): its state is not a cache of keys and values.
+    """
+    model = source if isinstance(source, PreTrainedModel) else _load(source, dtype)
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"language={type(model).__name__} has no language-modelling head; "
+            "load it with AutoModelForCausalLM instead of AutoModel"
+        )
+    if not _caches_attention(model):
+        raise ValueError(
+            f"language={type(model).__name__} (model type {model.config.model_type!r}) keeps no keys and values of "
+            "attention, which decoding and the cost model need; choose a language model with attention"
+        )
+    return model
+
+
+def _load(source: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(source)
+    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+        raise ValueError(
+            f"language={source!r} holds a model of type {config.model_type!r}, which is no causal language model; "
+            "name the folder or hub id of one that is"
+        )
+    with readable_weights(source):
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+
+
+@torch.no_grad()
+def _caches_attention(model: PreTrainedModel) -> bool:
+    """Whether a model has attention and hands out its cache: found out on one token, without a table of families."""
+    if not hasattr(model.config.get_text_config(), "num_attention_heads") or not accepts(model, "use_cache"):
+        return False
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    return getattr(model(input_ids=token, use_cache=True), "past_key_values", None) is not None
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
@@ -31,6 +72,11 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
         return None
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Most tokens that the language model of a configuration reads; None where there is no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def embedding_width(language: PreTrainedModel) -> int:

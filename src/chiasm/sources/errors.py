@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -27,6 +29,15 @@ def clear_errors(alias: str, folder: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise unwritable(alias, folder, error) from error
         raise
+
+
+@contextmanager
+def readable_weights(source: object) -> Iterator[None]:
+    """Turns safetensors' error about a damaged file into a `SourceError` that names where it came from."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise SourceError(f"the weights in {source} are damaged or cut off ({error}); fetch them again") from error
 
 
 def is_full_disk(error: Exception) -> bool:

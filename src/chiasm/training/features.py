@@ -198,7 +198,7 @@ def stage_features(
     cache = FeatureCache(identity, (vision.num_patches, vision.width), root)
 
     def compiled() -> Encode:
-        return vision.fast_encoder(dtype=encode.dtype, compile=True)
+        return vision.fast_encoder(dtype=encode.dtype, compile=True, note=reporter.note)
 
     return Features(encode, compiled if can_compile(model.device) else None, cache, processor, reporter, stage)
 

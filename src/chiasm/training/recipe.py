@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from chiasm.training.schema import LENGTHS, PartPlan, Recipe, Settings, Stage, Validation
+from chiasm.training.schema import EXACT_LENGTHS, LENGTHS, PartPlan, Recipe, Settings, Stage, Validation
 
 __all__ = ["Recipe", "RecipeError", "apply_overrides", "find_recipe", "load_recipe", "to_yaml"]
 
@@ -83,6 +83,8 @@ def _read(path: Path) -> tuple[dict[str, Any], Origins]:
         if node is not None:
             _note_lines(node, (), path, origins)
         raw = loader.construct_document(node) if node is not None else None
+    except RecursionError:
+        raise RecipeError(f"{path}: an alias contains itself") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: {error.problem}") from error
@@ -97,6 +99,8 @@ def _note_lines(node: yaml.Node, at: Keys, path: Path, origins: Origins) -> None
     origins.setdefault(at, f"{path}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"{path}:{key.start_mark.line + 1}: a key is a word, not a list or a mapping")
             here = (*at, key.value)
             if here in origins:
                 raise RecipeError(f"{path}:{key.start_mark.line + 1}: {_dotted(here)}: this key stands here twice")
@@ -149,10 +153,12 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any, text: str, origins: O
 
 
 def _drop(target: dict[str, Any], keys: list[str]) -> None:
-    """Removes a setting that an override replaces; a stage has only one length."""
+    """Removes a setting that an override replaces; a stage has only one length, and `min_steps` is part of it."""
     if len(keys) == 1:
         for key in LENGTHS if keys[0] in LENGTHS else (keys[0],):
             target.pop(key, None)
+        if keys[0] in EXACT_LENGTHS:
+            target.pop("min_steps", None)
     elif isinstance(target.get(keys[0]), dict):
         target[keys[0]].pop(keys[1], None)
 

@@ -23,6 +23,8 @@ from pydantic import model_validator as validates_model
 PARTS = ("vision", "connector", "language", "cross_attention")
 OTHER_PARTS = "*"
 LENGTHS = ("epochs", "steps", "samples")
+EXACT_LENGTHS = ("steps", "samples")
+"""Lengths beside which `min_steps` says nothing."""
 RESERVED_NAMES = ("checkpoints", "model")
 WITHOUT_EFFECT = ("validation", "checkpoint_every", "keep_checkpoints")
 """Settings that may differ between a run and its continuation: no weight depends on them."""
@@ -108,6 +110,11 @@ class Settings(Strict):
         given = [key for key in LENGTHS if getattr(self, key) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict each other; give one of them")
+        if self.min_steps is not None and given and given[0] in EXACT_LENGTHS:
+            raise ValueError(
+                f"min_steps is for epochs, not for {given[0]}: min_steps ({self.min_steps}) would not be read beside "
+                f"{given[0]} ({getattr(self, given[0])}); remove one of them"
+            )
         return self
 
     def num_steps(self, num_samples: int) -> int:
@@ -193,8 +200,10 @@ class Recipe(Settings):
 def _inherited(shared: dict[str, Any], stage: Any) -> Any:
     if not isinstance(stage, dict):
         return stage
-    own_length = any(key in stage for key in LENGTHS)
-    inherited = {key: value for key, value in shared.items() if not (own_length and key in LENGTHS)}
+    dropped: set[str] = set(LENGTHS) if any(key in stage for key in LENGTHS) else set()
+    if any(stage.get(key) is not None for key in EXACT_LENGTHS):
+        dropped.add("min_steps")
+    inherited = {key: value for key, value in shared.items() if key not in dropped}
     if isinstance(stage.get("validation"), dict) and isinstance(shared.get("validation"), dict):
         inherited["validation"] = shared["validation"]
         stage = {**stage, "validation": {**shared["validation"], **stage["validation"]}}

@@ -22,6 +22,7 @@ from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import Sample
 from chiasm.data.splits import Subset
 from chiasm.fusion.adapters import merge_adapters, plain_name
+from chiasm.language.adapter import context_length
 from chiasm.training.attention import fast_attention
 from chiasm.training.batches import WORKERS, Order, prefetch, seed_of
 from chiasm.training.checkpoint import TrainingError
@@ -177,7 +178,7 @@ class StageRun:
         return Source(samples, self.context.processor, self._max_length(), rows, self.stage.skip_bad)
 
     def _max_length(self) -> int | None:
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(self.model.config)
         return min((length for length in (self.stage.max_length, context) if length is not None), default=None)
 
     def _start_in_closed_form(self) -> None:
@@ -213,6 +214,8 @@ class StageRun:
         self.model.eval()
         result = self.validator.run(self.model, self.dtype)
         set_modes(self.model, self.plan)
+        if "unanswered" in result:
+            self._warn(done, f"no answers: {result['unanswered']}")
         self.log.write("validation", self.stage.name, done, **result, seconds=round(time.monotonic() - started, 3))
         right, wrong = result["loss"], result["shuffled_loss"]
         against = f", with wrong pictures {wrong:.4f}" if wrong is not None else ""

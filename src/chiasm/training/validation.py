@@ -11,6 +11,7 @@ from torch import nn
 
 from chiasm.data.collation import Batch
 from chiasm.data.schema import ImageError, Sample
+from chiasm.language.adapter import ContextError
 from chiasm.training.precision import autocast
 from chiasm.training.source import Source
 
@@ -50,7 +51,10 @@ class Validator:
         """The validation's fields in the log."""
         result: dict[str, Any] = {"loss": mean_loss(model, self.right, dtype), "samples": self.num_samples}
         result["shuffled_loss"] = mean_loss(model, self.wrong, dtype) if self.controlled else None
-        result["answers"] = self._answers(model, dtype)
+        try:
+            result["answers"] = self._answers(model, dtype)
+        except ContextError as error:
+            result |= {"answers": [], "unanswered": str(error)}
         return result
 
     def _answers(self, model: nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from chiasm.sources.errors import readable_weights
+from chiasm.vision.compiling import Note, compiled
 from chiasm.vision.efficientnet_lite import EfficientNetLiteModel
 from chiasm.vision.fast_inference import fast_inference
 from chiasm.vision.features import FeatureLayer, Grid, VisionFeatures
@@ -95,15 +97,19 @@ class VisionEncoder(nn.Module):
         used = {name for name, gradient in zip(differentiable, gradients, strict=True) if gradient is not None}
         return [f"model.{name}" for name in weights if name not in used]
 
-    def fast_encoder(self, dtype: torch.dtype | None = None, compile: bool = False) -> "FastEncoder":
+    def fast_encoder(
+        self, dtype: torch.dtype | None = None, compile: bool = False, note: Note | None = None
+    ) -> "FastEncoder":
         """The same function for inference only, as fast as this machine allows: what fills a feature cache.
 
         Args:
             dtype: precision of the arithmetic and of the features; by default bfloat16, if the hardware multiplies it
                 and this encoder's features stay within 1% of what they are without it.
-            compile: whether to compile the model, which costs up to a minute and needs a C++ compiler on a CPU.
+            compile: whether to compile the model, which costs up to a minute and needs a C++ compiler on a CPU; where
+                that fails, it stays uncompiled.
+            note: told in one line where it failed; by default a warning says it.
         """
-        return FastEncoder(self, dtype or self._fastest_dtype(), compile)
+        return FastEncoder(self, dtype or self._fastest_dtype(), compile, note)
 
     def _fastest_dtype(self) -> torch.dtype:
         if self.model.dtype != torch.float32 or not _multiplies_bfloat16(self.model.device):
@@ -134,15 +140,17 @@ class VisionEncoder(nn.Module):
 class FastEncoder:
     """An encoder's function without gradients, in the fastest precision; shares the encoder's weights."""
 
-    def __init__(self, encoder: VisionEncoder, dtype: torch.dtype, compile: bool = False) -> None:
+    def __init__(
+        self, encoder: VisionEncoder, dtype: torch.dtype, compile: bool = False, note: Note | None = None
+    ) -> None:
         self.encoder = VisionEncoder(_without_idle_parts(twin(encoder.model), encoder.features), encoder.features)
         self.dtype = dtype
         self.run: Callable[..., Any] = self.encoder.model
         if isinstance(encoder.model, EfficientNetLiteModel):
             maps = ["head" if layer.layer == "last" else str(layer.layer) for layer in encoder.features.layers]
-            self.run = fast_inference(encoder.model, dtype, compile, maps)
+            self.run = fast_inference(encoder.model, dtype, compile, maps, note)
         elif compile:
-            self.run = torch.compile(self.run)
+            self.run = compiled(self.run, note)
 
     @torch.no_grad()
     def __call__(self, pixel_values: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D_v"]:
@@ -184,7 +192,8 @@ def load_vision(
             model.to(dtype)
         missing: set[str] = set()
     else:
-        model, missing = load_tower(str(source), dtype, **options)
+        with readable_weights(source):
+            model, missing = load_tower(str(source), dtype, **options)
     encoder = VisionEncoder(model, _measure(model, features or {}, image_size))
     if missing and (lacking := sorted({f"model.{name}" for name in missing} - set(encoder.unused_parameters()))):
         raise ValueError(f"{source} lacks {len(lacking)} weights of its vision model, such as {lacking[0]!r}")
@@ -196,13 +205,17 @@ def _measure(model: PreTrainedModel, wanted: dict[str, Any], image_size: int | G
     if unknown := sorted(set(wanted) - set(FEATURE_OPTIONS)):
         raise ValueError(f"features has an unknown key {unknown[0]!r}; known keys: {', '.join(FEATURE_OPTIONS)}")
     native = default_image_size(model.config)
-    size = native if image_size is None else pair(image_size)
+    size = native if image_size is None else pair(image_size, "image_size")
     layers = wanted.get("layers") or DEFAULT_LAYERS.get(model.config.model_type, ("last",))
+    if not isinstance(layers, list | tuple) or not all(type(layer) in (int, str) for layer in layers):
+        raise ValueError(f"layers is {layers!r}, expected a list of 'last', indices and names of feature maps")
     reduce = wanted.get("reduce") or "fold"
+    if not isinstance(reduce, str | list | tuple):
+        raise ValueError(f"reduce is {reduce!r}, expected a word or a list of words, one per layer")
     reduce = (reduce,) * len(layers) if isinstance(reduce, str) else tuple(reduce)
     if len(reduce) != len(layers):
         raise ValueError(f"reduce has {len(reduce)} entries for {len(layers)} layers; give one word or one per layer")
-    grid = pair(wanted["grid"]) if wanted.get("grid") else None
+    grid = pair(wanted["grid"], "grid") if wanted.get("grid") else None
     check_inputs(model, size)
     options = {"interpolate_pos_encoding": True} if size != native and takes(model, "interpolate_pos_encoding") else {}
 

@@ -6,7 +6,6 @@ TorchInductor calls, so nothing is compiled. `benchmarks/encode.py` measures it.
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from chiasm.vision.compiling import Note, compiled
 from chiasm.vision.efficientnet_lite import (
     FEATURE_MAPS,
     ConvNorm,
@@ -43,6 +43,7 @@ def fast_inference(
     dtype: torch.dtype | None = None,
     compile: bool = False,
     feature_maps: Iterable[str] = FEATURE_MAPS,
+    note: Note | None = None,
 ) -> "FastInference":
     """The model's function without gradients, on the device it is on; later changes of its weights are not seen.
 
@@ -51,8 +52,9 @@ def fast_inference(
             a CPU, where it is exact to 1e-5, float16 on CUDA. bfloat16 is twice as fast on a CPU that multiplies it,
             and up to 10% off on pictures with flat areas.
         compile: compiles what does not run on oneDNN's kernels, which are as fast as compiled ones; takes half a
-            minute. Without a working compiler it stays uncompiled, with a warning.
+            minute. Without a working compiler it stays uncompiled, with a note.
         feature_maps: the maps that are wanted; what lies behind the last of them is not computed.
+        note: told in one line where it could not be compiled; by default a warning says it.
 
     Raises:
         ValueError: a feature map is unknown.
@@ -62,14 +64,19 @@ def fast_inference(
         raise ValueError(f"feature map {unknown[0]!r} is unknown; choose from {', '.join(FEATURE_MAPS)}")
     if dtype is None:
         dtype = torch.float16 if model.device.type == "cuda" else model.dtype
-    return FastInference(model, dtype, compile, wanted)
+    return FastInference(model, dtype, compile, wanted, note)
 
 
 class FastInference:
     """What `fast_inference` returns: called like the model, it returns the wanted `feature_maps`."""
 
     def __init__(
-        self, model: EfficientNetLiteModel, dtype: torch.dtype, compile: bool, wanted: tuple[str, ...]
+        self,
+        model: EfficientNetLiteModel,
+        dtype: torch.dtype,
+        compile: bool,
+        wanted: tuple[str, ...],
+        note: Note | None = None,
     ) -> None:
         self.device, self.dtype, self.wanted = model.device, dtype, wanted
         folded = fold_batch_norms(model)
@@ -79,7 +86,7 @@ class FastInference:
         self.parts = [part(module, dtype) for module in (folded.stem, *folded.stages, folded.head)[: last + 1]]
         self.run: Callable[[Tensor], dict[str, Tensor]] = self._run
         if compile and not self.kernels:
-            self.run = _compiled(self._run)
+            self.run = compiled(self._run, note)
 
     @torch.no_grad()
     def __call__(self, pixel_values: Float[Tensor, "B channels height width"]) -> EfficientNetLiteOutput:
@@ -171,19 +178,3 @@ def _onednn_agrees(folded: EfficientNetLiteModel, dtype: torch.dtype) -> bool:
     except (AttributeError, RuntimeError):
         return False
     return True
-
-
-def _compiled(run: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Tensor], dict[str, Tensor]]:
-    compiled, usable = torch.compile(run), True
-
-    def attempt(x: Tensor) -> dict[str, Tensor]:
-        nonlocal usable
-        if usable:
-            try:
-                return compiled(x)
-            except Exception as error:
-                warnings.warn(f"not compiled: {type(error).__name__}; is a C++ compiler installed?", stacklevel=3)
-                usable = False
-        return run(x)
-
-    return attempt

@@ -156,5 +156,13 @@ def _is_picture(cells: Grid, image_size: Grid) -> bool:
     return abs(cells[0] * image_size[1] - cells[1] * image_size[0]) <= max(image_size)
 
 
-def pair(value: int | list[int] | tuple[int, ...]) -> Grid:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def pair(value: int | list[int] | tuple[int, ...], name: str = "value") -> Grid:
+    """(rows, columns) from one number or two. ValueError with the name for anything else."""
+    numbers = [value, value] if isinstance(value, int) else value
+    if (
+        not isinstance(numbers, list | tuple)
+        or len(numbers) != 2
+        or not all(isinstance(number, int) and number > 0 for number in numbers)
+    ):
+        raise ValueError(f"{name} is {value!r}, expected a whole number above 0, or two of them: [rows, columns]")
+    return numbers[0], numbers[1]
