@@ -4,11 +4,12 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import chiasm
-from chiasm.connectors import Connector
+from chiasm.connectors import CONNECTORS, Connector, build_connector
 from chiasm.fusion.base import FusionModel
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -27,6 +28,23 @@ def check_connector(make: Callable[[tuple[int, int]], Connector], vision_width: 
         for name, parameter in connector.named_parameters():
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, f"{name} gets no gradient"
         assert connector.flops() > 0
+
+
+def check_connector_prefix(name: str, vision_width: int, language_width: int) -> None:
+    """Class and register tokens in front of the patches are either read or refused when the connector is built."""
+    if not CONNECTORS[name].takes_prefix:
+        with pytest.raises(ValueError, match=f"connector '{name}' folds the grid .* 2 class or register"):
+            build_connector(name, vision_width, language_width, (2, 3), num_prefix=2)
+        return
+    connector = build_connector(name, vision_width, language_width, (2, 3), num_prefix=2)
+    features = torch.randn(1, 8, vision_width)
+    tokens = connector(features)
+    assert tokens.shape[1] == connector.num_tokens
+    features[:, 0] += 1.0
+    assert not torch.allclose(connector(features), tokens)
+    shares = connector.attention(features)
+    assert shares.shape == (1, connector.num_tokens, 8)
+    torch.testing.assert_close(shares.sum(dim=-1), torch.ones(1, connector.num_tokens))
 
 
 def check_saved_equals_loaded(vlm: chiasm.VLM, inputs: dict[str, Tensor]) -> None:

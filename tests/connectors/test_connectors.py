@@ -6,12 +6,17 @@ from torch import nn
 
 from chiasm.connectors import CONNECTORS, build_connector, connector_settings
 from chiasm.connectors.closed_form import Ridge, initialise
-from contracts import check_connector
+from contracts import check_connector, check_connector_prefix
 
 
 @pytest.mark.parametrize("name", CONNECTORS)
 def test_contract(name: str) -> None:
     check_connector(lambda grid: build_connector(name, 20, 36, grid), 20, 36)
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_prefix_tokens_are_read_or_refused(name: str) -> None:
+    check_connector_prefix(name, 20, 36)
 
 
 def test_linear_is_one_matrix() -> None:

@@ -94,6 +94,14 @@ def test_a_convolutional_encoder_tells_where() -> None:
     assert not torch.allclose(tokens[0], tokens[1])
 
 
+@pytest.mark.parametrize(("vision", "patch_positions"), [("clip", "grid"), ("dinov2", "none")])
+def test_prefix_tokens_stand_in_the_sequence(vision: str, patch_positions: str) -> None:
+    vlm = connect(vision, features={"prefix": "keep"}, patch_positions=patch_positions)
+    assert vlm.model.num_image_tokens == 10
+    contracts.check_saved_equals_loaded(vlm, batch(vlm))
+    contracts.check_image_matters(vlm.model, batch(vlm))
+
+
 def test_wrong_image_counts_name_both() -> None:
     vlm = connect()
     with pytest.raises(ValueError, match=r"1 image placeholder.*2 image"):

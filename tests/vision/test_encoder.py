@@ -20,6 +20,8 @@ from transformers import (
     ViTForImageClassification,
 )
 from transformers.configuration_utils import SubConfigSpec
+from transformers.models.idefics.configuration_idefics import IdeficsVisionConfig
+from transformers.models.idefics.vision import IdeficsVisionTransformer
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 import chiasm.vision  # noqa: F401
@@ -170,6 +172,48 @@ def test_clip_gives_what_llava_reads() -> None:
     states = llava.model.vision_tower(inputs, output_hidden_states=True).hidden_states
     assert torch.equal(encoder(inputs), states[-2][:, 1:])
     torch.testing.assert_close(llava.model.multi_modal_projector(encoder(inputs)), torch.stack(list(expected)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefix_tokens_come_first_where_they_are_kept(family: str) -> None:
+    layers = ["last"] if family in SEQUENCES else None
+    plain, kept = (load_vision(model(family), {"layers": layers, "prefix": word}) for word in ("drop", "keep"))
+    assert (kept.num_prefix, kept.grid) == (FAMILIES[family][2], plain.grid)
+    assert kept.num_patches == plain.num_patches + kept.num_prefix
+    assert VisionFeatures.from_dict(json.loads(json.dumps(kept.features.to_dict()))) == kept.features
+    inputs = pictures(plain)
+    tokens = kept(inputs)
+    assert tokens.shape[1] == kept.num_patches
+    torch.testing.assert_close(tokens[:, kept.num_prefix :], plain(inputs), equal_nan=True)
+    if family in SEQUENCES and family != "siglip2_vision_model":
+        assert torch.equal(tokens, kept.model(inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize("family", ["blip_2_vision_model", "instructblip_vision_model"])
+def test_the_last_layer_of_blip_towers_is_normalised(family: str) -> None:
+    reference = build_tower(AutoConfig.for_model(family, **EVEN)).eval()
+    torch.nn.init.normal_(reference.post_layernorm.weight)
+    encoder = load_vision(reference, {"layers": ["last"], "prefix": "keep"})
+    inputs = pictures(encoder)
+    states = reference(inputs, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(encoder(inputs), reference.post_layernorm(states[-1]))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_the_tower_of_idefics_is_built_as_a_clip_tower(activation: str) -> None:
+    changes = {"layer_norm_eps": 1e-3, "hidden_act": activation}
+    sizes = {name: value for name, value in VIT.items() if name != "hidden_size"}
+    config = IdeficsVisionConfig(embed_dim=36, **sizes, **changes)
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    reference = IdeficsVisionTransformer(config).eval()
+    tower = build_tower(config).eval()
+    tower.load_state_dict(reference.state_dict(), strict=True)
+    encoder = load_vision(tower, {"layers": ["last"], "prefix": "keep"})
+    inputs = pictures(encoder)
+    expected = reference(inputs)
+    torch.testing.assert_close(encoder(inputs), expected.last_hidden_state)
+    torch.testing.assert_close(tower(inputs).pooler_output, expected.pooler_output)
 
 
 @pytest.mark.parametrize("family", ["clip_vision_model", "dinov2", "swin", "dinov3_convnext", "resnet", "mobilenet_v1"])
@@ -396,6 +440,8 @@ def test_missing_weights_are_an_error_and_unused_ones_are_not(tmp_path) -> None:
         ("clip_vision_model", {"features": {"layers": ["stage5"]}}, "layer 'stage5' is unknown; choose one of last"),
         ("clip_vision_model", {"features": {"reduce": "mean"}}, "reduce 'mean' is unknown"),
         ("clip_vision_model", {"features": {"reduce": ["fold", "pool"]}}, "reduce has 2 entries for 1 layers"),
+        ("clip_vision_model", {"features": {"prefix": "front"}}, "prefix 'front' is unknown; choose one of drop, keep"),
+        ("clip_vision_model", {"features": {"prefix": "keep", "grid": [2, 2]}}, "'keep' needs layers of one size"),
         ("clip_vision_model", {"features": {"grid": [8, 8]}}, "coarser than the grid 8×8"),
         ("clip_vision_model", {"features": {"grid": [3, 3]}}, "does not fold to 3×3; use reduce='pool'"),
         ("clip_vision_model", {"revision": "main"}, "'revision' is an option for loading"),
@@ -442,7 +488,8 @@ def test_a_class_that_could_not_be_loaded_again_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prefix": 1}, "features has an unknown key 'prefix'"),
+        ({"stride": 1}, "features has an unknown key 'stride'"),
+        ({"prefix": "front"}, "prefix 'front' is unknown; choose one of drop, keep"),
         ({"width": None}, "features lacks the key 'width'"),
         ({"layers": [{"layer": "last", "grid": [4, 4], "stride": 2}]}, "features.layers has an unknown key 'stride'"),
     ],

@@ -49,8 +49,27 @@ def _is_a(value: Any, kind: type | UnionType) -> bool:
 
 
 def build_connector(
-    settings: str | dict[str, Any], vision_width: int, language_width: int, grid: tuple[int, int]
+    settings: str | dict[str, Any],
+    vision_width: int,
+    language_width: int,
+    grid: tuple[int, int],
+    num_prefix: int = 0,
 ) -> Connector:
-    """A connector with fresh weights between the two widths."""
+    """A connector with fresh weights between the two widths.
+
+    Args:
+        num_prefix: class and register tokens in front of the patches.
+
+    Raises:
+        ValueError: there are some, and the connector folds the grid.
+    """
     options = connector_settings(settings)
-    return CONNECTORS[options.pop("name")](vision_width, language_width, grid, **options)
+    name = options.pop("name")
+    if num_prefix and not CONNECTORS[name].takes_prefix:
+        raise ValueError(
+            f"connector {name!r} folds the grid of patches, but the features keep {num_prefix} class or register "
+            "token(s) in front of it; read them with prefix: drop"
+        )
+    connector = CONNECTORS[name](vision_width, language_width, grid, **options)
+    connector.num_prefix = num_prefix
+    return connector

@@ -1,6 +1,7 @@
 """The contract of the connector family: patch features in, visual tokens of the language model's width out."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,14 +15,24 @@ class Connector(nn.Module, ABC):
 
     A connector is built from the widths on both sides, the encoder's grid, and its own keyword-only options; T follows
     from them and is asked for nowhere else. Connectors that attend take any N; those that keep places take N = rows ×
-    columns in row-major order.
+    columns in row-major order, and `num_prefix` class or register tokens in front where they are ready for that.
     """
+
+    takes_prefix: ClassVar[bool] = False
+    """Whether class and register tokens may stand in front of the patches; false where the grid is folded."""
+
+    num_prefix: int = 0
 
     def __init__(self, vision_width: int, language_width: int, grid: Grid) -> None:
         super().__init__()
         self.vision_width = vision_width
         self.language_width = language_width
         self.grid = grid
+
+    @property
+    def num_features(self) -> int:
+        """N: features of one picture."""
+        return self.num_prefix + self.grid[0] * self.grid[1]
 
     @property
     @abstractmethod
@@ -35,7 +46,7 @@ class Connector(nn.Module, ABC):
 
     @property
     def token_grid(self) -> Grid | None:
-        """Rows and columns of the visual tokens, None where a token has no place in the picture."""
+        """Rows and columns of the visual tokens behind the prefix, None where a token has no place in the picture."""
         return None
 
     @property
@@ -67,7 +78,8 @@ class Connector(nn.Module, ABC):
         """
         if self.token_grid is None:
             raise NotImplementedError(f"{type(self).__name__} has tokens without places but does not say what they see")
-        return block_attention(self.grid, self.token_grid).to(features).expand(features.shape[0], -1, -1)
+        shares = torch.block_diag(torch.eye(self.num_prefix), block_attention(self.grid, self.token_grid))
+        return shares.to(features).expand(features.shape[0], -1, -1)
 
 
 class AffineConnector(Connector):

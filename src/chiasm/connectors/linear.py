@@ -10,13 +10,15 @@ from chiasm.connectors.base import AffineConnector, Grid
 class LinearProjector(AffineConnector):
     """Every patch becomes one visual token: T = N."""
 
+    takes_prefix = True
+
     def __init__(self, vision_width: int, language_width: int, grid: Grid, *, bias: bool = True) -> None:
         super().__init__(vision_width, language_width, grid)
         self.proj = nn.Linear(vision_width, language_width, bias=bias)
 
     @property
     def num_tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return self.num_features
 
     @property
     def token_grid(self) -> Grid:

@@ -19,6 +19,8 @@ class MLPProjector(AffineConnector):
         bias: whether the linear layers have one.
     """
 
+    takes_prefix = True
+
     def __init__(
         self,
         vision_width: int,
@@ -42,7 +44,7 @@ class MLPProjector(AffineConnector):
 
     @property
     def num_tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return self.num_features
 
     @property
     def token_grid(self) -> Grid:

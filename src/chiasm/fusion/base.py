@@ -64,7 +64,9 @@ class FusionModel(PartDtypes, GenerationMixin):
         self.language = language or AutoModelForCausalLM.from_config(config.text_config)
         config.vision_config, config.text_config = self.vision.model.config, self.language.config
         width = self.vision.width + (grid_positions.WIDTH if config.patch_positions == "grid" else 0)
-        self.connector = build_connector(config.connector, width, embedding_width(self.language), self.vision.grid)
+        self.connector = build_connector(
+            config.connector, width, embedding_width(self.language), self.vision.grid, self.vision.num_prefix
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -8,6 +8,7 @@ dimensions).
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,8 +22,8 @@ def append_grid_positions(
     """Features with `WIDTH` coordinate channels behind them.
 
     Args:
-        features: patch features of a row-major grid.
-        grid: rows and columns, with rows × columns = N.
+        features: patch features of a row-major grid; tokens in front of it get zeros, for they have no place.
+        grid: rows and columns, with rows × columns = N but for those tokens.
         scale: amplitude of the coordinate channels; the features' own root mean square keeps both audible.
     """
     rows, columns = grid
@@ -33,4 +34,5 @@ def append_grid_positions(
     down = torch.cat(waves[:2], dim=-1)[:, None].expand(rows, columns, -1)
     across = torch.cat(waves[2:], dim=-1)[None].expand(rows, columns, -1)
     coordinates = torch.cat([down, across], dim=-1).reshape(1, rows * columns, WIDTH) * (scale * math.sqrt(2))
+    coordinates = F.pad(coordinates, (0, 0, features.shape[1] - rows * columns, 0))
     return torch.cat([features, coordinates.to(features.dtype).expand(features.shape[0], -1, -1)], dim=-1)

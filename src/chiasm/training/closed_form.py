@@ -115,4 +115,5 @@ def _places(model: FusionModel, embeddings: WordEmbeddings) -> tuple[Float[Tenso
         (-axis).clamp(min=0)[:, None] * embeddings.of(first) + axis.clamp(min=0)[:, None] * embeddings.of(last)
         for axis, (first, last) in zip(halves, PLACES, strict=True)
     )
-    return model.with_positions(blank)[0, :, -WIDTH:], (down[:, None] + across[None]).flatten(0, 1)
+    coordinates = model.with_positions(blank)[0, model.vision.num_prefix :, -WIDTH:]
+    return coordinates, (down[:, None] + across[None]).flatten(0, 1)

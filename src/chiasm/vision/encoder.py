@@ -6,6 +6,7 @@ There is no class per family: which layer is read, how many tokens are not patch
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ DEFAULT_LAYERS: dict[str, tuple[int | str, ...]] = {
 POOLING_HEADS = ("aimv2_vision_model", "siglip2_vision_model", "siglip_vision_model")
 """Model types with an attention-pooling head that their attribute `use_head` switches."""
 
-FEATURE_OPTIONS = ("layers", "reduce", "grid")
+FEATURE_OPTIONS = ("layers", "reduce", "grid", "prefix")
 
 
 class VisionEncoder(nn.Module):
@@ -59,8 +60,13 @@ class VisionEncoder(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """N: patches of a picture, row by row."""
-        return self.features.grid[0] * self.features.grid[1]
+        """N: patches of a picture, row by row, and the prefix tokens that are kept in front of them."""
+        return self.num_prefix + self.features.grid[0] * self.features.grid[1]
+
+    @property
+    def num_prefix(self) -> int:
+        """Class and register tokens that are kept in front of the patches."""
+        return self.features.num_prefix
 
     @property
     def width(self) -> int:
@@ -73,7 +79,7 @@ class VisionEncoder(nn.Module):
         return self.features.image_size
 
     def forward(self, pixel_values: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D_v"]:
-        """Patch features of normalised pictures, row by row, without class and register tokens.
+        """Patch features of normalised pictures, row by row; class and register tokens are left out or come first.
 
         Raises:
             ValueError: the pictures do not have `image_size`.
@@ -176,7 +182,8 @@ def load_vision(
         source: of an image-text model (CLIP, SigLIP, ...) the vision tower alone is taken.
         features: what to read. `layers`: a list of `"last"`, indices of hidden_states and names of feature_maps, by
             default `DEFAULT_LAYERS`; `reduce`: `fold` or `pool`, one word or one per layer; `grid`: (rows, columns) of
-            the result, by default the coarsest of the layers' grids.
+            the result, by default the coarsest of the layers' grids; `prefix`: `drop` (the default) or `keep` the class
+            and register tokens.
         image_size: pixels, where it differs from the pre-training's; learned positions are then interpolated.
         dtype: of the weights; `auto` keeps the checkpoint's own.
         **options: for `from_pretrained`, such as attn_implementation, revision and token.
@@ -230,7 +237,8 @@ def _measure(model: PreTrainedModel, wanted: dict[str, Any], image_size: int | G
         raise ValueError(
             f"the {model.config.model_type} encoder does not take pictures of {size[0]}×{size[1]} pixels: {error}"
         ) from error
-    return describe(outputs, model.config, tuple(layers), reduce, size, grid, bool(options))
+    found = describe(outputs, model.config, tuple(layers), reduce, size, grid, bool(options))
+    return replace(found, prefix=wanted.get("prefix") or "drop")
 
 
 def _without_idle_parts(model: PreTrainedModel, features: VisionFeatures) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from torch import Tensor
 Grid = tuple[int, int]
 
 REDUCTIONS = ("fold", "pool")
+PREFIXES = ("drop", "keep")
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ class FeatureLayer:
             )
         return factor
 
-    def patches(self, hidden: Float[Tensor, "B ..."], grid: Grid) -> Float[Tensor, "B N D"]:
-        """The map as patches of `grid`, row by row, without its prefix tokens."""
-        tokens = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden[:, self.prefix_tokens :]
+    def patches(self, hidden: Float[Tensor, "B ..."], grid: Grid, keep_prefix: bool = False) -> Float[Tensor, "B N D"]:
+        """The map as patches of `grid`, row by row; its prefix tokens are left out or come first."""
+        start = 0 if keep_prefix else self.prefix_tokens
+        tokens = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden[:, start:]
         if self.grid == grid:
             return tokens
         cells = tokens.unflatten(1, self.grid)
@@ -76,6 +78,7 @@ class VisionFeatures:
         width: D_v, channels of one patch of the result.
         image_size: pictures that the encoder takes, (height, width) in pixels.
         interpolate_positions: whether the encoder is asked to stretch its learned positions to this image size.
+        prefix: `drop` leaves class and register tokens out; `keep` puts them in front of the patches as part of N.
     """
 
     layers: tuple[FeatureLayer, ...]
@@ -83,10 +86,28 @@ class VisionFeatures:
     width: int
     image_size: Grid
     interpolate_positions: bool = False
+    prefix: str = "drop"
+
+    def __post_init__(self) -> None:
+        if self.prefix not in PREFIXES:
+            raise ValueError(f"prefix {self.prefix!r} is unknown; choose one of {', '.join(PREFIXES)}")
+        shapes = {(layer.grid, layer.prefix_tokens) for layer in self.layers}
+        kept = self.prefix == "keep" and any(layer.prefix_tokens for layer in self.layers)
+        if kept and (len(shapes) > 1 or self.layers[0].grid != self.grid):
+            raise ValueError(
+                f"prefix 'keep' needs layers of one size on their own grid, got {sorted(shapes)} (grid, prefix tokens) "
+                f"for the grid {self.grid}; read layers of one size, or take prefix: drop"
+            )
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens in front of the patches: 0 unless they are kept."""
+        return self.layers[0].prefix_tokens if self.prefix == "keep" else 0
 
     def combine(self, hidden: list[Tensor]) -> Float[Tensor, "B N D_v"]:
         """Patch features of the encoder's maps, given in the order of `layers`."""
-        patches = [layer.patches(states, self.grid) for layer, states in zip(self.layers, hidden, strict=True)]
+        keep = self.prefix == "keep"
+        patches = [layer.patches(states, self.grid, keep) for layer, states in zip(self.layers, hidden, strict=True)]
         return patches[0] if len(patches) == 1 else torch.cat(patches, dim=-1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,7 +136,7 @@ def _check_keys(where: str, kind: type, plain: dict[str, Any]) -> None:
     known = {field.name: field for field in fields(kind)}
     if unknown := sorted(set(plain) - set(known)):
         raise ValueError(f"{where} has an unknown key {unknown[0]!r}; known keys: {', '.join(known)}")
-    optional = {"prefix_tokens", "reduce", "interpolate_positions"}
+    optional = {"prefix_tokens", "reduce", "interpolate_positions", "prefix"}
     if missing := [name for name in known if name not in plain and name not in optional]:
         raise ValueError(f"{where} lacks the key {missing[0]!r}; it was written by VisionFeatures.to_dict?")
 

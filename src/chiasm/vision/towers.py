@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig, PreTrainedModel
 
 from chiasm.vision.features import Grid
 
@@ -35,6 +35,25 @@ UNLISTED_CLASSES = {
 }
 """Model type → class, for towers that transformers' AutoModel does not list."""
 
+CLIP_TWINS = ("idefics_vision",)
+"""Model types whose tower computes what a CLIP tower computes and names its weights alike, but has no class of its own
+that stands alone: they are built as CLIP towers."""
+
+CLIP_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "attention_dropout",
+    "initializer_range",
+    "initializer_factor",
+)
+
 UNSUITABLE = {
     "pixtral": "it joins the pictures of a batch into one sequence",
     "vit_mae": "it drops most patches at random; set model_type to 'vit' in its config.json to read all of them",
@@ -51,6 +70,13 @@ HUB_OPTIONS = (
     "trust_remote_code",
 )
 """Options of `from_pretrained` that say where files come from, and so concern the configuration too."""
+
+
+def standalone(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration that a tower is built from: the given one, or the CLIP one that says the same."""
+    if config.model_type not in CLIP_TWINS:
+        return config
+    return CLIPVisionConfig(**{name: getattr(config, name) for name in CLIP_SIZES}, dtype=config.dtype)
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -74,6 +100,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """A vision model with fresh weights."""
+    config = standalone(config)
     kind = model_class(config)
     return kind._from_config(config, **_without_pooler(kind))
 
