@@ -1,0 +1,166 @@
+"""Weights of another tool's checkpoint → Chiasm's own modules, by a table of exact name prefixes.
+
+It is strict: a weight that is missing, left over or wrongly shaped is an error that names it, so a checkpoint that is
+only half understood never loads. Files are safetensors; a pickle is never opened.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+Table = Mapping[str, str | None]
+"""Prefix of the reference's names → ours; None leaves those weights out. A prefix ends at a dot or is a whole name."""
+
+Transforms = Mapping[str, Callable[[Tensor], Tensor]]
+"""A whole name of ours → what is done to its tensor."""
+
+DERIVED = ("inv_freq", "position_ids")
+"""Last components of buffers that older files hold and that are computed today."""
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def read_weights(source: str | Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's safetensors, in one file or in shards, by the names they have there.
+
+    Raises:
+        ValueError: there is no such file, or one is damaged.
+    """
+    index = _file(source, INDEX)
+    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else [SINGLE]
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        file = _file(source, name) if Path(name).name == name else None
+        if file is None:
+            raise ValueError(f"{source} has no {name}; Chiasm reads safetensors only, so convert other formats first")
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}; fetch it again") from error
+    return weights
+
+
+def transfer(
+    weights: Mapping[str, Tensor], module: nn.Module, table: Table, transforms: Transforms | None = None
+) -> None:
+    """Copies a reference's weights into a module, which must be filled completely.
+
+    Raises:
+        ValueError: a weight is missing, left over or wrongly shaped; the message names it.
+    """
+    fitted = fit(weights, module, table, transforms)
+    with torch.no_grad():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if name in fitted:
+                tensor.copy_(fitted[name])
+
+
+def assemble(
+    kind: type[Model],
+    config: PreTrainedConfig,
+    weights: Mapping[str, Tensor],
+    table: Table,
+    transforms: Transforms | None = None,
+    dtype: torch.dtype | str = "auto",
+) -> Model:
+    """A model of ours that is filled with a reference's weights; none is initialised at random or held twice.
+
+    Raises:
+        ValueError: a weight is missing, left over or wrongly shaped; the message names it.
+    """
+    with torch.device("meta"):
+        skeleton = kind(config)
+    fitted = fit(weights, skeleton, table, transforms)
+    return kind.from_pretrained(None, config=config, state_dict=fitted, dtype=dtype).eval()
+
+
+def fit(
+    weights: Mapping[str, Tensor], module: nn.Module, table: Table, transforms: Transforms | None = None
+) -> dict[str, Tensor]:
+    """The reference's weights by the names that a module has for them; of tied weights one is enough.
+
+    Raises:
+        ValueError: a weight is missing, left over or wrongly shaped; the message names it.
+    """
+    transforms = transforms or {}
+    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    origins: dict[str, str] = {}
+    left_over = []
+    for name in weights:
+        ours = rename(name, table)
+        if ours in wanted:
+            if ours in origins:
+                raise ValueError(f"weights {origins[ours]!r} and {name!r} both become {ours!r}; keep one of them")
+            origins[ours] = name
+        elif ours is not None and name.rsplit(".", 1)[-1] not in DERIVED:
+            left_over.append(name)
+    if left_over:
+        raise ValueError(f"{_count(left_over)} no place in {type(module).__name__}: {_some(left_over)}")
+    if unused := sorted(set(transforms) - set(origins)):
+        raise ValueError(f"{unused[0]!r} is to be transformed, but no weight becomes it")
+    fitted = {
+        ours: transforms[ours](weights[name]) if ours in transforms else weights[name] for ours, name in origins.items()
+    }
+    _check_complete(module, set(wanted), fitted)
+    for ours, tensor in fitted.items():
+        if tensor.shape != wanted[ours]:
+            raise ValueError(
+                f"weight {origins[ours]!r} is {tuple(tensor.shape)}, but {ours!r} is {tuple(wanted[ours])}; "
+                "the configuration does not describe these weights"
+            )
+    return fitted
+
+
+def rename(name: str, table: Table) -> str | None:
+    """A reference's name as ours: its longest prefix in the table is replaced. Without one, the name stays."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        if prefix in table:
+            ours = table[prefix]
+            return None if ours is None else ".".join(filter(None, [ours, *parts[length:]]))
+    return name
+
+
+def _check_complete(module: nn.Module, wanted: set[str], fitted: Mapping[str, Tensor]) -> None:
+    """Every weight has a value, and weights that are one have one value."""
+    tied: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    groups = [*tied.values(), *([name] for name in wanted - {name for names in tied.values() for name in names})]
+    if missing := sorted(names[0] for names in groups if not any(name in fitted for name in names)):
+        raise ValueError(f"{_count(missing)} no value in the checkpoint: {_some(missing)}")
+    for names in groups:
+        first, *others = [name for name in names if name in fitted]
+        for other in others:
+            if not torch.equal(fitted[first], fitted[other]):
+                raise ValueError(f"weights {first!r} and {other!r} are tied but differ; set tie_word_embeddings: false")
+
+
+def _count(names: list[str]) -> str:
+    return "1 weight has" if len(names) == 1 else f"{len(names)} weights have"
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def _file(source: str | Path, name: str) -> Any:
+    return cached_file(
+        str(source),
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
