@@ -187,3 +187,17 @@ def check_generation_strategies(model: FusionModel, inputs: dict[str, Tensor]) -
     rows = 2 * inputs["input_ids"].shape[0]
     assert model.generate(**inputs, **several, num_beams=3, do_sample=False).shape[0] == rows
     assert model.generate(**inputs, **several, do_sample=True).shape[0] == rows
+
+
+def check_equals_reference(model: FusionModel, reference: Any, inputs: dict[str, Tensor], **options: Any) -> None:
+    """Logits to 1e-4, loss, and greedy text with and without a cache: what the reference implementation gives."""
+    labels = inputs["input_ids"].clone()
+    labels[:, : labels.shape[1] // 2] = -100
+    with torch.no_grad():
+        ours, theirs = model(**inputs, labels=labels), reference(**inputs, labels=labels)
+        torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-4, atol=1e-4)
+    for use_cache in (True, False):
+        greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 258, "use_cache": use_cache}
+        greedy |= {"suppress_tokens": [model.config.image_token_id]} | options
+        assert torch.equal(model.generate(**inputs, **greedy), reference.generate(**inputs, **greedy))

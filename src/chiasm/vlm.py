@@ -42,12 +42,12 @@ class VLM:
         """Images + messages → inputs.
 
         Raises:
-            ValueError: the model came without tokenizer files.
+            ValueError: the model came without its files.
         """
         if self._processor is None:
             raise ValueError(
-                "this model has no processor, because it came without tokenizer files; "
-                "pass tokenizer= to chiasm.connect, or put the tokenizer's files into the model's folder"
+                "this model has no processor, because it came without tokenizer or image processor files; "
+                "pass tokenizer= to chiasm.connect, or put those files into the model's folder"
             )
         return self._processor
 

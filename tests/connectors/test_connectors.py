@@ -40,25 +40,33 @@ def test_mlp_is_linear_gelu_linear(depth: int, width: int | None) -> None:
 
 
 def test_settings_hold_the_defaults() -> None:
-    assert connector_settings("mlp") == {"name": "mlp", "depth": 2, "width": None, "bias": True}
+    assert connector_settings("mlp") == {"name": "mlp", "depth": 2, "width": None, "bias": True, "activation": "gelu"}
 
 
 def test_unknown_names_and_options_are_errors() -> None:
     with pytest.raises(ValueError, match=r"'mlpp' is unknown; choose one of .*mlp"):
         build_connector("mlpp", 4, 4, (1, 1))
-    with pytest.raises(ValueError, match="no option 'dept'; its options are: depth, width, bias"):
+    with pytest.raises(ValueError, match="no option 'dept'; its options are: depth, width, bias, activation"):
         build_connector({"name": "mlp", "dept": 3}, 4, 4, (1, 1))
+    with pytest.raises(ValueError, match="activation='gelus', which is unknown; choose one of gelu"):
+        build_connector({"name": "mlp", "activation": "gelus"}, 4, 4, (1, 1))
     with pytest.raises(ValueError, match="depth=1"):
         build_connector({"name": "mlp", "depth": 1}, 4, 4, (1, 1))
 
 
-@pytest.mark.parametrize("width", [None, 80])
-def test_mlp_can_be_any_affine_map_of_its_rank(width: int | None) -> None:
-    connector = build_connector({"name": "mlp", "width": width}, 12, 36, (2, 2))
+@pytest.mark.parametrize(("width", "activation"), [(None, "gelu"), (80, "gelu"), (None, "silu"), (None, "relu")])
+def test_mlp_can_be_any_affine_map_of_its_rank(width: int | None, activation: str) -> None:
+    connector = build_connector({"name": "mlp", "width": width, "activation": activation}, 12, 36, (2, 2))
     weight, bias = torch.randn(36, 12), torch.randn(36)
     connector.set_affine(weight, bias, spread=1.7)
     features = 1.7 * torch.randn(3, 4, 12)
     torch.testing.assert_close(connector(features), features @ weight.T + bias, rtol=1e-3, atol=1e-3)
+
+
+def test_an_activation_that_cannot_pass_a_map_through_is_refused() -> None:
+    connector = build_connector({"name": "mlp", "activation": "tanh"}, 12, 36, (2, 2))
+    with pytest.raises(ValueError, match="closed_form needs an activation"):
+        connector.set_affine(torch.randn(36, 12), torch.randn(36), spread=1.0)
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp"])

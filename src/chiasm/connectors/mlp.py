@@ -1,4 +1,4 @@
-"""MLP projector: Linear – GELU – Linear, of any depth and width (LLaVA-1.5, arXiv 2310.03744)."""
+"""MLP projector: Linear – activation – Linear, of any depth and width (LLaVA-1.5, arXiv 2310.03744)."""
 
 from itertools import pairwise
 from typing import Any
@@ -6,17 +6,19 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from chiasm.connectors.base import AffineConnector, Grid
 
 
 class MLPProjector(AffineConnector):
-    """Every patch becomes one visual token through `depth` linear layers with GELU between them: T = N.
+    """Every patch becomes one visual token through `depth` linear layers with an activation between them: T = N.
 
     Args:
         depth: number of linear layers, 2 in LLaVA-1.5.
         width: inner width, D_l when it is None as in LLaVA-1.5.
         bias: whether the linear layers have one.
+        activation: a name of transformers' `ACT2FN`.
     """
 
     takes_prefix = True
@@ -30,6 +32,7 @@ class MLPProjector(AffineConnector):
         depth: int = 2,
         width: int | None = None,
         bias: bool = True,
+        activation: str = "gelu",
     ) -> None:
         super().__init__(vision_width, language_width, grid)
         if depth < 2:
@@ -38,9 +41,14 @@ class MLPProjector(AffineConnector):
             )
         if width is not None and width < 1:
             raise ValueError(f"connector mlp has width={width}, expected at least 1 or none")
+        if activation not in ACT2FN:
+            raise ValueError(
+                f"connector mlp has activation={activation!r}, which is unknown; choose one of {', '.join(ACT2FN)}"
+            )
         inner = width or language_width
         widths = [vision_width, *[inner] * (depth - 1), language_width]
         self.layers: Any = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in pairwise(widths))
+        self.activation: nn.Module = ACT2FN[activation]
 
     @property
     def num_tokens(self) -> int:
@@ -59,13 +67,21 @@ class MLPProjector(AffineConnector):
 
     @torch.no_grad()
     def set_affine(self, weight: Float[Tensor, "D_l D_v"], bias: Float[Tensor, " D_l"], spread: float) -> None:
-        """The best map of rank width / 2, exactly: GELU(x) − GELU(−x) = x, so opposite units pass x through."""
+        """The best map of rank width / 2, exactly: GELU(x) − GELU(−x) = x, so opposite units pass x through.
+
+        Other gates of x by a symmetric share (SiLU, quick GELU, ReLU) do so as well.
+        """
         if len(self.layers) != 2 or self.output.bias is None:
             raise ValueError(
                 f"init: closed_form needs connector mlp with depth 2 and a bias, got depth {len(self.layers)}; "
                 "use init: keep"
             )
         first, last = self.layers[0], self.layers[1]
+        probe = torch.linspace(-3, 3, 13, device=first.weight.device, dtype=first.weight.dtype)
+        if not torch.allclose(self.activation(probe) - self.activation(-probe), probe, atol=1e-2):
+            raise ValueError(
+                "init: closed_form needs an activation f with f(x) − f(−x) = x, such as gelu; use init: keep"
+            )
         pairs = first.out_features // 2
         left, strength, right = torch.linalg.svd(weight.double(), full_matrices=False)
         rank = min(pairs, strength.numel())
@@ -91,5 +107,5 @@ class MLPProjector(AffineConnector):
 
     def forward(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T D_l"]:
         for layer in self.layers[:-1]:
-            features = nn.functional.gelu(layer(features))
+            features = self.activation(layer(features))
         return self.layers[-1](features)

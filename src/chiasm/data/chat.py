@@ -6,6 +6,7 @@ which tells where the contents stand; the text is then put together, and compare
 
 import re
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -55,6 +56,26 @@ def count_images(messages: list[Message]) -> int:
     return sum(message["content"].count(IMAGE_TOKEN) for message in flatten(messages))
 
 
+def parts(messages: list[Message]) -> list[Message]:
+    """Messages whose contents are lists of parts; an `<image>` inside a text becomes a part of its own."""
+    return [{**message, "content": _split_content(message["content"])} for message in messages]
+
+
+def _split_content(content: Any) -> list[dict[str, str]]:
+    split: list[dict[str, str]] = []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        if part.get("type") != "text":
+            split.append({"type": part["type"]})
+            continue
+        first, *others = part["text"].split(IMAGE_TOKEN)
+        split += [{"type": "text", "text": first}] if first else []
+        for text in others:
+            split.append({"type": "image"})
+            text = text.removeprefix("\n")
+            split += [{"type": "text", "text": text}] if text else []
+    return split
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool = False
 ) -> Rendered:
@@ -63,14 +84,13 @@ def render(
     Raises:
         ValueError: the template refuses the conversation, or rewrites a message so that its place is not known.
     """
-    messages = flatten(messages)
-    text = _apply(tokenizer, messages, add_generation_prompt)
-    if not any(message["role"] == "assistant" for message in messages):
+    arranged, text = _arrange(tokenizer, messages, add_generation_prompt)
+    if not any(message["role"] == "assistant" for message in arranged):
         return Rendered(text, [])
-    marked = [{**message, "content": f"\ue000{index}\ue001"} for index, message in enumerate(messages)]
-    skeleton = re.split("\ue000(\\d+)\ue001", _apply(tokenizer, marked, add_generation_prompt))
+    texts = [(message["role"], text) for message in arranged for text in _texts(message)]
+    skeleton = re.split("\ue000(\\d+)\ue001", _render(tokenizer, _marked(arranged), add_generation_prompt))
     for clean in (str, str.strip):
-        composed, answers = _compose(skeleton, messages, clean)
+        composed, answers = _compose(skeleton, texts, clean)
         if composed == text:
             return Rendered(text, answers)
     raise ValueError(
@@ -79,24 +99,63 @@ def render(
     )
 
 
-def _compose(skeleton: list[str], messages: list[Message], clean: Any) -> tuple[str, list[tuple[int, int]]]:
+def _texts(message: Message) -> list[str]:
+    content = message["content"]
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+
+
+def _marked(arranged: list[Message]) -> list[Message]:
+    """The same messages with a numbered mark in place of every text."""
+    numbers = count()
+
+    def mark(content: Any) -> Any:
+        if isinstance(content, str):
+            return f"\ue000{next(numbers)}\ue001"
+        return [{**part, "text": mark(part["text"])} if part["type"] == "text" else part for part in content]
+
+    return [{**message, "content": mark(message["content"])} for message in arranged]
+
+
+def _compose(skeleton: list[str], texts: list[tuple[str, str]], clean: Any) -> tuple[str, list[tuple[int, int]]]:
     text, answers = skeleton[0], []
     for index, literal in zip(map(int, skeleton[1::2]), skeleton[2::2], strict=True):
         start = len(text)
-        text += clean(messages[index]["content"])
-        if messages[index]["role"] == "assistant":
+        role, words = texts[index]
+        text += clean(words)
+        if role == "assistant":
             answers.append((start, len(text)))
         text += literal
     return text, answers
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:
-    """The template's text of flattened messages; a template that only reads lists of parts gets one part each."""
-    text = _render(tokenizer, messages, add_generation_prompt)
-    if all(message["content"].strip() in text for message in messages if message["role"] == "user"):
-        return text
-    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-    return _render(tokenizer, parts, add_generation_prompt)
+def _arrange(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool
+) -> tuple[list[Message], str]:
+    """The conversation in the form that the template reads, and the template's text of it.
+
+    A template that places pictures itself gets them as parts. Others get text alone, with `<image>` in it: as a string,
+    or as one part where they read lists only.
+    """
+    flat = flatten(messages)
+    if tokenizer.chat_template and IMAGE_TOKEN in tokenizer.get_chat_template():
+        whole = parts(messages)
+        try:
+            text = _render(tokenizer, whole, add_generation_prompt)
+        except ValueError:
+            text = ""
+        raw = any(mark in text for mark in ("{'type': ", '{"type": '))
+        if text.count(IMAGE_TOKEN) == count_images(messages) and not raw and _holds(text, whole):
+            return whole, text
+    text = _render(tokenizer, flat, add_generation_prompt)
+    if _holds(text, flat):
+        return flat, text
+    single = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in flat]
+    return single, _render(tokenizer, single, add_generation_prompt)
+
+
+def _holds(text: str, arranged: list[Message]) -> bool:
+    """Whether the users' words are in a rendered text."""
+    return all(words.strip() in text for message in arranged if message["role"] == "user" for words in _texts(message))
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:

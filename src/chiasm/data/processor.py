@@ -18,6 +18,7 @@ class ChiasmProcessor(ProcessorMixin):
         image_processor: pictures → `pixel_values`.
         tokenizer: the language model's own tokenizer; `<image>` is added to it where it is missing.
         num_image_tokens: T, placeholders per picture; the model's `num_image_tokens`.
+        add_special_tokens: whether the tokenizer's own marks (a BOS) frame a conversation whose template writes none.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class ChiasmProcessor(ProcessorMixin):
         tokenizer: Any = None,
         num_image_tokens: int = 1,
         chat_template: str | None = None,
+        add_special_tokens: bool = False,
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
@@ -36,6 +38,7 @@ class ChiasmProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.num_image_tokens = num_image_tokens
+        self.add_special_tokens = add_special_tokens
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -44,7 +47,8 @@ class ChiasmProcessor(ProcessorMixin):
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "ChiasmProcessor":
         """A saved processor from its loaded parts and its own settings."""
         image_processor, tokenizer = args
-        return cls(image_processor, tokenizer, num_image_tokens=processor_dict["num_image_tokens"])
+        options = {"add_special_tokens": processor_dict.get("add_special_tokens", False)}
+        return cls(image_processor, tokenizer, num_image_tokens=processor_dict["num_image_tokens"], **options)
 
     def __call__(
         self,
@@ -111,7 +115,8 @@ class ChiasmProcessor(ProcessorMixin):
         if num_images is not None:
             _check_count(count_images(messages), num_images)
         rendered = render(self.tokenizer, messages, add_generation_prompt)
-        encoded = self._tokenize(rendered.text, rendered.answers if supervise else [])
+        special = self.add_special_tokens and not self._has_bos(rendered.text)
+        encoded = self._tokenize(rendered.text, rendered.answers if supervise else [], special)
         wanted, found = count_images(messages), encoded["input_ids"].count(self.image_token_id) // self.num_image_tokens
         if wanted != found:
             raise ValueError(f"the chat template turned {wanted} image placeholders into {found}; pass chat_template=")

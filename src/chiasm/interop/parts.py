@@ -1,0 +1,74 @@
+"""What the loaders of transformers' checkpoints share: names of a language model's parts, features, the processor."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers.image_processing_base import ImageProcessingMixin
+
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.fusion.base import FusionModel
+from chiasm.language.adapter import head_is_direct, load_tokenizer
+from chiasm.vision.encoder import load_vision
+from chiasm.vision.features import VisionFeatures
+from chiasm.vision.image_processor import image_processor_for
+from chiasm.vision.towers import build_tower
+
+
+def language_table(text_config: PreTrainedConfig, decoder: str, head: str) -> dict[str, str | None]:
+    """Where a language model's decoder and head, which stand apart in the reference, are in ours."""
+    with torch.device("meta"):
+        language = AutoModelForCausalLM.from_config(text_config)
+    output = language.get_output_embeddings()
+    path = next(name for name, module in language.named_modules() if module is output)
+    return {decoder: f"language.{language.base_model_prefix}", head: f"language.{path}"}
+
+
+def text_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """The language model's configuration; whether embeddings are tied is what the whole model says."""
+    return config.text_config.to_dict() | {"tie_word_embeddings": config.tie_word_embeddings}
+
+
+def describe_features(vision_config: PreTrainedConfig, wanted: dict[str, Any]) -> VisionFeatures:
+    """The features of a tower that is not loaded yet."""
+    with torch.device("meta"):
+        return load_vision(build_tower(vision_config), wanted).features
+
+
+def without_first(features: VisionFeatures) -> VisionFeatures:
+    """The same features without each map's first token, be it a class token or a patch. What is left of patches then is
+    one row of them, for it no longer fills a grid."""
+    if all(layer.prefix_tokens == 1 for layer in features.layers):
+        return features
+    rows, columns = features.grid
+    layers = tuple(
+        replace(layer, grid=(1, layer.prefix_tokens + rows * columns - 1), prefix_tokens=1) for layer in features.layers
+    )
+    if len({layer.grid for layer in layers}) > 1:
+        raise ValueError(f"feature layers of different lengths lose their first token: {[la.layer for la in layers]}")
+    return replace(features, layers=layers, grid=layers[0].grid)
+
+
+def finish(model: FusionModel, source: str) -> None:
+    """What is known of a model once its weights are there, and the generation settings beside them."""
+    model.config.direct_head = head_is_direct(model.language)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    except OSError:
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+
+
+def load_processor(source: str, model: FusionModel) -> ChiasmProcessor | None:
+    """The processor beside a model, with the chat template of its reference; None where its files are missing."""
+    tokenizer = load_tokenizer(source)
+    try:
+        ImageProcessingMixin.get_image_processor_dict(source)
+    except OSError:
+        return None
+    if tokenizer is None:
+        return None
+    settings, _ = ChiasmProcessor.get_processor_dict(source)
+    tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template
+    images = image_processor_for(source, model.vision)
+    return ChiasmProcessor(images, tokenizer, num_image_tokens=model.num_image_tokens, add_special_tokens=True)
