@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import chiasm
 from chiasm.connectors import CONNECTORS, Connector, build_connector
@@ -16,7 +17,8 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def check_connector(make: Callable[[tuple[int, int]], Connector], vision_width: int, language_width: int) -> None:
-    """Shapes agree with `num_tokens` for several grids, every parameter is reached, and a picture keeps to itself."""
+    """For several grids, odd ones too: shapes agree with `num_tokens`, every parameter is reached, a picture keeps to
+    itself, FLOPs are those that torch counts, and what a token sees sums to 1."""
     for grid in [(3, 3), (2, 5), (7, 7)]:
         connector = make(grid)
         features = torch.randn(2, grid[0] * grid[1], vision_width)
@@ -27,7 +29,24 @@ def check_connector(make: Callable[[tuple[int, int]], Connector], vision_width: 
         tokens.square().sum().backward()
         for name, parameter in connector.named_parameters():
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, f"{name} gets no gradient"
-        assert connector.flops() > 0
+        _check_flops(connector, features)
+        _check_attention(connector, features)
+
+
+def _check_flops(connector: Connector, features: Tensor) -> None:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        connector(features)
+    assert counter.get_total_flops() == features.shape[0] * connector.flops()
+
+
+def _check_attention(connector: Connector, features: Tensor) -> None:
+    with torch.no_grad():
+        shares = connector.attention(features)
+    assert shares.shape == (features.shape[0], connector.num_tokens, features.shape[1])
+    assert (shares >= 0).all()
+    torch.testing.assert_close(shares.sum(dim=2), torch.ones(shares.shape[:2]), **TOLERANCE)
+    if connector.token_grid is not None:
+        assert connector.token_grid[0] * connector.token_grid[1] == connector.num_tokens
 
 
 def check_connector_prefix(name: str, vision_width: int, language_width: int) -> None:

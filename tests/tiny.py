@@ -110,3 +110,12 @@ def picture(seed: int = 0) -> Image.Image:
 def ask(prompt: str, images: int = 1) -> list[dict[str, Any]]:
     """A conversation of one question about so many pictures."""
     return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": prompt}]}]
+
+
+CONNECTOR_OPTIONS: dict[str, dict[str, Any]] = {}
+"""Options that make connectors small whose defaults are heavy; the others are tested as they are."""
+
+
+def connector(name: str) -> dict[str, Any]:
+    """Settings of a small connector of this kind."""
+    return {"name": name, **CONNECTOR_OPTIONS.get(name, {})}

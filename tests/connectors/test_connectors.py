@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import tiny
 from chiasm.connectors import CONNECTORS, build_connector, connector_settings
 from chiasm.connectors.closed_form import Ridge, initialise
 from contracts import check_connector, check_connector_prefix
@@ -11,7 +12,7 @@ from contracts import check_connector, check_connector_prefix
 
 @pytest.mark.parametrize("name", CONNECTORS)
 def test_contract(name: str) -> None:
-    check_connector(lambda grid: build_connector(name, 20, 36, grid), 20, 36)
+    check_connector(lambda grid: build_connector(tiny.connector(name), 20, 36, grid), 20, 36)
 
 
 @pytest.mark.parametrize("name", CONNECTORS)

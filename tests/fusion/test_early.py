@@ -39,7 +39,7 @@ def test_every_pair(vision: str, language: str) -> None:
 
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_every_connector(connector: str) -> None:
-    vlm = connect(connector=connector)
+    vlm = connect(connector=tiny.connector(connector))
     contracts.check_saved_equals_loaded(vlm, batch(vlm))
     contracts.check_image_matters(vlm.model, batch(vlm))
 
