@@ -112,7 +112,8 @@ def ask(prompt: str, images: int = 1) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": prompt}]}]
 
 
-CONNECTOR_OPTIONS: dict[str, dict[str, Any]] = {}
+CONNECTOR_OPTIONS: dict[str, dict[str, Any]] = {
+}
 """Options that make connectors small whose defaults are heavy; the others are tested as they are."""
 
 

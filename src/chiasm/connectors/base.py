@@ -96,6 +96,22 @@ class AffineConnector(Connector):
         """
 
 
+class GridConnector(Connector):
+    """A connector whose visual tokens stand on a grid of their own."""
+
+    def __init__(self, vision_width: int, language_width: int, grid: Grid, token_grid: Grid) -> None:
+        super().__init__(vision_width, language_width, grid)
+        self._token_grid = token_grid
+
+    @property
+    def num_tokens(self) -> int:
+        return self._token_grid[0] * self._token_grid[1]
+
+    @property
+    def token_grid(self) -> Grid:
+        return self._token_grid
+
+
 def block_attention(grid: Grid, token_grid: Grid) -> Float[Tensor, "T N"]:
     """Every visual token takes the block of patches below it in equal shares (the bins of adaptive pooling)."""
     down, across = (_shares(patches, tokens) for patches, tokens in zip(grid, token_grid, strict=True))

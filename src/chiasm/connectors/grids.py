@@ -63,3 +63,9 @@ def blocks(patches: Float[Tensor, "B N C"], grid: Grid, factor: int) -> Float[Te
 def block_members(grid: Grid, factor: int, like: Tensor) -> Float[Tensor, "T cells N"]:
     """Which patch stands in which place of which block, as ones and zeros."""
     return blocks(torch.eye(grid[0] * grid[1], device=like.device, dtype=like.dtype)[None], grid, factor)[0]
+
+
+def block_attention(features: Float[Tensor, "B N D_v"], grid: Grid, factor: int) -> Float[Tensor, "B T N"]:
+    """Every visual token takes the patches of its f × f block in equal shares."""
+    members = block_members(grid, factor, features).sum(dim=1)
+    return (members / members.sum(dim=1, keepdim=True)).expand(features.shape[0], -1, -1)

@@ -9,13 +9,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from chiasm.connectors.base import Connector, Grid
-from chiasm.connectors.grids import block_grid, block_members, blocks
+from chiasm.connectors.base import Grid, GridConnector
+from chiasm.connectors.grids import block_attention, block_grid, blocks
 
 PROJECTIONS = ("mlp", "linear")
 
 
-class PixelShuffleProjector(Connector):
+class PixelShuffleProjector(GridConnector):
     """T = N / f², rounded up in each direction: an odd grid is filled up with zeros.
 
     Args:
@@ -26,24 +26,15 @@ class PixelShuffleProjector(Connector):
     def __init__(
         self, vision_width: int, language_width: int, grid: Grid, *, factor: int = 2, projection: str = "mlp"
     ) -> None:
-        super().__init__(vision_width, language_width, grid)
+        super().__init__(vision_width, language_width, grid, block_grid("pixel_shuffle", factor, grid))
         if projection not in PROJECTIONS:
             raise ValueError(f"projection {projection!r} is unknown; choose one of {', '.join(PROJECTIONS)}")
         self.factor = factor
-        self._token_grid = block_grid("pixel_shuffle", factor, grid)
         width = vision_width * factor**2
         self.layers: Any = nn.Sequential(nn.Linear(width, language_width, bias=False))
         if projection == "mlp":
             first, last = nn.Linear(width, language_width), nn.Linear(language_width, language_width)
             self.layers = nn.Sequential(nn.LayerNorm(width), first, nn.GELU(), last)
-
-    @property
-    def num_tokens(self) -> int:
-        return self._token_grid[0] * self._token_grid[1]
-
-    @property
-    def token_grid(self) -> Grid:
-        return self._token_grid
 
     @property
     def output(self) -> nn.Linear:
@@ -57,5 +48,4 @@ class PixelShuffleProjector(Connector):
         return self.layers(blocks(features, self.grid, self.factor).flatten(2))
 
     def attention(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T N"]:
-        members = block_members(self.grid, self.factor, features).sum(dim=1)
-        return (members / members.sum(dim=1, keepdim=True)).expand(features.shape[0], -1, -1)
+        return block_attention(features, self.grid, self.factor)
