@@ -7,12 +7,14 @@ from typing import Any, get_args, get_type_hints
 from chiasm.connectors.base import AffineConnector, Connector
 from chiasm.connectors.linear import LinearProjector
 from chiasm.connectors.mlp import MLPProjector
+from chiasm.connectors.patch_merger import PatchMerger
 from chiasm.connectors.pixel_shuffle import PixelShuffleProjector
 
 CONNECTORS: dict[str, type[Connector]] = {
     "linear": LinearProjector,
     "mlp": MLPProjector,
     "pixel_shuffle": PixelShuffleProjector,
+    "patch_merger": PatchMerger,
 }
 
 __all__ = ["CONNECTORS", "AffineConnector", "Connector", "build_connector", "connector_settings"]
