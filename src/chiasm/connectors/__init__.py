@@ -4,6 +4,7 @@ import inspect
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
+from chiasm.connectors.avg_pool import AveragePoolProjector
 from chiasm.connectors.base import AffineConnector, Connector
 from chiasm.connectors.linear import LinearProjector
 from chiasm.connectors.mlp import MLPProjector
@@ -15,6 +16,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "mlp": MLPProjector,
     "pixel_shuffle": PixelShuffleProjector,
     "patch_merger": PatchMerger,
+    "avg_pool": AveragePoolProjector,
 }
 
 __all__ = ["CONNECTORS", "AffineConnector", "Connector", "build_connector", "connector_settings"]
