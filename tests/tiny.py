@@ -113,6 +113,7 @@ def ask(prompt: str, images: int = 1) -> list[dict[str, Any]]:
 
 
 CONNECTOR_OPTIONS: dict[str, dict[str, Any]] = {
+    "c_abstractor": {"width": 14, "depth": 2},
 }
 """Options that make connectors small whose defaults are heavy; the others are tested as they are."""
 

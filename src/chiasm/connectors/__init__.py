@@ -6,6 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 from chiasm.connectors.avg_pool import AveragePoolProjector
 from chiasm.connectors.base import AffineConnector, Connector
+from chiasm.connectors.c_abstractor import CAbstractor
 from chiasm.connectors.ldp import LightweightDownsampleProjector
 from chiasm.connectors.linear import LinearProjector
 from chiasm.connectors.mlp import MLPProjector
@@ -19,6 +20,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "patch_merger": PatchMerger,
     "avg_pool": AveragePoolProjector,
     "ldp": LightweightDownsampleProjector,
+    "c_abstractor": CAbstractor,
 }
 
 __all__ = ["CONNECTORS", "AffineConnector", "Connector", "build_connector", "connector_settings"]
