@@ -12,6 +12,7 @@ from chiasm.connectors.linear import LinearProjector
 from chiasm.connectors.mlp import MLPProjector
 from chiasm.connectors.patch_merger import PatchMerger
 from chiasm.connectors.pixel_shuffle import PixelShuffleProjector
+from chiasm.connectors.token_packer import TokenPacker
 
 CONNECTORS: dict[str, type[Connector]] = {
     "linear": LinearProjector,
@@ -21,6 +22,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "avg_pool": AveragePoolProjector,
     "ldp": LightweightDownsampleProjector,
     "c_abstractor": CAbstractor,
+    "token_packer": TokenPacker,
 }
 
 __all__ = ["CONNECTORS", "AffineConnector", "Connector", "build_connector", "connector_settings"]
