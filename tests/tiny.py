@@ -115,6 +115,7 @@ def ask(prompt: str, images: int = 1) -> list[dict[str, Any]]:
 CONNECTOR_OPTIONS: dict[str, dict[str, Any]] = {
     "c_abstractor": {"width": 14, "depth": 2},
     "token_packer": {"heads": 3, "head_dim": 5},
+    "perceiver_resampler": {"num_latents": 5, "depth": 2, "heads": 3, "head_dim": 7},
 }
 """Options that make connectors small whose defaults are heavy; the others are tested as they are."""
 

@@ -11,6 +11,7 @@ from chiasm.connectors.ldp import LightweightDownsampleProjector
 from chiasm.connectors.linear import LinearProjector
 from chiasm.connectors.mlp import MLPProjector
 from chiasm.connectors.patch_merger import PatchMerger
+from chiasm.connectors.perceiver_resampler import PerceiverResampler
 from chiasm.connectors.pixel_shuffle import PixelShuffleProjector
 from chiasm.connectors.token_packer import TokenPacker
 
@@ -23,6 +24,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "ldp": LightweightDownsampleProjector,
     "c_abstractor": CAbstractor,
     "token_packer": TokenPacker,
+    "perceiver_resampler": PerceiverResampler,
 }
 
 __all__ = ["CONNECTORS", "AffineConnector", "Connector", "build_connector", "connector_settings"]
