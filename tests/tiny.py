@@ -116,6 +116,7 @@ CONNECTOR_OPTIONS: dict[str, dict[str, Any]] = {
     "c_abstractor": {"width": 14, "depth": 2},
     "token_packer": {"heads": 3, "head_dim": 5},
     "perceiver_resampler": {"num_latents": 5, "depth": 2, "heads": 3, "head_dim": 7},
+    "idefics2_resampler": {"num_latents": 5, "depth": 2, "heads": 6, "key_value_heads": 2, "head_dim": 7},
 }
 """Options that make connectors small whose defaults are heavy; the others are tested as they are."""
 

@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 from chiasm.connectors.avg_pool import AveragePoolProjector
 from chiasm.connectors.base import AffineConnector, Connector
 from chiasm.connectors.c_abstractor import CAbstractor
+from chiasm.connectors.idefics2_resampler import Idefics2Resampler
 from chiasm.connectors.ldp import LightweightDownsampleProjector
 from chiasm.connectors.linear import LinearProjector
 from chiasm.connectors.mlp import MLPProjector
@@ -25,6 +26,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "c_abstractor": CAbstractor,
     "token_packer": TokenPacker,
     "perceiver_resampler": PerceiverResampler,
+    "idefics2_resampler": Idefics2Resampler,
 }
 
 __all__ = ["CONNECTORS", "AffineConnector", "Connector", "build_connector", "connector_settings"]
