@@ -1,5 +1,7 @@
 """The cost model's closed form equals counted parameters, tokens, FLOPs and cache bytes."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,9 +11,10 @@ import chiasm
 import tiny
 from chiasm.comparison.cost import encode_flops
 from chiasm.comparison.describe import describe
+from chiasm.connectors import CONNECTORS
 
 
-def connect(vision: str, language: str, connector: str = "mlp") -> chiasm.VLM:
+def connect(vision: str, language: str, connector: str | dict[str, Any] = "mlp") -> chiasm.VLM:
     vlm = chiasm.connect(tiny.vision(vision), tiny.language(language), connector, tokenizer=tiny.tokenizer())
     vlm.model.set_attn_implementation("eager")
     return vlm
@@ -63,9 +66,9 @@ def test_intermediate_fusion(images: int) -> None:
 
 
 @pytest.mark.parametrize("vision", ["clip", "convnext"])
-@pytest.mark.parametrize("connector", ["linear", "mlp"])
+@pytest.mark.parametrize("connector", CONNECTORS)
 def test_encode_connect_and_parameters(vision: str, connector: str) -> None:
-    vlm = connect(vision, "llama", connector)
+    vlm = connect(vision, "llama", tiny.connector(connector))
     model, cost = vlm.model, vlm.cost(images=2)
     pixels = torch.randn(2, 3, *model.vision.image_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -78,8 +78,12 @@ def test_losses_agree(direct: bool) -> None:
     contracts.check_losses_agree(vlm.model, inputs, labels)
 
 
-def test_visual_tokens_are_as_loud_as_words() -> None:
-    vlm = connect()
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_visual_tokens_are_as_loud_as_words(connector: str) -> None:
+    """Where a norm comes last, loudness is the norm's own."""
+    vlm = connect(connector=tiny.connector(connector))
+    if vlm.model.connector.output is None:
+        return
     inputs = batch(vlm)
     loudness = vlm.model(**inputs).visual_tokens.square().mean().sqrt()
     words = vlm.model.get_input_embeddings().weight.square().mean().sqrt()
@@ -197,3 +201,8 @@ def test_the_placeholder_is_never_chosen(language: str) -> None:
         vlm.model.get_output_embeddings().weight[token] = 100 * hidden
     answer = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=258)
     assert token not in answer[:, inputs["input_ids"].shape[1] :]
+
+
+def test_tokens_of_the_vision_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"fusion early reads visual tokens of width 36, .* perceiver_resampler .* 24"):
+        connect(connector={**tiny.connector("perceiver_resampler"), "project": False})

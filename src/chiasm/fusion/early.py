@@ -23,6 +23,11 @@ class EarlyFusionModel(FusionModel):
         self, config: ChiasmConfig, vision: VisionEncoder | None = None, language: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config, vision, language)
+        if self.connector.width != self.connector.language_width:
+            raise ValueError(
+                f"fusion early reads visual tokens of width {self.connector.language_width}, but connector "
+                f"{config.connector['name']} gives {self.connector.width}; remove project: false"
+            )
         inject_adapters(self)
         cast_parts(self)
         self.post_init()
