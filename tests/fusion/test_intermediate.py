@@ -55,10 +55,17 @@ def test_every_language_model(language: str, settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_every_connector(connector: str) -> None:
-    vlm = connect(connector=connector)
+    vlm = connect(connector=tiny.connector(connector))
     contracts.check_saved_equals_loaded(vlm, batch(vlm))
     contracts.check_image_matters(vlm.model, batch(vlm))
     contracts.check_cached_equals_full(vlm.model, batch(vlm))
+
+
+def test_tokens_may_keep_the_vision_width() -> None:
+    vlm = connect(connector={**tiny.connector("perceiver_resampler"), "project": False})
+    assert vlm.model.connector.width == vlm.model.vision.width
+    contracts.check_saved_equals_loaded(vlm, batch(vlm))
+    contracts.check_image_matters(vlm.model, batch(vlm))
 
 
 @pytest.mark.parametrize("language", tiny.LANGUAGE_FAMILIES)

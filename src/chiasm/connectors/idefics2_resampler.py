@@ -28,6 +28,8 @@ class Idefics2Resampler(Connector):
             language model's own MLP.
     """
 
+    takes_prefix = True
+
     def __init__(
         self,
         vision_width: int,
@@ -64,9 +66,8 @@ class Idefics2Resampler(Connector):
         return None
 
     def flops(self) -> int:
-        patches = self.grid[0] * self.grid[1]
-        layers = sum(layer.flops(patches, self.num_tokens) for layer in self.layers)
-        return layers + 2 * patches * self.modality_projection.elements()
+        layers = sum(layer.flops(self.num_features, self.num_tokens) for layer in self.layers)
+        return layers + 2 * self.num_features * self.modality_projection.elements()
 
     def forward(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T D_l"]:
         return self.norm(self._resample(features)[0])

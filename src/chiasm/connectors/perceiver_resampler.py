@@ -35,6 +35,8 @@ class PerceiverResampler(Connector):
             cross-attention reads.
     """
 
+    takes_prefix = True
+
     def __init__(
         self,
         vision_width: int,
@@ -80,7 +82,7 @@ class PerceiverResampler(Connector):
         return self.proj
 
     def flops(self) -> int:
-        layers = sum(layer.flops(self.grid[0] * self.grid[1], self.num_tokens) for layer in self.layers)
+        layers = sum(layer.flops(self.num_features, self.num_tokens) for layer in self.layers)
         return layers + (0 if self.proj is None else 2 * self.num_tokens * self.proj.weight.numel())
 
     def forward(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T D"]:
@@ -102,7 +104,7 @@ class PerceiverResampler(Connector):
         return latents, weights
 
     def _times(self, patches: int, frames: Float[Tensor, "frames D_v"]) -> Float[Tensor, "N D_v"]:
-        per_frame = self.grid[0] * self.grid[1]
+        per_frame = self.num_features
         count, rest = divmod(patches, per_frame)
         if rest or not 1 <= count <= len(frames):
             raise ValueError(
