@@ -85,6 +85,7 @@ def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
         (["connect", "--vision", "efficientnet-lite", "-o", "OUT"], "did you mean efficientnet-lite"),
         (["connect", "--connector", "mlpp", "-o", "OUT"], "connector 'mlpp' is unknown"),
         (["connect", "--connector", "{bad", "-o", "OUT"], "is not JSON"),
+        (["connect", "--preset", "lava", "-o", "OUT"], "preset 'lava' is unknown; choose one of llava, "),
         (["chat", "no-such-folder/at-all/", "-p", "Hi"], "does not exist"),
         (["train", "llavaa", "--model", "MODEL", "--data", "DATA", "-o", "OUT"], "llavaa"),
         (["train", "llava", "--model", "MODEL", "--data", "no.json", "-o", "OUT"], "no.json"),

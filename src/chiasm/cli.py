@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from chiasm.presets import PRESETS, preset_named
+
 app = typer.Typer(
     name="chiasm",
     help="Give a language model eyes: connect, train, talk, measure.",
@@ -68,15 +70,18 @@ def pull(
     return None
 
 
-@app.command(epilog=example("chiasm connect --connector mlp -o models/mine"))
+@app.command(epilog=example("chiasm connect --preset llava -o models/mine"))
 def connect(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the connected model.", show_default=False)],
     vision: Annotated[str, typer.Option(help="Vision encoder: alias, folder or hub id.")] = "efficientnet-lite0",
     language: Annotated[str, typer.Option(help="Language model: alias, folder or hub id.")] = "smollm2-135m-instruct",
     connector: Annotated[
-        str, typer.Option(help='Connector: a name, or JSON such as \'{"name": "mlp", "depth": 3}\'.')
-    ] = "mlp",
-    fusion: Annotated[str, typer.Option(help="Where the two meet.")] = "early",
+        str | None, typer.Option(help='Connector: a name, or JSON such as \'{"name": "mlp", "depth": 3}\'; else mlp.')
+    ] = None,
+    fusion: Annotated[str | None, typer.Option(help="Where the two meet; else early.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"A known system, which other options win over: {', '.join(PRESETS)}.")
+    ] = None,
     features: Annotated[
         str | None, typer.Option(help='Feature maps as JSON, such as \'{"layers": ["stage5"]}\'.')
     ] = None,
@@ -92,8 +97,9 @@ def connect(
     vlm = chiasm.connect(
         vision,
         language,
-        _name_or_json(connector, "--connector"),
+        connector and _name_or_json(connector, "--connector"),
         fusion,
+        preset=preset,
         features=_json_option(features, "--features"),
         resize_mode=resize_mode,
         image_size=image_size,
@@ -102,9 +108,10 @@ def connect(
     vlm.save_pretrained(output)
     _show(vlm, as_json)
     if not as_json:
+        recipe = preset_named(preset).recipe
         out.print(
             f"saved in {escape(str(output))}; "
-            f"train it: [bold]chiasm train llava --model {_argument(output)} --data DATA -o RUN[/bold]",
+            f"train it: [bold]chiasm train {recipe} --model {_argument(output)} --data DATA -o RUN[/bold]",
             soft_wrap=True,
         )
 

@@ -14,12 +14,13 @@ from chiasm.connectors import connector_settings
 from chiasm.data.chat import Message, count_images
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
-from chiasm.fusion.build import FUSION_MODELS, build_fusion
+from chiasm.fusion.build import CONVOLUTIONAL, FUSION_MODELS, build_fusion
 from chiasm.fusion.config import FUSIONS, ChiasmConfig
 from chiasm.generation import decode
 from chiasm.generation.decode import Decoding
 from chiasm.interop.llava import load_llava
 from chiasm.language.adapter import load_language, load_tokenizer
+from chiasm.presets import Preset, preset_named
 from chiasm.sources.errors import readable_weights
 from chiasm.vision.encoder import load_vision
 from chiasm.vision.image_processor import ChiasmImageProcessor, image_processor_for
@@ -102,9 +103,10 @@ class VLM:
 def connect(
     vision: str | PreTrainedModel = DEFAULT_VISION,
     language: str | PreTrainedModel = DEFAULT_LANGUAGE,
-    connector: str | dict[str, Any] = "mlp",
-    fusion: str = "early",
+    connector: str | dict[str, Any] | None = None,
+    fusion: str | None = None,
     *,
+    preset: str | None = None,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
     image_processor: ChiasmImageProcessor | None = None,
     chat_template: str | None = None,
@@ -121,8 +123,10 @@ def connect(
     Args:
         vision: hub id, local folder, alias, or a loaded transformers vision model.
         language: hub id, local folder, alias, or a loaded causal language model.
-        connector: a name of `chiasm.connectors.CONNECTORS`, or `{"name": ..., option: ...}`.
-        fusion: where the two meet.
+        connector: a name of `chiasm.connectors.CONNECTORS`, or `{"name": ..., option: ...}`; `mlp` where nothing says
+            otherwise.
+        fusion: where the two meet, `early` where nothing says otherwise.
+        preset: a system of `chiasm.presets.PRESETS`, whose choices stand where these arguments are not given.
         tokenizer: needed only where `language` is a loaded module without files behind it.
         chat_template: a Jinja template in place of the tokenizer's own.
         features: which feature maps to read, as `{"layers": [...], "reduce": ..., "grid": ...}` of
@@ -135,11 +139,15 @@ def connect(
         dtype: of the weights; `auto` keeps each checkpoint's own.
         seed: of the new connector's weights.
     """
+    chosen = preset_named(preset)
+    fusion = chosen.fusion if fusion is None else fusion
     if fusion not in FUSIONS:
         raise ValueError(f"fusion {fusion!r} is unknown; choose one of {', '.join(FUSIONS)}")
-    connector = connector_settings(connector)
+    connector = connector_settings(chosen.connector if connector is None else connector)
+    resize_mode = resize_mode or chosen.resize_mode
     vision_source = sources.resolve(vision) if isinstance(vision, str | Path) else vision
     language_source = sources.resolve(language) if isinstance(language, str | Path) else language
+    features = features or _preset_features(chosen, vision_source)
     encoder = load_vision(vision_source, features=features, image_size=image_size, dtype=dtype)
     language_model = load_language(language_source, dtype=dtype)
     words = _tokenizer_for(tokenizer, language_source)
@@ -199,6 +207,14 @@ def _model_type(source: str) -> str:
         return json.loads(Path(path).read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the configuration of a model: it is no JSON object with model_type") from error
+
+
+def _preset_features(preset: Preset, vision: Any) -> dict[str, Any] | None:
+    """A preset's layers are those of a ViT; the grids of a convolutional encoder are another matter."""
+    if preset.features is None:
+        return None
+    kind = _model_type(vision) if isinstance(vision, str) else vision.config.model_type
+    return None if kind in CONVOLUTIONAL else preset.features
 
 
 def _tokenizer_for(given: str | PreTrainedTokenizerBase | None, language: Any) -> PreTrainedTokenizerBase | None:
