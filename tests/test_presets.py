@@ -46,7 +46,5 @@ def test_layers_of_a_preset_are_those_of_a_vit() -> None:
 
 
 def test_unknown_presets_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"preset 'lava' is unknown; choose one of llava, .*internvl"
-    ):
+    with pytest.raises(ValueError, match=r"preset 'lava' is unknown; choose one of llava, .*internvl"):
         connect(preset="lava")

@@ -18,6 +18,7 @@ from chiasm.fusion.build import CONVOLUTIONAL, FUSION_MODELS, build_fusion
 from chiasm.fusion.config import FUSIONS, ChiasmConfig
 from chiasm.generation import decode
 from chiasm.generation.decode import Decoding
+from chiasm.interop.internvl import load_internvl
 from chiasm.interop.llava import load_llava
 from chiasm.language.adapter import load_language, load_tokenizer
 from chiasm.presets import Preset, preset_named
@@ -167,7 +168,7 @@ def connect(
 
 
 def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM:
-    """A Chiasm checkpoint, or a transformers LLaVA one, told by `model_type` in its configuration."""
+    """A Chiasm checkpoint, or a transformers LLaVA or InternVL one, told by `model_type` in its configuration."""
     source = sources.resolve(source)
     model_type = _model_type(source)
     if model_type not in LOADERS:
@@ -194,7 +195,7 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-LOADERS = {"chiasm": _load_chiasm, "llava": load_llava}
+LOADERS = {"chiasm": _load_chiasm, "internvl": load_internvl, "llava": load_llava}
 
 
 def _model_type(source: str) -> str:

@@ -1,0 +1,111 @@
+"""InternVL checkpoints of transformers load strictly, and give the same logits and the same text here."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+import chiasm
+import tiny
+
+IMAGE = 260
+
+
+def reference(folder: Path, language: str = "qwen2", vision: dict[str, Any] | None = None, **options: Any) -> Any:
+    """A saved model whose weights are all random: a class token or positions that start at zero would hide mistakes."""
+    tower = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": [24, 24],
+        "patch_size": [4, 4],
+    }
+    text = tiny.language(language).config
+    tied = options.pop("tied", text.tie_word_embeddings)
+    config = InternVLConfig(
+        vision_config=tower | (vision or {}),
+        text_config=text.to_dict(),
+        image_token_id=IMAGE,
+        tie_word_embeddings=tied,
+        **options,
+    )
+    torch.manual_seed(3)
+    model = InternVLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+def tiles(tokens: int = 9) -> dict[str, Tensor]:
+    """Two rows: one picture of two tiles, and two pictures of one tile each, with text between them."""
+    ids = torch.randint(0, 255, (2, 4 + 2 * tokens + 6))
+    ids[0, 4 : 4 + 2 * tokens] = IMAGE
+    ids[1, 2 : 2 + tokens] = IMAGE
+    ids[1, 5 + tokens : 5 + 2 * tokens] = IMAGE
+    return {"input_ids": ids, "pixel_values": torch.randn(4, 3, 24, 24), "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"language": "llama", "vision_feature_layer": -2},
+        {"vision": {"use_qk_norm": True, "norm_type": "rms_norm", "use_mean_pooling": False, "attention_bias": True}},
+        {"tied": False},
+    ],
+)
+def test_logits_and_text_equal_the_reference(tmp_path: Path, options: dict[str, Any]) -> None:
+    internvl = reference(tmp_path, **options)
+    ours = chiasm.load(tmp_path).model
+    inputs = tiles()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**inputs).logits, internvl(**inputs).logits, rtol=1e-4, atol=1e-4)
+    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 258}
+    assert torch.equal(ours.generate(**inputs, **greedy), internvl.generate(**inputs, **greedy))
+
+
+def test_larger_blocks(tmp_path: Path) -> None:
+    internvl = reference(tmp_path, vision={"image_size": [32, 32]}, downsample_ratio=0.25)
+    inputs = tiles(4) | {"pixel_values": torch.randn(4, 3, 32, 32)}
+    with torch.no_grad():
+        theirs, ours = internvl(**inputs).logits, chiasm.load(tmp_path).model(**inputs).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_it_saves_as_a_model_of_our_own(tmp_path: Path) -> None:
+    reference(tmp_path / "theirs")
+    vlm = chiasm.load(tmp_path / "theirs")
+    vlm.save_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        inputs = tiles()
+        assert torch.equal(chiasm.load(tmp_path / "ours").model(**inputs).logits, vlm.model(**inputs).logits)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_missing_and_left_over_weights_are_named(tmp_path: Path, missing: bool) -> None:
+    reference(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("multi_modal_projector.linear_1.weight"))
+    if missing:
+        del weights[name]
+    else:
+        weights["model.vision_tower.extra"] = torch.zeros(1)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"connector\.layers\.1\.weight" if missing else r"model\.vision_tower\.extra"):
+        chiasm.load(tmp_path)
+
+
+def test_settings_without_a_counterpart_are_refused(tmp_path: Path) -> None:
+    reference(tmp_path, projector_hidden_act="relu")
+    with pytest.raises(ValueError, match="projector_hidden_act='relu'"):
+        chiasm.load(tmp_path)
+    reference(tmp_path, vision_feature_select_strategy="full")
+    with pytest.raises(ValueError, match="vision_feature_select_strategy='full'"):
+        chiasm.load(tmp_path)
