@@ -37,7 +37,8 @@ def chiasm_config(config: InternVLConfig) -> ChiasmConfig:
     """The configuration of the same model in Chiasm's words."""
     if config.projector_hidden_act != "gelu":
         raise ValueError(
-            f"this InternVL projector uses {config.projector_hidden_act!r}; Chiasm's pixel_shuffle has gelu"
+            f"this InternVL has projector_hidden_act={config.projector_hidden_act!r}, expected 'gelu', "
+            "which is what pixel_shuffle has"
         )
     return ChiasmConfig(
         vision_config=config.vision_config.to_dict(),
