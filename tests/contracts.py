@@ -18,7 +18,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 def check_connector(make: Callable[[tuple[int, int]], Connector], vision_width: int, language_width: int) -> None:
     """For several grids, odd ones too: shapes agree with `num_tokens`, every parameter is reached, a picture keeps to
-    itself, FLOPs are those that torch counts, and what a token sees sums to 1."""
+    itself, FLOPs are those that torch counts, what a token sees sums to 1, and precision is the weights' own."""
     for grid in [(3, 3), (2, 5), (7, 7)]:
         connector = make(grid)
         features = torch.randn(2, grid[0] * grid[1], vision_width)
@@ -31,6 +31,7 @@ def check_connector(make: Callable[[tuple[int, int]], Connector], vision_width: 
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, f"{name} gets no gradient"
         _check_flops(connector, features)
         _check_attention(connector, features)
+        assert connector.bfloat16()(features.bfloat16()).dtype == torch.bfloat16
 
 
 def _check_flops(connector: Connector, features: Tensor) -> None:
