@@ -48,3 +48,10 @@ def test_c_abstractor_knows_places() -> None:
     connector = build_connector({"name": "c_abstractor", "width": 16}, 20, 36, (6, 6))
     tokens = connector(torch.randn(1, 1, 20).expand(1, 36, 20))[0]
     assert torch.pdist(tokens).min() > 1e-4
+
+
+def test_sizes_that_are_no_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"output_size \[2, 3, 4\], expected one number or \[rows, columns\]"):
+        build_connector({"name": "avg_pool", "output_size": [2, 3, 4]}, 20, 36, (7, 7))
+    with pytest.raises(ValueError, match="depth=0, expected at least 1"):
+        build_connector({"name": "c_abstractor", "depth": 0}, 20, 36, (7, 7))

@@ -97,7 +97,7 @@ def test_frames_have_their_own_time() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="activation 'swish' is unknown; choose one of squared_relu, relu, gelu"):
         build_connector({"name": "perceiver_resampler", "activation": "swish"}, 20, 36, (2, 2))
-    with pytest.raises(ValueError, match="num_latents=0, depth=6"):
+    with pytest.raises(ValueError, match="num_latents=0, expected at least 1"):
         build_connector({"name": "perceiver_resampler", "num_latents": 0}, 20, 36, (2, 2))
     with pytest.raises(ValueError, match="heads=6, key_value_heads=4"):
         build_connector({"name": "idefics2_resampler", "heads": 6}, 20, 36, (2, 2))

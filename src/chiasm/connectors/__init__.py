@@ -53,6 +53,8 @@ def connector_settings(spec: str | dict[str, Any]) -> dict[str, Any]:
         kind = hints.get(option, object)
         if isinstance(kind, type | UnionType) and not _is_a(value, kind):
             raise ValueError(f"connector {name!r} has {option}={value!r}, expected {getattr(kind, '__name__', kind)}")
+        if type(value) is int and value < 1 and float not in (get_args(kind) or (kind,)):
+            raise ValueError(f"connector {name!r} has {option}={value}, expected at least 1")
     return {"name": name, **options, **given}
 
 

@@ -17,7 +17,7 @@ class AveragePoolProjector(GridConnector):
     """
 
     def __init__(
-        self, vision_width: int, language_width: int, grid: Grid, *, output_size: int | list[int] | None = None
+        self, vision_width: int, language_width: int, grid: Grid, *, output_size: int | list | None = None
     ) -> None:
         super().__init__(vision_width, language_width, grid, pooled_grid("avg_pool", output_size, grid))
         self.up = nn.Linear(vision_width, language_width)

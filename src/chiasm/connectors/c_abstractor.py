@@ -28,14 +28,12 @@ class CAbstractor(GridConnector):
         language_width: int,
         grid: Grid,
         *,
-        output_size: int | list[int] | None = None,
+        output_size: int | list | None = None,
         depth: int = 3,
         width: int = 1024,
         position_embeddings: bool = True,
     ) -> None:
         super().__init__(vision_width, language_width, grid, pooled_grid("c_abstractor", output_size, grid))
-        if depth < 1:
-            raise ValueError(f"connector c_abstractor has depth={depth}, expected at least 1; else take avg_pool")
         shape = (grid[0] * grid[1], vision_width)
         self.positions = nn.Parameter(torch.randn(shape) * 0.02) if position_embeddings else None
         self.before: Any = nn.Sequential(

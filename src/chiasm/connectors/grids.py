@@ -18,15 +18,18 @@ def as_patches(feature_map: Float[Tensor, "B C rows columns"]) -> Float[Tensor, 
     return feature_map.flatten(2).transpose(1, 2)
 
 
-def pooled_grid(connector: str, output_size: int | list[int] | None, grid: Grid) -> Grid:
+def pooled_grid(connector: str, output_size: int | list | None, grid: Grid) -> Grid:
     """The grid that pooling ends on: `output_size`, or half of the encoder's where it is None.
 
     Raises:
-        ValueError: it is finer than the encoder's.
+        ValueError: it is finer than the encoder's, or no grid.
     """
     if output_size is None:
         return -(-grid[0] // 2), -(-grid[1] // 2)
-    rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
+    sizes = [output_size, output_size] if isinstance(output_size, int) else list(output_size)
+    if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
+        raise ValueError(f"connector {connector} has output_size {output_size}, expected one number or [rows, columns]")
+    rows, columns = sizes
     if not (1 <= rows <= grid[0] and 1 <= columns <= grid[1]):
         raise ValueError(
             f"connector {connector} has output_size {rows}×{columns}, expected at least 1×1 and at most the encoder's "

@@ -39,8 +39,6 @@ class MLPProjector(AffineConnector):
             raise ValueError(
                 f"connector mlp has depth={depth}, expected at least 2; for one layer take connector linear"
             )
-        if width is not None and width < 1:
-            raise ValueError(f"connector mlp has width={width}, expected at least 1 or none")
         if activation not in ACT2FN:
             raise ValueError(
                 f"connector mlp has activation={activation!r}, which is unknown; choose one of {', '.join(ACT2FN)}"

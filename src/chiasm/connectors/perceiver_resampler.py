@@ -56,10 +56,6 @@ class PerceiverResampler(Connector):
         super().__init__(vision_width, language_width, grid)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation {activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
-        if num_latents < 1 or depth < 1:
-            raise ValueError(
-                f"connector perceiver_resampler has num_latents={num_latents}, depth={depth}; expected at least 1 each"
-            )
         self.latents = nn.Parameter(torch.randn(num_latents, vision_width))
         self.frames = nn.Parameter(torch.randn(num_frames, vision_width)) if num_frames else None
         self.layers: Any = nn.ModuleList(
