@@ -20,6 +20,7 @@ from chiasm.generation import decode
 from chiasm.generation.decode import Decoding
 from chiasm.interop.internvl import load_internvl
 from chiasm.interop.llava import load_llava
+from chiasm.interop.paligemma import load_paligemma
 from chiasm.language.adapter import load_language, load_tokenizer
 from chiasm.presets import Preset, preset_named
 from chiasm.sources.errors import readable_weights
@@ -116,6 +117,7 @@ def connect(
     resize_mode: str | None = None,
     patch_positions: str = "auto",
     cross_attention: dict[str, Any] | None = None,
+    attention: str = "causal",
     dtype: torch.dtype | str = "auto",
     seed: int = 0,
 ) -> VLM:
@@ -137,6 +139,8 @@ def connect(
         patch_positions: `grid` appends 2-D coordinates to patch features, `none` does not, `auto` does for CNNs.
         cross_attention: for intermediate fusion, `{"every": n}` (a block in front of every n-th layer) and other fields
             of `chiasm.fusion.cross_attention.CrossAttentionSettings`.
+        attention: for early fusion, `causal` or `prefix` (pictures and prompt are read in both directions, as in
+            PaliGemma).
         dtype: of the weights; `auto` keeps each checkpoint's own.
         seed: of the new connector's weights.
     """
@@ -157,9 +161,10 @@ def connect(
     if words is not None:
         words.chat_template = chat_template or words.chat_template
         pictures = image_processor or image_processor_for(vision_source, encoder, resize_mode=resize_mode)
-        processor = ChiasmProcessor(pictures, words)
+        processor = ChiasmProcessor(pictures, words, token_types=attention == "prefix")
         image_token_id = processor.image_token_id
     new: dict[str, Any] = {"patch_positions": patch_positions, "seed": seed, "cross_attention": cross_attention}
+    new["attention"] = attention
     model = build_fusion(encoder, language_model, connector, image_token_id, fusion, **new)
     if processor is not None:
         processor.num_image_tokens = model.num_image_tokens
@@ -168,7 +173,7 @@ def connect(
 
 
 def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM:
-    """A Chiasm checkpoint, or a transformers LLaVA or InternVL one, told by `model_type` in its configuration."""
+    """A Chiasm checkpoint, or a transformers one of a kind in `LOADERS`, told by `model_type` in its configuration."""
     source = sources.resolve(source)
     model_type = _model_type(source)
     if model_type not in LOADERS:
@@ -195,7 +200,12 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-LOADERS = {"chiasm": _load_chiasm, "internvl": load_internvl, "llava": load_llava}
+LOADERS = {
+    "chiasm": _load_chiasm,
+    "internvl": load_internvl,
+    "llava": load_llava,
+    "paligemma": load_paligemma,
+}
 
 
 def _model_type(source: str) -> str:

@@ -42,13 +42,13 @@ def encode_sample(sample: Sample, processor: ChiasmProcessor, max_length: int | 
         raise
     except ValueError as error:
         raise SampleError(sample.id, [Problem("placeholders", str(error))]) from error
-    ids, labels = tokens["input_ids"], tokens["labels"]
+    ids = tokens["input_ids"]
     if max_length is not None and len(ids) > max_length:
         lost = ids[max_length:].count(processor.image_token_id)
         if lost:
             reason = f"{len(ids)} tokens, at most {max_length} are allowed, and {lost} of those beyond are a picture's"
             raise SampleError(sample.id, [Problem("too long", reason)])
-        tokens = {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+        tokens = {name: values[:max_length] for name, values in tokens.items()}
     if num_supervised(tokens["labels"]) == 0:
         reason = f"none of its {len(ids)} tokens is supervised" + (
             f" after it was cut to {max_length}" if len(tokens["labels"]) < len(ids) else ""
@@ -75,7 +75,7 @@ def load_pixels(sample: Sample, processor: ChiasmProcessor) -> Tensor | None:
 def collate(items: Sequence[Item], processor: ChiasmProcessor) -> Batch:
     """Items padded on the right, their pictures in the order of the placeholders."""
     padded = processor.pad([item.tokens for item in items], side="right")
-    inputs = {name: padded[name] for name in ("input_ids", "attention_mask", "labels")}
+    inputs = dict(padded)
     pictures = [item.pictures for item in items if item.pictures is not None]
     if pictures:
         encoded = any(item.encoded for item in items)

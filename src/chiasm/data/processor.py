@@ -10,6 +10,9 @@ from chiasm.data.chat import IMAGE_TOKEN, Message, count_images, render
 
 IGNORE = -100
 
+OPTIONS = ("add_special_tokens", "token_types", "text_is_message")
+"""Switches of a processor that are stored with it; off where an older file does not name them."""
+
 
 class ChiasmProcessor(ProcessorMixin):
     """Images + messages → inputs of a Chiasm model.
@@ -19,6 +22,9 @@ class ChiasmProcessor(ProcessorMixin):
         tokenizer: the language model's own tokenizer; `<image>` is added to it where it is missing.
         num_image_tokens: T, placeholders per picture; the model's `num_image_tokens`.
         add_special_tokens: whether the tokenizer's own marks (a BOS) frame a conversation whose template writes none.
+        token_types: whether inputs have `token_type_ids`, 0 up to the first answer and 1 from there on.
+        text_is_message: whether `text` is a user's message, which the chat template completes, and which gets its
+            picture's placeholder where it has none.
     """
 
     def __init__(
@@ -28,6 +34,8 @@ class ChiasmProcessor(ProcessorMixin):
         num_image_tokens: int = 1,
         chat_template: str | None = None,
         add_special_tokens: bool = False,
+        token_types: bool = False,
+        text_is_message: bool = False,
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
@@ -39,6 +47,8 @@ class ChiasmProcessor(ProcessorMixin):
             tokenizer.pad_token = tokenizer.eos_token
         self.num_image_tokens = num_image_tokens
         self.add_special_tokens = add_special_tokens
+        self.token_types = token_types
+        self.text_is_message = text_is_message
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -47,7 +57,7 @@ class ChiasmProcessor(ProcessorMixin):
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "ChiasmProcessor":
         """A saved processor from its loaded parts and its own settings."""
         image_processor, tokenizer = args
-        options = {"add_special_tokens": processor_dict.get("add_special_tokens", False)}
+        options = {name: processor_dict.get(name, False) for name in OPTIONS}
         return cls(image_processor, tokenizer, num_image_tokens=processor_dict["num_image_tokens"], **options)
 
     def __call__(
@@ -74,6 +84,9 @@ class ChiasmProcessor(ProcessorMixin):
         if (text is None) == (messages is None):
             raise ValueError("pass exactly one of text and messages")
         flat, counts = _flatten_images(images)
+        if text is not None and self.text_is_message:
+            texts = [text] if isinstance(text, str) else list(text)
+            messages, text = _as_messages(texts, counts if counts is not None else [bool(flat)] * len(texts)), None
         if messages is not None:
             batch = [messages] if isinstance(messages[0], dict) else list(messages)
             counts = counts if counts is not None else _deal(batch, len(flat))
@@ -116,7 +129,7 @@ class ChiasmProcessor(ProcessorMixin):
             _check_count(count_images(messages), num_images)
         rendered = render(self.tokenizer, messages, add_generation_prompt)
         special = self.add_special_tokens and not self._has_bos(rendered.text)
-        encoded = self._tokenize(rendered.text, rendered.answers if supervise else [], special)
+        encoded = self._tokenize(rendered.text, rendered.answers, special, supervise)
         wanted, found = count_images(messages), encoded["input_ids"].count(self.image_token_id) // self.num_image_tokens
         if wanted != found:
             raise ValueError(f"the chat template turned {wanted} image placeholders into {found}; pass chat_template=")
@@ -127,16 +140,20 @@ class ChiasmProcessor(ProcessorMixin):
     def _has_bos(self, text: str) -> bool:
         return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
 
-    def _tokenize(self, text: str, answers: list[tuple[int, int]], special: bool = False) -> dict[str, list[int]]:
+    def _tokenize(
+        self, text: str, answers: list[tuple[int, int]], special: bool = False, supervise: bool = False
+    ) -> dict[str, list[int]]:
         plain = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, verbose=False)
-        supervised = self._supervised(plain["input_ids"], plain["offset_mapping"], answers)
+        answered = self._supervised(plain["input_ids"], plain["offset_mapping"], answers)
         ids: list[int] = []
         labels: list[int] = []
-        for token, learn in zip(plain["input_ids"], supervised, strict=True):
+        types: list[int] = []
+        for token, learn in zip(plain["input_ids"], answered, strict=True):
             copies = self.num_image_tokens if token == self.image_token_id else 1
             ids += [token] * copies
-            labels += [token if learn and token != self.image_token_id else IGNORE] * copies
-        return {"input_ids": ids, "labels": labels}
+            labels += [token if learn and supervise and token != self.image_token_id else IGNORE] * copies
+            types += [int(learn or 1 in types[-1:])] * copies
+        return {"input_ids": ids, "labels": labels} | ({"token_type_ids": types} if self.token_types else {})
 
     def _supervised(self, ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[bool]:
         """Which tokens cover an answer, or are the special token that closes it."""
@@ -173,11 +190,14 @@ class ChiasmProcessor(ProcessorMixin):
             return torch.tensor([g + r if side == "left" else r + g for g, r in zip(gaps, rows, strict=True)])
 
         ids = [item["input_ids"] for item in encoded]
-        return {
+        padded = {
             "input_ids": stack(ids, pad_id),
             "attention_mask": stack([[1] * len(row) for row in ids], 0),
             "labels": stack([item["labels"] for item in encoded], IGNORE),
         }
+        if self.token_types:
+            padded["token_type_ids"] = stack([item["token_type_ids"] for item in encoded], 0)
+        return padded
 
     def apply_chat_template(self, conversation: Any, tokenize: bool = False, **kwargs: Any) -> Any:
         """A conversation's prompt; with `tokenize` and `return_dict`, the model inputs with its pictures."""
@@ -197,7 +217,7 @@ class ChiasmProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", "pixel_values", *(["token_type_ids"] if self.token_types else [])]
 
 
 def _check_count(placeholders: int, images: int) -> None:
@@ -218,6 +238,13 @@ def _flatten_images(images: Any) -> tuple[list[Any], list[int] | None]:
         groups = [list(item or []) for item in images]
         return [image for group in groups for image in group], [len(group) for group in groups]
     return list(images), None
+
+
+def _as_messages(texts: list[str], counts: list[int]) -> list[list[Message]]:
+    """One user's message for each text; where no text has placeholders, as many as it has pictures come first."""
+    if len(counts) == len(texts) and not any(IMAGE_TOKEN in text for text in texts):
+        texts = [IMAGE_TOKEN * count + text for count, text in zip(counts, texts, strict=True)]
+    return [[{"role": "user", "content": text}] for text in texts]
 
 
 def _deal(batch: list[list[Message]], total: int) -> list[int]:

@@ -33,6 +33,7 @@ def build_fusion(
     patch_positions: str = "auto",
     seed: int = 0,
     cross_attention: dict[str, Any] | None = None,
+    attention: str = "causal",
 ) -> FusionModel:
     """A model around two loaded parts, whose new weights are drawn from `seed`.
 
@@ -48,6 +49,7 @@ def build_fusion(
         connector=connector_settings(connector),
         features=vision.features.to_dict(),
         patch_positions=patch_positions,
+        attention=attention,
         feature_scale=root_mean_square(samples),
         image_token_id=image_token_id,
         direct_head=head_is_direct(language),

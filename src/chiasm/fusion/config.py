@@ -9,6 +9,7 @@ import chiasm.vision  # noqa: F401  (registers the encoders of our own with Auto
 
 FUSIONS = ("early", "intermediate")
 PATCH_POSITIONS = ("none", "grid")
+ATTENTIONS = ("causal", "prefix")
 
 
 class ChiasmConfig(PreTrainedConfig):
@@ -21,6 +22,8 @@ class ChiasmConfig(PreTrainedConfig):
         connector: the connector's name and options, defaults included.
         features: which feature maps are read from the encoder and how (`chiasm.vision.VisionFeatures`).
         patch_positions: `grid` appends 2-D coordinates to the patch features, `none` leaves them as they are.
+        attention: of early fusion; `causal`, or `prefix`: tokens of type 0 (pictures and prompt, by `token_type_ids`)
+            see each other in both directions.
         feature_scale: root mean square of the patch features, the amplitude of those coordinates.
         image_token_id: the placeholder that one visual token replaces; it may lie beyond the embedding table.
         direct_head: whether the language model's logits are its output embedding applied to the last hidden state.
@@ -41,6 +44,7 @@ class ChiasmConfig(PreTrainedConfig):
     connector: Any = None
     features: Any = None
     patch_positions: str = "none"
+    attention: str = "causal"
     feature_scale: float = 1.0
     image_token_id: int | None = None
     direct_head: bool = False
@@ -56,6 +60,10 @@ class ChiasmConfig(PreTrainedConfig):
             raise ValueError(
                 f"patch_positions {self.patch_positions!r} is unknown; choose one of {', '.join(PATCH_POSITIONS)}"
             )
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention {self.attention!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
+        if self.attention == "prefix" and self.fusion != "early":
+            raise ValueError(f"attention 'prefix' is for fusion 'early', got fusion {self.fusion!r}; use 'causal'")
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(self.get_text_config().tie_word_embeddings)
 

@@ -5,6 +5,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
@@ -12,6 +13,7 @@ from chiasm.fusion.adapters import inject_adapters
 from chiasm.fusion.base import FusionModel, FusionOutput
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.part_dtypes import cast_parts
+from chiasm.fusion.prefix import prefix_mask, with_suffix
 from chiasm.fusion.splice import splice
 from chiasm.vision.encoder import VisionEncoder
 
@@ -73,6 +75,7 @@ class EarlyFusionModel(FusionModel):
         image_features: Float[Tensor, "images N D_v"] | None = None,
         instruction_ids: Int[Tensor, "images L"] | None = None,
         instruction_mask: Int[Tensor, "images L"] | None = None,
+        token_type_ids: Int[Tensor, "B S"] | None = None,
         labels: Int[Tensor, "B S"] | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -86,6 +89,7 @@ class EarlyFusionModel(FusionModel):
             pixel_values: the batch's pictures in the order of their placeholders.
             image_features: encoded pictures instead, as `encode_images` returns them.
             instruction_ids: for each picture, the instruction in the connector's own tokens, where it reads one.
+            token_type_ids: with `attention: prefix`, 0 for the prefix, 1 for what is read causally.
             labels: the tokens themselves where they are supervised, −100 elsewhere.
             return_logits: with labels, whether to return logits of the whole sequence beside the loss.
 
@@ -95,5 +99,47 @@ class EarlyFusionModel(FusionModel):
         tokens = self.visual_tokens(pixel_values, image_features, instruction_ids, instruction_mask)
         inputs_embeds = self.embed(input_ids, inputs_embeds, tokens)
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs |= self._token_types(inputs, token_type_ids, cache)
         fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
         return FusionOutput(**fields, visual_tokens=tokens)
+
+    def _token_types(
+        self, inputs: dict[str, Any], token_type_ids: Tensor | None, cache: Cache | None
+    ) -> dict[str, Any]:
+        """What token types change in the language model's inputs: the mask of a prefix. Behind one, all is causal."""
+        mask = inputs["attention_mask"]
+        started = cache is not None and cache.get_seq_length() > 0
+        if token_type_ids is None or self.config.attention != "prefix":
+            return {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        if started or isinstance(mask, dict) or (mask is not None and mask.ndim == 4):
+            return {}
+        positions = self._positions(inputs["position_ids"], mask, cache)
+        mask = prefix_mask(self.language.config, inputs["inputs_embeds"], mask, token_type_ids, cache, positions)
+        return {"attention_mask": mask, "position_ids": positions}
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
+    ) -> dict[str, Any]:
+        """Generated tokens are read causally."""
+        types = model_kwargs.get("token_type_ids")
+        kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
+        if types is not None and self.config.attention == "prefix":
+            kwargs["token_type_ids"] = with_suffix(types, num_new_tokens)
+        return kwargs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: ChiasmConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Masks for a cache of fixed size, which `generate` makes before the forward is compiled."""
+        text = config.get_text_config()
+        started = cache is not None and cache.get_seq_length() > 0
+        if config.attention == "prefix" and token_type_ids is not None and not started:
+            return prefix_mask(text, inputs_embeds, attention_mask, token_type_ids, cache, position_ids)
+        return create_masks_for_generate(text, inputs_embeds, attention_mask, cache, position_ids)

@@ -28,7 +28,7 @@ def load_llava(source: str, dtype: torch.dtype | str = "auto") -> tuple[EarlyFus
     config = AutoConfig.from_pretrained(source)
     model = assemble(EarlyFusionModel, chiasm_config(config), read_weights(source), table(config), dtype=dtype)
     finish(model, source)
-    return model, load_processor(source, model)
+    return model, load_processor(source, model, add_special_tokens=True)
 
 
 def chiasm_config(config: LlavaConfig) -> ChiasmConfig:

@@ -59,8 +59,15 @@ def finish(model: FusionModel, source: str) -> None:
         model.generation_config = GenerationConfig.from_model_config(model.config)
 
 
-def load_processor(source: str, model: FusionModel) -> ChiasmProcessor | None:
-    """The processor beside a model, with the chat template of its reference; None where its files are missing."""
+def load_processor(
+    source: str, model: FusionModel, template: str | None = None, **options: Any
+) -> ChiasmProcessor | None:
+    """The processor beside a model, with the chat template of its reference; None where its files are missing.
+
+    Args:
+        template: a chat template, where the files hold none.
+        **options: of `ChiasmProcessor`.
+    """
     tokenizer = load_tokenizer(source)
     try:
         ImageProcessingMixin.get_image_processor_dict(source)
@@ -69,6 +76,6 @@ def load_processor(source: str, model: FusionModel) -> ChiasmProcessor | None:
     if tokenizer is None:
         return None
     settings, _ = ChiasmProcessor.get_processor_dict(source)
-    tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template
+    tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template or template
     images = image_processor_for(source, model.vision)
-    return ChiasmProcessor(images, tokenizer, num_image_tokens=model.num_image_tokens, add_special_tokens=True)
+    return ChiasmProcessor(images, tokenizer, num_image_tokens=model.num_image_tokens, **options)

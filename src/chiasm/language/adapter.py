@@ -115,7 +115,7 @@ def layers(language: PreTrainedModel) -> nn.ModuleList:
     return found[0]
 
 
-def last_hidden_state(language: PreTrainedModel, **inputs: Tensor | None) -> Float[Tensor, "B S D_l"]:
+def last_hidden_state(language: PreTrainedModel, **inputs: Any) -> Float[Tensor, "B S D_l"]:
     """The decoder's normalised output, which the head reads."""
     return decoder(language)(**inputs, use_cache=False).last_hidden_state
 
