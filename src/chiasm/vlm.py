@@ -18,6 +18,7 @@ from chiasm.fusion.build import CONVOLUTIONAL, FUSION_MODELS, build_fusion
 from chiasm.fusion.config import FUSIONS, ChiasmConfig
 from chiasm.generation import decode
 from chiasm.generation.decode import Decoding
+from chiasm.interop.idefics2 import load_idefics2
 from chiasm.interop.internvl import load_internvl
 from chiasm.interop.llava import load_llava
 from chiasm.interop.paligemma import load_paligemma
@@ -202,6 +203,7 @@ def best_device() -> torch.device:
 
 LOADERS = {
     "chiasm": _load_chiasm,
+    "idefics2": load_idefics2,
     "internvl": load_internvl,
     "llava": load_llava,
     "paligemma": load_paligemma,

@@ -21,6 +21,9 @@ class Connector(nn.Module, ABC):
     takes_prefix: ClassVar[bool] = False
     """Whether class and register tokens may stand in front of the patches; false where the grid is folded."""
 
+    takes_mask: ClassVar[bool] = False
+    """Whether `forward` and `attention` also take `patch_mask` `(B, N)`, the patches that are part of the picture."""
+
     num_prefix: int = 0
 
     def __init__(self, vision_width: int, language_width: int, grid: Grid) -> None:

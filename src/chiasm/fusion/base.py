@@ -23,7 +23,7 @@ from chiasm.language.next_token import next_token_loss, supervised_positions
 from chiasm.positions import grid as grid_positions
 from chiasm.vision.encoder import VisionEncoder, VisionFeatures
 
-PICTURE_INPUTS = ("pixel_values", "image_features", "instruction_ids", "instruction_mask")
+PICTURE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_features", "instruction_ids", "instruction_mask")
 """Inputs with one row for each picture, which beams repeat by the pictures of a conversation."""
 
 
@@ -37,6 +37,11 @@ class FusionOutput(CausalLMOutputWithPast):
     def image_outputs(self) -> BaseModelOutputWithPooling:
         """The same under the name that transformers' image-text models have for it."""
         return BaseModelOutputWithPooling(pooler_output=self.visual_tokens)
+
+    @property
+    def image_hidden_states(self) -> Tensor | None:
+        """The name that transformers' models have for the visual tokens."""
+        return self.visual_tokens
 
 
 class FusionModel(PartDtypes, GenerationMixin):
@@ -67,6 +72,12 @@ class FusionModel(PartDtypes, GenerationMixin):
         self.connector = build_connector(
             config.connector, width, embedding_width(self.language), self.vision.grid, self.vision.num_prefix
         )
+        masked = self.connector.takes_mask and config.patch_positions == "none"
+        if features.resolution == "native" and not masked:
+            raise ValueError(
+                "features with resolution 'native' need a connector that takes a mask, such as idefics2_resampler, "
+                f"and patch_positions 'none', got {config.connector['name']!r} and {config.patch_positions!r}"
+            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -118,15 +129,17 @@ class FusionModel(PartDtypes, GenerationMixin):
         own = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
         return (inputs_embeds == own).all(dim=-1)
 
-    def encode_images(self, pixel_values: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images N D_v"]:
+    def encode_images(
+        self, pixel_values: Float[Tensor, "images 3 height width"], pixel_attention_mask: Tensor | None = None
+    ) -> Float[Tensor, "images N D_v"]:
         """Patch features of pictures: what a feature cache keeps."""
-        return self.vision(pixel_values)
+        return self.vision(pixel_values, pixel_attention_mask)
 
     def connect_features(
-        self, features: Float[Tensor, "images N D_v"], **instruction: Tensor | None
+        self, features: Float[Tensor, "images N D_v"], **more: Tensor | None
     ) -> Float[Tensor, "images T D_l"]:
-        """Visual tokens of patch features; connectors that read the instruction take one for each picture."""
-        return self.connector(self.with_positions(features.to(self.connector.dtype)), **instruction)
+        """Visual tokens of patch features; some connectors also take each picture's instruction or patch mask."""
+        return self.connector(self.with_positions(features.to(self.connector.dtype)), **more)
 
     def with_positions(self, features: Float[Tensor, "images N D_v"]) -> Float[Tensor, "images N D_p"]:
         """Patch features as the connector receives them: with coordinates where the configuration asks for them."""
@@ -140,15 +153,19 @@ class FusionModel(PartDtypes, GenerationMixin):
         image_features: Float[Tensor, "images N D_v"] | None = None,
         instruction_ids: Int[Tensor, "images L"] | None = None,
         instruction_mask: Int[Tensor, "images L"] | None = None,
+        pixel_attention_mask: Tensor | None = None,
     ) -> Float[Tensor, "images T D_l"] | None:
         """Visual tokens of pictures or of their encoded features; None without either."""
+        more: dict[str, Tensor | None] = {}
         if pixel_values is not None:
-            image_features = self.encode_images(pixel_values)
+            image_features = self.encode_images(pixel_values, pixel_attention_mask)
         if image_features is None:
             return None
-        if not self.connector.reads_instruction:
-            return self.connect_features(image_features)
-        return self.connect_features(image_features, instruction_ids=instruction_ids, instruction_mask=instruction_mask)
+        if (patches := self.vision.patch_mask(pixel_attention_mask)) is not None:
+            more["patch_mask"] = patches.flatten(1)
+        if self.connector.reads_instruction:
+            more |= {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask}
+        return self.connect_features(image_features, **more)
 
     def blank_picture(self, like: Tensor) -> Float[Tensor, "1 T D_l"]:
         """Visual tokens of a blank picture: what a training batch without pictures sends through the connector with
@@ -222,7 +239,10 @@ class FusionModel(PartDtypes, GenerationMixin):
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """Beams and several answers repeat a row's pictures together, in the row's own order."""
-        pictures = {name: kwargs.pop(name) for name in PICTURE_INPUTS if kwargs.get(name) is not None}
+        pixels = kwargs.get("pixel_values")
+        by_row = ("pixel_values", "pixel_attention_mask") if pixels is not None and pixels.ndim == 5 else ()
+        names = [name for name in PICTURE_INPUTS if name not in by_row and kwargs.get(name) is not None]
+        pictures = {name: kwargs.pop(name) for name in names}
         expanded = {}
         if pictures:
             embeddings = kwargs.get("inputs_embeds")

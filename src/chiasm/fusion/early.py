@@ -13,6 +13,7 @@ from chiasm.fusion.adapters import inject_adapters
 from chiasm.fusion.base import FusionModel, FusionOutput
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.part_dtypes import cast_parts
+from chiasm.fusion.pictures import real_pictures
 from chiasm.fusion.prefix import prefix_mask, with_suffix
 from chiasm.fusion.splice import splice
 from chiasm.vision.encoder import VisionEncoder
@@ -71,7 +72,8 @@ class EarlyFusionModel(FusionModel):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "B S D_l"] | None = None,
-        pixel_values: Float[Tensor, "images 3 height width"] | None = None,
+        pixel_values: Float[Tensor, "... 3 height width"] | None = None,
+        pixel_attention_mask: Tensor | None = None,
         image_features: Float[Tensor, "images N D_v"] | None = None,
         instruction_ids: Int[Tensor, "images L"] | None = None,
         instruction_mask: Int[Tensor, "images L"] | None = None,
@@ -86,7 +88,9 @@ class EarlyFusionModel(FusionModel):
 
         Args:
             input_ids: text tokens, with T placeholders (`config.image_token_id`) for every picture.
-            pixel_values: the batch's pictures in the order of their placeholders.
+            pixel_values: the batch's pictures in the order of their placeholders, `(images, 3, height, width)`; or
+                `(B, I, 3, height, width)`, where pictures of all zeros fill up the rows.
+            pixel_attention_mask: the same without the colours, what is picture and what is padding.
             image_features: encoded pictures instead, as `encode_images` returns them.
             instruction_ids: for each picture, the instruction in the connector's own tokens, where it reads one.
             token_type_ids: with `attention: prefix`, 0 for the prefix, 1 for what is read causally.
@@ -96,7 +100,8 @@ class EarlyFusionModel(FusionModel):
         Raises:
             ValueError: pictures and placeholders do not match; the message has both counts.
         """
-        tokens = self.visual_tokens(pixel_values, image_features, instruction_ids, instruction_mask)
+        pictures, masks = real_pictures(pixel_values, pixel_attention_mask)
+        tokens = self.visual_tokens(pictures, image_features, instruction_ids, instruction_mask, masks)
         inputs_embeds = self.embed(input_ids, inputs_embeds, tokens)
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         inputs |= self._token_types(inputs, token_type_ids, cache)

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -33,7 +34,10 @@ DEFAULT_LAYERS: dict[str, tuple[int | str, ...]] = {
 POOLING_HEADS = ("aimv2_vision_model", "siglip2_vision_model", "siglip_vision_model")
 """Model types with an attention-pooling head that their attribute `use_head` switches."""
 
-FEATURE_OPTIONS = ("layers", "reduce", "grid", "prefix")
+FEATURE_OPTIONS = ("layers", "reduce", "grid", "prefix", "resolution")
+
+NATIVE = ("idefics2_vision",)
+"""Model types that take pictures of any size, with a mask of their patches."""
 
 
 class VisionEncoder(nn.Module):
@@ -78,15 +82,33 @@ class VisionEncoder(nn.Module):
         """Pictures that the encoder takes, (height, width) in pixels."""
         return self.features.image_size
 
-    def forward(self, pixel_values: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D_v"]:
+    def forward(
+        self, pixel_values: Float[Tensor, "B 3 height width"], pixel_attention_mask: Tensor | None = None
+    ) -> Float[Tensor, "B N D_v"]:
         """Patch features of normalised pictures, row by row; class and register tokens are left out or come first.
 
+        Args:
+            pixel_attention_mask: `(B, height, width)`, what is picture, where pictures of several sizes are padded.
+
         Raises:
-            ValueError: the pictures do not have `image_size`.
+            ValueError: the pictures do not have `image_size`, and this encoder does not take them as they are.
         """
         self._check_size(pixel_values)
-        inputs = picture_inputs(self.model.config, pixel_values.to(self.model.dtype))
+        patches = self.patch_mask(pixel_attention_mask)
+        inputs = picture_inputs(self.model.config, pixel_values.to(self.model.dtype), patches)
         return self._read(self.model(**inputs, **self._options()))
+
+    def patch_mask(self, pixel_attention_mask: Tensor | None) -> Bool[Tensor, "B rows columns"] | None:
+        """Patches that are all picture, where pictures of several sizes are padded."""
+        if pixel_attention_mask is None:
+            return None
+        if self.features.resolution != "native":
+            raise ValueError(
+                f"pixel_attention_mask is for encoders with resolution: native, this one takes "
+                f"{self.image_size[0]}×{self.image_size[1]}; leave it out"
+            )
+        padding = 1.0 - pixel_attention_mask.float()[:, None]
+        return F.max_pool2d(padding, self.model.config.patch_size)[:, 0] == 0
 
     def unused_parameters(self) -> list[str]:
         """Names of parameters that the patch features do not depend on, such as a pooling head or a last layer that is
@@ -126,7 +148,7 @@ class VisionEncoder(nn.Module):
         return torch.bfloat16 if close else self.model.dtype
 
     def _check_size(self, pixel_values: Tensor) -> None:
-        if tuple(pixel_values.shape[-2:]) != self.image_size:
+        if self.features.resolution == "fixed" and tuple(pixel_values.shape[-2:]) != self.image_size:
             raise ValueError(
                 f"pictures are {pixel_values.shape[-2]}×{pixel_values.shape[-1]}, the encoder takes "
                 f"{self.image_size[0]}×{self.image_size[1]}; resize them with its image processor"
@@ -183,7 +205,7 @@ def load_vision(
         features: what to read. `layers`: a list of `"last"`, indices of hidden_states and names of feature_maps, by
             default `DEFAULT_LAYERS`; `reduce`: `fold` or `pool`, one word or one per layer; `grid`: (rows, columns) of
             the result, by default the coarsest of the layers' grids; `prefix`: `drop` (the default) or `keep` the class
-            and register tokens.
+            and register tokens; `resolution`: `fixed` (the default) or `native`, where the encoder takes any size.
         image_size: pixels, where it differs from the pre-training's; learned positions are then interpolated.
         dtype: of the weights; `auto` keeps the checkpoint's own.
         **options: for `from_pretrained`, such as attn_implementation, revision and token.
@@ -238,7 +260,11 @@ def _measure(model: PreTrainedModel, wanted: dict[str, Any], image_size: int | G
             f"the {model.config.model_type} encoder does not take pictures of {size[0]}×{size[1]} pixels: {error}"
         ) from error
     found = describe(outputs, model.config, tuple(layers), reduce, size, grid, bool(options))
-    return replace(found, prefix=wanted.get("prefix") or "drop")
+    if wanted.get("resolution") == "native" and model.config.model_type not in NATIVE:
+        raise ValueError(
+            f"a {model.config.model_type} encoder has no resolution 'native', which these have: {', '.join(NATIVE)}"
+        )
+    return replace(found, prefix=wanted.get("prefix") or "drop", resolution=wanted.get("resolution") or "fixed")
 
 
 def _without_idle_parts(model: PreTrainedModel, features: VisionFeatures) -> PreTrainedModel:

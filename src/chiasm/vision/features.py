@@ -16,6 +16,7 @@ Grid = tuple[int, int]
 
 REDUCTIONS = ("fold", "pool")
 PREFIXES = ("drop", "keep")
+RESOLUTIONS = ("fixed", "native")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class VisionFeatures:
         image_size: pictures that the encoder takes, (height, width) in pixels.
         interpolate_positions: whether the encoder is asked to stretch its learned positions to this image size.
         prefix: `drop` leaves class and register tokens out; `keep` puts them in front of the patches as part of N.
+        resolution: `fixed` takes pictures of `image_size`; `native` those of any size, side by side with a mask, whose
+            patches are then not the `grid` (NaViT, arXiv 2307.06304).
     """
 
     layers: tuple[FeatureLayer, ...]
@@ -87,10 +90,17 @@ class VisionFeatures:
     image_size: Grid
     interpolate_positions: bool = False
     prefix: str = "drop"
+    resolution: str = "fixed"
 
     def __post_init__(self) -> None:
         if self.prefix not in PREFIXES:
             raise ValueError(f"prefix {self.prefix!r} is unknown; choose one of {', '.join(PREFIXES)}")
+        if self.resolution not in RESOLUTIONS:
+            raise ValueError(f"resolution {self.resolution!r} is unknown; choose one of {', '.join(RESOLUTIONS)}")
+        if self.resolution == "native" and any(layer.grid != self.grid for layer in self.layers):
+            raise ValueError(
+                f"resolution 'native' reads layers on their own grid, got the grid {self.grid}; leave it out"
+            )
         shapes = {(layer.grid, layer.prefix_tokens) for layer in self.layers}
         kept = self.prefix == "keep" and any(layer.prefix_tokens for layer in self.layers)
         if kept and (len(shapes) > 1 or self.layers[0].grid != self.grid):
@@ -136,7 +146,7 @@ def _check_keys(where: str, kind: type, plain: dict[str, Any]) -> None:
     known = {field.name: field for field in fields(kind)}
     if unknown := sorted(set(plain) - set(known)):
         raise ValueError(f"{where} has an unknown key {unknown[0]!r}; known keys: {', '.join(known)}")
-    optional = {"prefix_tokens", "reduce", "interpolate_positions", "prefix"}
+    optional = {"prefix_tokens", "reduce", "interpolate_positions", "prefix", "resolution"}
     if missing := [name for name in known if name not in plain and name not in optional]:
         raise ValueError(f"{where} lacks the key {missing[0]!r}; it was written by VisionFeatures.to_dict?")
 

@@ -53,6 +53,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "dinov3_convnext": _DINOV3,
     "dinov3_vit": _DINOV3,
     "efficientnet_lite": _fields([127 / 255] * 3, [128 / 255] * 3, BICUBIC, "crop", 224 / 256),
+    "idefics2_vision": _HALF_SQUASH,
     "instructblip_vision_model": _BLIP,
     "metaclip_2_vision_model": _CLIP,
     "mlcd_vision_model": _CLIP,

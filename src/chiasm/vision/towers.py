@@ -4,10 +4,10 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import MODEL_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig, PreTrainedModel
 
@@ -30,6 +30,7 @@ TWO_TOWERS = (
 UNLISTED_CLASSES = {
     "blip_2_vision_model": "Blip2VisionModel",
     "blip_vision_model": "BlipVisionModel",
+    "idefics2_vision": "models.idefics2.modeling_idefics2.Idefics2VisionTransformer",
     "instructblip_vision_model": "InstructBlipVisionModel",
     "metaclip_2_vision_model": "MetaClip2VisionModel",
 }
@@ -88,7 +89,8 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if config.model_type in UNSUITABLE:
         raise ValueError(f"a {config.model_type} model is no vision encoder here: {UNSUITABLE[config.model_type]}")
     if config.model_type in UNLISTED_CLASSES:
-        return getattr(transformers, UNLISTED_CLASSES[config.model_type])
+        module, _, name = f"transformers.{UNLISTED_CLASSES[config.model_type]}".rpartition(".")
+        return getattr(import_module(module), name)
     kind: Any = MODEL_MAPPING.get(type(config), None)
     if kind is None:
         raise ValueError(
@@ -163,13 +165,13 @@ def takes(model: PreTrainedModel, option: str) -> bool:
     return option in inspect.signature(model.forward).parameters
 
 
-def picture_inputs(config: PreTrainedConfig, pixel_values: Tensor) -> dict[str, Any]:
-    """What a vision model's forward is given for pictures `(B, 3, height, width)`.
+def picture_inputs(config: PreTrainedConfig, pixel_values: Tensor, patches: Tensor | None = None) -> dict[str, Any]:
+    """What a vision model's forward is given for pictures `(B, 3, height, width)`, and the mask of their patches.
 
     SigLIP 2 with flexible resolution (NaFlex, arXiv 2502.14786) takes patches that are already cut out, and their grid.
     """
     if config.model_type != "siglip2_vision_model":
-        return {"pixel_values": pixel_values}
+        return {"pixel_values": pixel_values} | ({} if patches is None else {"patch_attention_mask": patches})
     size = config.patch_size
     rows, columns = pixel_values.shape[2] // size, pixel_values.shape[3] // size
     patches = pixel_values[:, :, : rows * size, : columns * size]
