@@ -44,6 +44,7 @@ FAMILIES = {
     "blip_2_vision_model": (EVEN, (4, 4), 1, 36),
     "mlcd_vision_model": (EVEN | {"hidden_size": 48}, (4, 4), 1, 48),
     "internvl_vision": (EVEN | {"image_size": [32, 32], "patch_size": [8, 8]}, (4, 4), 1, 36),
+    "idefics2_vision": (EVEN, (4, 4), 0, 36),
     "idefics3_vision": (EVEN, (4, 4), 0, 36),
     "dinov2": (VIT, (4, 4), 1, 36),
     "dinov2_with_registers": (VIT | {"num_register_tokens": 3}, (4, 4), 4, 36),
@@ -187,6 +188,21 @@ def test_prefix_tokens_come_first_where_they_are_kept(family: str) -> None:
     torch.testing.assert_close(tokens[:, kept.num_prefix :], plain(inputs), equal_nan=True)
     if family in SEQUENCES and family != "siglip2_vision_model":
         assert torch.equal(tokens, kept.model(inputs).last_hidden_state)
+
+
+def test_pictures_of_any_size_and_their_padding() -> None:
+    reference = model("idefics2_vision")
+    encoder = load_vision(reference, {"resolution": "native"})
+    small, mask = torch.randn(1, 3, 16, 31), torch.zeros(1, 32, 40)
+    mask[:, :16, :31] = 1
+    padded = torch.nn.functional.pad(small, (0, 9, 0, 16))
+    alone, together = encoder(small), encoder(padded, mask)
+    patches = encoder.patch_mask(mask)
+    assert patches.shape == (1, 4, 5) and int(patches.sum()) == 2 * 3
+    assert alone.shape == (1, 2 * 3, 36)
+    torch.testing.assert_close(together[patches.flatten(1)], alone[0], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="pixel_attention_mask is for encoders with resolution: native"):
+        load_vision(reference)(torch.randn(1, 3, 32, 32), torch.ones(1, 32, 32))
 
 
 @pytest.mark.parametrize("family", ["blip_2_vision_model", "instructblip_vision_model"])
@@ -440,6 +456,17 @@ def test_missing_weights_are_an_error_and_unused_ones_are_not(tmp_path) -> None:
         ("clip_vision_model", {"features": {"layers": ["stage5"]}}, "layer 'stage5' is unknown; choose one of last"),
         ("clip_vision_model", {"features": {"reduce": "mean"}}, "reduce 'mean' is unknown"),
         ("clip_vision_model", {"features": {"reduce": ["fold", "pool"]}}, "reduce has 2 entries for 1 layers"),
+        (
+            "clip_vision_model",
+            {"features": {"resolution": "native"}},
+            "no resolution 'native', which these have: idefic",
+        ),
+        (
+            "idefics2_vision",
+            {"features": {"resolution": "any"}},
+            "resolution 'any' is unknown; choose one of fixed, na",
+        ),
+        ("idefics2_vision", {"features": {"resolution": "native", "grid": [2, 2]}}, "reads layers on their own grid"),
         ("clip_vision_model", {"features": {"prefix": "front"}}, "prefix 'front' is unknown; choose one of drop, keep"),
         ("clip_vision_model", {"features": {"prefix": "keep", "grid": [2, 2]}}, "'keep' needs layers of one size"),
         ("clip_vision_model", {"features": {"grid": [8, 8]}}, "coarser than the grid 8×8"),

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from chiasm.fusion.base import FusionModel
@@ -94,8 +95,8 @@ def kv_bytes_per_token(model: FusionModel) -> int:
 
 
 def encode_flops(vision: VisionEncoder) -> int:
-    """FLOPs of one picture through the encoder, counted by running its own code on the meta device."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    """FLOPs of one picture through the encoder, counted by running its own code on tensors without data."""
+    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         shadow = VisionEncoder.from_config(vision.model.config, vision.features).eval()
         shadow(torch.empty(1, 3, *vision.image_size))
     return counter.get_total_flops()

@@ -76,6 +76,20 @@ def _split_content(content: Any) -> list[dict[str, str]]:
     return split
 
 
+def apart(content: Any) -> Any:
+    """A text or a message's content in which a space parts a picture from the word that it touches."""
+    if isinstance(content, str):
+        return re.sub(f"{IMAGE_TOKEN}(?=[^\\s<])", f"{IMAGE_TOKEN} ", content)
+    spaced, before = [], None
+    for part in content:
+        if part.get("type") == "text":
+            touches = before == "image" and re.match(r"[^\s<]", part["text"])
+            part = {**part, "text": " " * bool(touches) + apart(part["text"])}
+        before = part.get("type")
+        spaced.append(part)
+    return spaced
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool = False
 ) -> Rendered:

@@ -65,6 +65,8 @@ def load_pixels(sample: Sample, processor: ChiasmProcessor) -> Tensor | None:
     """
     if not sample.images:
         return None
+    if processor.any_size:
+        raise ValueError("training needs pictures of one size, but this model's image processor keeps their own sizes")
     try:
         pictures = [ref.load() for ref in sample.images]
     except ImageError as error:

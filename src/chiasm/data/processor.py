@@ -1,17 +1,25 @@
 """Conversations and pictures → model inputs: the chat template, the placeholders' expansion, and labels by spans."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
 
-from chiasm.data.chat import IMAGE_TOKEN, Message, count_images, render
+from chiasm.data.chat import IMAGE_TOKEN, Message, apart, count_images, render
 
 IGNORE = -100
 
-OPTIONS = ("add_special_tokens", "token_types", "text_is_message")
-"""Switches of a processor that are stored with it; off where an older file does not name them."""
+OPTIONS: dict[str, Any] = {
+    "add_special_tokens": False,
+    "token_types": False,
+    "text_is_message": False,
+    "image_boundary": None,
+    "image_tiles": 1,
+}
+"""Options of a processor that are stored with it, and what they are where an older file does not name them."""
 
 
 class ChiasmProcessor(ProcessorMixin):
@@ -25,6 +33,8 @@ class ChiasmProcessor(ProcessorMixin):
         token_types: whether inputs have `token_type_ids`, 0 up to the first answer and 1 from there on.
         text_is_message: whether `text` is a user's message, which the chat template completes, and which gets its
             picture's placeholder where it has none.
+        image_boundary: a token before and after a picture's placeholders; pictures side by side share the one between.
+        image_tiles: pictures that the image processor makes of one, each with T placeholders.
     """
 
     def __init__(
@@ -36,6 +46,8 @@ class ChiasmProcessor(ProcessorMixin):
         add_special_tokens: bool = False,
         token_types: bool = False,
         text_is_message: bool = False,
+        image_boundary: str | None = None,
+        image_tiles: int = 1,
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
@@ -49,6 +61,8 @@ class ChiasmProcessor(ProcessorMixin):
         self.add_special_tokens = add_special_tokens
         self.token_types = token_types
         self.text_is_message = text_is_message
+        self.image_boundary = image_boundary
+        self.image_tiles = image_tiles
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -57,7 +71,7 @@ class ChiasmProcessor(ProcessorMixin):
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "ChiasmProcessor":
         """A saved processor from its loaded parts and its own settings."""
         image_processor, tokenizer = args
-        options = {name: processor_dict.get(name, False) for name in OPTIONS}
+        options = {name: processor_dict.get(name, default) for name, default in OPTIONS.items()}
         return cls(image_processor, tokenizer, num_image_tokens=processor_dict["num_image_tokens"], **options)
 
     def __call__(
@@ -100,14 +114,35 @@ class ChiasmProcessor(ProcessorMixin):
             ]
         else:
             prompts = [text] if isinstance(text, str) else list(text or [])
-            placeholders = sum(prompt.count(IMAGE_TOKEN) for prompt in prompts)
-            _check_count(placeholders, len(flat))
+            counts = [prompt.count(IMAGE_TOKEN) for prompt in prompts]
+            _check_count(sum(counts), len(flat))
+            if self.image_boundary:
+                prompts = [apart(prompt) for prompt in prompts]
             encoded = [self._tokenize(prompt, [], special=not self._has_bos(prompt)) for prompt in prompts]
         inputs = self.pad(encoded, side=padding_side)
         inputs.pop("labels", None)
         if flat:
-            inputs["pixel_values"] = self.image_processor(flat)["pixel_values"]
+            inputs |= self.pixels(flat, counts)
         return BatchFeature(inputs)
+
+    @property
+    def any_size(self) -> bool:
+        """Whether pictures keep their own sizes: they then come in rows, with a mask."""
+        return "pixel_attention_mask" in self.image_processor.model_input_names
+
+    def pixels(self, flat: list[Any], counts: list[int]) -> dict[str, torch.Tensor]:
+        """`pixel_values` `(I, 3, height, width)`; in rows `(B, I, ...)` with a mask where pictures keep their sizes."""
+        if not self.any_size:
+            return {"pixel_values": self.image_processor(flat)["pixel_values"]}
+        rest = (load_image(str(item)) if isinstance(item, str | Path) else item for item in flat)
+        groups = [[next(rest) for _ in range(count)] for count in counts]
+        made = self.image_processor([group for group in groups if group], return_tensors="pt")
+        rows = torch.tensor([row for row, count in enumerate(counts) if count])
+        values = {name: torch.as_tensor(made[name]) for name in ("pixel_values", "pixel_attention_mask")}
+        return {
+            name: value.new_zeros(len(counts), *value.shape[1:]).index_copy(0, rows, value)
+            for name, value in values.items()
+        }
 
     def encode(
         self,
@@ -127,10 +162,13 @@ class ChiasmProcessor(ProcessorMixin):
         """
         if num_images is not None:
             _check_count(count_images(messages), num_images)
+        if self.image_boundary:
+            messages = [{**message, "content": apart(message["content"])} for message in messages]
         rendered = render(self.tokenizer, messages, add_generation_prompt)
         special = self.add_special_tokens and not self._has_bos(rendered.text)
         encoded = self._tokenize(rendered.text, rendered.answers, special, supervise)
-        wanted, found = count_images(messages), encoded["input_ids"].count(self.image_token_id) // self.num_image_tokens
+        wanted, tokens = count_images(messages), self.num_image_tokens * self.image_tiles
+        found = encoded["input_ids"].count(self.image_token_id) // tokens
         if wanted != found:
             raise ValueError(f"the chat template turned {wanted} image placeholders into {found}; pass chat_template=")
         if supervise and all(label == IGNORE for label in encoded["labels"]):
@@ -148,12 +186,23 @@ class ChiasmProcessor(ProcessorMixin):
         ids: list[int] = []
         labels: list[int] = []
         types: list[int] = []
-        for token, learn in zip(plain["input_ids"], answered, strict=True):
-            copies = self.num_image_tokens if token == self.image_token_id else 1
-            ids += [token] * copies
-            labels += [token if learn and supervise and token != self.image_token_id else IGNORE] * copies
-            types += [int(learn or 1 in types[-1:])] * copies
+        end = None
+        for token, learn, (start, stop) in zip(plain["input_ids"], answered, plain["offset_mapping"], strict=True):
+            picture = token == self.image_token_id
+            written = self._placeholders(shares_boundary=start == end) if picture else [token]
+            end = stop if picture else None
+            ids += written
+            labels += [token if learn and supervise and not picture else IGNORE] * len(written)
+            types += [int(learn or 1 in types[-1:])] * len(written)
         return {"input_ids": ids, "labels": labels} | ({"token_type_ids": types} if self.token_types else {})
+
+    def _placeholders(self, shares_boundary: bool) -> list[int]:
+        """A picture's tokens; one that stands right behind another picture begins with that one's boundary."""
+        tile = [self.image_token_id] * self.num_image_tokens
+        if self.image_boundary is None:
+            return tile * self.image_tiles
+        boundary = self.tokenizer.convert_tokens_to_ids(self.image_boundary)
+        return [boundary] * (not shares_boundary) + [*tile, boundary] * self.image_tiles
 
     def _supervised(self, ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[bool]:
         """Which tokens cover an answer, or are the special token that closes it."""
@@ -217,7 +266,8 @@ class ChiasmProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", *(["token_type_ids"] if self.token_types else [])]
+        more = {"token_type_ids": self.token_types, "pixel_attention_mask": self.any_size}
+        return ["input_ids", "attention_mask", "pixel_values", *(name for name, given in more.items() if given)]
 
 
 def _check_count(placeholders: int, images: int) -> None:

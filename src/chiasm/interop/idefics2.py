@@ -4,13 +4,18 @@ import torch
 from transformers import AutoConfig, Idefics2Config
 from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 
+from chiasm.data.chat import IMAGE_TOKEN
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
-from chiasm.interop.parts import finish, language_table, text_settings
+from chiasm.interop.parts import finish, language_table, load_processor, text_settings
 from chiasm.interop.weights import Table, assemble, read_weights
 from chiasm.vision.features import FeatureLayer, VisionFeatures
 from chiasm.vision.probe import pair
+
+BOUNDARY, END_OF_UTTERANCE = "<fake_token_around_image>", "<end_of_utterance>"
+TILES = 5
+"""Four quarters and the whole, where pictures are split."""
 
 PARTS = {
     "model.vision_model": "vision.model",
@@ -43,7 +48,11 @@ def load_idefics2(source: str, dtype: torch.dtype | str = "auto") -> tuple[Early
     config = AutoConfig.from_pretrained(source)
     model = assemble(EarlyFusionModel, chiasm_config(config), read_weights(source), table(config), dtype=dtype)
     finish(model, source)
-    return model, None
+    processor = load_processor(source, model, own_images=True, add_special_tokens=True, image_boundary=BOUNDARY)
+    if processor is not None:
+        processor.tokenizer.add_tokens([BOUNDARY, IMAGE_TOKEN, END_OF_UTTERANCE], special_tokens=True)
+        processor.image_tiles = TILES if processor.image_processor.do_image_splitting else 1
+    return model, processor
 
 
 def chiasm_config(config: Idefics2Config) -> ChiasmConfig:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
 from chiasm.data.processor import ChiasmProcessor
@@ -60,12 +60,13 @@ def finish(model: FusionModel, source: str) -> None:
 
 
 def load_processor(
-    source: str, model: FusionModel, template: str | None = None, **options: Any
+    source: str, model: FusionModel, template: str | None = None, own_images: bool = False, **options: Any
 ) -> ChiasmProcessor | None:
     """The processor beside a model, with the chat template of its reference; None where its files are missing.
 
     Args:
         template: a chat template, where the files hold none.
+        own_images: whether the reference's image processor is kept, because Chiasm's has not what it does.
         **options: of `ChiasmProcessor`.
     """
     tokenizer = load_tokenizer(source)
@@ -77,5 +78,5 @@ def load_processor(
         return None
     settings, _ = ChiasmProcessor.get_processor_dict(source)
     tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template or template
-    images = image_processor_for(source, model.vision)
+    images = AutoImageProcessor.from_pretrained(source) if own_images else image_processor_for(source, model.vision)
     return ChiasmProcessor(images, tokenizer, num_image_tokens=model.num_image_tokens, **options)
