@@ -31,6 +31,8 @@ def test_it_keeps_the_invariants(language: str) -> None:
     contracts.check_image_matters(vlm.model, inputs)
     contracts.check_cached_equals_full(vlm.model, inputs)
     contracts.check_saved_equals_loaded(vlm, inputs)
+    contracts.check_embeddings_equal_tokens(vlm.model, inputs)
+    contracts.check_generation_strategies(vlm.model, inputs)
     contracts.check_batched_equals_single(vlm, [ask("Short?"), ask("And a longer one?")], [[picture(1)], [picture(2)]])
 
 

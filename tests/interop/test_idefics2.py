@@ -154,6 +154,15 @@ def test_a_setting_that_does_not_fit_is_told(change: dict[str, Any], message: st
         chiasm.load(tmp_path)
 
 
+def test_its_cost_is_counted(tmp_path: Path) -> None:
+    reference(tmp_path)
+    cost = chiasm.load(tmp_path).cost()
+    patches, width, inner, layers = 25, 20, 44, 3
+    layer = patches * (4 * width * width + 2 * width * inner) + 2 * patches * patches * width
+    assert cost.encode_flops == 2 * (patches * width * 3 * 7 * 7 + layers * layer)
+    assert cost.visual_tokens == LATENTS
+
+
 def test_a_connector_without_a_mask_is_refused() -> None:
     tower = build_tower(AutoConfig.for_model("idefics2_vision", hidden_size=20, num_attention_heads=2, image_size=32))
     with pytest.raises(ValueError, match="'native' need a connector that takes a mask"):

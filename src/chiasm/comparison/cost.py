@@ -95,10 +95,15 @@ def kv_bytes_per_token(model: FusionModel) -> int:
 
 
 def encode_flops(vision: VisionEncoder) -> int:
-    """FLOPs of one picture through the encoder, counted by running its own code on tensors without data."""
-    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    """FLOPs of one picture through the encoder, counted by running its own code on tensors without data.
+
+    They are fake tensors of the meta device: transformers does not look at the values of their masks.
+    """
+    with torch.device("meta"):
         shadow = VisionEncoder.from_config(vision.model.config, vision.features).eval()
-        shadow(torch.empty(1, 3, *vision.image_size))
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shadow(torch.empty(1, 3, *vision.image_size, device="meta"))
     return counter.get_total_flops()
 
 

@@ -4,6 +4,7 @@ It is strict: a weight that is missing, left over or wrongly shaped is an error 
 only half understood never loads. Files are safetensors; a pickle is never opened.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -79,7 +80,7 @@ def assemble(
         ValueError: a weight is missing, left over or wrongly shaped; the message names it.
     """
     with torch.device("meta"):
-        skeleton = kind(config)
+        skeleton = kind(copy.deepcopy(config))
     fitted = fit(weights, skeleton, table, transforms)
     return kind.from_pretrained(None, config=config, state_dict=fitted, dtype=dtype).eval()
 
