@@ -18,6 +18,7 @@ from chiasm.fusion.build import CONVOLUTIONAL, FUSION_MODELS, build_fusion
 from chiasm.fusion.config import FUSIONS, ChiasmConfig
 from chiasm.generation import decode
 from chiasm.generation.decode import Decoding
+from chiasm.interop.idefics import load_idefics
 from chiasm.interop.idefics2 import load_idefics2
 from chiasm.interop.internvl import load_internvl
 from chiasm.interop.llava import load_llava
@@ -139,7 +140,7 @@ def connect(
         resize_mode: `pad`, `squash` or `crop`; by default the encoder's own.
         patch_positions: `grid` appends 2-D coordinates to patch features, `none` does not, `auto` does for CNNs.
         cross_attention: for intermediate fusion, `{"every": n}` (a block in front of every n-th layer) and other fields
-            of `chiasm.fusion.cross_attention.CrossAttentionSettings`.
+            of `chiasm.fusion.cross_attention_settings.CrossAttentionSettings`.
         attention: for early fusion, `causal` or `prefix` (pictures and prompt are read in both directions, as in
             PaliGemma).
         dtype: of the weights; `auto` keeps each checkpoint's own.
@@ -169,7 +170,7 @@ def connect(
     model = build_fusion(encoder, language_model, connector, image_token_id, fusion, **new)
     if processor is not None:
         processor.num_image_tokens = model.num_image_tokens
-        _stop_at_end_of_turn(model, processor)
+        decode.stop_at_end_of_turn(model, processor)
     return VLM(model, processor)
 
 
@@ -203,6 +204,7 @@ def best_device() -> torch.device:
 
 LOADERS = {
     "chiasm": _load_chiasm,
+    "idefics": load_idefics,
     "idefics2": load_idefics2,
     "internvl": load_internvl,
     "llava": load_llava,
@@ -241,15 +243,6 @@ def _tokenizer_for(given: str | PreTrainedTokenizerBase | None, language: Any) -
         return given
     name = language if isinstance(language, str) else language.name_or_path
     return load_tokenizer(name) if name else None
-
-
-def _stop_at_end_of_turn(model: FusionModel, processor: ChiasmProcessor) -> None:
-    """Generation ends at the chat template's end-of-turn mark as well as at the end of text."""
-    stops = model.generation_config.eos_token_id
-    known = stops if isinstance(stops, list) else [stops]
-    end = processor.end_of_turn_id()
-    if end is not None and end not in known:
-        model.generation_config.eos_token_id = [stop for stop in known if stop is not None] + [end]
 
 
 def _check_agreement(model: FusionModel, processor: ChiasmProcessor) -> None:

@@ -26,6 +26,15 @@ def test_linear_is_one_matrix() -> None:
     torch.testing.assert_close(connector(features), features @ connector.proj.weight.T + connector.proj.bias)
 
 
+def test_linear_without_its_matrix_is_the_patches() -> None:
+    connector = build_connector({"name": "linear", "project": False}, 20, 36, (2, 2))
+    features = torch.randn(3, 4, 20)
+    assert torch.equal(connector(features), features)
+    assert connector.width == 20 and connector.output is None and connector.dtype is None and connector.flops() == 0
+    with pytest.raises(ValueError, match="needs a matrix and a bias, got connector linear with project: false or bias"):
+        connector.set_affine(torch.randn(36, 20), torch.randn(36), 1.0)
+
+
 @pytest.mark.parametrize(("depth", "width"), [(2, None), (3, 24)])
 def test_mlp_is_linear_gelu_linear(depth: int, width: int | None) -> None:
     connector = build_connector({"name": "mlp", "depth": depth, "width": width}, 20, 36, (2, 2))

@@ -11,7 +11,7 @@ import chiasm
 import contracts
 import tiny
 from chiasm.connectors import CONNECTORS
-from chiasm.fusion.cross_attention import cross_attention_settings
+from chiasm.fusion.cross_attention_settings import cross_attention_settings
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from tiny import ask, picture
 

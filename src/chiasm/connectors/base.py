@@ -58,8 +58,9 @@ class Connector(nn.Module, ABC):
         return False
 
     @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+    def dtype(self) -> torch.dtype | None:
+        """Of the weights; None where there are none."""
+        return next((parameter.dtype for parameter in self.parameters()), None)
 
     @property
     @abstractmethod

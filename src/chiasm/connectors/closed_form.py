@@ -91,5 +91,5 @@ def initialise(
         centred = (coordinates - coordinates.mean(dim=0)).double().cpu()
         weight[:, -coordinates.shape[1] :] = torch.linalg.lstsq(centred, marks, driver="gelsd").solution.T
     bias = embedding_mean.double().cpu() - weight @ ridge.mean
-    like = next(connector.parameters())
+    like = next(connector.parameters(), weight)
     connector.set_affine(weight.to(like.device, like.dtype), bias.to(like.device, like.dtype), ridge.spread())

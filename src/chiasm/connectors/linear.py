@@ -8,37 +8,49 @@ from chiasm.connectors.base import AffineConnector, Grid
 
 
 class LinearProjector(AffineConnector):
-    """Every patch becomes one visual token: T = N."""
+    """Every patch becomes one visual token: T = N.
+
+    Args:
+        bias: whether the matrix comes with an offset.
+        project: without it the patches themselves are the visual tokens, which only cross-attention reads.
+    """
 
     takes_prefix = True
 
-    def __init__(self, vision_width: int, language_width: int, grid: Grid, *, bias: bool = True) -> None:
+    def __init__(
+        self, vision_width: int, language_width: int, grid: Grid, *, bias: bool = True, project: bool = True
+    ) -> None:
         super().__init__(vision_width, language_width, grid)
-        self.proj = nn.Linear(vision_width, language_width, bias=bias)
+        self.proj = nn.Linear(vision_width, language_width, bias=bias) if project else None
 
     @property
     def num_tokens(self) -> int:
         return self.num_features
 
     @property
+    def width(self) -> int:
+        return self.vision_width if self.proj is None else self.language_width
+
+    @property
     def token_grid(self) -> Grid:
         return self.grid
 
     @property
-    def output(self) -> nn.Linear:
+    def output(self) -> nn.Linear | None:
         return self.proj
 
     def flops(self) -> int:
-        return 2 * self.num_tokens * self.vision_width * self.language_width
+        return 0 if self.proj is None else 2 * self.num_tokens * self.proj.weight.numel()
 
     @torch.no_grad()
     def set_affine(self, weight: Float[Tensor, "D_l D_v"], bias: Float[Tensor, " D_l"], spread: float) -> None:
-        self.proj.weight.copy_(weight)
-        if self.proj.bias is None:
+        if self.proj is None or self.proj.bias is None:
             raise ValueError(
-                "init: closed_form needs a bias, got connector linear with bias: false; remove that option"
+                "init: closed_form needs a matrix and a bias, got connector linear with project: false or bias: false; "
+                "remove that option"
             )
+        self.proj.weight.copy_(weight)
         self.proj.bias.copy_(bias)
 
-    def forward(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T D_l"]:
-        return self.proj(features)
+    def forward(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T D"]:
+        return features if self.proj is None else self.proj(features)

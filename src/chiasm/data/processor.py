@@ -17,6 +17,7 @@ OPTIONS: dict[str, Any] = {
     "token_types": False,
     "text_is_message": False,
     "image_boundary": None,
+    "image_space": False,
     "image_tiles": 1,
 }
 """Options of a processor that are stored with it, and what they are where an older file does not name them."""
@@ -34,6 +35,7 @@ class ChiasmProcessor(ProcessorMixin):
         text_is_message: whether `text` is a user's message, which the chat template completes, and which gets its
             picture's placeholder where it has none.
         image_boundary: a token before and after a picture's placeholders; pictures side by side share the one between.
+        image_space: whether a space parts a picture from a word that touches it (Idefics2).
         image_tiles: pictures that the image processor makes of one, each with T placeholders.
     """
 
@@ -47,6 +49,7 @@ class ChiasmProcessor(ProcessorMixin):
         token_types: bool = False,
         text_is_message: bool = False,
         image_boundary: str | None = None,
+        image_space: bool = False,
         image_tiles: int = 1,
     ) -> None:
         if not tokenizer.is_fast:
@@ -62,6 +65,7 @@ class ChiasmProcessor(ProcessorMixin):
         self.token_types = token_types
         self.text_is_message = text_is_message
         self.image_boundary = image_boundary
+        self.image_space = image_space
         self.image_tiles = image_tiles
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -116,7 +120,7 @@ class ChiasmProcessor(ProcessorMixin):
             prompts = [text] if isinstance(text, str) else list(text or [])
             counts = [prompt.count(IMAGE_TOKEN) for prompt in prompts]
             _check_count(sum(counts), len(flat))
-            if self.image_boundary:
+            if self.image_space:
                 prompts = [apart(prompt) for prompt in prompts]
             encoded = [self._tokenize(prompt, [], special=not self._has_bos(prompt)) for prompt in prompts]
         inputs = self.pad(encoded, side=padding_side)
@@ -162,7 +166,7 @@ class ChiasmProcessor(ProcessorMixin):
         """
         if num_images is not None:
             _check_count(count_images(messages), num_images)
-        if self.image_boundary:
+        if self.image_space:
             messages = [{**message, "content": apart(message["content"])} for message in messages]
         rendered = render(self.tokenizer, messages, add_generation_prompt)
         special = self.add_special_tokens and not self._has_bos(rendered.text)

@@ -114,17 +114,29 @@ class FusionModel(PartDtypes, GenerationMixin):
     def placeholders(
         self, input_ids: Int[Tensor, "B S"] | None, inputs_embeds: Float[Tensor, "B S D_l"] | None
     ) -> Bool[Tensor, "B S"]:
-        """Where pictures stand in the text; in embeddings, where the placeholder's own stands.
+        """Where pictures stand in the text.
 
         Raises:
             ValueError: not exactly one of the two is given.
         """
-        token = self.config.image_token_id
+        return self.places(self.config.image_token_id, input_ids, inputs_embeds)
+
+    def places(
+        self,
+        token: int | None,
+        input_ids: Int[Tensor, "B S"] | None,
+        inputs_embeds: Float[Tensor, "B S D_l"] | None,
+    ) -> Bool[Tensor, "B S"]:
+        """Where a token stands in the text; in embeddings, where its own stands.
+
+        Raises:
+            ValueError: not exactly one of the two is given.
+        """
         if input_ids is not None and inputs_embeds is None:
-            return input_ids == token
+            return torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
         if input_ids is not None or inputs_embeds is None:
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        if token >= vocabulary(self.language):
+        if token is None or token >= vocabulary(self.language):
             return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         own = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
         return (inputs_embeds == own).all(dim=-1)
@@ -139,7 +151,7 @@ class FusionModel(PartDtypes, GenerationMixin):
         self, features: Float[Tensor, "images N D_v"], **more: Tensor | None
     ) -> Float[Tensor, "images T D_l"]:
         """Visual tokens of patch features; some connectors also take each picture's instruction or patch mask."""
-        return self.connector(self.with_positions(features.to(self.connector.dtype)), **more)
+        return self.connector(self.with_positions(features.to(self.connector.dtype or features.dtype)), **more)
 
     def with_positions(self, features: Float[Tensor, "images N D_v"]) -> Float[Tensor, "images N D_p"]:
         """Patch features as the connector receives them: with coordinates where the configuration asks for them."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from chiasm.connectors import connector_settings
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.config import ChiasmConfig
-from chiasm.fusion.cross_attention import cross_attention_settings
+from chiasm.fusion.cross_attention_settings import cross_attention_settings
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.language.adapter import embedding_scale, embedding_width, head_is_direct, layers, vocabulary

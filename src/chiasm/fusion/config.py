@@ -27,7 +27,7 @@ class ChiasmConfig(PreTrainedConfig):
         feature_scale: root mean square of the patch features, the amplitude of those coordinates.
         image_token_id: the placeholder that one visual token replaces; it may lie beyond the embedding table.
         direct_head: whether the language model's logits are its output embedding applied to the last hidden state.
-        cross_attention: intermediate fusion's blocks (`chiasm.fusion.cross_attention.CrossAttentionSettings`).
+        cross_attention: intermediate fusion's blocks (`chiasm.fusion.cross_attention_settings.CrossAttentionSettings`).
         adapters: part → LoRA settings, for parts that carry unmerged adapters.
         part_dtypes: part → dtype of its saved weights, such as `float32`; None where all have the model's `dtype`.
     """

@@ -6,7 +6,7 @@ picture sees none, and earlier pictures reach later text through the language mo
 
 import contextvars
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,17 @@ from transformers.utils.generic import can_return_tuple
 from chiasm.fusion.adapters import inject_adapters
 from chiasm.fusion.base import FusionModel, FusionOutput
 from chiasm.fusion.config import ChiasmConfig
-from chiasm.fusion.cross_attention import CrossAttention, CrossAttentionSettings, KeysValues, Look, looking
+from chiasm.fusion.cross_attention import CrossAttention, KeysValues, Look, looking
+from chiasm.fusion.cross_attention_settings import CrossAttentionSettings
 from chiasm.fusion.part_dtypes import cast_parts
 from chiasm.language.adapter import embedding_width, layers
 from chiasm.vision.encoder import VisionEncoder
+
+FOREIGN = {
+    "image_encoder_embeddings": "the encoder's output as image_features",
+    "perceiver_embeddings": "pixel_values or image_features",
+}
+"""Inputs of Idefics in transformers that have another name here, or none."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +41,30 @@ class ImageCache:
         keys_values: for every block, keys and values of all pictures of a row.
         tokens: T, visual tokens of one picture.
         seen: pictures that each row's text has passed so far.
+        ended: 1 where a row's text has ended since its last picture.
     """
 
     keys_values: list[KeysValues]
     tokens: int
     seen: Int[Tensor, " B"]
+    ended: Int[Tensor, " B"]
+
+    @property
+    def images(self) -> int:
+        return self.keys_values[0][0].shape[2] // self.tokens
+
+    def read(
+        self, placeholders: Bool[Tensor, "B S"], ends: Bool[Tensor, "B S"]
+    ) -> tuple[Bool[Tensor, "B S I"], "ImageCache"]:
+        """Which picture new tokens see, the most recent one unless a text ended behind it; and the cache after them."""
+        device = placeholders.device
+        latest = self.seen[:, None] + placeholders.cumsum(dim=1)
+        places = 2 * torch.arange(1, placeholders.shape[1] + 1, device=device)
+        picture = (placeholders * places).cummax(dim=1).values
+        end = torch.cat([self.ended[:, None], ends * (places + 1)], dim=1).cummax(dim=1).values
+        visible = latest[..., None] - 1 == torch.arange(self.images, device=device)
+        after = replace(self, seen=latest[:, -1], ended=(end[:, -1] > picture[:, -1]).long())
+        return visible & (end[:, :-1] <= picture)[..., None], after
 
 
 @dataclass
@@ -89,7 +115,7 @@ class IntermediateFusionModel(FusionModel):
         cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "B S D_l"] | None = None,
         pixel_values: Float[Tensor, "... 3 height width"] | None = None,
-        image_features: Float[Tensor, "images N D_v"] | None = None,
+        image_features: Float[Tensor, "... N D_v"] | None = None,
         instruction_ids: Int[Tensor, "images L"] | None = None,
         instruction_mask: Int[Tensor, "images L"] | None = None,
         image_attention_mask: Tensor | None = None,
@@ -106,6 +132,7 @@ class IntermediateFusionModel(FusionModel):
             input_ids: text tokens, with one placeholder (`config.image_token_id`) for every picture.
             pixel_values: the batch's pictures in the order of their placeholders; or `(B, I, 3, height, width)` with an
                 `image_attention_mask`.
+            image_features: encoded pictures instead, as `encode_images` returns them, in either arrangement.
             image_attention_mask: `(B, S, I)`, which pictures each token sees, in place of the most recent one.
             image_cache: pictures of an earlier forward of the same rows, whose output had it.
             labels: the tokens themselves where they are supervised, −100 elsewhere.
@@ -114,22 +141,25 @@ class IntermediateFusionModel(FusionModel):
         Raises:
             ValueError: pictures and placeholders do not match; the message has both counts.
         """
+        for theirs, ours in FOREIGN.items():
+            if kwargs.pop(theirs, None) is not None:
+                raise ValueError(f"{theirs} is not read here; pass {ours}")
         placeholders = self.placeholders(input_ids, inputs_embeds)
+        ends = self.places(self.cross_attention.settings.end_of_text, input_ids, inputs_embeds)
         inputs_embeds = self.embed(input_ids, inputs_embeds, placeholders)
         tokens = None
         if image_cache is None:
-            flat = pixel_values.flatten(0, -4) if pixel_values is not None else None
-            tokens = self.visual_tokens(flat, image_features, instruction_ids, instruction_mask)
+            pixel_values, image_features = _flat(pixel_values, 4), _flat(image_features, 3)
+            tokens = self.visual_tokens(pixel_values, image_features, instruction_ids, instruction_mask)
             image_cache = self._remember(tokens, placeholders, image_attention_mask)
         look = None
         if image_cache is not None:
-            look = self._look(image_cache, placeholders, image_attention_mask, kwargs.pop("record", None))
+            record = kwargs.pop("record", None)
+            visible, image_cache = image_cache.read(placeholders, ends)
+            look = _look(image_cache, visible if image_attention_mask is None else image_attention_mask.bool(), record)
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         with looking(look):
             fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
-        if image_cache is not None:
-            seen = image_cache.seen + placeholders.sum(dim=1)
-            image_cache = ImageCache(image_cache.keys_values, image_cache.tokens, seen)
         return IntermediateFusionOutput(**fields, visual_tokens=tokens, image_cache=image_cache)
 
     def _remember(
@@ -156,28 +186,11 @@ class IntermediateFusionModel(FusionModel):
             blank = self.blank_picture(next(self.cross_attention.parameters()))
             rows = blank[:, None].expand(placeholders.shape[0], -1, -1, -1)
         elif image_attention_mask is not None:
-            rows = tokens.unflatten(0, (placeholders.shape[0], -1))
+            rows = _rows(tokens, image_attention_mask)
         else:
             rows = _by_row(tokens, counts)
         keys_values = self.cross_attention.keys_values(rows.flatten(1, 2))
-        return ImageCache(keys_values, rows.shape[2], torch.zeros_like(counts))
-
-    @staticmethod
-    def _look(
-        cache: ImageCache,
-        placeholders: Bool[Tensor, "B S"],
-        image_attention_mask: Tensor | None,
-        record: list[Tensor] | None,
-    ) -> Look:
-        """Which pictures the new tokens see: the ones they are told to, or the most recent one."""
-        images = cache.keys_values[0][0].shape[2] // cache.tokens
-        if image_attention_mask is not None:
-            visible = image_attention_mask.bool()
-        else:
-            latest = cache.seen[:, None] + placeholders.cumsum(dim=1) - 1
-            visible = latest[..., None] == torch.arange(images, device=latest.device)
-        mask = visible.repeat_interleave(cache.tokens, dim=-1)[:, None]
-        return Look(cache.keys_values, mask, visible.any(dim=-1, keepdim=True), record)
+        return ImageCache(keys_values, rows.shape[2], torch.zeros_like(counts), torch.zeros_like(counts))
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -189,6 +202,20 @@ class IntermediateFusionModel(FusionModel):
         if (visible := inputs.get("image_attention_mask")) is not None and inputs.get("input_ids") is not None:
             inputs["image_attention_mask"] = visible[:, -inputs["input_ids"].shape[1] :]
         return inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """With a mask, every row has its own pictures, seen or not; without one, the placeholders tell."""
+        visible, rows = kwargs.get("image_attention_mask"), {}
+        for name, dimensions in (("pixel_values", 4), ("image_features", 3)):
+            pictures = _flat(kwargs.pop(name, None), dimensions)
+            if pictures is not None and visible is not None:
+                rows[name] = _rows(pictures, visible).repeat_interleave(expand_size, dim=0)
+            elif pictures is not None:
+                kwargs[name] = pictures
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, kwargs | rows
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
@@ -207,6 +234,27 @@ class IntermediateFusionModel(FusionModel):
     ) -> None:
         """Layers that are computed again in the backward look at the pictures of their own forward."""
         super()._set_gradient_checkpointing(enable, _in_context(gradient_checkpointing_func), **kwargs)
+
+
+def _flat(pictures: Tensor | None, dimensions: int) -> Tensor | None:
+    """Pictures one after the other, whether they came so or row by row."""
+    return None if pictures is None else pictures.flatten(0, -dimensions)
+
+
+def _rows(pictures: Tensor, image_attention_mask: Tensor) -> Tensor:
+    """Pictures `(B · I, ...)` as the mask counts them: `(B, I, ...)`."""
+    rows, _, images = image_attention_mask.shape
+    if pictures.shape[0] != rows * images:
+        raise ValueError(
+            f"image_attention_mask is for {rows} rows of {images} image(s), but {pictures.shape[0]} image(s) were "
+            "given; pass the same number for every row, filled up with any that no token sees"
+        )
+    return pictures.unflatten(0, (rows, images))
+
+
+def _look(cache: ImageCache, visible: Bool[Tensor, "B S I"], record: list[Tensor] | None) -> Look:
+    mask = visible.repeat_interleave(cache.tokens, dim=-1)[:, None]
+    return Look(cache.keys_values, mask, visible.any(dim=-1, keepdim=True), record)
 
 
 def _by_row(tokens: Float[Tensor, "images T W"], counts: Int[Tensor, " B"]) -> Float[Tensor, "B I T W"]:

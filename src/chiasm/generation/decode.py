@@ -73,6 +73,15 @@ def prepare(
     }
 
 
+def stop_at_end_of_turn(model: PreTrainedModel, processor: ChiasmProcessor) -> None:
+    """Generation ends at the chat template's end-of-turn mark as well as at the end of text."""
+    stops = model.generation_config.eos_token_id
+    known = stops if isinstance(stops, list) else [stops]
+    end = processor.end_of_turn_id()
+    if end is not None and end not in known:
+        model.generation_config.eos_token_id = [stop for stop in known if stop is not None] + [end]
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,

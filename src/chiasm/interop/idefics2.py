@@ -48,7 +48,9 @@ def load_idefics2(source: str, dtype: torch.dtype | str = "auto") -> tuple[Early
     config = AutoConfig.from_pretrained(source)
     model = assemble(EarlyFusionModel, chiasm_config(config), read_weights(source), table(config), dtype=dtype)
     finish(model, source)
-    processor = load_processor(source, model, own_images=True, add_special_tokens=True, image_boundary=BOUNDARY)
+    processor = load_processor(
+        source, model, own_images=True, add_special_tokens=True, image_boundary=BOUNDARY, image_space=True
+    )
     if processor is not None:
         processor.tokenizer.add_tokens([BOUNDARY, IMAGE_TOKEN, END_OF_UTTERANCE], special_tokens=True)
         processor.image_tiles = TILES if processor.image_processor.do_image_splitting else 1
