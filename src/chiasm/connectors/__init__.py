@@ -2,7 +2,7 @@
 
 import inspect
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from chiasm.connectors.avg_pool import AveragePoolProjector
 from chiasm.connectors.base import AffineConnector, Connector
@@ -60,10 +60,10 @@ def connector_settings(spec: str | dict[str, Any]) -> dict[str, Any]:
 
 def _is_a(value: Any, kind: type | UnionType) -> bool:
     """`isinstance`, where true is no number and a whole number is a float."""
-    kinds = get_args(kind) or (kind,)
+    kinds = tuple(get_origin(part) or part for part in (get_args(kind) if isinstance(kind, UnionType) else (kind,)))
     if isinstance(value, bool):
         return bool in kinds or object in kinds
-    return isinstance(value, kind) or (isinstance(value, int) and float in kinds)
+    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
 
 
 def build_connector(
