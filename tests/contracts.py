@@ -50,17 +50,18 @@ def _check_attention(connector: Connector, features: Tensor) -> None:
         assert connector.token_grid[0] * connector.token_grid[1] == connector.num_tokens
 
 
-def check_connector_prefix(name: str, vision_width: int, language_width: int) -> None:
+def check_connector_prefix(settings: dict[str, Any], vision_width: int, language_width: int) -> None:
     """Class and register tokens in front of the patches are either read or refused when the connector is built."""
+    name = settings["name"]
     if not CONNECTORS[name].takes_prefix:
         with pytest.raises(ValueError, match=f"connector '{name}' folds the grid .* 2 class or register"):
-            build_connector(name, vision_width, language_width, (2, 3), num_prefix=2)
+            build_connector(settings, vision_width, language_width, (2, 3), num_prefix=2)
         return
-    connector = build_connector(name, vision_width, language_width, (2, 3), num_prefix=2)
+    connector = build_connector(settings, vision_width, language_width, (2, 3), num_prefix=2)
     features = torch.randn(1, 8, vision_width)
     tokens = connector(features)
     assert tokens.shape[1] == connector.num_tokens
-    features[:, 0] += 1.0
+    features[:, 0] *= -1.0
     assert not torch.allclose(connector(features), tokens)
     shares = connector.attention(features)
     assert shares.shape == (1, connector.num_tokens, 8)

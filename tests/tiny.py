@@ -116,11 +116,12 @@ CONNECTOR_OPTIONS: dict[str, dict[str, Any]] = {
     "c_abstractor": {"width": 14, "depth": 2},
     "token_packer": {"heads": 3, "head_dim": 5},
     "perceiver_resampler": {"num_latents": 5, "depth": 2, "heads": 3, "head_dim": 7},
+    "qformer": {"num_queries": 5, "width": 24, "depth": 3, "heads": 3},
     "idefics2_resampler": {"num_latents": 5, "depth": 2, "heads": 6, "key_value_heads": 2, "head_dim": 7},
 }
 """Options that make connectors small whose defaults are heavy; the others are tested as they are."""
 
 
-def connector(name: str) -> dict[str, Any]:
+def connector(name: str, **options: Any) -> dict[str, Any]:
     """Settings of a small connector of this kind."""
-    return {"name": name, **CONNECTOR_OPTIONS.get(name, {})}
+    return {"name": name, **CONNECTOR_OPTIONS.get(name, {}), **options}

@@ -26,17 +26,19 @@ class Preset:
 
 
 BEFORE_LAST = {"layers": [-2]}
+ALL_TOKENS = {"layers": ["last"], "prefix": "keep"}
+"""The class token too, after the encoder's last norm: what BLIP-2's cross-attention reads in its checkpoints."""
 
 PRESETS: dict[str, Preset] = {
     "llava": Preset("linear", "early", BEFORE_LAST, "crop", "llava", "2304.08485"),
     "llava-1.5": Preset("mlp", "early", BEFORE_LAST, "pad", "llava", "2310.03744"),
-    "blip-2": Preset({"name": "qformer", "num_queries": 32}, "early", BEFORE_LAST, "squash", "blip-2", "2301.12597"),
+    "blip-2": Preset({"name": "qformer", "num_queries": 32}, "early", ALL_TOKENS, "squash", "blip2", "2301.12597"),
     "instructblip": Preset(
-        {"name": "qformer", "num_queries": 32, "instruction": True, "vocabulary": 30523},
+        {"name": "qformer", "num_queries": 32, "instruction": True},
         "early",
-        BEFORE_LAST,
+        ALL_TOKENS,
         "squash",
-        "instructblip",
+        "blip2",
         "2305.06500",
     ),
     "flamingo": Preset(

@@ -10,14 +10,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiasm import sources
 from chiasm.comparison.cost import Cost, cost
-from chiasm.connectors import connector_settings
 from chiasm.data.chat import Message, count_images
+from chiasm.data.instruction import InstructionProcessor
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
-from chiasm.fusion.build import CONVOLUTIONAL, FUSION_MODELS, build_fusion
+from chiasm.fusion.build import CONVOLUTIONAL, build_fusion, fusion_class
 from chiasm.fusion.config import FUSIONS, ChiasmConfig
+from chiasm.fusion.start import start_of
 from chiasm.generation import decode
 from chiasm.generation.decode import Decoding
+from chiasm.interop.blip2 import load_blip2
 from chiasm.interop.idefics import load_idefics
 from chiasm.interop.idefics2 import load_idefics2
 from chiasm.interop.internvl import load_internvl
@@ -129,7 +131,8 @@ def connect(
         vision: hub id, local folder, alias, or a loaded transformers vision model.
         language: hub id, local folder, alias, or a loaded causal language model.
         connector: a name of `chiasm.connectors.CONNECTORS`, or `{"name": ..., option: ...}`; `mlp` where nothing says
-            otherwise.
+            otherwise. A `qformer` may have `init_from`, a BERT-shaped encoder, and `tokenizer`, which reads the
+            instruction.
         fusion: where the two meet, `early` where nothing says otherwise.
         preset: a system of `chiasm.presets.PRESETS`, whose choices stand where these arguments are not given.
         tokenizer: needed only where `language` is a loaded module without files behind it.
@@ -150,7 +153,7 @@ def connect(
     fusion = chosen.fusion if fusion is None else fusion
     if fusion not in FUSIONS:
         raise ValueError(f"fusion {fusion!r} is unknown; choose one of {', '.join(FUSIONS)}")
-    connector = connector_settings(chosen.connector if connector is None else connector)
+    start = start_of(chosen.connector if connector is None else connector)
     resize_mode = resize_mode or chosen.resize_mode
     vision_source = sources.resolve(vision) if isinstance(vision, str | Path) else vision
     language_source = sources.resolve(language) if isinstance(language, str | Path) else language
@@ -163,11 +166,11 @@ def connect(
     if words is not None:
         words.chat_template = chat_template or words.chat_template
         pictures = image_processor or image_processor_for(vision_source, encoder, resize_mode=resize_mode)
-        processor = ChiasmProcessor(pictures, words, token_types=attention == "prefix")
+        processor = start.processor(pictures, words, token_types=attention == "prefix")
         image_token_id = processor.image_token_id
     new: dict[str, Any] = {"patch_positions": patch_positions, "seed": seed, "cross_attention": cross_attention}
-    new["attention"] = attention
-    model = build_fusion(encoder, language_model, connector, image_token_id, fusion, **new)
+    new |= {"attention": attention, "initialise": start.initialise}
+    model = build_fusion(encoder, language_model, start.settings, image_token_id, fusion, **new)
     if processor is not None:
         processor.num_image_tokens = model.num_image_tokens
         decode.stop_at_end_of_turn(model, processor)
@@ -185,13 +188,14 @@ def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM:
 
 
 def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[FusionModel, ChiasmProcessor | None]:
-    family = FUSION_MODELS[ChiasmConfig.from_pretrained(source).fusion]
+    family = fusion_class(ChiasmConfig.from_pretrained(source))
     model, info = family.from_pretrained(source, dtype=dtype, output_loading_info=True)
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         raise ValueError(f"{source} does not hold this model's weights: {len(wrong)} keys differ, first {wrong[0]}")
     try:
-        processor = ChiasmProcessor.from_pretrained(source)
+        kind = InstructionProcessor if model.connector.reads_instruction else ChiasmProcessor
+        processor = kind.from_pretrained(source)
     except OSError:
         processor = None
     return model.eval(), processor
@@ -204,8 +208,10 @@ def best_device() -> torch.device:
 
 LOADERS = {
     "chiasm": _load_chiasm,
+    "blip-2": load_blip2,
     "idefics": load_idefics,
     "idefics2": load_idefics2,
+    "instructblip": load_blip2,
     "internvl": load_internvl,
     "llava": load_llava,
     "paligemma": load_paligemma,
@@ -249,10 +255,15 @@ def _check_agreement(model: FusionModel, processor: ChiasmProcessor) -> None:
     pairs = {
         "num_image_tokens": (model.num_image_tokens, processor.num_image_tokens),
         "image_token_id": (model.config.image_token_id, processor.image_token_id),
+        "reads_instruction": (model.connector.reads_instruction, isinstance(processor, InstructionProcessor)),
     }
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:
             raise ValueError(f"the model's {name} is {ours} but the processor's is {theirs}; load them from one folder")
+    if isinstance(processor, InstructionProcessor):
+        known, words = model.config.connector["vocabulary"], len(processor.instruction_tokenizer)
+        if words > known:
+            raise ValueError(f"the instruction's tokenizer has {words} tokens, the connector's vocabulary {known}")
 
 
 def _conversation(images: Any, prompt: str, history: list[Message] | None) -> tuple[list[Message], list[Any]]:

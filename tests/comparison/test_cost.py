@@ -6,12 +6,17 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import T5Config
+from transformers.modeling_outputs import BaseModelOutput
 
 import chiasm
 import tiny
 from chiasm.comparison.cost import encode_flops
 from chiasm.comparison.describe import describe
 from chiasm.connectors import CONNECTORS
+from chiasm.fusion.config import ChiasmConfig
+from chiasm.fusion.early_seq2seq import EarlySeq2SeqModel
+from chiasm.vision.encoder import load_vision
 
 
 def connect(vision: str, language: str, connector: str | dict[str, Any] = "mlp") -> chiasm.VLM:
@@ -88,3 +93,34 @@ def test_description_is_complete() -> None:
     assert facts["tokens_per_image"] == 9
     with pytest.raises(ValueError, match="images=-1"):
         vlm.cost(images=-1)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_encoder_decoder(gated: bool) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 262, "d_model": 36, "d_ff": 52, "d_kv": 7, "num_heads": 5, "num_layers": 2}
+    text = T5Config(**sizes, num_decoder_layers=3, feed_forward_proj="gated-gelu" if gated else "relu")
+    vision = load_vision(tiny.vision())
+    config = ChiasmConfig(
+        vision_config=vision.model.config.to_dict(),
+        text_config=text.to_dict(),
+        connector=tiny.connector("qformer"),
+        features=vision.features.to_dict(),
+        image_token_id=260,
+    )
+    model = EarlySeq2SeqModel(config, vision=vision).eval()
+    model.set_attn_implementation("eager")
+    cost = chiasm.VLM(model, None).cost(images=2, text_tokens=7)
+    ids = torch.cat([torch.full((1, 10), 260), torch.randint(0, 250, (1, 7))], dim=1)
+    inputs = {"input_ids": ids, "image_features": torch.randn(2, 9, 24)}
+    first = torch.zeros(1, 1, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        output = model(**inputs, decoder_input_ids=first, use_cache=True)
+    assert counter.get_total_flops() == cost.prefill_flops + cost.connect_flops
+    caches = (output.cache.self_attention_cache, output.cache.cross_attention_cache)
+    tensors = [tensor for cache in caches for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == cost.kv_cache_bytes
+    states = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(encoder_outputs=states, decoder_input_ids=first, cache=output.cache, use_cache=True)
+    assert counter.get_total_flops() == cost.decode_flops

@@ -17,7 +17,7 @@ def test_contract(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONNECTORS)
 def test_prefix_tokens_are_read_or_refused(name: str) -> None:
-    check_connector_prefix(name, 20, 36)
+    check_connector_prefix(tiny.connector(name), 20, 36)
 
 
 def test_linear_is_one_matrix() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from chiasm.comparison.seq2seq_cost import LanguageCost, seq2seq_cost
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.language.adapter import layers
@@ -44,18 +45,31 @@ def cost(model: FusionModel, images: int = 1, text_tokens: int = 64) -> Cost:
         raise ValueError(f"images={images}, text_tokens={text_tokens}; expected at least 0 and 1")
     visual = images * model.connector.num_tokens
     sequence = images * model.num_image_tokens + text_tokens
-    per_token = kv_bytes_per_token(model)
-    looked_at, per_look, kept = _cross_attention(model, visual)
+    if model.config.is_encoder_decoder:
+        language = seq2seq_cost(model.language, sequence)
+    else:
+        language = _decoder_cost(model, sequence, visual)
     return Cost(
         parameters={part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts(model)},
         visual_tokens=visual,
         sequence=sequence,
         encode_flops=images * encode_flops(model.vision),
         connect_flops=images * model.connector.flops(),
+        prefill_flops=language.prefill_flops,
+        decode_flops=language.decode_flops,
+        kv_cache_bytes=language.cache_bytes,
+        kv_cache_bytes_per_token=language.cache_bytes_per_token,
+    )
+
+
+def _decoder_cost(model: FusionModel, sequence: int, visual_tokens: int) -> LanguageCost:
+    per_token = kv_bytes_per_token(model)
+    looked_at, per_look, kept = _cross_attention(model, visual_tokens)
+    return LanguageCost(
         prefill_flops=language_flops(model, new=sequence, context=sequence, logits=1) + looked_at + per_look * sequence,
         decode_flops=language_flops(model, new=1, context=sequence + 1, logits=1) + per_look,
-        kv_cache_bytes=per_token * sequence + kept,
-        kv_cache_bytes_per_token=per_token,
+        cache_bytes=per_token * sequence + kept,
+        cache_bytes_per_token=per_token,
     )
 
 

@@ -14,6 +14,7 @@ from chiasm.connectors.mlp import MLPProjector
 from chiasm.connectors.patch_merger import PatchMerger
 from chiasm.connectors.perceiver_resampler import PerceiverResampler
 from chiasm.connectors.pixel_shuffle import PixelShuffleProjector
+from chiasm.connectors.qformer import QFormer
 from chiasm.connectors.token_packer import TokenPacker
 
 CONNECTORS: dict[str, type[Connector]] = {
@@ -27,6 +28,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "token_packer": TokenPacker,
     "perceiver_resampler": PerceiverResampler,
     "idefics2_resampler": Idefics2Resampler,
+    "qformer": QFormer,
 }
 
 __all__ = ["CONNECTORS", "AffineConnector", "Connector", "build_connector", "connector_settings"]

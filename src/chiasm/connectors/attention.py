@@ -13,15 +13,15 @@ def attend(
     query: Float[Tensor, "... S C"],
     key: Float[Tensor, "... L C"],
     value: Float[Tensor, "... L C"],
-    mask: Bool[Tensor, "... 1 L"] | None = None,
+    mask: Bool[Tensor, "... _ L"] | None = None,
 ) -> tuple[Float[Tensor, "... S C"], Float[Tensor, "... S L"]]:
     """What every query reads, and how much of it from where; softmax in float32.
 
     Args:
-        mask: keys that may be read.
+        mask: keys that may be read; a query that may read none reads all alike.
     """
     scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     return torch.matmul(weights, value), weights

@@ -76,8 +76,7 @@ def load_pixels(sample: Sample, processor: ChiasmProcessor) -> Tensor | None:
 
 def collate(items: Sequence[Item], processor: ChiasmProcessor) -> Batch:
     """Items padded on the right, their pictures in the order of the placeholders."""
-    padded = processor.pad([item.tokens for item in items], side="right")
-    inputs = dict(padded)
+    inputs = processor.pad([item.tokens for item in items], side="right")
     pictures = [item.pictures for item in items if item.pictures is not None]
     if pictures:
         encoded = any(item.encoded for item in items)

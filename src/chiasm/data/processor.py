@@ -51,6 +51,7 @@ class ChiasmProcessor(ProcessorMixin):
         image_boundary: str | None = None,
         image_space: bool = False,
         image_tiles: int = 1,
+        **parts: Any,
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
@@ -69,7 +70,7 @@ class ChiasmProcessor(ProcessorMixin):
         self.image_tiles = image_tiles
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **parts)
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "ChiasmProcessor":
@@ -122,7 +123,7 @@ class ChiasmProcessor(ProcessorMixin):
             _check_count(sum(counts), len(flat))
             if self.image_space:
                 prompts = [apart(prompt) for prompt in prompts]
-            encoded = [self._tokenize(prompt, [], special=not self._has_bos(prompt)) for prompt in prompts]
+            encoded = [self.encode_text(prompt) for prompt in prompts]
         inputs = self.pad(encoded, side=padding_side)
         inputs.pop("labels", None)
         if flat:
@@ -178,6 +179,10 @@ class ChiasmProcessor(ProcessorMixin):
         if supervise and all(label == IGNORE for label in encoded["labels"]):
             raise ValueError("no token is supervised: the conversation has no answer by the assistant")
         return encoded
+
+    def encode_text(self, text: str) -> dict[str, list[int]]:
+        """Token ids of a rendered prompt, with the tokenizer's own special tokens unless the prompt has them."""
+        return self._tokenize(text, [], special=not self._has_bos(text))
 
     def _has_bos(self, text: str) -> bool:
         return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)

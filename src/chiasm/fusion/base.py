@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
@@ -18,12 +18,20 @@ from chiasm.connectors import build_connector
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.generation_inputs import expand_images, without_placeholders
 from chiasm.fusion.part_dtypes import PartDtypes, set_config_dtypes
-from chiasm.language.adapter import accepts, embedding_width, logits_at, vocabulary
+from chiasm.language.adapter import accepts, build_language, embedding_width, logits_at, vocabulary
 from chiasm.language.next_token import next_token_loss, supervised_positions
 from chiasm.positions import grid as grid_positions
 from chiasm.vision.encoder import VisionEncoder, VisionFeatures
 
-PICTURE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_features", "instruction_ids", "instruction_mask")
+PICTURE_INPUTS = (
+    "pixel_values",
+    "pixel_attention_mask",
+    "image_features",
+    "instruction_ids",
+    "instruction_mask",
+    "qformer_input_ids",
+    "qformer_attention_mask",
+)
 """Inputs with one row for each picture, which beams repeat by the pictures of a conversation."""
 
 
@@ -66,7 +74,7 @@ class FusionModel(PartDtypes, GenerationMixin):
         set_config_dtypes(config)
         features = VisionFeatures.from_dict(config.features)
         self.vision = vision or VisionEncoder.from_config(config.vision_config, features)
-        self.language = language or AutoModelForCausalLM.from_config(config.text_config)
+        self.language = language or build_language(config.text_config)
         config.vision_config, config.text_config = self.vision.model.config, self.language.config
         width = self.vision.width + (grid_positions.WIDTH if config.patch_positions == "grid" else 0)
         self.connector = build_connector(
@@ -165,9 +173,15 @@ class FusionModel(PartDtypes, GenerationMixin):
         image_features: Float[Tensor, "images N D_v"] | None = None,
         instruction_ids: Int[Tensor, "images L"] | None = None,
         instruction_mask: Int[Tensor, "images L"] | None = None,
+        qformer_input_ids: Int[Tensor, "images L"] | None = None,
+        qformer_attention_mask: Int[Tensor, "images L"] | None = None,
         pixel_attention_mask: Tensor | None = None,
     ) -> Float[Tensor, "images T D_l"] | None:
-        """Visual tokens of pictures or of their encoded features; None without either."""
+        """Visual tokens of pictures or of their encoded features; None without either.
+
+        Args:
+            qformer_input_ids, qformer_attention_mask: InstructBLIP's names of the instruction and its mask.
+        """
         more: dict[str, Tensor | None] = {}
         if pixel_values is not None:
             image_features = self.encode_images(pixel_values, pixel_attention_mask)
@@ -176,7 +190,8 @@ class FusionModel(PartDtypes, GenerationMixin):
         if (patches := self.vision.patch_mask(pixel_attention_mask)) is not None:
             more["patch_mask"] = patches.flatten(1)
         if self.connector.reads_instruction:
-            more |= {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask}
+            more["instruction_ids"] = qformer_input_ids if instruction_ids is None else instruction_ids
+            more["instruction_mask"] = qformer_attention_mask if instruction_mask is None else instruction_mask
         return self.connect_features(image_features, **more)
 
     def blank_picture(self, like: Tensor) -> Float[Tensor, "1 T D_l"]:
@@ -187,7 +202,9 @@ class FusionModel(PartDtypes, GenerationMixin):
             features = self.encode_images(torch.zeros(1, 3, height, width, device=like.device, dtype=self.dtype))
         else:
             features = torch.zeros(1, self.vision.num_patches, self.vision.width, device=like.device, dtype=like.dtype)
-        return self.connect_features(features)
+        hidden = torch.zeros(1, 1, dtype=torch.long, device=like.device)
+        instruction = {"instruction_ids": hidden, "instruction_mask": hidden}
+        return self.connect_features(features, **instruction if self.connector.reads_instruction else {})
 
     def predict(
         self,
@@ -246,6 +263,21 @@ class FusionModel(PartDtypes, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def picture_prompts(self, count: int) -> Int[Tensor, "B S"]:
+        """The shortest prompt of a picture, `count` times: its placeholders and the beginning of text."""
+        begin = self.config.text_config.bos_token_id
+        prompt = [self.config.image_token_id] * self.num_image_tokens + ([] if begin is None else [begin])
+        return torch.tensor([prompt] * count, device=self.device)
+
+    def _maybe_initialize_input_ids_for_generation(
+        self, inputs: Tensor | None, bos_token_id: Tensor | int | None, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Pictures without text are prompts of their own."""
+        pictures = next((model_kwargs[name] for name in PICTURE_INPUTS[:2] if name in model_kwargs), None)
+        if inputs is None and pictures is not None and "inputs_embeds" not in model_kwargs:
+            return self.picture_prompts(len(pictures))
+        return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any

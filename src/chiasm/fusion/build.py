@@ -1,5 +1,6 @@
 """Two loaded parts become one model whose visual tokens are as loud as the words are."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -8,17 +9,28 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chiasm.connectors import connector_settings
+from chiasm.connectors import Connector, connector_settings
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.cross_attention_settings import cross_attention_settings
 from chiasm.fusion.early import EarlyFusionModel
+from chiasm.fusion.early_seq2seq import EarlySeq2SeqModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.language.adapter import embedding_scale, embedding_width, head_is_direct, layers, vocabulary
 from chiasm.vision.encoder import VisionEncoder
 
 FUSION_MODELS: dict[str, type[FusionModel]] = {"early": EarlyFusionModel, "intermediate": IntermediateFusionModel}
 """Where the modalities first meet → the generative model that meets there."""
+
+
+def fusion_class(config: ChiasmConfig) -> type[FusionModel]:
+    """The class of a configuration's model."""
+    if config.is_encoder_decoder and config.fusion == "early":
+        return EarlySeq2SeqModel
+    if config.is_encoder_decoder:
+        raise ValueError(f"fusion {config.fusion!r} takes no encoder-decoder language model; use fusion early")
+    return FUSION_MODELS[config.fusion]
+
 
 CONVOLUTIONAL = ("efficientnet_lite", "convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet", "mobilenet_v2")
 """Encoders without position embeddings, to whose patch features `patch_positions: auto` appends coordinates."""
@@ -34,8 +46,9 @@ def build_fusion(
     seed: int = 0,
     cross_attention: dict[str, Any] | None = None,
     attention: str = "causal",
+    initialise: Callable[[Connector], None] | None = None,
 ) -> FusionModel:
-    """A model around two loaded parts, whose new weights are drawn from `seed`.
+    """A model around two loaded parts, whose new weights are drawn from `seed`, or given by `initialise`.
 
     The connector's output is scaled to the language model's embedding scale, measured on synthetic pictures.
     """
@@ -58,7 +71,9 @@ def build_fusion(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FUSION_MODELS[fusion](config, vision=vision, language=language)
+        model = fusion_class(config)(config, vision=vision, language=language)
+    if initialise is not None:
+        initialise(model.connector)
     model.connector.to(device=language.device, dtype=language.dtype)
     scale_connector(model, samples)
     if isinstance(model, IntermediateFusionModel):

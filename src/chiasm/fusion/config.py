@@ -66,6 +66,8 @@ class ChiasmConfig(PreTrainedConfig):
             raise ValueError(f"attention 'prefix' is for fusion 'early', got fusion {self.fusion!r}; use 'causal'")
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(self.get_text_config().tie_word_embeddings)
+        text: Any = self.text_config
+        self.is_encoder_decoder = text.is_encoder_decoder
 
 
 AutoConfig.register("chiasm", ChiasmConfig, exist_ok=True)

@@ -78,6 +78,8 @@ class EarlyFusionModel(FusionModel):
         instruction_ids: Int[Tensor, "images L"] | None = None,
         instruction_mask: Int[Tensor, "images L"] | None = None,
         token_type_ids: Int[Tensor, "B S"] | None = None,
+        qformer_input_ids: Int[Tensor, "images L"] | None = None,
+        qformer_attention_mask: Int[Tensor, "images L"] | None = None,
         labels: Int[Tensor, "B S"] | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -94,6 +96,7 @@ class EarlyFusionModel(FusionModel):
             image_features: encoded pictures instead, as `encode_images` returns them.
             instruction_ids: for each picture, the instruction in the connector's own tokens, where it reads one.
             token_type_ids: with `attention: prefix`, 0 for the prefix, 1 for what is read causally.
+            qformer_input_ids: the same by InstructBLIP's name.
             labels: the tokens themselves where they are supervised, −100 elsewhere.
             return_logits: with labels, whether to return logits of the whole sequence beside the loss.
 
@@ -101,7 +104,8 @@ class EarlyFusionModel(FusionModel):
             ValueError: pictures and placeholders do not match; the message has both counts.
         """
         pictures, masks = real_pictures(pixel_values, pixel_attention_mask)
-        tokens = self.visual_tokens(pictures, image_features, instruction_ids, instruction_mask, masks)
+        instruction = (instruction_ids, instruction_mask, qformer_input_ids, qformer_attention_mask)
+        tokens = self.visual_tokens(pictures, image_features, *instruction, masks)
         inputs_embeds = self.embed(input_ids, inputs_embeds, tokens)
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         inputs |= self._token_types(inputs, token_type_ids, cache)

@@ -97,7 +97,8 @@ def generate(
         return []
     inputs = prepare(model, processor, messages, images, decoding.max_new_tokens)
     tokens = model.generate(**inputs, pad_token_id=processor.tokenizer.pad_token_id, **decoding.arguments())
-    answers = processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    prompt = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    answers = processor.tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
 

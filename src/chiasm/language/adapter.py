@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -64,6 +65,11 @@ def _caches_attention(model: PreTrainedModel) -> bool:
         return False
     token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     return getattr(model(input_ids=token, use_cache=True), "past_key_values", None) is not None
+
+
+def build_language(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal or an encoder–decoder language model with fresh weights."""
+    return (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
