@@ -32,6 +32,12 @@ STEPS: dict[str, list[tuple[str, str]]] = {
         ("attention", "in the 2 × 2 region"),
         ("MLP", "1024 → 576 → 576"),
     ],
+    "qformer": [
+        ("32 queries", "learned, 768"),
+        ("self-attention", "12 layers"),
+        ("cross-attention", "every second layer"),
+        ("Linear", "768 → 576"),
+    ],
     "perceiver_resampler": [
         ("64 latents", "learned, 768"),
         ("attend, MLP", "6 layers"),
@@ -92,7 +98,7 @@ def draw(name: str) -> str:
         x += width
         parts.append(arrow(round(x) + 3))
         x += 34
-    grid = shape or (8, connector.num_tokens // 8)
+    grid = shape or (connector.num_tokens // 8, 8)
     size = 140 / max(grid)
     parts.append(cells(x, 28, grid, size, "token", "marked", {middle}))
     parts.append(text(round(x) + 70, 190, f"{connector.num_tokens} visual tokens, 576 wide", small=True))
