@@ -42,6 +42,7 @@ from chiasm.training.features import Features
 from chiasm.training.log import Reporter
 from chiasm.training.recipe import load_recipe
 from chiasm.training.source import Source, survey
+from chiasm.training.stage_model import AnswerModel
 from chiasm.training.stage_run import StageRun
 from chiasm.vision.image_processor import ChiasmImageProcessor
 from measure import Block, Gate, Worker, foreign_text, in_turns, machine, quiet, ratio, reset_peak_memory
@@ -174,18 +175,24 @@ class TimedRun(StageRun):
         self.prepared[step] = time.perf_counter() - started
         return made
 
-    def _optimize(self, step: int, batches: list[Batch]) -> tuple[float, float]:
+    def _optimize(self, step: int, batches: list[Batch]) -> tuple[dict[str, float], float]:
         self.gate.wait()
         self.started = time.perf_counter()
         return super()._optimize(step, batches)
 
-    def _log_step(self, step: int, batches: list[Batch], skipped: dict[str, str], loss: float, *rest: float) -> None:
-        super()._log_step(step, batches, skipped, loss, *rest)
+    def _log_step(
+        self, step: int, batches: list[Batch], skipped: dict[str, str], losses: dict[str, float], *rest: float
+    ) -> None:
+        super()._log_step(step, batches, skipped, losses, *rest)
         seconds = time.perf_counter() - self.started + self.prepared[step]
         state = self.optimizer.state_dict()
         moment = torch.cat([state[f"exp_avg/{name}"].flatten() for name in self.optimizer.parameters])
         self.gate.done(
-            seconds=seconds, loss=loss, moment=moment.numpy(), work=work(self.model, batches[0]), **padding(batches[0])
+            seconds=seconds,
+            loss=sum(losses.values()),
+            moment=moment.numpy(),
+            work=work(self.model, batches[0]),
+            **padding(batches[0]),
         )
 
     def _finish(self, seconds: float) -> None:
@@ -206,7 +213,7 @@ def chiasm_side(gate: Gate, case: Case) -> None:
 def peer_side(gate: Gate, case: Case) -> None:
     """The loop that one writes by hand around `LlavaForConditionalGeneration`."""
     model = build_llava(case.tokens).train()
-    batches = peer_batches(case)
+    batches = peer_batches(case, model)
     model.requires_grad_(False)
     projector = model.model.multi_modal_projector.requires_grad_(True)
     parameters = list(projector.parameters())
@@ -227,12 +234,12 @@ def peer_side(gate: Gate, case: Case) -> None:
         del loss
 
 
-def peer_batches(case: Case) -> list[Batch]:
+def peer_batches(case: Case, model: LlavaForConditionalGeneration) -> list[Batch]:
     """The batches that Chiasm's trainer draws, with pixels instead of features."""
     processor, samples = build_processor(case.tokens), build_samples(case.batch * case.batches, case.even)
     found = survey(samples, case.tokens, False, Reporter("quiet"))
     source, order = (
-        Source(samples, processor, None),
+        Source(samples, AnswerModel(model, processor)),
         Order(found.usable, found.lengths, load_recipe(case.recipe).stages[0], 0),
     )
     with ThreadPoolExecutor(1) as pool:

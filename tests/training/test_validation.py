@@ -5,7 +5,8 @@ import torch
 
 from chiasm.data.schema import Sample
 from chiasm.training.source import Source
-from chiasm.training.validation import Validator, mean_loss, with_wrong_pictures
+from chiasm.training.stage_model import AnswerModel
+from chiasm.training.validation import Validator, mean_losses, with_wrong_pictures
 
 
 def keys(sample: Sample) -> set[str]:
@@ -30,8 +31,8 @@ def test_a_picture_without_another_has_no_control_unless_others_lend_one() -> No
 
 def validator(data: list[Sample], size: int) -> tuple[Validator, torch.nn.Module]:
     model = helpers.vlm()
-    made = Validator(lambda samples: Source(samples, model.processor, None), data, [], size, 0, None)
-    return made, model.model
+    learner = AnswerModel(model.model, model.processor)
+    return Validator(learner, lambda samples: Source(samples, learner), data, [], size, 0, None), model.model
 
 
 def test_the_loss_is_per_supervised_token_whatever_the_batches() -> None:
@@ -39,7 +40,7 @@ def test_the_loss_is_per_supervised_token_whatever_the_batches() -> None:
     losses = []
     for size in (1, 5, 12):
         made, model = validator(data, size)
-        losses.append(made.run(model, torch.float32))
+        losses.append(made.run(torch.float32))
     assert made.controlled and losses[0]["samples"] == 12
     for one in losses[1:]:
         assert abs(one["loss"] - losses[0]["loss"]) < 1e-5
@@ -47,10 +48,10 @@ def test_the_loss_is_per_supervised_token_whatever_the_batches() -> None:
     made, model = validator(data, 12)
     with torch.no_grad():
         direct = model(**made.right[0].inputs).loss
-    assert abs(mean_loss(model, made.right, torch.float32) - direct.item()) < 1e-5
+    assert abs(mean_losses(made.learner, made.right, torch.float32)["next_token"] - direct.item()) < 1e-5
 
 
 def test_without_pictures_there_is_no_control() -> None:
-    made, model = validator([helpers.sample(index, images=0) for index in range(3)], 2)
-    result = made.run(model, torch.float32)
+    made, _ = validator([helpers.sample(index, images=0) for index in range(3)], 2)
+    result = made.run(torch.float32)
     assert result["shuffled_loss"] is None and result["answers"] == []

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import ProcessorMixin
 
 from chiasm.data.processor import IGNORE, ChiasmProcessor
 from chiasm.data.schema import ImageError, Problem, Sample, SampleError
@@ -57,7 +58,7 @@ def encode_sample(sample: Sample, processor: ChiasmProcessor, max_length: int | 
     return tokens
 
 
-def load_pixels(sample: Sample, processor: ChiasmProcessor) -> Tensor | None:
+def load_pixels(sample: Sample, processor: ProcessorMixin) -> Tensor | None:
     """The pictures of a sample, decoded and resized: (I, 3, H, W).
 
     Raises:

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from chiasm.fusion.config import ChiasmConfig
-
 PART_CONFIGS = {"vision": "vision_config", "language": "text_config"}
 """Parts that are built from a configuration of their own."""
 
@@ -55,7 +53,7 @@ def part_dtypes(model: PreTrainedModel) -> Mapping[str, torch.dtype]:
     return {part: dtype for part, dtype in first.items() if dtype is not None}
 
 
-def set_config_dtypes(config: ChiasmConfig) -> None:
+def set_config_dtypes(config: PreTrainedConfig) -> None:
     """Writes the parts' dtypes into their own configurations, from which transformers then builds the parts."""
     for part, name in PART_CONFIGS.items():
         if config.part_dtypes and part in config.part_dtypes:

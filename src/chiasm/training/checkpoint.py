@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -84,6 +85,21 @@ def newest_checkpoint(folder: Path, stages: list[str]) -> tuple[Checkpoint | Non
             return Checkpoint(Position(**state), load_file(path / WEIGHTS), load_file(path / OPTIMIZER)), notes
         notes.append(f"checkpoint {path.name} is ignored: {damage}")
     return None, notes
+
+
+@torch.no_grad()
+def restore(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], originals: dict[str, Tensor]) -> None:
+    """Puts a checkpoint's weights into a model's parameters, and into the originals of frozen copies.
+
+    Raises:
+        ValueError: the model has no weight of that name, or another shape.
+    """
+    for name, tensor in weights.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ValueError(f"the checkpoint's weight {name} {tuple(tensor.shape)} does not fit this model")
+        parameters[name].data.copy_(tensor)
+        if name in originals:
+            originals[name].copy_(tensor)
 
 
 @contextmanager

@@ -12,10 +12,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
-from chiasm.data.processor import ChiasmProcessor
 from chiasm.training.checkpoint import (
     Checkpoint,
     Position,
@@ -65,7 +64,7 @@ class Run:
         save_checkpoint(self.folder / CHECKPOINTS, Checkpoint(position, weights, moments), self.stages, keep)
         self.log.write("checkpoint", stage, step, finished=finished)
 
-    def save_model(self, stage: str, model: PreTrainedModel, processor: ChiasmProcessor) -> Path:
+    def save_model(self, stage: str, model: PreTrainedModel, processor: ProcessorMixin) -> Path:
         """The finished stage as a model folder; that of the last stage is the run's result too."""
         names = [stage, MODEL] if stage == self.stages[-1] else [stage]
         for name in names:

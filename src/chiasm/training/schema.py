@@ -20,6 +20,8 @@ from pydantic import (
 )
 from pydantic import model_validator as validates_model
 
+from chiasm.objectives import CAPTION_OBJECTIVES, OBJECTIVES
+
 PARTS = ("vision", "connector", "language", "cross_attention")
 OTHER_PARTS = "*"
 LENGTHS = ("epochs", "steps", "samples")
@@ -69,6 +71,14 @@ class Validation(Strict):
     answers: NonNegativeInt = Field(4, description="answers that are generated and logged")
 
 
+class Captions(Strict):
+    """How objectives other than `next_token` read the assistant's words."""
+
+    length: Annotated[int, Field(ge=3, description="tokens of a caption; a longer one loses its end")] = 32
+    init_from: str | None = Field(None, description="a BERT-shaped encoder that lends its tokenizer and words")
+    space: PositiveInt = Field(256, description="width of the space where pictures and captions are compared")
+
+
 class Settings(Strict):
     """How a stage is run."""
 
@@ -94,9 +104,24 @@ class Settings(Strict):
     keep_checkpoints: PositiveInt = Field(2, description="how many of the newest stay")
     seed: int = Field(0, description="of the order, dropout and new LoRA weights")
     skip_bad: bool = Field(False, description="leave unusable samples out and count them, instead of stopping")
-    objective: Literal["next_token"] = "next_token"
+    objectives: Annotated[list[str], Field(min_length=1, description="what is learned; their losses are summed")] = [
+        "next_token"
+    ]
+    captions: Captions = Field(default_factory=lambda: Captions.model_validate({}))
     max_length: PositiveInt | None = Field(None, description="tokens of a sample; by default the model's context")
     group_by_length: bool = Field(True, description="batches of samples of similar length, to pad less")
+
+    @field_validator("objectives")
+    @classmethod
+    def _go_together(cls, names: list[str]) -> list[str]:
+        unknown = [name for name in names if name not in OBJECTIVES]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no objective; choose of {', '.join(OBJECTIVES)}")
+        if len(set(names)) < len(names):
+            raise ValueError("an objective stands here twice")
+        if "next_token" in names and len(names) > 1:
+            raise ValueError("next_token trains the language model's reading, the others do without: make two stages")
+        return names
 
     @field_validator("checkpoint_every")
     @classmethod
@@ -116,6 +141,18 @@ class Settings(Strict):
                 f"{given[0]} ({getattr(self, given[0])}); remove one of them"
             )
         return self
+
+    @validates_model(mode="after")
+    def _has_company(self) -> "Settings":
+        compared = [name for name in self.objectives if name in ("contrastive", "matching")]
+        if compared and self.batch_size < 2:
+            raise ValueError(f"{compared[0]} compares the pairs of a batch; batch_size must be 2 or more")
+        return self
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the assistant's words are captions of one picture each, instead of answers."""
+        return self.objectives[0] in CAPTION_OBJECTIVES
 
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps that the stage takes on so many samples."""

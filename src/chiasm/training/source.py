@@ -3,28 +3,35 @@
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from chiasm.data.collation import Batch, Item, collate, encode_sample, load_pixels
-from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.collation import Batch, Item, load_pixels
 from chiasm.data.schema import Sample, SampleError, text_of
 from chiasm.training.features import Rows, with_hint
 from chiasm.training.fingerprint import sample_fingerprint
 from chiasm.training.log import Reporter
+from chiasm.training.stage_model import StageModel
 
 CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the data found. `lengths` are estimates in tokens, aligned with `usable`."""
+    """What one pass over the data found. `lengths` (in tokens, estimated) and `pictures` are aligned with `usable`."""
 
     usable: list[int]
     lengths: list[int]
+    pictures: list[int]
     fingerprint: str
     bad: dict[int, str] = field(default_factory=dict)
+
+    def with_one_picture(self) -> "Survey":
+        """The samples that a caption objective can use."""
+        kept = [place for place, count in enumerate(self.pictures) if count == 1]
+        usable, lengths = [self.usable[place] for place in kept], [self.lengths[place] for place in kept]
+        return replace(self, usable=usable, lengths=lengths, pictures=[1] * len(kept))
 
 
 def survey(samples: Sequence[Sample], tokens_per_image: int, skip_bad: bool, reporter: Reporter) -> Survey:
@@ -35,7 +42,7 @@ def survey(samples: Sequence[Sample], tokens_per_image: int, skip_bad: bool, rep
         ValueError: no sample is left.
     """
     digest = hashlib.sha256()
-    usable, lengths, bad = [], [], {}
+    usable, lengths, pictures, bad = [], [], [], {}
     with reporter.task("reading the data", len(samples)) as task:
         for index in range(len(samples)):
             try:
@@ -48,13 +55,14 @@ def survey(samples: Sequence[Sample], tokens_per_image: int, skip_bad: bool, rep
             else:
                 usable.append(index)
                 lengths.append(_length(sample, tokens_per_image))
+                pictures.append(len(sample.images))
                 digest.update(sample_fingerprint(sample))
             task.advance()
     if not usable:
         raise ValueError(
             f"none of the {len(samples)} samples is usable" if len(samples) else "the data holds no samples"
         )
-    return Survey(usable, lengths, digest.hexdigest(), bad)
+    return Survey(usable, lengths, pictures, digest.hexdigest(), bad)
 
 
 def usable_samples(samples: Sequence[Sample], at_most: int, skip_bad: bool) -> list[Sample]:
@@ -83,8 +91,7 @@ class Source:
     """Prepares samples: text as tokens, pictures as cached features or as pixels."""
 
     samples: Sequence[Sample]
-    processor: ChiasmProcessor
-    max_length: int | None
+    learner: StageModel
     rows: Rows | None = None
     skip_bad: bool = False
 
@@ -101,7 +108,7 @@ class Source:
         for index in indices:
             try:
                 sample = self.samples[index]
-                ready.append((index, sample, encode_sample(sample, self.processor, self.max_length)))
+                ready.append((index, sample, self.learner.encode(sample)))
             except SampleError as error:
                 self._leave_out(error, skipped)
         items = []
@@ -110,7 +117,7 @@ class Source:
                 self._leave_out(pictures, skipped)
             else:
                 items.append(Item(sample.id, tokens, pictures, self.rows is not None))
-        return (collate(items, self.processor) if items else None), skipped
+        return (self.learner.collate(items) if items else None), skipped
 
     def is_readable(self, index: int) -> bool:
         """Whether a sample's pictures can be read."""
@@ -119,7 +126,7 @@ class Source:
     def _pictures(self, ready: tuple[int, Sample, dict[str, list[int]]]) -> Tensor | SampleError | None:
         index, sample, _ = ready
         try:
-            return load_pixels(sample, self.processor) if self.rows is None else self.rows.read(index, sample)
+            return load_pixels(sample, self.learner.processor) if self.rows is None else self.rows.read(index, sample)
         except SampleError as error:
             return error
 

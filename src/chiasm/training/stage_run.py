@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chiasm.data.collation import Batch, load_pixels
@@ -22,10 +22,9 @@ from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import Sample
 from chiasm.data.splits import Subset
 from chiasm.fusion.adapters import merge_adapters, plain_name
-from chiasm.language.adapter import context_length
 from chiasm.training.attention import fast_attention
 from chiasm.training.batches import WORKERS, Order, prefetch, seed_of
-from chiasm.training.checkpoint import TrainingError
+from chiasm.training.checkpoint import TrainingError, restore
 from chiasm.training.compiling import compiled_layers
 from chiasm.training.features import Rows, stage_features
 from chiasm.training.log import Reporter, peak_memory, plan_fields
@@ -34,8 +33,9 @@ from chiasm.training.precision import autocast, choose_dtype, stage_precision
 from chiasm.training.run import Run
 from chiasm.training.schema import Stage
 from chiasm.training.source import Source, Survey, usable_samples
+from chiasm.training.stage_model import stage_model
 from chiasm.training.stages import check_first_step, digests, enter, set_modes
-from chiasm.training.validation import Generate, Validator
+from chiasm.training.validation import Generate, Validator, by_objective
 
 SPARE_PICTURES = 8
 NAMED = 8
@@ -64,15 +64,28 @@ class Context:
 class StageRun:
     """One stage of a run, from the freeze plan to the model folder."""
 
-    def __init__(self, context: Context, number: int, stage: Stage) -> None:
+    def __init__(self, context: Context, number: int, stage: Stage, earlier: Sequence[Stage] = ()) -> None:
+        """
+        Args:
+            earlier: the recipe's stages before this one.
+        """
         self.context, self.number, self.stage = context, number, stage
-        self.model, self.log, self.reporter = context.model, context.run.log, context.reporter
+        self.new_objectives = not earlier or earlier[-1].objectives != stage.objectives
+        self.log, self.reporter = context.run.log, context.reporter
+        taught = [context.run.folder / other.name for other in earlier if other.reads_captions]
+        self.learner = stage_model(context.model, context.processor, stage, number, taught[-1] if taught else None)
+        self.model = self.learner.model
         self.device = self.model.device
         self.dtype = choose_dtype(stage.dtype, self.device)
         self.resumed = context.run.resumed_in(stage.name)
         self.first_step = self.resumed.position.step if self.resumed is not None else 0
-        survey = context.survey
+        survey = context.survey.with_one_picture() if stage.reads_captions else context.survey
         self.order = Order(survey.usable, survey.lengths if stage.group_by_length else None, stage, number)
+        self.left_out = len(context.survey.usable) - len(survey.usable)
+        if not survey.usable:
+            raise ValueError(
+                f"stage {stage.name!r} reads captions of one picture each, and the data has no such sample"
+            )
         self.num_steps = stage.num_steps(len(survey.usable))
         self.originals: dict[str, Tensor] = {}
 
@@ -81,8 +94,10 @@ class StageRun:
         torch.manual_seed(seed_of(self.stage.seed, self.number))
         self.plan = enter(self.model, self.stage)
         self.reporter.plan(self.plan)
-        about = {"steps": self.num_steps, "objectives": self.stage.objective, "dtype": _name(self.dtype)}
+        about = {"steps": self.num_steps, "objectives": ", ".join(self.stage.objectives), "dtype": _name(self.dtype)}
         self.log.write("plan", self.stage.name, self.first_step, **about, **plan_fields(self.plan))
+        if self.left_out:
+            self._warn(self.first_step, f"{self.left_out} samples do not have exactly one picture and are left out")
         self._prepare_data()
         if self.stage.init == "closed_form" and self.resumed is None:
             self._start_in_closed_form()
@@ -93,7 +108,7 @@ class StageRun:
                 state.enter_context(compiled_layers(self.model.language, self.stage.compile))
             self.optimizer = StageOptimizer(self.model, self.plan, self.stage, self.num_steps)
             if self.resumed is not None:
-                restore(self.model, self.resumed.weights, self.originals)
+                restore(self._parameters(), self.resumed.weights, self.originals)
                 self.optimizer.load_state_dict(self.resumed.optimizer)
             self._loop()
         self._finish(time.monotonic() - began)
@@ -103,13 +118,13 @@ class StageRun:
         pool = ThreadPoolExecutor(WORKERS)
         task = self.reporter.task(f"stage {self.stage.name}", self.num_steps, self.first_step)
         with pool as self.pool, task as self.task, closing(self._prefetched()) as ready:
-            if self.first_step == 0 and self.number == 0:
+            if self.first_step == 0 and self.new_objectives:
                 self._validate(0)
             started = saved = time.monotonic()
             for step, (batches, skipped) in enumerate(ready, self.first_step):
                 done = step + 1
-                loss, norm = self._optimize(step, batches)
-                self._log_step(step, batches, skipped, loss, norm, time.monotonic() - started)
+                losses, norm = self._optimize(step, batches)
+                self._log_step(step, batches, skipped, losses, norm, time.monotonic() - started)
                 if done == self.num_steps or (self.stage.validation.every and done % self.stage.validation.every == 0):
                     self._validate(done)
                 if done < self.num_steps and self.stage.checkpoint_due(done, time.monotonic() - saved):
@@ -117,31 +132,33 @@ class StageRun:
                     saved = time.monotonic()
                 started = time.monotonic()
 
-    def _optimize(self, step: int, batches: list[Batch]) -> tuple[float, float]:
-        """One step over all batches of it, weighted by supervised tokens: k small batches equal one large one.
+    def _optimize(self, step: int, batches: list[Batch]) -> tuple[dict[str, float], float]:
+        """One step over all batches of it, weighted by supervised tokens, or by samples where these are compared: k
+        small batches equal one large one, but for the number of candidates that a sample is compared with.
 
         Returns:
-            Loss per supervised token, and the norm of the gradient.
+            Loss of every objective, and the norm of the gradient.
         """
         torch.manual_seed(seed_of(self.stage.seed, self.number, step))
         check = step == self.first_step
         before = digests(self.model) if check else {}
-        supervised = sum(batch.supervised for batch in batches)
-        loss = 0.0
+        samples, tokens = sum(len(batch.ids) for batch in batches), sum(batch.supervised for batch in batches)
+        losses: dict[str, float] = {}
         for batch in batches:
             inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
             with autocast(self.device, self.dtype):
-                share = self.model(**inputs, num_items_in_batch=supervised).loss
-            loss += share.item()
-            _refuse_infinite("loss", loss, self.stage.name, step, [batch])
-            share.backward()
+                shares = self.learner.losses(inputs, samples, tokens)
+            for name, share in shares.items():
+                losses[name] = losses.get(name, 0.0) + share.item()
+            _refuse_infinite("loss", sum(losses.values()), self.stage.name, step, [batch])
+            torch.stack(list(shares.values())).sum().backward()
         norm = self.optimizer.step(step) if batches else 0.0
         _refuse_infinite("gradient", norm, self.stage.name, step, batches)
         if check and batches:
             for warning in check_first_step(self.model, self.plan, before, self.optimizer.factor(step)):
                 self._warn(step + 1, warning)
         self.optimizer.zero_grad()
-        return loss, norm
+        return losses, norm
 
     def _prefetched(self) -> Generator[tuple[list[Batch], dict[str, str]], None, None]:
         return prefetch(self._batches, self.first_step, self.num_steps)
@@ -164,10 +181,18 @@ class StageRun:
         self.source = self._source(context.samples, rows)
         self.validator = None
         held_out = usable_samples(context.held_out, stage.validation.samples, stage.skip_bad)
+        if stage.reads_captions:
+            held_out = [sample for sample in held_out if len(sample.images) == 1]
         if held_out:
             others = [context.samples[index] for index in context.survey.usable[:SPARE_PICTURES]]
             self.validator = Validator(
-                self._source, held_out, others, stage.batch_size, stage.validation.answers, context.generate
+                self.learner,
+                self._source,
+                held_out,
+                others,
+                stage.batch_size,
+                stage.validation.answers,
+                context.generate,
             )
             if not self.validator.controlled and any(sample.images for sample in held_out):
                 self._warn(self.first_step, "no shuffled-image control: the data has no two different pictures")
@@ -175,11 +200,7 @@ class StageRun:
     def _source(self, samples: Sequence[Sample], rows: Rows | None = None) -> Source:
         if rows is None and self.features is not None:
             rows = self.features.fill(samples, range(len(samples)))
-        return Source(samples, self.context.processor, self._max_length(), rows, self.stage.skip_bad)
-
-    def _max_length(self) -> int | None:
-        context = context_length(self.model.config)
-        return min((length for length in (self.stage.max_length, context) if length is not None), default=None)
+        return Source(samples, self.learner, rows, self.stage.skip_bad)
 
     def _start_in_closed_form(self) -> None:
         started = time.monotonic()
@@ -212,7 +233,7 @@ class StageRun:
             return
         started = time.monotonic()
         self.model.eval()
-        result = self.validator.run(self.model, self.dtype)
+        result = self.validator.run(self.dtype)
         set_modes(self.model, self.plan)
         if "unanswered" in result:
             self._warn(done, f"no answers: {result['unanswered']}")
@@ -226,8 +247,15 @@ class StageRun:
             )
 
     def _log_step(
-        self, step: int, batches: list[Batch], skipped: dict[str, str], loss: float, norm: float, seconds: float
+        self,
+        step: int,
+        batches: list[Batch],
+        skipped: dict[str, str],
+        losses: dict[str, float],
+        norm: float,
+        seconds: float,
     ) -> None:
+        loss = sum(losses.values())
         samples, tokens = sum(len(b.ids) for b in batches), sum(b.tokens for b in batches)
         for sample, reason in skipped.items():
             self.log.write("skipped", self.stage.name, step + 1, id=sample, reason=reason)
@@ -236,6 +264,7 @@ class StageRun:
             self.stage.name,
             step + 1,
             loss=loss if batches else None,
+            **by_objective(losses),
             lr=self.optimizer.rates(step),
             grad_norm=norm,
             samples=samples,
@@ -261,35 +290,32 @@ class StageRun:
         """Everything that this stage or an earlier one trains; of frozen weights the originals, not the copies."""
         return {
             name: self.originals.get(name, parameter.data)
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad or plain_name(name) in self.context.trained
+            for name, parameter in self._parameters().items()
+            if name in self.plan.trainable or plain_name(name) in self.context.trained
         }
 
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Of the generative model and of the stage's own, whose common ones are the same tensors."""
+        return dict(self.context.model.named_parameters()) | dict(self.model.named_parameters())
+
     def _finish(self, seconds: float) -> None:
-        """Merges adapters, and writes the stage's last checkpoint and its model folder."""
+        """Merges adapters, and writes the stage's last checkpoint and its model folder.
+
+        The checkpoint holds what later stages need. The model of a stage that reads captions has more than that (the
+        text branch and the heads), so its folder is written first.
+        """
         run, trained = self.context.run, self.context.trained
-        trained |= set(self.plan.trainable) | set(merge_adapters(self.model))
+        changed = set(self.plan.trainable) | set(merge_adapters(self.model))
+        trained |= changed & {plain_name(name) for name, _ in self.context.model.named_parameters()}
         self.model.requires_grad_(False).eval()
         self.originals = {}
         self.log.write("stage_end", self.stage.name, self.num_steps, seconds=round(seconds, 3))
-        run.save(self.stage.name, self.num_steps, True, self._weights(), {}, self.stage.keep_checkpoints)
-        run.save_model(self.stage.name, self.model, self.context.processor)
-
-
-@torch.no_grad()
-def restore(model: PreTrainedModel, weights: dict[str, Tensor], originals: dict[str, Tensor]) -> None:
-    """Puts a checkpoint's weights into the model, and into the originals of frozen copies.
-
-    Raises:
-        ValueError: the model has no weight of that name, or another shape.
-    """
-    parameters = dict(model.named_parameters())
-    for name, tensor in weights.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            raise ValueError(f"the checkpoint's weight {name} {tuple(tensor.shape)} does not fit this model")
-        parameters[name].data.copy_(tensor)
-        if name in originals:
-            originals[name].copy_(tensor)
+        if self.stage.reads_captions:
+            run.save_model(self.stage.name, self.model, self.learner.processor)
+        final = {name: p.data for name, p in self.context.model.named_parameters() if plain_name(name) in trained}
+        run.save(self.stage.name, self.num_steps, True, final, {}, self.stage.keep_checkpoints)
+        if not self.stage.reads_captions:
+            run.save_model(self.stage.name, self.model, self.learner.processor)
 
 
 def _refuse_infinite(what: str, value: float, stage: str, step: int, batches: list[Batch]) -> None:

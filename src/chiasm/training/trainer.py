@@ -18,6 +18,7 @@ from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import Sample, SampleError
 from chiasm.data.splits import hold_out
 from chiasm.fusion.adapters import plain_name
+from chiasm.training.checkpoint import restore
 from chiasm.training.closed_form import closed_form as closed_form_start
 from chiasm.training.features import with_hint
 from chiasm.training.fingerprint import model_fingerprint
@@ -27,7 +28,7 @@ from chiasm.training.recipe import load_recipe
 from chiasm.training.run import LOG, MODEL, fingerprint_of, open_run
 from chiasm.training.schema import Recipe
 from chiasm.training.source import survey
-from chiasm.training.stage_run import Context, StageRun, restore
+from chiasm.training.stage_run import Context, StageRun
 from chiasm.training.validation import Generate
 
 HELD_OUT_SHARE = 0.05
@@ -98,11 +99,12 @@ def train(
         else:
             context.trained = {plain_name(name) for name in run.resumed.weights}
             if run.resumed.position.finished:
-                restore(model, run.resumed.weights, {})
-                run.save_model(run.resumed.position.stage, model, processor)
+                restore(dict(model.named_parameters()), run.resumed.weights, {})
+                if not next(s for s in recipe.stages if s.name == run.resumed.position.stage).reads_captions:
+                    run.save_model(run.resumed.position.stage, model, processor)
         for number, stage in enumerate(recipe.stages):
             if not run.is_done(stage.name):
-                StageRun(context, number, stage).run()
+                StageRun(context, number, stage, recipe.stages[:number]).run()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in had_gradients)
     model.train(was_training)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
 from chiasm.data.collation import Batch
 from chiasm.data.schema import ImageError, Sample
 from chiasm.language.adapter import ContextError
 from chiasm.training.precision import autocast
 from chiasm.training.source import Source
+from chiasm.training.stage_model import StageModel
 
 Generate = Callable[[list[list[dict]], list[list[Image.Image]]], list[str]]
 
@@ -23,6 +23,7 @@ class Validator:
 
     def __init__(
         self,
+        learner: StageModel,
         source: Callable[[Sequence[Sample]], Source],
         samples: Sequence[Sample],
         others: Sequence[Sample],
@@ -36,6 +37,7 @@ class Validator:
             samples: the held-out samples.
             others: more samples whose pictures may serve as wrong ones.
         """
+        self.learner = learner
         swapped = with_wrong_pictures(samples, others)
         kept = [index for index, sample in enumerate(swapped) if sample is not None]
         self.controlled = any(samples[index].images for index in kept)
@@ -43,21 +45,24 @@ class Validator:
             samples = [samples[index] for index in kept]
         self.right = _batches(source(samples), batch_size)
         self.wrong = _batches(source([s for s in swapped if s is not None]), batch_size) if self.controlled else []
-        self.asked = list(samples[:num_answers]) if generate is not None else []
-        self.generate = generate
+        self.generate = generate if learner.answers else None
+        self.asked = list(samples[:num_answers])
         self.num_samples = len(samples)
 
-    def run(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    def run(self, dtype: torch.dtype) -> dict[str, Any]:
         """The validation's fields in the log."""
-        result: dict[str, Any] = {"loss": mean_loss(model, self.right, dtype), "samples": self.num_samples}
-        result["shuffled_loss"] = mean_loss(model, self.wrong, dtype) if self.controlled else None
+        right = mean_losses(self.learner, self.right, dtype)
+        wrong = mean_losses(self.learner, self.wrong, dtype) if self.controlled else {}
+        result: dict[str, Any] = {"loss": sum(right.values()), "samples": self.num_samples}
+        result["shuffled_loss"] = sum(wrong.values()) if wrong else None
+        result |= by_objective(right) | by_objective(wrong, "shuffled_loss")
         try:
-            result["answers"] = self._answers(model, dtype)
+            result["answers"] = self._answers(dtype)
         except ContextError as error:
             result |= {"answers": [], "unanswered": str(error)}
         return result
 
-    def _answers(self, model: nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:
+    def _answers(self, dtype: torch.dtype) -> list[dict[str, Any]]:
         if self.generate is None or not self.asked:
             return []
         asked, images = [], []
@@ -70,7 +75,7 @@ class Validator:
             images.append(pictures)
         if not asked:
             return []
-        with autocast(next(model.parameters()).device, dtype):
+        with autocast(self.learner.model.device, dtype):
             given = self.generate([sample.prompt for sample in asked], images)
         return [
             {
@@ -85,16 +90,27 @@ class Validator:
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Sequence[Batch], dtype: torch.dtype) -> float:
-    """Loss per supervised token over all batches."""
-    device = next(model.parameters()).device
-    total = sum(batch.supervised for batch in batches)
-    loss = 0.0
+def mean_losses(learner: StageModel, batches: Sequence[Batch], dtype: torch.dtype) -> dict[str, float]:
+    """Each objective's loss, per supervised token or per sample, over all batches.
+
+    Negatives are drawn alike each time: the trainer seeds its random numbers again before every step.
+    """
+    torch.manual_seed(0)
+    device = learner.model.device
+    samples, tokens = sum(len(batch.ids) for batch in batches), sum(batch.supervised for batch in batches)
+    losses: dict[str, float] = {}
     for batch in batches:
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
         with autocast(device, dtype):
-            loss += model(**inputs, num_items_in_batch=total, return_logits=False).loss.item()
-    return loss
+            shares = learner.losses(inputs, samples, tokens)
+        for name, share in shares.items():
+            losses[name] = losses.get(name, 0.0) + share.item()
+    return losses
+
+
+def by_objective(losses: dict[str, float], prefix: str = "loss") -> dict[str, float]:
+    """Fields of the log for several objectives: `loss_contrastive` and so on; one objective's loss is `loss` itself."""
+    return {f"{prefix}_{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
 
 
 def with_wrong_pictures(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample | None]:

@@ -1,0 +1,121 @@
+"""Pictures and captions → inputs of a retrieval model: its own tokens, one text for one picture."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+
+from chiasm.data.collation import Batch, Item
+from chiasm.data.schema import Problem, Sample, SampleError, text_of
+
+
+class CaptionProcessor(ProcessorMixin):
+    """Pictures + texts → `pixel_values`, `input_ids`, `attention_mask`.
+
+    A text begins with the tokenizer's class token and ends with its separator, as BERT's does; tokenizers of language
+    models lend their begin and end of text.
+
+    Args:
+        image_processor: pictures → `pixel_values`.
+        tokenizer: of the text branch.
+        text_length: tokens of the longest text; what is longer loses its end.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        text_length: int = 32,
+        chat_template: str | None = None,
+    ) -> None:
+        ends = [tokenizer.sep_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id]
+        starts = [tokenizer.cls_token_id, tokenizer.bos_token_id, *ends]
+        self.start_token_id = next((token for token in starts if token is not None), None)
+        self.end_token_id = next((token for token in ends if token is not None), None)
+        if self.start_token_id is None or self.end_token_id is None:
+            raise ValueError(
+                f"tokenizer {type(tokenizer).__name__} has no token that begins or ends a text; add eos_token"
+            )
+        self.text_length = text_length
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "CaptionProcessor":
+        """A saved processor from its loaded parts and its own settings."""
+        image_processor, tokenizer = args
+        return cls(image_processor, tokenizer, text_length=processor_dict["text_length"])
+
+    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
+        """Model inputs: pictures, texts, or both."""
+        for neutral in ("return_tensors", "padding"):
+            kwargs.pop(neutral, None)
+        if kwargs:
+            raise TypeError(f"unknown processor arguments: {', '.join(kwargs)}")
+        inputs: dict[str, Any] = {}
+        if text is not None:
+            inputs |= self.pad([self.encode(one) for one in ([text] if isinstance(text, str) else text)])
+        if images is not None:
+            pictures = list(images) if isinstance(images, list | tuple) else [images]
+            inputs["pixel_values"] = self.image_processor(pictures)["pixel_values"]
+        return BatchFeature(inputs)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one text with its first and last token."""
+        words = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return [self.start_token_id, *words[: self.text_length - 2], self.end_token_id]
+
+    def pad(self, encoded: Sequence[list[int]]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, padded on the right."""
+        length = max(map(len, encoded))
+        fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        return {
+            "input_ids": torch.tensor([ids + [fill] * (length - len(ids)) for ids in encoded]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in encoded]),
+        }
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def caption_of(sample: Sample) -> str:
+    """The assistant's words."""
+    said = (text_of(message["content"]).strip() for message in sample.messages if message["role"] == "assistant")
+    return " ".join(words for words in said if words)
+
+
+def encode_caption(sample: Sample, processor: CaptionProcessor) -> dict[str, list[int]]:
+    """Token ids of a sample's caption.
+
+    Raises:
+        SampleError: it has no caption, or not exactly one picture.
+    """
+    caption = caption_of(sample)
+    if len(sample.images) != 1:
+        raise SampleError(sample.id, [Problem("placeholders", f"{pictures(len(sample.images))}, a caption needs one")])
+    if not caption:
+        raise SampleError(sample.id, [Problem("no answer", "the assistant says nothing, so it has no caption")])
+    return {"input_ids": processor.encode(caption)}
+
+
+def collate_captions(items: Sequence[Item], processor: CaptionProcessor) -> Batch:
+    """Captions padded on the right, their pictures, and a number for each picture: equal where the pictures are."""
+    inputs = processor.pad([item.tokens["input_ids"] for item in items])
+    shown = [item.pictures for item in items if item.pictures is not None]
+    inputs["image_features" if items[0].encoded else "pixel_values"] = torch.cat(shown)
+    inputs["picture_ids"] = torch.tensor([picture_id(picture) for picture in shown])
+    tokens = int(inputs["attention_mask"].sum())
+    return Batch(inputs, [item.id for item in items], supervised=tokens - len(items), tokens=tokens)
+
+
+def picture_id(picture: Tensor) -> int:
+    """63 bits of a digest of a picture's pixels or features."""
+    content = picture.contiguous().view(torch.uint8).numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) >> 1
+
+
+def pictures(count: int) -> str:
+    return "no picture" if count == 0 else f"{count} picture{'' if count == 1 else 's'}"

@@ -1,0 +1,27 @@
+"""A batch that is spread over processes, seen as one."""
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def gather(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows of all processes, and how many stand before one's own; the gradient flows to one's own rows only.
+
+    Processes may have different numbers of rows. Without `torch.distributed` the rows are returned as they are.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows, 0
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    sizes = [int(size) for size in counts]
+    padded = rows.detach().new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    everyone = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(everyone, padded)
+    own = dist.get_rank()
+    parts = [
+        rows if rank == own else part[:size] for rank, (part, size) in enumerate(zip(everyone, sizes, strict=True))
+    ]
+    return torch.cat(parts), sum(sizes[:own])

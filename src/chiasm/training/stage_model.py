@@ -1,0 +1,130 @@
+"""What a stage's objectives train: a model, how samples become its batches, and its losses.
+
+`next_token` trains the generative model itself. BLIP-2's three objectives train a retrieval model that is built around
+the generative one's vision encoder and Q-Former: the very same tensors, so nothing has to be handed over afterwards.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from chiasm import sources
+from chiasm.connectors.bert import initialise_from_bert, load_bert
+from chiasm.data.captions import CaptionProcessor, collate_captions, encode_caption
+from chiasm.data.collation import Batch, Item, collate, encode_sample
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.schema import Sample
+from chiasm.fusion.qformer_retrieval import QFormerRetrieval, build_retrieval, take_own_weights
+from chiasm.language.adapter import context_length, load_tokenizer
+from chiasm.objectives.captions import caption_losses
+from chiasm.training.batches import seed_of
+from chiasm.training.schema import Stage
+
+
+class StageModel(ABC):
+    """A model and what makes it learn. `processor` is saved beside it; `answers` tells whether it can be asked."""
+
+    answers = False
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        self.model, self.processor = model, processor
+
+    @abstractmethod
+    def encode(self, sample: Sample) -> dict[str, list[int]]:
+        """Tokens of one sample, or a SampleError."""
+
+    @abstractmethod
+    def collate(self, items: Sequence[Item]) -> Batch:
+        """Items as one batch."""
+
+    @abstractmethod
+    def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
+        """Each objective's share of the loss of `num_samples` samples with `num_tokens` supervised tokens."""
+
+
+class AnswerModel(StageModel):
+    """The generative model, which learns the assistant's words by `next_token`."""
+
+    answers = True
+
+    def __init__(self, model: PreTrainedModel, processor: ChiasmProcessor, max_length: int | None = None) -> None:
+        super().__init__(model, processor)
+        self.max_length = max_length
+
+    def encode(self, sample: Sample) -> dict[str, list[int]]:
+        return encode_sample(sample, self.processor, self.max_length)
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        return collate(items, self.processor)
+
+    def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
+        return {"next_token": self.model(**inputs, num_items_in_batch=num_tokens, return_logits=False).loss}
+
+
+class CaptionModel(StageModel):
+    """A retrieval model, which learns from captions by BLIP-2's objectives."""
+
+    def __init__(self, model: QFormerRetrieval, processor: CaptionProcessor, objectives: Sequence[str]) -> None:
+        super().__init__(model, processor)
+        self.objectives = objectives
+
+    def encode(self, sample: Sample) -> dict[str, list[int]]:
+        return encode_caption(sample, self.processor)
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        return collate_captions(items, self.processor)
+
+    def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
+        return caption_losses(self.model, inputs, self.objectives, num_samples, num_tokens)
+
+
+def stage_model(
+    model: PreTrainedModel, processor: ChiasmProcessor, stage: Stage, number: int, taught: Path | None = None
+) -> StageModel:
+    """What a stage trains of a generative model. New weights are a function of the stage's seed.
+
+    Args:
+        taught: the retrieval model of an earlier stage, whose text branch and heads a stage that reads captions takes.
+
+    Raises:
+        ValueError: the stage reads captions but the connector is no Q-Former.
+    """
+    if not stage.reads_captions:
+        context = context_length(model.config)
+        lengths = (length for length in (stage.max_length, context) if length is not None)
+        return AnswerModel(model, processor, min(lengths, default=None))
+    longest = model.config.connector.get("max_positions", stage.captions.length)
+    if stage.captions.length > longest:
+        raise ValueError(
+            f"captions.length is {stage.captions.length}, but the connector has max_positions={longest}; lower it"
+        )
+    start, own = stage.captions.init_from, getattr(processor, "instruction_tokenizer", None)
+    if start is not None and own is not None:
+        raise ValueError(
+            f"captions.init_from={start!r}: the connector reads instructions, so it has words; leave it out"
+        )
+    prepare = None
+    tokenizer = own or processor.tokenizer
+    if start is not None:
+        folder = sources.resolve(start)
+        tokenizer, bert = _tokenizer_of(folder), load_bert(folder)
+        prepare = partial(initialise_from_bert, bert=bert)
+    torch.manual_seed(seed_of(stage.seed, number))
+    retrieval = build_retrieval(model, len(tokenizer), stage.captions.space, prepare)
+    if taught is not None:
+        take_own_weights(retrieval, QFormerRetrieval.from_pretrained(taught), model.connector)
+    captions = CaptionProcessor(processor.image_processor, tokenizer, stage.captions.length)
+    return CaptionModel(retrieval, captions, stage.objectives)
+
+
+def _tokenizer_of(folder: str) -> PreTrainedTokenizerBase:
+    found = load_tokenizer(folder)
+    if found is None:
+        raise ValueError(f"captions.init_from: {folder} holds no tokenizer that transformers can load")
+    return found
