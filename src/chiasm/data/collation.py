@@ -66,7 +66,7 @@ def load_pixels(sample: Sample, processor: ProcessorMixin) -> Tensor | None:
     """
     if not sample.images:
         return None
-    if processor.any_size:
+    if "pixel_attention_mask" in processor.image_processor.model_input_names:
         raise ValueError("training needs pictures of one size, but this model's image processor keeps their own sizes")
     try:
         pictures = [ref.load() for ref in sample.images]
