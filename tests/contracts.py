@@ -222,3 +222,42 @@ def check_equals_reference(model: FusionModel, reference: Any, inputs: dict[str,
         greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 258, "use_cache": use_cache}
         greedy |= {"suppress_tokens": [model.config.image_token_id]} | options
         assert torch.equal(model.generate(**inputs, **greedy), reference.generate(**inputs, **greedy))
+
+
+def check_attention(vlm: chiasm.VLM, images: list[Any], prompt: str) -> None:
+    """Shapes and sums are right, the answer is `chat`'s, and the model is afterwards what it was, on error too."""
+    inputs = vlm.processor(messages=[_asked(prompt, len(images))], images=[images])
+    implementation = vlm.model.language.config._attn_implementation
+    with torch.no_grad():
+        before = vlm.model(**inputs).logits
+    said = vlm.chat(images, prompt, max_new_tokens=5)
+    rows, columns = vlm.model.vision.grid
+    for image in range(len(images)):
+        seen = vlm.attention(images, prompt, image=image, max_new_tokens=5)
+        assert seen.answer == said == "".join(seen.tokens).strip()
+        assert seen.patches.shape == (len(seen.tokens), rows, columns) and len(seen.tokens) > 0
+        assert (seen.patches >= 0).all()
+        sums = seen.patches.sum(dim=(1, 2))
+        latest = image == len(images) - 1
+        if vlm.model.config.fusion == "intermediate" and not latest:
+            assert not sums.any()
+        else:  # a sliding window may have left the picture behind
+            slides = vlm.model.config.fusion == "early" and getattr(
+                vlm.model.config.text_config, "sliding_window", None
+            )
+            assert all(abs(total - 1) < 1e-4 or (slides and total == 0) for total in sums.tolist())
+        if vlm.model.connector.token_grid is None:
+            assert seen.queries is not None and seen.queries.shape == (vlm.model.connector.num_tokens, rows, columns)
+            torch.testing.assert_close(seen.queries.sum(dim=(1, 2)), torch.ones(len(seen.queries)), **TOLERANCE)
+        else:
+            assert seen.queries is None
+        assert seen.overlay().size == seen.overlay(0).size == seen.picture.size
+    with pytest.raises(ValueError, match="attention in layer 99, expected some of "):
+        vlm.attention(images, prompt, layers=[99], max_new_tokens=5)
+    assert vlm.model.language.config._attn_implementation == implementation
+    with torch.no_grad():
+        assert torch.equal(vlm.model(**inputs).logits, before)
+
+
+def _asked(prompt: str, images: int) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": prompt}]}]

@@ -71,6 +71,34 @@ def test_train_eval_chat(run: Any, model: Path, data: Path, tmp_path: Path) -> N
     assert json.loads(out)["tokens_per_image"] == 9
 
 
+def test_intermediate_fusion_from_end_to_end(run: Any, model: Path, data: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "vision", tmp_path / "language"
+    tiny.vision().save_pretrained(parts[0])
+    tiny.language().save_pretrained(parts[1])
+    tiny.tokenizer().save_pretrained(parts[1])
+    (parts[0] / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    options = ["--fusion", "intermediate", "--cross-attention", '{"every": 2, "heads": 2}']
+    folder = tmp_path / "flamingo"
+    code, out, err = run("connect", "--vision", parts[0], "--language", parts[1], *options, "-o", folder)
+    assert code == 0, err
+    assert "intermediate fusion" in out and "cross_attention" in out and "train flamingo" in out
+    steps = ["--set", "stages.align.steps=2", "--set", "batch_size=4", "--set", "validation.answers=1"]
+    code, out, err = run(
+        "train", "flamingo", "--model", folder, "--data", data, "-o", tmp_path / "run", *steps, "--json"
+    )
+    assert code == 0, err
+    trained = json.loads(out)["model"]
+    code, out, err = run("eval", trained, "--data", data, "--limit", 4, "--shots", 2, "--max-new-tokens", 3, "--json")
+    assert code == 0, err
+    asked = [trained, data.parent / "1.png", "-p", "Colour?", "--max-new-tokens", 3]
+    shot = ["--example", f"{data.parent / '0.png'}|Colour?|red"]
+    code, out, err = run("chat", *asked, *shot, "--show-attention", tmp_path / "seen.png", "--json")
+    assert code == 0, err
+    assert Image.open(tmp_path / "seen.png").width > 224
+    answer = json.loads(out)["answer"]
+    assert run("chat", *asked, *shot)[1].strip() == answer
+
+
 def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
     assert run("data", "check", data)[0] == 0
     (data.parent / "3.png").write_bytes((data.parent / "3.png").read_bytes()[:60])
@@ -91,6 +119,10 @@ def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
         (["train", "llava", "--model", "MODEL", "--data", "no.json", "-o", "OUT"], "no.json"),
         (["train", "llava", "--model", "MODEL", "--data", "DATA", "-o", "OUT", "--set", "batchsize=3"], "batchsize"),
         (["chat", "MODEL", "nowhere.png", "-p", "Hi"], "no such picture: nowhere.png"),
+        (["chat", "MODEL", "-p", "Hi", "--example", "a.png|what"], "has 2 part(s), expected picture|question|answer"),
+        (["chat", "MODEL", "-p", "Hi", "--example", "no.png|what|this"], "no such picture: no.png"),
+        (["chat", "MODEL", "-p", "Hi", "--show-attention", "OUT"], "give a picture and -p"),
+        (["eval", "MODEL", "--data", "DATA", "--shots", "40"], "to take 40 examples from"),
         (["frobnicate"], "No such command"),
     ],
 )

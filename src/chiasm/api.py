@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from chiasm.data.readers import read
+from chiasm.data.few_shot import draw_examples
+from chiasm.data.readers import read, read_train
 from chiasm.data.schema import Sample
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.evaluate import evaluate as evaluate_answers
@@ -71,6 +72,8 @@ def evaluate(
     max_new_tokens: int = 64,
     control: bool = True,
     metric: str | None = None,
+    shots: int = 0,
+    shots_from: Any = None,
     progress: Progress | None = None,
 ) -> EvalResult:
     """Scores a model's answers per skill, beside the control that is shown another sample's picture.
@@ -78,14 +81,21 @@ def evaluate(
     Args:
         split: `validation`, `test` or another split of the data; by default all of it.
         limit: at most so many samples, evenly spread.
+        shots: solved examples in front of every question, of its skill and from other samples.
+        shots_from: the data that they are drawn from; by default the train split where there is one.
     """
     vlm = model if isinstance(model, VLM) else load(model).to(best_device())
     samples = spread(read(data, split=split), limit)
+    examples = None
+    if shots:
+        pool = read(shots_from) if shots_from is not None else read_train(data)
+        examples = draw_examples(samples, pool, shots)
 
     def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:
         return vlm.generate(messages, images, max_new_tokens=max_new_tokens)
 
-    return evaluate_answers(generate, samples, batch_size=batch_size, control=control, metric=metric, progress=progress)
+    asked: dict[str, Any] = {"batch_size": batch_size, "control": control, "metric": metric, "examples": examples}
+    return evaluate_answers(generate, samples, progress=progress, **asked)
 
 
 def spread(samples: Sequence[Sample], limit: int | None) -> Sequence[Sample]:

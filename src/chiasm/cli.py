@@ -78,7 +78,10 @@ def connect(
     connector: Annotated[
         str | None, typer.Option(help='Connector: a name, or JSON such as \'{"name": "mlp", "depth": 3}\'; else mlp.')
     ] = None,
-    fusion: Annotated[str | None, typer.Option(help="Where the two meet; else early.")] = None,
+    fusion: Annotated[str | None, typer.Option(help="Where the two meet: early or intermediate; else early.")] = None,
+    cross_attention: Annotated[
+        str | None, typer.Option(help="Intermediate fusion's blocks as JSON, such as '{\"every\": 2}'.")
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help=f"A known system, which other options win over: {', '.join(PRESETS)}.")
     ] = None,
@@ -100,6 +103,7 @@ def connect(
         connector and _name_or_json(connector, "--connector"),
         fusion,
         preset=preset,
+        cross_attention=_json_option(cross_attention, "--cross-attention"),
         features=_json_option(features, "--features"),
         resize_mode=resize_mode,
         image_size=image_size,
@@ -108,7 +112,7 @@ def connect(
     vlm.save_pretrained(output)
     _show(vlm, as_json)
     if not as_json:
-        recipe = preset_named(preset).recipe
+        recipe = "flamingo" if vlm.model.config.fusion == "intermediate" else preset_named(preset).recipe
         out.print(
             f"saved in {escape(str(output))}; "
             f"train it: [bold]chiasm train {recipe} --model {_argument(output)} --data DATA -o RUN[/bold]",
@@ -136,6 +140,12 @@ def chat(
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Ask once and leave.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    solved: Annotated[
+        list[str], typer.Option("--example", help="A solved example: 'cat.png|What is this?|a cat'; repeatable.")
+    ] = [],  # noqa: B006
+    show_attention: Annotated[
+        Path | None, typer.Option(help="With -p: write a PNG of where each word of the answer looked.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask about pictures: one answer with -p, otherwise a conversation."""
@@ -143,18 +153,28 @@ def chat(
     from chiasm.conversation import converse
     from chiasm.vlm import best_device
 
-    missing = [str(path) for path in images if not path.is_file()]
+    examples = [_example(text) for text in solved]
+    missing = [
+        str(path) for path in (*images, *(path for shown, *_ in examples for path in shown)) if not path.is_file()
+    ]
     if missing:
         raise FileNotFoundError(f"no such picture: {missing[0]}")
+    if show_attention is not None and (prompt is None or not images):
+        raise ValueError("--show-attention is for one answer about a picture; give a picture and -p")
     vlm = chiasm.load(model).to(best_device())
-    decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "examples": examples}
     if prompt is None:
-        return converse(vlm, images, decoding, out)
+        return converse(vlm, images, options, out)
+    if show_attention is not None:
+        seen = vlm.attention(images, prompt, **options)
+        seen.save(show_attention)
     if as_json:
-        return emit(
-            {"prompt": prompt, "images": list(map(str, images)), "answer": vlm.chat(images, prompt, **decoding)}
-        )
-    for piece in vlm.stream(images, prompt, **decoding):
+        answer = vlm.chat(images, prompt, **options) if show_attention is None else seen.answer
+        return emit({"prompt": prompt, "images": list(map(str, images)), "answer": answer})
+    if show_attention is not None:
+        sys.stdout.write(f"{seen.answer}\n")
+        return None
+    for piece in vlm.stream(images, prompt, **options):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -203,6 +223,10 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
     control: Annotated[bool, typer.Option(help="Ask again with another sample's picture.")] = True,
     metric: Annotated[str | None, typer.Option(help="One metric for all; by default chosen per skill.")] = None,
+    shots: Annotated[int, typer.Option(help="Solved examples of the same skill in front of every question.")] = 0,
+    shots_from: Annotated[
+        str | None, typer.Option(help="Data that the examples are drawn from; by default the train split.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score a model's answers per skill, with intervals, beside the wrong-picture control."""
@@ -219,6 +243,8 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             control=control,
             metric=metric,
+            shots=shots,
+            shots_from=shots_from,
             progress=update,
         )
     if output is not None:
@@ -278,6 +304,14 @@ def _show(vlm: Any, as_json: bool, images: int = 1, text_tokens: int = 64) -> No
         emit(description)
     else:
         print_description(description, out)
+
+
+def _example(text: str) -> tuple[list[Path], str, str]:
+    """`picture|question|answer`; any number of pictures may stand in front."""
+    parts = [part.strip() for part in text.split("|")]
+    if len(parts) < 3:
+        raise ValueError(f"--example {text!r} has {len(parts)} part(s), expected picture|question|answer")
+    return [Path(part) for part in parts[:-2] if part], parts[-2], parts[-1]
 
 
 def _name_or_json(text: str, option: str) -> Any:

@@ -6,14 +6,18 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from chiasm.generation.decode import user_message
+from chiasm.data.chat import user_message
 from chiasm.vlm import VLM
 
 HELP = "/image PATH adds a picture to the next question, /new starts over, /quit leaves"
 
 
-def converse(vlm: VLM, images: list[Path], decoding: dict[str, Any], console: Console) -> None:
-    """Questions and streamed answers until the end of input; earlier turns stay in the prompt."""
+def converse(vlm: VLM, images: list[Path], options: dict[str, Any], console: Console) -> None:
+    """Questions and streamed answers until the end of input; earlier turns stay in the prompt.
+
+    Args:
+        options: of `VLM.stream`: decoding, and solved examples that every prompt starts with.
+    """
     console.print(f"[dim]{HELP}[/dim]")
     history: list[dict[str, Any]] = []
     shown: list[Path] = []
@@ -40,7 +44,7 @@ def converse(vlm: VLM, images: list[Path], decoding: dict[str, Any], console: Co
         elif line:
             pictures = [*shown, *waiting]
             try:
-                answer = _answer(vlm, pictures, line, history, decoding, console)
+                answer = _answer(vlm, pictures, line, history, options, console)
             except (ValueError, OSError) as error:
                 console.print(f"[red]{escape(str(error))}[/red]", soft_wrap=True)
                 waiting = []
@@ -50,10 +54,10 @@ def converse(vlm: VLM, images: list[Path], decoding: dict[str, Any], console: Co
 
 
 def _answer(
-    vlm: VLM, pictures: list[Path], line: str, history: list[dict[str, Any]], decoding: dict[str, Any], console: Console
+    vlm: VLM, pictures: list[Path], line: str, history: list[dict[str, Any]], options: dict[str, Any], console: Console
 ) -> str:
     pieces = []
-    for piece in vlm.stream(pictures, line, history=history, **decoding):
+    for piece in vlm.stream(pictures, line, history=history, **options):
         pieces.append(piece)
         console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
     console.print()

@@ -1,7 +1,7 @@
 """`connect`, `load` and `VLM`: a vision encoder and a language model as one thing that one can talk to."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiasm import sources
 from chiasm.comparison.cost import Cost, cost
-from chiasm.data.chat import Message, count_images
+from chiasm.data.chat import Message, count_images, user_message
+from chiasm.data.few_shot import Example, as_list, put_first, solved
 from chiasm.data.instruction import InstructionProcessor
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
@@ -18,6 +19,7 @@ from chiasm.fusion.build import CONVOLUTIONAL, build_fusion, fusion_class
 from chiasm.fusion.config import FUSIONS, ChiasmConfig
 from chiasm.fusion.start import start_of
 from chiasm.generation import decode
+from chiasm.generation.attention import Attention, look
 from chiasm.generation.decode import Decoding
 from chiasm.interop.blip2 import load_blip2
 from chiasm.interop.idefics import load_idefics
@@ -58,24 +60,61 @@ class VLM:
             )
         return self._processor
 
-    def chat(self, images: Any, prompt: str, *, history: list[Message] | None = None, **decoding: Any) -> str:
+    def chat(
+        self,
+        images: Any,
+        prompt: str,
+        *,
+        history: list[Message] | None = None,
+        examples: Sequence[Example] = (),
+        **decoding: Any,
+    ) -> str:
         """The answer to a prompt about one picture, a list of pictures, or none.
 
         Args:
             images: a path, a PIL picture, a list of them, or None.
             prompt: the question.
             history: earlier messages of the conversation; their pictures come first in `images`.
+            examples: solved ones that the prompt starts with, each (image or images, question, answer).
             decoding: fields of `Decoding`, such as `max_new_tokens` and `temperature`.
         """
-        messages, pictures = _conversation(images, prompt, history)
+        messages, pictures = _conversation(images, prompt, history, examples)
         return decode.generate(self.model, self.processor, [messages], [pictures], Decoding(**decoding))[0]
 
     def stream(
-        self, images: Any, prompt: str, *, history: list[Message] | None = None, **decoding: Any
+        self,
+        images: Any,
+        prompt: str,
+        *,
+        history: list[Message] | None = None,
+        examples: Sequence[Example] = (),
+        **decoding: Any,
     ) -> Iterator[str]:
         """The same answer, piece by piece."""
-        messages, pictures = _conversation(images, prompt, history)
+        messages, pictures = _conversation(images, prompt, history, examples)
         return decode.stream(self.model, self.processor, messages, pictures, Decoding(**decoding))
+
+    def attention(
+        self,
+        images: Any,
+        prompt: str,
+        *,
+        image: int = -1,
+        layers: Sequence[int] | None = None,
+        prompt_words: bool = False,
+        history: list[Message] | None = None,
+        examples: Sequence[Example] = (),
+        **decoding: Any,
+    ) -> Attention:
+        """The answer that `chat` gives, and where in a picture each of its words looked.
+
+        Args:
+            image: which picture, counted over all that the prompt shows; by default the last.
+            layers: language model layers to average over, by default all.
+            prompt_words: whether to say it of the question's words too.
+        """
+        messages, pictures = _conversation(images, prompt, history, examples)
+        return look(self.model, self.processor, messages, pictures, Decoding(**decoding), image, layers, prompt_words)
 
     def generate(
         self, messages: list[list[Message]], images: list[list[Any]] | None = None, **decoding: Any
@@ -266,7 +305,10 @@ def _check_agreement(model: FusionModel, processor: ChiasmProcessor) -> None:
             raise ValueError(f"the instruction's tokenizer has {words} tokens, the connector's vocabulary {known}")
 
 
-def _conversation(images: Any, prompt: str, history: list[Message] | None) -> tuple[list[Message], list[Any]]:
-    pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
-    earlier = count_images(history or [])
-    return [*(history or []), *decode.user_message(prompt, len(pictures) - earlier)], pictures
+def _conversation(
+    images: Any, prompt: str, history: list[Message] | None, examples: Sequence[Example]
+) -> tuple[list[Message], list[Any]]:
+    pictures, earlier = as_list(images), count_images(history or [])
+    turns, shown = solved(examples)
+    asked = [*(history or []), *user_message(prompt, len(pictures) - earlier)]
+    return put_first(turns, asked), [*shown, *pictures]

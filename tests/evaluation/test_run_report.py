@@ -76,6 +76,16 @@ def a_log(stage: str = "align", text: str = "a cat") -> list[dict]:
     return log
 
 
+def test_gates_are_drawn_where_there_are_any(tmp_path) -> None:
+    log = a_log() + a_log("fuse")
+    for number, event in enumerate(event for event in log[len(log) // 2 :] if event["event"] == "validation"):
+        event["gates"] = {"layers": [3, 7], "attention_gate": [0.1 * number, -0.2], "feed_forward_gate": [0.3, 0.0]}
+    page = write(tmp_path, log, None, INFO)
+    labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
+    assert labels.count("How far the gates of every layer are open") == 1
+    assert "attention, earlier" in page.text and "attention, earlier" not in write(tmp_path, a_log(), None, INFO).text
+
+
 INFO = {
     "title": "A run",
     "vision": "efficientnet-lite0",

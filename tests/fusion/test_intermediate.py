@@ -53,6 +53,18 @@ def test_every_language_model(language: str, settings: dict[str, Any]) -> None:
     contracts.check_losses_agree(vlm.model, inputs, inputs["input_ids"].masked_fill(inputs["input_ids"] > 200, -100))
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_gates_that_are_opened_first_change_nothing(settings: dict[str, Any]) -> None:
+    """All weights but those behind the layers that are 0 have a gradient, and open gates are left alone."""
+    vlm = connect(gates=None, cross_attention=settings)
+    inputs = batch(vlm)
+    part = vlm.model.cross_attention
+    assert part.open_gates() and not part.open_gates(0.3) and min(part.gates()["attention_gate"]) > 0.7
+    contracts.check_closed_gates_are_the_language_model(vlm.model, tiny.language(), inputs)
+    vlm.model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(block.o_proj.weight.grad.any() and block.down_proj.weight.grad.any() for block in part.blocks)
+
+
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_every_connector(connector: str) -> None:
     vlm = connect(connector=tiny.connector(connector))

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import chiasm
+import contracts
 import tiny
 from chiasm.data.schema import ImageRef, Sample
 from chiasm.training.trainer import TrainResult, train
@@ -14,15 +15,19 @@ from chiasm.vision.image_processor import ChiasmImageProcessor
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "grey": (120, 120, 120)}
 SETTINGS = {"batch_size": 4, "dtype": "float32", "validation": {"samples": 0}, "checkpoint_every": 2}
-FROZEN = {"vision": "frozen", "connector": "frozen", "language": "frozen"}
+FROZEN = {"*": "frozen"}
+FUSIONS = ("early", "intermediate")
 
 
-def vlm(language: str = "llama", vision: str = "clip", connector: Any = "mlp") -> chiasm.VLM:
-    """A tiny connected model, always with the same weights."""
+def vlm(language: str = "llama", vision: str = "clip", connector: Any = "mlp", fusion: str = "early") -> chiasm.VLM:
+    """A tiny connected model, always with the same weights; gates are a little open."""
     pictures = ChiasmImageProcessor(30, [0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
-    return chiasm.connect(
-        tiny.vision(vision), tiny.language(language), connector, tokenizer=tiny.tokenizer(), image_processor=pictures
-    )
+    options: dict[str, Any] = {"tokenizer": tiny.tokenizer(), "image_processor": pictures}
+    if fusion == "intermediate":
+        options["cross_attention"] = {"every": 2, "heads": 3, "head_dim": 8}
+    connected = chiasm.connect(tiny.vision(vision), tiny.language(language), connector, fusion, **options)
+    contracts.open_gates(connected.model, 0.5)
+    return connected
 
 
 def sample(index: int, images: int = 1) -> Sample:
@@ -48,6 +53,14 @@ def stage(name: str = "align", **settings: Any) -> dict[str, Any]:
 
 LORA = {**FROZEN, "connector": {"tune": "full", "lr": 1e-2}, "language": {"tune": "lora", "lr": 1e-2, "rank": 4}}
 TWO_STAGES = {"stages": [stage(), stage("instruct", steps=5, accumulate=2, parts=LORA)]}
+CROSS_ATTENTION = {"cross_attention": {"tune": "full", "lr": 1e-2}}
+
+
+def with_blocks(recipe: dict[str, Any], fusion: str) -> dict[str, Any]:
+    """The recipe, whose stages tune gated cross-attention too where the fusion has it."""
+    if fusion == "early":
+        return recipe
+    return {**recipe, "stages": [{**s, "parts": {**s["parts"], **CROSS_ATTENTION}} for s in recipe["stages"]]}
 
 
 def run(folder: Path, recipe: Any, model: chiasm.VLM | None = None, data: Any = None, **options: Any) -> TrainResult:

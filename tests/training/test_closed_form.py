@@ -10,7 +10,7 @@ from torch import Tensor
 import chiasm
 import tiny
 from chiasm.data.schema import ImageRef, Sample
-from chiasm.training.closed_form import WordEmbeddings, closed_form, rarity
+from chiasm.training.closed_form import WordEmbeddings, closed_form, rarity, words_by_picture
 
 PICTURES = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 200, 20)}
 
@@ -37,8 +37,9 @@ def encoder(vlm: chiasm.VLM) -> Callable[[Sample], Tensor]:
 
 @pytest.mark.parametrize("connector", ["linear", "mlp"])
 @pytest.mark.parametrize("vision", ["clip", "convnext"])
-def test_tokens_lie_near_their_words(connector: str, vision: str) -> None:
-    vlm = chiasm.connect(tiny.vision(vision), tiny.language(), connector, tokenizer=tiny.tokenizer())
+@pytest.mark.parametrize("fusion", ["early", "intermediate"])
+def test_tokens_lie_near_their_words(connector: str, vision: str, fusion: str) -> None:
+    vlm = chiasm.connect(tiny.vision(vision), tiny.language(), connector, fusion, tokenizer=tiny.tokenizer())
     data, features_of = samples(), encoder(vlm)
     assert closed_form(vlm.model, vlm.processor.tokenizer, data, features_of) == len(data)
     words = WordEmbeddings(vlm.model, vlm.processor.tokenizer)
@@ -48,6 +49,17 @@ def test_tokens_lie_near_their_words(connector: str, vision: str) -> None:
         tokens = torch.stack([vlm.model.connect_features(features_of(s))[0].mean(dim=0) for s in data[:3]])
     tokens = tokens - tokens.mean(dim=0)
     assert (tokens @ vocabulary.T).argmax(dim=1).tolist() == [0, 1, 2]
+
+
+def test_each_picture_has_its_own_words() -> None:
+    def ask(images: int) -> dict:
+        return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": "What?"}]}
+
+    def say(text: str) -> dict:
+        return {"role": "assistant", "content": text}
+
+    turns = [ask(1), say("A cat."), ask(0), say("It is red."), ask(2), say("Two dogs")]
+    assert words_by_picture(Sample("s", turns)) == [{"a", "cat", "it", "is", "red"}, *[{"two", "dogs"}] * 2]
 
 
 def test_words_of_every_answer_weigh_nothing() -> None:

@@ -50,16 +50,27 @@ def assert_same(folder: Path, reference: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reference") / "run"
-    helpers.run(folder, RECIPE)
-    return folder
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For every fusion a run that never stopped."""
+    folders = {fusion: tmp_path_factory.mktemp(fusion) / "run" for fusion in helpers.FUSIONS}
+    for fusion, folder in folders.items():
+        helpers.run(folder, helpers.with_blocks(RECIPE, fusion), helpers.vlm(fusion=fusion))
+    return folders
 
 
-@pytest.mark.parametrize("dies_at", [1, 5, 6, 7, 9, 10, 14, 16, 18])
+@pytest.fixture
+def reference(references: dict[str, Path]) -> Path:
+    return references["early"]
+
+
+KILLS = [("early", step) for step in (1, 5, 6, 7, 9, 10, 14, 16, 18)] + [("intermediate", step) for step in (3, 9, 16)]
+
+
+@pytest.mark.parametrize(("fusion", "dies_at"), KILLS)
 def test_a_run_goes_on_bit_for_bit(
-    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int
+    tmp_path: Path, references: dict[str, Path], monkeypatch: pytest.MonkeyPatch, fusion: str, dies_at: int
 ) -> None:
+    recipe = helpers.with_blocks(RECIPE, fusion)
     done = 0
     optimize = stage_run.StageRun._optimize
 
@@ -73,9 +84,9 @@ def test_a_run_goes_on_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(stage_run.StageRun, "_optimize", dying)
         with pytest.raises(Killed):
-            helpers.run(tmp_path / "run", RECIPE)
-    helpers.run(tmp_path / "run", RECIPE)
-    assert_same(tmp_path / "run", reference)
+            helpers.run(tmp_path / "run", recipe, helpers.vlm(fusion=fusion))
+    helpers.run(tmp_path / "run", recipe, helpers.vlm(fusion=fusion))
+    assert_same(tmp_path / "run", references[fusion])
 
 
 KILLABLE = "import sys, pathlib, helpers, test_resume; helpers.run(pathlib.Path(sys.argv[1]), test_resume.RECIPE)"

@@ -1,5 +1,6 @@
 """Whole runs on a tiny model: who changes, who does not, what is written, and what stops a run."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import chiasm
+import contracts
 from chiasm.data.schema import ImageRef, Sample
 from chiasm.training import features
 from chiasm.training.checkpoint import TrainingError
@@ -32,9 +34,13 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("part", ["connector", "language", "vision"])
-def test_one_step_changes_exactly_the_parts_that_are_tuned(tmp_path: Path, part: str, dtype: str) -> None:
-    model = helpers.vlm()
+@pytest.mark.parametrize(
+    ("fusion", "part"),
+    [(fusion, part) for fusion in helpers.FUSIONS for part in ("connector", "language", "vision")]
+    + [("intermediate", "cross_attention")],
+)
+def test_one_step_changes_exactly_the_parts_that_are_tuned(tmp_path: Path, fusion: str, part: str, dtype: str) -> None:
+    model = helpers.vlm(fusion=fusion)
     before = helpers.weights(model)
     parts = {**helpers.FROZEN, part: {"tune": "full", "lr": 1e-2}}
     result = helpers.run(tmp_path / "run", {"stages": [helpers.stage(steps=1, parts=parts, dtype=dtype)]}, model)
@@ -95,13 +101,41 @@ def test_the_log_says_what_happened(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "run" / "recipe.yaml").stages == load_recipe(recipe).stages
 
 
-def test_learning_beats_the_shuffled_control(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fusion", helpers.FUSIONS)
+def test_learning_beats_the_shuffled_control(tmp_path: Path, fusion: str) -> None:
     parts = {**FULL, "language": {"tune": "full", "lr": 1e-2}}
     recipe = {"stages": [helpers.stage(steps=60, parts=parts, batch_size=8, validation={"samples": 8})]}
     data = [helpers.sample(index) for index in range(48)]
-    result = helpers.run(tmp_path / "run", recipe, data=data[8:], validation_samples=data[:8])
+    model = helpers.vlm(fusion=fusion)
+    recipe = helpers.with_blocks(recipe, fusion)
+    result = helpers.run(tmp_path / "run", recipe, model, data=data[8:], validation_samples=data[:8])
     last = events(result, "validation")[-1]
     assert last["loss"] < 0.5 < last["shuffled_loss"] and not events(result, "warning")
+
+
+@pytest.mark.parametrize("start", ["keep", "open"])
+def test_gates_are_logged_from_their_start(tmp_path: Path, start: str) -> None:
+    model = helpers.vlm(fusion="intermediate")
+    contracts.open_gates(model.model, 0.0)
+    data = [helpers.sample(index) for index in range(24)]
+    recipe = helpers.with_blocks({"stages": [helpers.stage(steps=3, warmup=0, schedule="constant")]}, "intermediate")
+    recipe["stages"][0] |= {"validation": {"samples": 4, "every": 1}, "gates": start}
+    result = helpers.run(tmp_path / "run", recipe, model, data=data)
+    told = [event["gates"] for kind in ("validation", "stage_end") for event in events(result, kind)]
+    assert len(told) == 5 and all(moment["layers"] == [1] for moment in told)
+    first = math.tanh(1.0) if start == "open" else 0.0
+    assert told[0]["attention_gate"] == told[0]["feed_forward_gate"] == [pytest.approx(first)]
+    assert told[-1]["attention_gate"] != told[0]["attention_gate"]
+    assert told[-1] == told[-2] == {"layers": [1], **chiasm.load(result.model).model.cross_attention.gates()}
+    assert "gates" not in events(helpers.run(tmp_path / "early", helpers.TWO_STAGES), "stage_end")[0]
+
+
+def test_gates_that_are_not_there_or_not_tuned_cannot_be_opened(tmp_path: Path) -> None:
+    recipe = {"stages": [helpers.stage(gates="open")]}
+    with pytest.raises(ValueError, match="'align': gates: open is for models with the part cross_attention"):
+        helpers.run(tmp_path / "early", recipe)
+    with pytest.raises(ValueError, match="'align': gates: open needs the part cross_attention to be tuned"):
+        helpers.run(tmp_path / "frozen", recipe, helpers.vlm(fusion="intermediate"))
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
@@ -122,9 +156,16 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(parameter, other.get_parameter(name), rtol=1e-4, atol=1e-6)
 
 
-def test_cached_features_give_the_losses_of_pixels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fusion", helpers.FUSIONS)
+def test_cached_features_give_the_losses_of_pixels(tmp_path: Path, fusion: str) -> None:
+    recipe = helpers.with_blocks(helpers.TWO_STAGES, fusion)
     runs = [
-        helpers.run(tmp_path / str(cached), helpers.TWO_STAGES, overrides=[f"cache_features={str(cached).lower()}"])
+        helpers.run(
+            tmp_path / str(cached),
+            recipe,
+            helpers.vlm(fusion=fusion),
+            overrides=[f"cache_features={str(cached).lower()}"],
+        )
         for cached in (True, False)
     ]
     cached, pixels = ([loss for *_, loss in losses(run)] for run in runs)
@@ -255,6 +296,13 @@ def test_closed_form_is_asked_once_with_features(tmp_path: Path) -> None:
         assert model.model.connector.output.bias.mean().item() == pytest.approx(3.0, abs=0.1)
         assert events(result, "closed_form")[0]["pictures"] == len(asked[0])
     assert len(asked) == 2 and asked[0] == asked[1] and set(asked[0]) == {(1, 9, 24), (2, 9, 24)}
+
+
+@pytest.mark.parametrize(("connector", "started"), [("mlp", 1), ({"name": "perceiver_resampler", "heads": 2}, 0)])
+def test_the_connector_starts_in_closed_form_where_it_can(tmp_path: Path, connector: Any, started: int) -> None:
+    recipe = {"stages": [helpers.stage(steps=1, init="auto")]}
+    result = helpers.run(tmp_path / "run", recipe, helpers.vlm(connector=connector))
+    assert len(events(result, "closed_form")) == started
 
 
 @pytest.mark.parametrize("cached", [True, False])

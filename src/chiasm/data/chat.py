@@ -31,6 +31,12 @@ class Rendered:
     answers: list[tuple[int, int]]
 
 
+def user_message(prompt: str, num_images: int) -> list[Message]:
+    """One user turn: the pictures first, then the words."""
+    parts: list[dict[str, str]] = [{"type": "image"}] * num_images
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+
+
 def flatten(messages: list[Message]) -> list[Message]:
     """Messages with text-only contents: an image part becomes `<image>` and a line break before the text after it."""
     return [{**message, "content": _flatten_content(message["content"])} for message in messages]

@@ -5,7 +5,7 @@ naming, counting, colour, position, reading. `test-unseen` shows objects, words 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from chiasm.data.splits import Subset
 
 SPLITS = ("train", "validation", "test", "test-unseen")
 FORMS = ("questions", "caption", "both")
+MAX_SHOTS = 32
+SHOT_SKILLS = ("same", "mixed")
+Turns = list[tuple[str, str]]
 
 
 class EmojiScenes(Sequence[Sample]):
@@ -35,11 +38,18 @@ class EmojiScenes(Sequence[Sample]):
         form: "questions", "caption", or "both" (every second sample is a caption).
         weights: relative frequency of the skills in training; one that is left out is never asked. Default: all alike.
         artwork: folder of the 72x72 PNGs; None is the alias `twemoji`, fetched once.
+        shots: solved examples, each with a picture of its own, in front of the question (one per scene): text and
+            pictures interleaved, as Flamingo (arXiv 2204.14198) learns from.
+        shot_skills: whether the examples are of the "same" skill as the question, or "mixed".
 
-    `meta` of every sample: split, language, objects (name, emoji, place, box), background, sign, and the turns' skills.
+    `meta` of every sample: split, language, objects (name, emoji, place, box), background, sign, and the turns' skills;
+    `shots` has the objects, background and sign of every example.
     """
 
-    OPTIONS = ("size", "seed", "num_objects", "language", "questions_per_scene", "form", "weights", "artwork")
+    OPTIONS = (
+        *("size", "seed", "num_objects", "language", "questions_per_scene", "form", "weights", "artwork"),
+        *("shots", "shot_skills"),
+    )
 
     def __init__(
         self,
@@ -52,22 +62,27 @@ class EmojiScenes(Sequence[Sample]):
         form: str = "questions",
         weights: Mapping[str, int | float] | None = None,
         artwork: str | Path | None = None,
+        shots: int = 0,
+        shot_skills: str = "same",
     ) -> None:
         _expect("split", split, SPLITS)
         _expect("language", language, LANGUAGES)
         _expect("form", form, FORMS)
+        _expect("shot_skills", shot_skills, SHOT_SKILLS)
         self.size = size if size is not None else 20_000 if split == "train" else 500
-        self.turns = questions_per_scene or (3 if split == "train" else 1)
+        self.turns = questions_per_scene or (3 if split == "train" and not shots else 1)
         self.weights = dict(weights) if weights is not None else dict.fromkeys(SKILLS, 1.0)
         _expect_between("size", self.size, 1, None)
         _expect_between("num_objects", num_objects, 8, len(OBJECTS))
-        _expect_between("questions_per_scene", self.turns, 1, MAX_QUESTIONS)
+        _expect_between("questions_per_scene", self.turns, 1, MAX_QUESTIONS if not shots else 1)
+        _expect_between("shots", shots, 0, MAX_SHOTS)
         for skill, weight in self.weights.items():
             _expect("skill in weights", skill, SKILLS)
             _expect_between(f"weight of {skill}", weight, 0, None)
         if not sum(self.weights.values()):
             raise ValueError("weights are all 0: no skill is left to ask about")
         self.split, self.seed, self.language, self.form = split, seed, language, form
+        self.shots, self.shot_skills = shots, shot_skills
         self.world = World.of(split == "test-unseen", num_objects)
         folder = _twemoji() if artwork is None else Path(artwork)
         self.artwork = folder / "72x72" if (folder / "72x72").is_dir() else folder
@@ -79,16 +94,26 @@ class EmojiScenes(Sequence[Sample]):
         if isinstance(index, slice):
             return Subset(self, range(len(self))[index])
         index = range(len(self))[index]
-        dice = Dice("emoji scenes", self.split, self.seed, index)
-        with_caption = self.form == "caption" or (self.form == "both" and index % 2 == 0)
-        if with_caption:
-            scene, turns, skills = self._caption(dice)
-        else:
-            scene, turns, skills = self._questions(dice, index // 2 if self.form == "both" else index)
-        sample_id = f"emoji-scenes-{self.split}-{self.seed}-{index}"
-        image = ImageRef.of(Drawing(scene, self.artwork), f"of {sample_id}")
-        skill = skills[0] if len(skills) == 1 else None
-        return Sample(sample_id, _messages(turns), [image], skill, self._meta(scene, skills))
+        scenes = self._scenes(index)
+        sample_id = self._id(index)
+        images = [
+            ImageRef.of(
+                Drawing(scene, self.artwork), f"{number + 1} of {sample_id}" if self.shots else f"of {sample_id}"
+            )
+            for number, (scene, *_) in enumerate(scenes)
+        ]
+        asked = scenes[-1][2]
+        skill = asked[0] if len(asked) == 1 else None
+        messages = [message for _, turns, _ in scenes for message in _messages(turns)]
+        return Sample(sample_id, messages, images, skill, self._meta(scenes))
+
+    def ids(self) -> Iterator[str]:
+        """Every sample's id, without composing a scene."""
+        return map(self._id, range(len(self)))
+
+    def _id(self, index: int) -> str:
+        shots = f"-{self.shots}-shot" if self.shots else ""
+        return f"emoji-scenes-{self.split}-{self.seed}-{index}{shots}"
 
     def chance(self, skill: str) -> float:
         """The accuracy of always giving the same answer to a skill's questions."""
@@ -100,24 +125,42 @@ class EmojiScenes(Sequence[Sample]):
         (folder / "images").mkdir(parents=True, exist_ok=True)
         rows = []
         for index, sample in enumerate(self):
-            file = f"images/{sample.id}.png"
-            sample.images[0].load().save(folder / file)
-            rows.append(_llava_row(sample, file))
+            files = [f"images/{sample.id}{f'-{n}' if self.shots else ''}.png" for n in range(len(sample.images))]
+            for file, image in zip(files, sample.images, strict=True):
+                image.load().save(folder / file)
+            rows.append(_llava_row(sample, files))
             if progress:
                 progress(index + 1, len(self))
         target = folder / "data.json"
         target.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
         return target
 
-    def _questions(self, dice: Dice, rank: int) -> tuple[Scene, list[tuple[str, str]], list[str]]:
+    def _scenes(self, index: int) -> list[tuple[Scene, Turns, list[str]]]:
+        """The examples' scenes and then the question's own, each with its turns and their skills."""
+        shots = [f"{self.shots} shots"] if self.shots else []
+        seed: tuple[str | int, ...] = ("emoji scenes", self.split, self.seed, index, *shots)
+        dice, others = Dice(*seed), [Dice(*seed, number) for number in range(self.shots)]
+        if self.form == "caption" or (self.form == "both" and index % 2 == 0):
+            return [self._caption(die) for die in (*others, dice)]
+        skills, dealt = self._choose(dice, index // 2 if self.form == "both" else index)
+        asked = self._questions(dice, skills, dealt)
+        return [*(self._example(die, skills) for die in others), asked]
+
+    def _example(self, dice: Dice, skills: list[str]) -> tuple[Scene, Turns, list[str]]:
+        if self.shot_skills == "mixed":
+            skills, _ = choose_skills(dice, self.weights, 1)
+        return self._questions(dice, skills, {})
+
+    def _choose(self, dice: Dice, rank: int) -> tuple[list[str], dict[str, str]]:
         if self.split != "train" and self.turns == 1:
-            skills, dealt = self._deal(rank)
-        else:
-            skills, dealt = choose_skills(dice, self.weights, self.turns)
+            return self._deal(rank)
+        return choose_skills(dice, self.weights, self.turns)
+
+    def _questions(self, dice: Dice, skills: list[str], dealt: dict[str, str]) -> tuple[Scene, Turns, list[str]]:
         scene, facts = compose(dice, skills, self.world, dealt)
         return scene, [ask(fact, self.language, dice) for fact in facts], [fact.skill for fact in facts]
 
-    def _caption(self, dice: Dice) -> tuple[Scene, list[tuple[str, str]], list[str]]:
+    def _caption(self, dice: Dice) -> tuple[Scene, Turns, list[str]]:
         scene, _ = compose(dice, [], self.world, {})
         instruction = dice.pick(WORDINGS[self.language]["caption"])
         return scene, [(instruction, caption(scene, self.language, dice))], ["caption"]
@@ -136,7 +179,13 @@ class EmojiScenes(Sequence[Sample]):
         deal, place = divmod(rank // 2 if skill == "reading" else rank, len(answers))
         return [skill], {skill: _deck(answers, "deck", self.split, self.seed, skill, deal)[place]}
 
-    def _meta(self, scene: Scene, skills: list[str]) -> dict[str, Any]:
+    def _meta(self, scenes: list[tuple[Scene, Turns, list[str]]]) -> dict[str, Any]:
+        skills = [skill for _, _, asked in scenes for skill in asked]
+        *examples, own = [self._contents(scene) for scene, *_ in scenes]
+        known = {"split": self.split, "language": self.language, "skills": skills, **own}
+        return known | ({"shots": examples} if examples else {})
+
+    def _contents(self, scene: Scene) -> dict[str, Any]:
         objects = [
             {
                 "name": name_of(placed.code, self.language),
@@ -146,8 +195,7 @@ class EmojiScenes(Sequence[Sample]):
             }
             for placed in scene.objects
         ]
-        known = {"split": self.split, "language": self.language, "skills": skills}
-        return known | {"objects": objects, "background": scene.colour, "sign": scene.sign}
+        return {"objects": objects, "background": scene.colour, "sign": scene.sign}
 
 
 def _twemoji() -> Path:
@@ -161,7 +209,7 @@ def _deck(answers: tuple[str, ...], *seed: str | int) -> list[str]:
     return Dice(*seed).shuffled(answers)
 
 
-def _messages(turns: list[tuple[str, str]]) -> list[dict]:
+def _messages(turns: Turns) -> list[dict]:
     messages: list[dict] = []
     for question, answer in turns:
         content = question if messages else [{"type": "image"}, {"type": "text", "text": question}]
@@ -169,13 +217,13 @@ def _messages(turns: list[tuple[str, str]]) -> list[dict]:
     return messages
 
 
-def _llava_row(sample: Sample, file: str) -> dict[str, Any]:
+def _llava_row(sample: Sample, files: list[str]) -> dict[str, Any]:
     conversations = []
-    for number, message in enumerate(sample.messages):
+    for message in sample.messages:
         text = text_of(message["content"])
-        value = f"{PLACEHOLDER}\n{text}" if number == 0 else text
+        value = text if isinstance(message["content"], str) else f"{PLACEHOLDER}\n{text}"
         conversations.append({"from": "human" if message["role"] == "user" else "gpt", "value": value})
-    row = {"id": sample.id, "image": file, "conversations": conversations}
+    row = {"id": sample.id, "image": files if len(files) > 1 else files[0], "conversations": conversations}
     return row | ({"skill": sample.skill} if sample.skill else {}) | sample.meta
 
 

@@ -56,6 +56,18 @@ def read(source: Any, split: str | None = None, **options: Any) -> Samples:
     return samples if split is None else _divide(samples, split, division)
 
 
+def read_train(source: Any) -> Samples:
+    """What examples for `source` are drawn from: its train split, or all of it where it has no such split."""
+    if isinstance(source, str) and source.partition(":")[0] == EMOJI_SCENES:
+        settings = source.partition(":")[2].split(",")[1:]
+        kept = [setting for setting in settings if setting.partition("=")[0] not in ("size", "shots")]
+        return read(",".join([f"{EMOJI_SCENES}:train", *kept]))
+    try:
+        return read(source, split="train")
+    except ValueError:
+        return read(source)
+
+
 class RowSamples(Sequence[Sample]):
     """Rows of a container, turned into validated samples one by one."""
 

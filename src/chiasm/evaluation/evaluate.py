@@ -7,7 +7,7 @@ how answers come about. Each assistant turn of a conversation is a question, ask
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from chiasm.data.few_shot import put_first
 from chiasm.data.schema import Sample, text_of
 from chiasm.evaluation.metrics import METRICS, anls, contains, token_f1, tokens
 from chiasm.evaluation.skills import ALL, Row, summarise
@@ -39,6 +40,17 @@ class Question:
     num_images: int
     text: str
     references: list[str]
+    examples: tuple[Sample, ...] = ()
+
+    @property
+    def messages(self) -> list[dict]:
+        """The solved examples and the prompt."""
+        return put_first([message for example in self.examples for message in example.messages], self.prompt)
+
+    def pictures(self, shown: Sample) -> list[Image.Image]:
+        """The examples' own pictures, then those of the sample that is shown."""
+        before = [ref for example in self.examples for ref in example.images]
+        return [ref.load() for ref in (*before, *shown.images[: self.num_images])]
 
     @property
     def place(self) -> tuple[int, int]:
@@ -86,6 +98,7 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
     metric: str | None = None,
+    examples: Sequence[Sequence[Sample]] | None = None,
 ) -> EvalResult:
     """Score `generate` on `samples`, with the shuffled-image control beside it.
 
@@ -95,6 +108,7 @@ def evaluate(
         seed: of the control's choice and the bootstrap.
         progress: called with the answers so far and the answers in total.
         metric: a key of `METRICS` for everything; by default chosen for each skill by `choose_metric`.
+        examples: for every sample, solved ones that its questions start with; the control shows them as they are.
 
     A sample may list further accepted answers to its last question in `meta["answers"]`. Where a sample's id comes
     again, its question's `id` is numbered; `sample` is the id as it is.
@@ -108,6 +122,8 @@ def evaluate(
     _check(samples, batch_size)
     names = _names(samples)
     questions = [q for number, sample in enumerate(samples) for q in _questions(number, names[number], sample)]
+    if examples is not None:
+        questions = [replace(question, examples=tuple(examples[question.sample])) for question in questions]
     donors, notes = wrong_pictures(samples, seed) if control else ({}, [])
     controlled = [q for q in questions if q.num_images and q.sample in donors]
     total = len(questions) + len(controlled)
@@ -179,8 +195,8 @@ def _ask(
     answers: dict[tuple[int, int], str] = {}
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        shown = [[ref.load() for ref in samples[pictures_of[q.sample]].images[: q.num_images]] for q in batch]
-        given = generate([question.prompt for question in batch], shown)
+        shown = [question.pictures(samples[pictures_of[question.sample]]) for question in batch]
+        given = generate([question.messages for question in batch], shown)
         if len(given) != len(batch):
             raise ValueError(f"generate gave {len(given)} answers to {len(batch)} questions: it must give one each")
         answers |= {question.place: answer for question, answer in zip(batch, given, strict=True)}
@@ -270,6 +286,8 @@ def _row(question: Question, sample: Sample, answer: str, metric: str) -> Row:
         "image": None if path is None else str(path),
         "control_score": None,
     }
+    if question.examples:
+        row["examples"] = [example.id for example in question.examples]
     if metric in ("token_f1", "anls"):
         row |= {"token_f1": token_f1(answer, question.references), "anls": anls(answer, question.references)}
     return row

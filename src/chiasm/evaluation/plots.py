@@ -75,6 +75,32 @@ def loss_curves(train: Sequence[tuple[int, float]], validation: Sequence[dict[st
     return _svg(figure, name, "Loss over the steps of the stage")
 
 
+def gate_openness(moments: Sequence[dict[str, Any]], name: str) -> str | None:
+    """Over the layers that have a block, how far its gates are open: attention's and the feed-forward's at the last
+    moment, attention's at earlier ones.
+
+    Args:
+        moments: `gates` of the run log in order, each `{"layers", "attention_gate", "feed_forward_gate"}`.
+        name: makes the ids inside the SVG unique on the page.
+    """
+    if not moments:
+        return None
+    figure, axes = _canvas(2.2)
+    layers, last = moments[-1]["layers"], moments[-1]
+    axes.axhline(0, color=COLOURS["line"], linewidth=0.8)
+    for moment in moments[:-1]:
+        axes.plot(layers, moment["attention_gate"], color=COLOURS["soft"], linewidth=0.8)
+    style: dict[str, Any] = {"color": COLOURS["control"], "linestyle": (0, (4, 2)), "marker": "D", "markersize": 3.5}
+    axes.plot(layers, last["feed_forward_gate"], **style)
+    axes.plot(layers, last["attention_gate"], color=COLOURS["own"], linewidth=1.6, marker="o", markersize=4)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("gate, tanh")
+    axes.grid(axis="y", color=COLOURS["line"], linewidth=0.6)
+    return _svg(figure, name, "How far the gates of every layer are open")
+
+
 def skill_intervals(summary: Sequence[dict[str, Any]], name: str = "skills") -> str | None:
     """Per skill the accuracy with its interval (disc), the control's (hollow diamond) and chance (bar), 0 to 100 %."""
     if not summary:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.format import amount, clip, count, duration, percent, percent_range
-from chiasm.evaluation.plots import MAX_PICTURES, Pictures, loss_curves, skill_intervals, thumbnail
+from chiasm.evaluation.plots import MAX_PICTURES, Pictures, gate_openness, loss_curves, skill_intervals, thumbnail
 from chiasm.evaluation.skills import ALL, Row
 
 Event = Mapping[str, Any]
@@ -182,10 +182,12 @@ def _learning(log: Sequence[Event]) -> list[dict[str, Any]]:
         if plot is None:
             continue
         last = validations[-1] if validations else {}
+        moments = [event["gates"] for event in events if event.get("gates")]
         learning.append(
             {
                 "name": name,
                 "plot": Markup(plot),
+                "gates": Markup(gate_openness(moments, f"gates{number}") or ""),
                 "steps": max((event["step"] for event in steps), default=None),
                 "seconds": _seconds(events),
                 "samples_per_second": _middle(steps, "samples_per_second"),

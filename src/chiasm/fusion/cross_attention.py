@@ -83,11 +83,11 @@ class GatedCrossAttention(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "B S D_l"], keys_values: KeysValues, look: Look
     ) -> Float[Tensor, "B S D_l"]:
-        attended = self._attend(self.attention_norm(hidden), keys_values, look)
+        attended = self._attend(_normed(self.attention_norm, hidden), keys_values, look)
         if self.settings.mask_attention:
             attended = attended.masked_fill(~look.sees, 0.0)
         hidden = hidden + torch.tanh(self.attention_gate).to(hidden.dtype) * attended.to(hidden.dtype)
-        fed = self._feed_forward(self.feed_forward_norm(hidden))
+        fed = self._feed_forward(_normed(self.feed_forward_norm, hidden))
         if self.settings.mask_feed_forward:
             fed = fed.masked_fill(~look.sees, 0.0)
         return hidden + torch.tanh(self.feed_forward_gate).to(hidden.dtype) * fed.to(hidden.dtype)
@@ -111,6 +111,11 @@ class GatedCrossAttention(nn.Module):
         if self.gate_proj is None:
             return self.down_proj(F.gelu(self.up_proj(hidden)))
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+def _normed(norm: Any, states: Tensor) -> Tensor:
+    """The norm in the precision of its weights, which may differ from the other parts' while one of them is trained."""
+    return norm(states.to(norm.weight.dtype))
 
 
 class CrossAttention(nn.Module):
@@ -145,6 +150,26 @@ class CrossAttention(nn.Module):
         """FLOPs of the keys and values of `visual_tokens`, which are paid once for a picture."""
         weights = sum(layer.weight.numel() for layer in (self.blocks[0].k_proj, self.blocks[0].v_proj))
         return len(self.blocks) * 2 * visual_tokens * weights
+
+    @torch.no_grad()
+    def open_gates(self, gate: float = 1.0) -> bool:
+        """Opens gates that are all closed, and makes the layers in front of them 0.
+
+        The model stays the language model bit for bit, but everything learns from the first step. Where a gate is open
+        already, nothing happens.
+
+        Returns:
+            Whether they were opened.
+        """
+        gates = [one for block in self.blocks for one in (block.attention_gate, block.feed_forward_gate)]
+        if any(closed.any() for closed in gates):
+            return False
+        for closed in gates:
+            closed.fill_(gate)
+        for block in self.blocks:
+            block.o_proj.weight.zero_()
+            block.down_proj.weight.zero_()
+        return True
 
     def gates(self) -> dict[str, list[float]]:
         """How far each block's gates are open, layer by layer: tanh of a scalar, the mean size of a vector."""

@@ -42,12 +42,6 @@ class Decoding:
         return chosen
 
 
-def user_message(prompt: str, num_images: int) -> list[Message]:
-    """One user turn: the pictures first, then the words."""
-    parts: list[dict[str, str]] = [{"type": "image"}] * num_images
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
-
-
 def prepare(
     model: PreTrainedModel,
     processor: ChiasmProcessor,

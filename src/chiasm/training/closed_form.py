@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chiasm.connectors import AffineConnector
 from chiasm.connectors.closed_form import Ridge, initialise
-from chiasm.data.chat import flatten
+from chiasm.data.chat import IMAGE_TOKEN, flatten
 from chiasm.data.schema import Sample
 from chiasm.fusion.base import FusionModel
 from chiasm.language.adapter import embedding_scale
@@ -28,6 +28,20 @@ def answer_words(sample: Sample) -> set[str]:
     """The distinct words that the assistant says in a sample, lower case."""
     answers = (m["content"] for m in flatten(sample.messages) if m["role"] == "assistant")
     return {word for answer in answers for word in WORD.findall(answer.lower())}
+
+
+def words_by_picture(sample: Sample) -> list[set[str]]:
+    """For every picture the distinct words that the assistant says of it: until a later turn shows another one."""
+    words: list[set[str]] = []
+    shown: list[set[str]] = []
+    for message in flatten(sample.messages):
+        if message["role"] == "assistant":
+            for said in shown:
+                said |= set(WORD.findall(message["content"].lower()))
+        elif pictures := message["content"].count(IMAGE_TOKEN):
+            shown = [set() for _ in range(pictures)]
+            words += shown
+    return words
 
 
 def rarity(samples: Iterable[Sample]) -> dict[str, float]:
@@ -88,11 +102,13 @@ def closed_form(
     ridge: Ridge | None = None
     pictures = 0
     for sample in chosen:
-        words = sorted(word for word in answer_words(sample) if weights[word] > 0)
-        if not words:
-            continue
-        target = embeddings.mean_of(words, [weights[word] for word in words])
-        for features in model.with_positions(features_of(sample).float()):
+        for features, said in zip(
+            model.with_positions(features_of(sample).float()), words_by_picture(sample), strict=True
+        ):
+            words = sorted(word for word in said if weights[word] > 0)
+            if not words:
+                continue
+            target = embeddings.mean_of(words, [weights[word] for word in words])
             ridge = ridge or Ridge(features.shape[-1], target.shape[-1])
             ridge.add(features, target)
             pictures += 1

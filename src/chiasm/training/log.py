@@ -18,6 +18,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import nn
 
 from chiasm.training.stages import FreezePlan
 
@@ -140,6 +141,12 @@ def plan_fields(plan: FreezePlan) -> dict[str, Any]:
         "trainable": sum(row.trainable for row in plan.rows),
         "table": [asdict(row) for row in plan.rows],
     }
+
+
+def gate_fields(model: nn.Module) -> dict[str, Any]:
+    """For models with gated cross-attention: the layers that have a block, and how far its gates are open."""
+    part = getattr(model, "cross_attention", None)
+    return {} if part is None else {"gates": {"layers": list(part.settings.layers), **part.gates()}}
 
 
 def peak_memory(device: torch.device) -> int:

@@ -177,7 +177,13 @@ class Stage(Settings):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     parts: dict[str, PartPlan]
-    init: Literal["keep", "closed_form"] = Field("keep", description="what the connector starts from")
+    init: Literal["keep", "closed_form", "auto"] = Field(
+        "keep",
+        description="what the connector starts from; `auto` is `closed_form` where the connector can, else `keep`",
+    )
+    gates: Literal["keep", "open"] = Field(
+        "keep", description="`open`: gates that are still closed start open, behind layers that start at 0"
+    )
 
     @field_validator("name")
     @classmethod

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from chiasm.connectors import AffineConnector
 from chiasm.data.collation import Batch, load_pixels
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import Sample
@@ -27,7 +28,7 @@ from chiasm.training.batches import WORKERS, Order, prefetch, seed_of
 from chiasm.training.checkpoint import TrainingError, restore
 from chiasm.training.compiling import compiled_layers
 from chiasm.training.features import Rows, stage_features
-from chiasm.training.log import Reporter, peak_memory, plan_fields
+from chiasm.training.log import Reporter, gate_fields, peak_memory, plan_fields
 from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.precision import autocast, choose_dtype, stage_precision
 from chiasm.training.run import Run
@@ -99,7 +100,10 @@ class StageRun:
         if self.left_out:
             self._warn(self.first_step, f"{self.left_out} samples do not have exactly one picture and are left out")
         self._prepare_data()
-        if self.stage.init == "closed_form" and self.resumed is None:
+        if self.stage.gates == "open" and self.resumed is None:
+            self._open_gates()
+        affine = isinstance(self.model.connector, AffineConnector)
+        if self.resumed is None and (self.stage.init == "closed_form" or (self.stage.init == "auto" and affine)):
             self._start_in_closed_form()
         with ExitStack() as state:
             self.originals = state.enter_context(stage_precision(self.model, self.dtype))
@@ -202,6 +206,16 @@ class StageRun:
             rows = self.features.fill(samples, range(len(samples)))
         return Source(samples, self.learner, rows, self.stage.skip_bad)
 
+    def _open_gates(self) -> None:
+        if not hasattr(self.model, "cross_attention"):
+            raise ValueError(
+                f"stage {self.stage.name!r}: gates: open is for models with the part cross_attention; "
+                "write gates: keep, or connect with fusion intermediate"
+            )
+        if "cross_attention" in self.plan.frozen_parts():
+            raise ValueError(f"stage {self.stage.name!r}: gates: open needs the part cross_attention to be tuned")
+        self.model.cross_attention.open_gates()
+
     def _start_in_closed_form(self) -> None:
         started = time.monotonic()
         usable = self.context.survey.usable
@@ -237,7 +251,8 @@ class StageRun:
         set_modes(self.model, self.plan)
         if "unanswered" in result:
             self._warn(done, f"no answers: {result['unanswered']}")
-        self.log.write("validation", self.stage.name, done, **result, seconds=round(time.monotonic() - started, 3))
+        seconds = round(time.monotonic() - started, 3)
+        self.log.write("validation", self.stage.name, done, **result, **gate_fields(self.model), seconds=seconds)
         right, wrong = result["loss"], result["shuffled_loss"]
         against = f", with wrong pictures {wrong:.4f}" if wrong is not None else ""
         self.reporter.note(f"stage {self.stage.name}, step {done}: validation loss {right:.4f}{against}")
@@ -309,7 +324,8 @@ class StageRun:
         trained |= changed & {plain_name(name) for name, _ in self.context.model.named_parameters()}
         self.model.requires_grad_(False).eval()
         self.originals = {}
-        self.log.write("stage_end", self.stage.name, self.num_steps, seconds=round(seconds, 3))
+        took = {"seconds": round(seconds, 3)}
+        self.log.write("stage_end", self.stage.name, self.num_steps, **took, **gate_fields(self.model))
         if self.stage.reads_captions:
             run.save_model(self.stage.name, self.model, self.learner.processor)
         final = {name: p.data for name, p in self.context.model.named_parameters() if plain_name(name) in trained}
