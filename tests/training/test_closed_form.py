@@ -1,6 +1,7 @@
 """The closed-form start reads captions: a picture's visual tokens lie nearer to its own word than to another one's."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,18 +11,25 @@ from torch import Tensor
 import chiasm
 import tiny
 from chiasm.data.schema import ImageRef, Sample
-from chiasm.training.closed_form import WordEmbeddings, closed_form, rarity, words_by_picture
+from chiasm.training.closed_form import (
+    FEWEST_CAPTIONS,
+    WordEmbeddings,
+    caption_indices,
+    closed_form,
+    rarity,
+    words_by_picture,
+)
 
 PICTURES = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 200, 20)}
 
 
-def samples(number: int = 30) -> list[Sample]:
+def samples(number: int = 30, answer: str = "A picture in {}.") -> list[Sample]:
     made = []
     for index in range(number):
         name = list(PICTURES)[index % len(PICTURES)]
         picture = Image.new("RGB", (40, 40), PICTURES[name])
         question = [{"type": "image"}, {"type": "text", "text": "What?"}]
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": f"A picture in {name}."}]
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer.format(name)}]
         made.append(Sample(str(index), turns, [ImageRef.of(picture, name)], None, {}))
     return made
 
@@ -72,3 +80,13 @@ def test_captions_that_agree_are_refused() -> None:
     vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer())
     with pytest.raises(ValueError, match="captions that differ"):
         closed_form(vlm.model, vlm.processor.tokenizer, samples()[::3], encoder(vlm))
+
+
+def test_it_starts_from_captions_where_there_are_enough() -> None:
+    captions, short = samples(FEWEST_CAPTIONS, "All of the picture is {}."), samples(40, "{}")
+    words_only = replace(captions[0], images=[])
+    mixed = [*short, *captions]
+    assert caption_indices(mixed, range(len(mixed))) == list(range(len(short), len(mixed)))
+    assert caption_indices(mixed, range(len(mixed) - 1)) == list(range(len(mixed) - 1))
+    assert caption_indices(short, [3, 5]) == [3, 5]
+    assert len(caption_indices([*mixed, words_only], range(len(mixed) + 1))) == len(captions)

@@ -23,6 +23,26 @@ from chiasm.positions.grid import WIDTH
 WORD = re.compile(r"\w+")
 PLACES = (("top", "bottom"), ("left", "right"))
 
+CAPTION_WORDS = 5
+"""Answers of at least so many words on average describe a picture; shorter ones leave most of it unsaid."""
+FEWEST_CAPTIONS = 50
+"""Where fewer pictures are described, short answers have to do."""
+
+
+def caption_indices(samples: Sequence[Sample], indices: Sequence[int]) -> list[int]:
+    """The samples to start from: those that describe their pictures, or all where hardly any does.
+
+    What an answer leaves out is taken for absent, so "two" about a picture of eight things would teach what is wrong.
+    """
+    described = [index for index in indices if _describes(samples[index])]
+    return described if len(described) >= FEWEST_CAPTIONS else list(indices)
+
+
+def _describes(sample: Sample) -> bool:
+    answers = [m["content"] for m in flatten(sample.messages) if m["role"] == "assistant"]
+    words = sum(len(WORD.findall(answer)) for answer in answers)
+    return bool(sample.images) and words >= CAPTION_WORDS * len(answers)
+
 
 def answer_words(sample: Sample) -> set[str]:
     """The distinct words that the assistant says in a sample, lower case."""

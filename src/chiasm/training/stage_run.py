@@ -26,6 +26,7 @@ from chiasm.fusion.adapters import merge_adapters, plain_name
 from chiasm.training.attention import fast_attention
 from chiasm.training.batches import WORKERS, Order, prefetch, seed_of
 from chiasm.training.checkpoint import TrainingError, restore
+from chiasm.training.closed_form import caption_indices
 from chiasm.training.compiling import compiled_layers
 from chiasm.training.features import Rows, stage_features
 from chiasm.training.log import Reporter, gate_fields, peak_memory, plan_fields
@@ -42,7 +43,7 @@ SPARE_PICTURES = 8
 NAMED = 8
 
 CLOSED_FORM_SAMPLES = 4000
-"""A closed-form start looks at no more samples than these, evenly spread over the data."""
+"""A closed-form start looks at no more samples than these, evenly spread over those that describe their pictures."""
 
 
 @dataclass
@@ -218,8 +219,8 @@ class StageRun:
 
     def _start_in_closed_form(self) -> None:
         started = time.monotonic()
-        usable = self.context.survey.usable
-        samples = self._readable(Subset(self.context.samples, usable[:: -(-len(usable) // CLOSED_FORM_SAMPLES)]))
+        chosen = caption_indices(self.context.samples, self.context.survey.usable)
+        samples = self._readable(Subset(self.context.samples, chosen[:: -(-len(chosen) // CLOSED_FORM_SAMPLES)]))
         features_of = self.features.of if self.features is not None else self._encode
         with self.reporter.task("closed-form start of the connector", 1) as task:
             pictures = self.context.closed_form(self.model, self.context.processor.tokenizer, samples, features_of)
