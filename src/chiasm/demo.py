@@ -1,5 +1,6 @@
 """`chiasm demo`: real weights, real pictures, both stages, a report: eyes for a language model in ten minutes."""
 
+import json
 import os
 import platform
 import shlex
@@ -21,7 +22,9 @@ from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.report import write_report
 from chiasm.evaluation.skills import to_table
 from chiasm.training.log import read_log
+from chiasm.training.pace import seconds_per_sample
 from chiasm.training.precision import choose_dtype
+from chiasm.training.recipe import load_recipe
 
 FEATURES = {"layers": ["stage5", "head"], "grid": [4, 4], "reduce": "pool"}
 """16 visual tokens: enough for four corners and a middle, and three times as many pictures in the same time as 49."""
@@ -33,7 +36,9 @@ CHAT_TEMPLATE = (
 """A question, a line break, an answer. The language model's own marks are about half of every short turn."""
 SKILLS = {"naming": 0.8, "counting": 1.0, "position": 1.2, "colour": 0.2}
 """How often each skill is asked about. Reading needs finer patches and more than minutes."""
-CAPTIONS, SCENES, QUESTIONS, TESTS = 400, 3300, 3, 300
+CAPTIONS, QUESTIONS, TESTS = 400, 3, 300
+MINUTES, MOST_SCENES = 7.0, 8000
+"""How long the second stage may take, and the scenes that are enough on a machine that could go through more."""
 QUICK = ("stages.align.steps=2", "stages.instruct.steps=3")
 
 
@@ -55,11 +60,14 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, console: Console 
         model.to(device)
     share = 0.02 if quick else 1.0
     held_out = EmojiScenes("validation", size=max(20, int(100 * share)), seed=seed, weights=SKILLS)
+    with _phase("time", seconds, console):
+        scenes = int(MOST_SCENES * share) if quick else scenes_in_time(model, output, seed)
+        console.print(f"[dim]this machine goes through {scenes:,} scenes in {MINUTES:g} minutes[/dim]")
     with _phase("train", seconds, console):
         trained = api.train(
             "demo",
             model,
-            training_data(seed, share),
+            training_data(seed, int(CAPTIONS * share), scenes),
             output,
             validation_data=held_out,
             overrides=QUICK if quick else (),
@@ -82,12 +90,27 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, console: Console 
     }
 
 
-def training_data(seed: int, share: float = 1.0) -> list[Sample]:
+def scenes_in_time(model: vlm.VLM, output: Path, seed: int) -> int:
+    """Scenes that the second stage goes through in `MINUTES` on this machine; a run that is resumed keeps its number."""
+    noted = output / "scenes.json"
+    if noted.is_file():
+        return int(json.loads(noted.read_text()))
+    stage = load_recipe("demo").stages[-1]
+    samples = questions(seed, 6 * stage.batch_size)
+    pace = seconds_per_sample(model.model, model.processor, stage, list(samples))
+    scenes = min(MOST_SCENES, int(60 * MINUTES / pace))
+    output.mkdir(parents=True, exist_ok=True)
+    noted.write_text(json.dumps(scenes))
+    return scenes
+
+
+def training_data(seed: int, captions: int, scenes: int) -> list[Sample]:
     """Captions, from which the connector starts, and questions about other pictures."""
-    captions = EmojiScenes("train", size=int(CAPTIONS * share), seed=seed + 1000, form="caption")
-    scenes = int(SCENES * share)
-    questions = EmojiScenes("train", size=scenes, seed=seed, questions_per_scene=QUESTIONS, weights=SKILLS)
-    return [*captions, *questions]
+    return [*EmojiScenes("train", size=captions, seed=seed + 1000, form="caption"), *questions(seed, scenes)]
+
+
+def questions(seed: int, scenes: int) -> EmojiScenes:
+    return EmojiScenes("train", size=scenes, seed=seed, questions_per_scene=QUESTIONS, weights=SKILLS)
 
 
 def _weights(device: torch.device) -> torch.dtype | str:
