@@ -91,7 +91,7 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, console: Console 
 
 
 def scenes_in_time(model: vlm.VLM, output: Path, seed: int) -> int:
-    """Scenes that the second stage goes through in `MINUTES` on this machine; a run that is resumed keeps its number."""
+    """Scenes that the second stage goes through in `MINUTES` on this machine; a resumed run keeps its number."""
     noted = output / "scenes.json"
     if noted.is_file():
         return int(json.loads(noted.read_text()))

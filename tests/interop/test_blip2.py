@@ -28,7 +28,7 @@ from transformers import (
 import chiasm
 import contracts
 import tiny
-from chiasm.generation.decode import user_message
+from chiasm.data.chat import user_message
 
 VIT = {"hidden_size": 28, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 2}
 VIT |= {"image_size": 30, "patch_size": 10, "initializer_range": 0.2}
