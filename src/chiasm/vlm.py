@@ -25,9 +25,11 @@ from chiasm.interop.idefics2 import load_idefics2
 from chiasm.interop.internvl import load_internvl
 from chiasm.interop.llava import load_llava
 from chiasm.interop.paligemma import load_paligemma
+from chiasm.interop.parts import has_processor
 from chiasm.language.adapter import load_language, load_tokenizer
 from chiasm.presets import Preset, preset_named
 from chiasm.sources.errors import readable_weights
+from chiasm.sources.files import find_file
 from chiasm.vision.encoder import load_vision
 from chiasm.vision.image_processor import ChiasmImageProcessor, image_processor_for
 
@@ -193,12 +195,8 @@ def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[FusionModel, Ch
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         raise ValueError(f"{source} does not hold this model's weights: {len(wrong)} keys differ, first {wrong[0]}")
-    try:
-        kind = InstructionProcessor if model.connector.reads_instruction else ChiasmProcessor
-        processor = kind.from_pretrained(source)
-    except OSError:
-        processor = None
-    return model.eval(), processor
+    kind = InstructionProcessor if model.connector.reads_instruction else ChiasmProcessor
+    return model.eval(), kind.from_pretrained(source) if has_processor(source) else None
 
 
 def best_device() -> torch.device:
@@ -219,13 +217,11 @@ LOADERS = {
 
 
 def _model_type(source: str) -> str:
-    from transformers.utils import cached_file
-
-    path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
+    path = find_file(source, "config.json")
     if path is None:
         raise ValueError(f"{source} holds no config.json, so it is no model; name the folder that has it")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))["model_type"]
+        return json.loads(path.read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the configuration of a model: it is no JSON object with model_type") from error
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
-from transformers.image_processing_base import ImageProcessingMixin
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.language.adapter import head_is_direct, load_tokenizer
+from chiasm.sources.files import read_json
 from chiasm.vision.encoder import load_vision
 from chiasm.vision.features import VisionFeatures
 from chiasm.vision.image_processor import image_processor_for
@@ -59,6 +59,17 @@ def finish(model: FusionModel, source: str) -> None:
         model.generation_config = GenerationConfig.from_model_config(model.config)
 
 
+def has_processor(source: str) -> bool:
+    """Whether a folder or hub id has the files of a tokenizer and of an image processor.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    inside = (read_json(source, "processor_config.json") or {}).get("image_processor")
+    images = read_json(source, "preprocessor_config.json") or inside
+    return images is not None and load_tokenizer(source) is not None
+
+
 def load_processor(
     source: str, model: FusionModel, template: str | None = None, own_images: bool = False, **options: Any
 ) -> ChiasmProcessor | None:
@@ -69,13 +80,9 @@ def load_processor(
         own_images: whether the reference's image processor is kept, because Chiasm's has not what it does.
         **options: of `ChiasmProcessor`.
     """
+    if not has_processor(source):
+        return None
     tokenizer = load_tokenizer(source)
-    try:
-        ImageProcessingMixin.get_image_processor_dict(source)
-    except OSError:
-        return None
-    if tokenizer is None:
-        return None
     settings, _ = ChiasmProcessor.get_processor_dict(source)
     tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template or template
     images = AutoImageProcessor.from_pretrained(source) if own_images else image_processor_for(source, model.vision)
