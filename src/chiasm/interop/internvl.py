@@ -6,7 +6,7 @@ from transformers import AutoConfig, InternVLConfig
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
-from chiasm.interop.parts import describe_features, finish, language_table, text_settings
+from chiasm.interop.parts import describe_features, finish, language_table, require_direct_head, text_settings
 from chiasm.interop.weights import Table, assemble, read_weights
 from chiasm.vision.features import VisionFeatures
 
@@ -30,6 +30,7 @@ def load_internvl(source: str, dtype: torch.dtype | str = "auto") -> tuple[Early
     config = AutoConfig.from_pretrained(source)
     model = assemble(EarlyFusionModel, chiasm_config(config), read_weights(source), table(config), dtype=dtype)
     finish(model, source)
+    require_direct_head(model)
     return model, None
 
 

@@ -15,6 +15,14 @@ from chiasm.vision.features import VisionFeatures
 from chiasm.vision.image_processor import image_processor_for
 from chiasm.vision.towers import build_tower
 
+DIRECT_HEAD = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+}
+"""Settings with which the heads of Gemma 2 and 3, Cohere, Granite and Falcon-H1 leave logits as they are."""
+
 
 def language_table(text_config: PreTrainedConfig, decoder: str, head: str) -> dict[str, str | None]:
     """Where a language model's decoder and head, which stand apart in the reference, are in ours."""
@@ -26,8 +34,13 @@ def language_table(text_config: PreTrainedConfig, decoder: str, head: str) -> di
 
 
 def text_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """The language model's configuration; whether embeddings are tied is what the whole model says."""
-    return config.text_config.to_dict() | {"tie_word_embeddings": config.tie_word_embeddings}
+    """The language model's configuration as its image-text model uses it.
+
+    Whether embeddings are tied is what the whole model says, and its own head neither scales nor caps logits.
+    """
+    settings = config.text_config.to_dict()
+    direct = {name: value for name, value in DIRECT_HEAD.items() if name in settings}
+    return settings | direct | {"tie_word_embeddings": config.tie_word_embeddings}
 
 
 def describe_features(vision_config: PreTrainedConfig, wanted: dict[str, Any]) -> VisionFeatures:
@@ -48,6 +61,15 @@ def without_first(features: VisionFeatures) -> VisionFeatures:
     if len({layer.grid for layer in layers}) > 1:
         raise ValueError(f"feature layers of different lengths lose their first token: {[la.layer for la in layers]}")
     return replace(features, layers=layers, grid=layers[0].grid)
+
+
+def require_direct_head(model: FusionModel) -> None:
+    """Refuses a language model that changes its logits behind the head, which its image-text model does not do."""
+    if not model.config.direct_head:
+        raise ValueError(
+            f"the language model of type {model.language.config.model_type!r} changes logits behind its head, and the "
+            "reference, which has a head of its own, does not; a setting for that is not known here"
+        )
 
 
 def finish(model: FusionModel, source: str) -> None:
