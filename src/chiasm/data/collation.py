@@ -88,7 +88,7 @@ def load_pixels(sample: Sample, processor: ProcessorMixin) -> Tensor | None:
         pictures = [ref.load() for ref in sample.images]
     except ImageError as error:
         raise SampleError(sample.id, [Problem(error.kind, str(error), error.name)]) from error
-    return torch.as_tensor(processor.image_processor(pictures)["pixel_values"])
+    return torch.as_tensor(processor.image_processor(pictures, return_tensors="pt")["pixel_values"])
 
 
 def collate(items: Sequence[Item], processor: ChiasmProcessor) -> Batch:

@@ -34,7 +34,7 @@ def read_pixels(image_processor: Any, flat: list[Any], counts: list[int], tiles:
     if keeps_sizes(image_processor):
         return Pixels(_rows(image_processor, flat, counts), [tiles or 1] * len(flat))
     if tiles is not None:
-        return Pixels({"pixel_values": image_processor(flat)["pixel_values"]}, [tiles] * len(flat))
+        return Pixels({"pixel_values": image_processor(flat, return_tensors="pt")["pixel_values"]}, [tiles] * len(flat))
     made = image_processor([opened(item) for item in flat], crop_to_patches=True, return_tensors="pt")
     return Pixels({"pixel_values": made["pixel_values"]}, [int(number) for number in made["num_patches"]])
 

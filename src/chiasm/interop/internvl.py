@@ -50,6 +50,7 @@ def _processor(source: str, model: EarlyFusionModel) -> ChiasmProcessor | None:
     processor = load_processor(source, model, own_images=True, add_special_tokens=True, image_tiles=None)
     if processor is None:
         return None
+    processor.image_processor.crop_to_patches = False  # a call that wants tiles says so
     words = processor.tokenizer
     processor.image_boundary = [getattr(words, name, token) for name, token in FRAME.items()]
     processor.image_token_id = model.config.image_token_id

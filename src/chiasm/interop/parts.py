@@ -87,9 +87,12 @@ def has_processor(source: str) -> bool:
     Raises:
         ValueError: a file is damaged.
     """
+    return _has_image_settings(source) and load_tokenizer(source) is not None
+
+
+def _has_image_settings(source: str) -> bool:
     inside = (read_json(source, "processor_config.json") or {}).get("image_processor")
-    images = read_json(source, "preprocessor_config.json") or inside
-    return images is not None and load_tokenizer(source) is not None
+    return (read_json(source, "preprocessor_config.json") or inside) is not None
 
 
 def load_processor(
@@ -102,9 +105,9 @@ def load_processor(
         own_images: whether the reference's image processor is kept, because Chiasm's has not what it does.
         **options: of `ChiasmProcessor`.
     """
-    if not has_processor(source):
+    tokenizer = load_tokenizer(source) if _has_image_settings(source) else None
+    if tokenizer is None:
         return None
-    tokenizer = load_tokenizer(source)
     settings, _ = ChiasmProcessor.get_processor_dict(source)
     tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template or template
     images = AutoImageProcessor.from_pretrained(source) if own_images else image_processor_for(source, model.vision)

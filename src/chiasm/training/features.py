@@ -131,7 +131,7 @@ class Features:
 
     def _pixels(self, sample_id: str, ref: ImageRef) -> Tensor | SampleError:
         try:
-            return torch.as_tensor(self.processor.image_processor([ref.load()])["pixel_values"])
+            return torch.as_tensor(self.processor.image_processor([ref.load()], return_tensors="pt")["pixel_values"])
         except ImageError as error:
             return SampleError(sample_id, [Problem(error.kind, str(error), error.name)])
 
