@@ -164,13 +164,18 @@ RECIPE = ["train", "RECIPE", "--model", "MODEL", "--data", "DATA", "-o", "OUT"]
         ([*RECIPE[:-1], "MODEL"], "is not empty and holds no run"),
         (["chat", "MODEL", "RECIPE", "-p", "Hi"], "cannot be read as a picture"),
         (["chat", "MODEL", "-p", "Hi" * 800], "context is 1024; shorten"),
+        (["chat", "MODEL", "-p", "Hi", "--temperature", "nan"], "temperature=nan, expected 0 (greedy) or a finite"),
+        (["chat", "MODEL", "-p", "Hi", "--temperature", "inf", "--json"], "temperature=inf, expected 0 (greedy)"),
         (["eval", "MODEL", "--data", "EMPTY"], "holds no data file"),
+        (["data", "check", "DATA", "--max-pixels", "-1"], "max_pixels is -1, expected a whole number above 0"),
+        (["data", "check", "DATA", "--max-bytes", "0"], "max_bytes is 0, expected a whole number above 0"),
+        (["inspect", "DAMAGED"], "processor_config.json is damaged, it is not JSON"),
     ],
 )
 def test_strange_values_are_one_line_and_exit_2(
     run: Any, model: Path, data: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    names = ("OUT", "MODEL", "VISION", "LANGUAGE", "BROKEN", "EMPTY", "TYPELESS", "RECIPE", "DATA")
+    names = ("OUT", "MODEL", "VISION", "LANGUAGE", "BROKEN", "DAMAGED", "EMPTY", "TYPELESS", "RECIPE", "DATA")
     places: dict[str, Path] = {name: tmp_path / name.lower() for name in names} | {"DATA": data}
     tiny.vision().save_pretrained(places["VISION"])
     tiny.language().save_pretrained(places["LANGUAGE"])
@@ -178,6 +183,8 @@ def test_strange_values_are_one_line_and_exit_2(
     before = arguments[arguments.index("BROKEN") - 1] if "BROKEN" in arguments else ""
     shutil.copytree(whole.get(before, places["LANGUAGE"]), places["BROKEN"])
     (places["BROKEN"] / "model.safetensors").write_bytes(b"cut off")
+    shutil.copytree(model, places["DAMAGED"])
+    (places["DAMAGED"] / "processor_config.json").write_text("{cut off")
     places["EMPTY"].mkdir()
     places["TYPELESS"].mkdir()
     (places["TYPELESS"] / "config.json").write_text("[]")

@@ -5,13 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chiasm.api import train
+    from chiasm.dual_encoder import DualEncoder
     from chiasm.vlm import VLM, connect, load
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"connect": "chiasm.vlm", "load": "chiasm.vlm", "VLM": "chiasm.vlm", "train": "chiasm.api"}
+_PUBLIC = {
+    "VLM": "chiasm.vlm",
+    "DualEncoder": "chiasm.dual_encoder",
+    "connect": "chiasm.vlm",
+    "load": "chiasm.vlm",
+    "train": "chiasm.api",
+}
 
-__all__ = ["VLM", "connect", "load", "train"]
+__all__ = ["VLM", "DualEncoder", "connect", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

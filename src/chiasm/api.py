@@ -17,7 +17,7 @@ from chiasm.evaluation.evaluate import evaluate as evaluate_answers
 from chiasm.training.schema import Recipe
 from chiasm.training.trainer import TrainResult
 from chiasm.training.trainer import train as train_model
-from chiasm.vlm import VLM, best_device, load
+from chiasm.vlm import VLM, best_device, load_vlm
 
 Progress = Callable[[int, int], None]
 
@@ -43,7 +43,7 @@ def train(
         validation_data: held-out data; by default 5 % of `data`, the same ones in every run.
         overrides: `key=value` changes to the recipe, such as `stages.align.lr=1e-3`.
     """
-    vlm = model if isinstance(model, VLM) else load(model).to(best_device())
+    vlm = model if isinstance(model, VLM) else load_vlm(model).to(best_device())
 
     def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:
         return vlm.generate(messages, images, max_new_tokens=32)
@@ -84,7 +84,7 @@ def evaluate(
         shots: solved examples in front of every question, of its skill and from other samples.
         shots_from: the data that they are drawn from; by default the train split where there is one.
     """
-    vlm = model if isinstance(model, VLM) else load(model).to(best_device())
+    vlm = model if isinstance(model, VLM) else load_vlm(model).to(best_device())
     samples = spread(read(data, split=split), limit)
     examples = None
     if shots:

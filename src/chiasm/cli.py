@@ -128,9 +128,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show a model's parts, parameters, visual tokens and cost."""
-    import chiasm
+    from chiasm.vlm import load_vlm
 
-    _show(chiasm.load(model), as_json, images=images, text_tokens=text_tokens)
+    _show(load_vlm(model), as_json, images=images, text_tokens=text_tokens)
 
 
 @app.command(epilog=example("chiasm chat models/mine cat.jpg -p 'What is this?'"))
@@ -149,9 +149,8 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Ask about pictures: one answer with -p, otherwise a conversation."""
-    import chiasm
     from chiasm.conversation import converse
-    from chiasm.vlm import best_device
+    from chiasm.vlm import best_device, load_vlm
 
     examples = [_example(text) for text in solved]
     missing = [
@@ -161,7 +160,7 @@ def chat(
         raise FileNotFoundError(f"no such picture: {missing[0]}")
     if show_attention is not None and (prompt is None or not images):
         raise ValueError("--show-attention is for one answer about a picture; give a picture and -p")
-    vlm = chiasm.load(model).to(best_device())
+    vlm = load_vlm(model).to(best_device())
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "examples": examples}
     if prompt is None:
         return converse(vlm, images, options, out)

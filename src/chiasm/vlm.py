@@ -10,26 +10,32 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiasm import sources
 from chiasm.comparison.cost import Cost, cost
+from chiasm.data.captions import CaptionProcessor
 from chiasm.data.chat import Message, count_images, user_message
 from chiasm.data.few_shot import Example, as_list, put_first, solved
 from chiasm.data.instruction import InstructionProcessor
 from chiasm.data.processor import ChiasmProcessor
+from chiasm.dual_encoder import DualEncoder
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.build import CONVOLUTIONAL, build_fusion, fusion_class
 from chiasm.fusion.config import FUSIONS, ChiasmConfig
+from chiasm.fusion.qformer_retrieval import QFormerRetrieval
 from chiasm.fusion.start import start_of
 from chiasm.generation import decode
 from chiasm.generation.attention import Attention, look
 from chiasm.generation.decode import Decoding
 from chiasm.interop.blip2 import load_blip2
+from chiasm.interop.blip2_retrieval import load_blip2_retrieval
 from chiasm.interop.idefics import load_idefics
 from chiasm.interop.idefics2 import load_idefics2
 from chiasm.interop.internvl import load_internvl
 from chiasm.interop.llava import load_llava
 from chiasm.interop.paligemma import load_paligemma
+from chiasm.interop.parts import has_processor
 from chiasm.language.adapter import load_language, load_tokenizer
 from chiasm.presets import Preset, preset_named
 from chiasm.sources.errors import readable_weights
+from chiasm.sources.files import find_file
 from chiasm.vision.encoder import load_vision
 from chiasm.vision.image_processor import ChiasmImageProcessor, image_processor_for
 
@@ -216,14 +222,32 @@ def connect(
     return VLM(model, processor)
 
 
-def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM:
-    """A Chiasm checkpoint, or a transformers one of a kind in `LOADERS`, told by `model_type` in its configuration."""
+def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM | DualEncoder:
+    """A Chiasm checkpoint, or a transformers one of a kind in `LOADERS` or `RETRIEVAL_LOADERS`: a `VLM`, or the
+    `DualEncoder` of a retrieval model, told by `model_type` and `architectures` in its configuration."""
     source = sources.resolve(source)
-    model_type = _model_type(source)
-    if model_type not in LOADERS:
-        raise ValueError(f"{source} holds a {model_type!r} model; chiasm.load reads {', '.join(LOADERS)}")
+    config = _config(source)
+    model_type, kinds = config["model_type"], config.get("architectures") or []
     with readable_weights(source):
-        return VLM(*LOADERS[model_type](source, dtype))
+        for kind in (model_type, *kinds):
+            if kind in RETRIEVAL_LOADERS:
+                return DualEncoder(*RETRIEVAL_LOADERS[kind](source, dtype))
+        if model_type in LOADERS:
+            return VLM(*LOADERS[model_type](source, dtype))
+    known = ", ".join([*LOADERS, *RETRIEVAL_LOADERS])
+    raise ValueError(f"{source} holds a {model_type!r} model; chiasm.load reads {known}")
+
+
+def load_vlm(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM:
+    """The same, for what needs a generative model.
+
+    Raises:
+        ValueError: it is a retrieval model.
+    """
+    loaded = load(source, dtype)
+    if not isinstance(loaded, VLM):
+        raise ValueError(f"{source} holds a retrieval model, which scores pictures and texts but gives no answers")
+    return loaded
 
 
 def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[FusionModel, ChiasmProcessor | None]:
@@ -232,12 +256,13 @@ def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[FusionModel, Ch
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         raise ValueError(f"{source} does not hold this model's weights: {len(wrong)} keys differ, first {wrong[0]}")
-    try:
-        kind = InstructionProcessor if model.connector.reads_instruction else ChiasmProcessor
-        processor = kind.from_pretrained(source)
-    except OSError:
-        processor = None
-    return model.eval(), processor
+    kind = InstructionProcessor if model.connector.reads_instruction else ChiasmProcessor
+    return model.eval(), kind.from_pretrained(source) if has_processor(source) else None
+
+
+def _load_retrieval(source: str, dtype: torch.dtype | str) -> tuple[QFormerRetrieval, CaptionProcessor | None]:
+    model = QFormerRetrieval.from_pretrained(source, dtype=dtype)
+    return model, CaptionProcessor.from_pretrained(source) if has_processor(source) else None
 
 
 def best_device() -> torch.device:
@@ -257,16 +282,27 @@ LOADERS = {
 }
 
 
-def _model_type(source: str) -> str:
-    from transformers.utils import cached_file
+RETRIEVAL_LOADERS = {
+    "Blip2ForImageTextRetrieval": load_blip2_retrieval,
+    "chiasm_qformer_retrieval": _load_retrieval,
+}
+"""By `model_type`, or by architecture where transformers has one type for both."""
 
-    path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
+
+def _model_type(source: str) -> str:
+    return _config(source)["model_type"]
+
+
+def _config(source: str) -> dict[str, Any]:
+    path = find_file(source, "config.json")
     if path is None:
         raise ValueError(f"{source} holds no config.json, so it is no model; name the folder that has it")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))["model_type"]
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        str(config["model_type"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the configuration of a model: it is no JSON object with model_type") from error
+    return config
 
 
 def _preset_features(preset: Preset, vision: Any) -> dict[str, Any] | None:

@@ -432,6 +432,15 @@ def test_hold_out_keeps_one_id_together_and_both_sides_filled() -> None:
         ({"conversations": [{"from": ["human"], "value": "x"}]}, r"a turn is from \['human'\]"),
         ({"conversations": turns("\ud800", "x")}, "'value' is no text: it holds half a character"),
         ({"question": "Q?", "answer": "A", "answers": 5}, "'answers' is 5, expected a list"),
+        ({"id": "x", "conversations": turns("Q?", "A"), "answers": "A"}, "sample 'x': 'answers' is 'A', expected a"),
+        ({"messages": [], "answers": {"a": 1}}, "'answers' is {'a': 1}, expected a list"),
+        ({"texts": [], "answers": [["A"]]}, r"'answers' is \['A'\], expected text"),
+        (
+            {"id": {"a": 1}, "question": "Q?", "answer": "A"},
+            "sample 'd:0': 'id' is {'a': 1}, expected text or a number",
+        ),
+        ({"id": [1], "caption": "c"}, r"'id' is \[1\], expected text"),
+        ({"id": "x", "skill": ["count"], "caption": "c"}, r"sample 'x': 'skill' is \['count'\], expected text"),
     ],
 )
 def test_values_of_the_wrong_type_are_named(folder: Path, row: dict, expected: str) -> None:
@@ -447,6 +456,24 @@ def test_a_mixture_of_itself_and_a_size_that_is_no_number_are_refused(folder: Pa
         read(folder / "a.yaml")
     with pytest.raises(ValueError, match="size is 'x', expected a whole number"):
         read("emoji-scenes:train,size=x")
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("max_pixels: abc", "max_pixels is 'abc', expected a whole number above 0"),
+        ("max_pixels: -1", "max_pixels is -1, expected a whole number above 0"),
+        ("image_root: 5", "image_root is 5, expected a folder"),
+        ("answered: maybe", "answered is 'maybe', expected true or false"),
+        ("split: validation, fraction: x", "fraction is 'x', expected a number between 0 and 1"),
+        ("split: validation, at_most: 0.5", "at_most is 0.5, expected a whole number"),
+    ],
+)
+def test_an_option_of_a_mixture_that_is_no_such_value_is_named(folder: Path, option: str, expected: str) -> None:
+    save(folder / "a.json", [{"id": str(number), "question": "Q?", "answer": "A"} for number in range(3)])
+    (folder / "m.yaml").write_text(f"- {{path: a.json, {option}}}\n")
+    with pytest.raises(ValueError, match=expected):
+        read(folder / "m.yaml")
 
 
 def test_hold_out_of_mixtures_and_subsets_builds_no_sample(folder: Path) -> None:

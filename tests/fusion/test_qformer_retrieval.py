@@ -13,11 +13,13 @@ from transformers import (
     OPTConfig,
 )
 
+import chiasm
 import tiny
 from chiasm.data.captions import CaptionProcessor
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval, build_retrieval
 from chiasm.interop.blip2_retrieval import load_blip2_retrieval
 from chiasm.objectives.masks import unimodal_mask
+from chiasm.vlm import load_vlm
 from training import helpers
 
 VOCABULARY = 260
@@ -171,3 +173,34 @@ def test_other_connectors_and_vocabularies_are_refused() -> None:
         build_retrieval(helpers.vlm().model, VOCABULARY)
     with pytest.raises(ValueError, match="text branch has 99 tokens, the captions' tokenizer 260"):
         build_retrieval(vlm(vocabulary=99).model, VOCABULARY)
+
+
+def test_the_reference_loads_as_a_dual_encoder(reference: tuple[Path, Blip2ForImageTextRetrieval]) -> None:
+    folder, theirs = reference
+    loaded = chiasm.load(folder)
+    assert isinstance(loaded, chiasm.DualEncoder)
+    ids, mask = texts()
+    inputs = {"pixel_values": torch.randn(3, 3, 30, 30), "input_ids": ids % 41, "attention_mask": mask}
+    for matching in (True, False):
+        with torch.no_grad():
+            ours = loaded.model(**inputs, use_image_text_matching_head=matching)
+            expected = theirs(**inputs, use_image_text_matching_head=matching)
+        torch.testing.assert_close(ours.logits_per_image, expected.logits_per_image, **CLOSE)
+    with pytest.raises(ValueError, match="no processor"):
+        loaded.score(tiny.picture(), "a cat")
+    with pytest.raises(ValueError, match="holds a retrieval model"):
+        load_vlm(folder)
+
+
+def test_pictures_and_texts_are_scored_saved_and_loaded(tmp_path: Path) -> None:
+    source = vlm()
+    processor = CaptionProcessor(source.processor.image_processor, tiny.tokenizer())
+    dual = chiasm.DualEncoder(build_retrieval(source.model, VOCABULARY + 1, space=16), processor)
+    images, words = [tiny.picture(1), tiny.picture(2)], ["a cat", "two dogs", "a house"]
+    scores = dual.score(images, words)
+    assert scores.shape == (2, 3) and scores.abs().max() <= 1 + 1e-5
+    assert dual.match(images, words[:2]).shape == (2,)
+    with pytest.raises(ValueError, match=r"2 picture\(s\) but 3 text\(s\)"):
+        dual.match(images, words)
+    dual.save_pretrained(tmp_path)
+    assert torch.equal(chiasm.load(tmp_path).score(images, words), scores)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import InternVLConfig, InternVLForConditionalGeneration
+from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 import chiasm
 import contracts
@@ -27,10 +28,11 @@ def reference(folder: Path, language: str = "qwen2", vision: dict[str, Any] | No
         "patch_size": [4, 4],
     }
     text = tiny.language(language).config
+    changes = options.pop("text", {})
     tied = options.pop("tied", text.tie_word_embeddings)
     config = InternVLConfig(
         vision_config=tower | (vision or {}),
-        text_config=text.to_dict(),
+        text_config=text.to_dict() | changes,
         image_token_id=IMAGE,
         tie_word_embeddings=tied,
         **options,
@@ -107,6 +109,81 @@ def test_missing_and_left_over_weights_are_named(tmp_path: Path, missing: bool) 
         weights["model.vision_tower.extra"] = torch.zeros(1)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"connector\.layers\.1\.weight" if missing else r"model\.vision_tower\.extra"):
+        chiasm.load(tmp_path)
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOKENS = {
+    "context_image_token": "<IMG_CONTEXT>",
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "video_token": "<video>",
+}
+
+
+class WithoutVideos(InternVLProcessor):
+    """Its video processor needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        return argument and super().check_argument_for_proper_class(argument_name, argument)
+
+
+def with_processor(folder: Path) -> tuple[Any, Any]:
+    """A saved model and processor: nine visual tokens for a tile of 24 × 24 pixels, at most six tiles and the whole."""
+    internvl = reference(folder, text={"vocab_size": 264})
+    backend = tiny.tokenizer(None)
+    backend.add_tokens(list(TOKENS.values()), special_tokens=True)
+    backend.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=TOKENS, pad_token="<|pad|>")
+    images = GotOcr2ImageProcessorPil(size={"height": 24, "width": 24}, max_patches=6)
+    processor = WithoutVideos(images, tokenizer, image_seq_length=9, chat_template=TEMPLATE)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    images.save_pretrained(folder)
+    return internvl, processor
+
+
+def test_the_processor_gives_the_same_inputs(tmp_path: Path) -> None:
+    internvl, processor = with_processor(tmp_path)
+    vlm = chiasm.load(tmp_path)
+    pictures = [tiny.picture(1), tiny.picture(2).resize((70, 21)), tiny.picture(3).resize((24, 24))]
+    texts = ["<IMG_CONTEXT>\n<IMG_CONTEXT> Both?", "One <IMG_CONTEXT>"]
+    expected = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+    found = vlm.processor(images=pictures, text=texts)
+    assert set(found) == {"input_ids", "attention_mask", "pixel_values"} and len(found["pixel_values"]) > 3
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+    messages = tiny.ask("What?", 2)
+    rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
+    expected = processor(images=pictures[:2], text=rendered, return_tensors="pt")
+    found = vlm.processor(messages=messages, images=pictures[:2])
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    tokens = internvl.generate(**found, max_new_tokens=4, do_sample=False, suppress_tokens=[IMAGE], pad_token_id=258)
+    text = processor.decode(tokens[0, found["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert vlm.chat(pictures[:2], "What?", max_new_tokens=4) == text
+    vlm.save_pretrained(tmp_path / "again")
+    again = chiasm.load(tmp_path / "again").processor(messages=messages, images=pictures[:2])
+    assert all(torch.equal(again[name], found[name]) for name in found)
+
+
+def test_pictures_of_other_shapes_answer_together_as_alone(tmp_path: Path) -> None:
+    with_processor(tmp_path)
+    vlm = chiasm.load(tmp_path)
+    images = [[tiny.picture(1)], [tiny.picture(2).resize((90, 20)), tiny.picture(3)], []]
+    asked = [tiny.ask("What is it?", len(shown)) for shown in images]
+    alone = [vlm.generate([a], [i], max_new_tokens=4)[0] for a, i in zip(asked, images, strict=True)]
+    assert vlm.generate(asked, images, max_new_tokens=4) == alone
+
+
+def test_a_tokenizer_without_its_tokens_is_refused(tmp_path: Path) -> None:
+    with_processor(tmp_path)
+    tiny.tokenizer(TEMPLATE).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lacks <img> or </img>"):
         chiasm.load(tmp_path)
 
 

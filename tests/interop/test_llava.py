@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -188,3 +189,22 @@ def test_without_processor_files_only_the_processor_is_missing(tmp_path: Path) -
     vlm = chiasm.load(tmp_path)
     with pytest.raises(ValueError, match="no processor"):
         vlm.chat(tiny.picture(), "What?")
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 10, "sliding_window": 8, "final_logit_softcapping": 0.5, "query_pre_attn_scalar": 10},
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "cohere": {"logit_scale": 0.25},
+}
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_the_reference_neither_scales_nor_caps_logits(family: str, tmp_path: Path) -> None:
+    text = tiny.language("llama").config.to_dict()
+    sizes = {name: text[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "pad_token_id": 258, "eos_token_id": 257}
+    llava = reference(tmp_path, text_config=AutoConfig.for_model(family, **sizes, **HEADS[family]))
+    vlm, inputs = chiasm.load(tmp_path), pictures(llava)
+    check_equals_reference(vlm.model, llava, inputs)
+    check_saved_equals_loaded(vlm, inputs)
+    assert vlm.model.config.direct_head

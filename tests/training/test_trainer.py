@@ -1,6 +1,7 @@
 """Whole runs on a tiny model: who changes, who does not, what is written, and what stops a run."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,25 @@ def test_closed_form_never_meets_a_bad_picture(tmp_path: Path, cached: bool) -> 
     recipe = {"stages": [helpers.stage(init="closed_form", cache_features=cached, skip_bad=True)]}
     result = helpers.run(tmp_path / "run", recipe, data=data, closed_form=closed_form)
     assert events(result, "closed_form")[0]["pictures"] == sum(len(sample.images) for sample in data[:6])
+
+
+@pytest.mark.parametrize("settings", [{"cache_features": True}, {"cache_features": False}, {"init": "closed_form"}])
+def test_a_run_that_skips_every_sample_stops(tmp_path: Path, settings: dict[str, Any]) -> None:
+    data = [broken("missing", tmp_path) for _ in range(30)]
+    data = [replace(sample, id=f"s{number}") for number, sample in enumerate(data)]
+    recipe = {"stages": [helpers.stage(steps=20, skip_bad=True, validation={"samples": 4}, **settings)]}
+    with pytest.raises(
+        ValueError, match=r"all of the \d+ samples .* skipped \(missing picture: \d+\), .*'s\d+': "
+    ) as error:
+        helpers.run(tmp_path / "run", recipe, data=data)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_without_one_usable_text_stops(tmp_path: Path) -> None:
+    data = [broken("answer", tmp_path), broken("count", tmp_path)]
+    recipe = {"stages": [helpers.stage(skip_bad=True)]}
+    with pytest.raises(ValueError, match=r"all of the 2 samples so far were skipped \(no answer: 1, placeholders: 1\)"):
+        helpers.run(tmp_path / "run", recipe, data=data)
 
 
 def test_a_stage_that_tunes_the_encoder_has_no_cache(tmp_path: Path) -> None:

@@ -103,6 +103,9 @@ def check(
     """
     if (tokenizer is None) != (max_tokens is None):
         raise ValueError("tokenizer and max_tokens belong together: give both, or neither")
+    for name, limit in (("max_pixels", max_pixels), ("max_bytes", max_bytes)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} is {limit}, expected a whole number above 0")
     findings: list[Finding] = []
     ids: Counter[str] = Counter()
     images, known = 0, _Pictures(max_pixels, max_bytes)

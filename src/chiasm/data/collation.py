@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from chiasm.data.pixels import keeps_sizes
 from chiasm.data.processor import IGNORE, ChiasmProcessor
 from chiasm.data.schema import ImageError, Problem, Sample, SampleError
 
@@ -58,6 +59,23 @@ def encode_sample(sample: Sample, processor: ChiasmProcessor, max_length: int | 
     return tokens
 
 
+def require_one_size(processor: ProcessorMixin, size: tuple[int, int]) -> None:
+    """Refuses a processor that does not make one picture of the encoder's size out of every picture."""
+    images = processor.image_processor
+    if keeps_sizes(images):
+        raise ValueError(
+            "training needs pictures of one size, but this model's image processor keeps their own; set "
+            f"vlm.processor.image_processor = ChiasmImageProcessor({size}, {list(images.image_mean)}, "
+            f"{list(images.image_std)}, resize_mode='pad') of chiasm.vision.image_processor, "
+            "vlm.processor.image_tiles = 1, and save the model again"
+        )
+    if getattr(processor, "image_tiles", 1) != 1:
+        raise ValueError(
+            "training reads a picture as one, but this model's processor cuts it into tiles; "
+            "set vlm.processor.image_tiles = 1 and save the model again"
+        )
+
+
 def load_pixels(sample: Sample, processor: ProcessorMixin) -> Tensor | None:
     """The pictures of a sample, decoded and resized: (I, 3, H, W).
 
@@ -66,13 +84,11 @@ def load_pixels(sample: Sample, processor: ProcessorMixin) -> Tensor | None:
     """
     if not sample.images:
         return None
-    if "pixel_attention_mask" in processor.image_processor.model_input_names:
-        raise ValueError("training needs pictures of one size, but this model's image processor keeps their own sizes")
     try:
         pictures = [ref.load() for ref in sample.images]
     except ImageError as error:
         raise SampleError(sample.id, [Problem(error.kind, str(error), error.name)]) from error
-    return torch.as_tensor(processor.image_processor(pictures)["pixel_values"])
+    return torch.as_tensor(processor.image_processor(pictures, return_tensors="pt")["pixel_values"])
 
 
 def collate(items: Sequence[Item], processor: ChiasmProcessor) -> Batch:

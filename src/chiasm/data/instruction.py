@@ -47,9 +47,9 @@ class InstructionProcessor(ChiasmProcessor):
             "instruction": self._instruction(users[-1] if users else ""),
         }
 
-    def encode_text(self, text: str) -> dict[str, list[int]]:
+    def encode_text(self, text: str, *args: Any) -> dict[str, list[int]]:
         """The whole prompt is the instruction."""
-        return {**super().encode_text(text), "instruction": self._instruction(text)}
+        return {**super().encode_text(text, *args), "instruction": self._instruction(text)}
 
     def pad(self, encoded: list[dict[str, list[int]]], side: str = "right") -> dict[str, torch.Tensor]:
         """Instructions are padded on the right, and repeated for every picture of their row."""

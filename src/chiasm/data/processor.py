@@ -1,14 +1,14 @@
 """Conversations and pictures → model inputs: the chat template, the placeholders' expansion, and labels by spans."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 
 from chiasm.data.chat import IMAGE_TOKEN, Message, apart, count_images, render
+from chiasm.data.pixels import keeps_sizes, read_pixels
+from chiasm.data.placeholders import Placeholders, as_messages, check_count, deal_images, deal_tiles, flatten_images
 
 IGNORE = -100
 
@@ -16,6 +16,7 @@ OPTIONS: dict[str, Any] = {
     "add_special_tokens": False,
     "token_types": False,
     "text_is_message": False,
+    "image_token": IMAGE_TOKEN,
     "image_boundary": None,
     "image_space": False,
     "image_tiles": 1,
@@ -34,9 +35,12 @@ class ChiasmProcessor(ProcessorMixin):
         token_types: whether inputs have `token_type_ids`, 0 up to the first answer and 1 from there on.
         text_is_message: whether `text` is a user's message, which the chat template completes, and which gets its
             picture's placeholder where it has none.
-        image_boundary: a token before and after a picture's placeholders; pictures side by side share the one between.
+        image_token: the placeholder; `<image>` in messages and texts stands for a whole picture, whatever it is.
+        image_boundary: a token before and after a picture's placeholders, pictures side by side sharing the one
+            between; or two tokens, which open and close a picture.
         image_space: whether a space parts a picture from a word that touches it (Idefics2).
-        image_tiles: pictures that the image processor makes of one, each with T placeholders.
+        image_tiles: pictures that the image processor makes of one, each with T placeholders; None where it cuts as
+            many as suit a picture's shape (InternVL).
     """
 
     def __init__(
@@ -48,9 +52,10 @@ class ChiasmProcessor(ProcessorMixin):
         add_special_tokens: bool = False,
         token_types: bool = False,
         text_is_message: bool = False,
-        image_boundary: str | None = None,
+        image_token: str = IMAGE_TOKEN,
+        image_boundary: str | Sequence[str] | None = None,
         image_space: bool = False,
-        image_tiles: int = 1,
+        image_tiles: int | None = 1,
         **parts: Any,
     ) -> None:
         if not tokenizer.is_fast:
@@ -68,8 +73,8 @@ class ChiasmProcessor(ProcessorMixin):
         self.image_boundary = image_boundary
         self.image_space = image_space
         self.image_tiles = image_tiles
-        self.image_token = IMAGE_TOKEN
-        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **parts)
 
     @classmethod
@@ -100,54 +105,38 @@ class ChiasmProcessor(ProcessorMixin):
             kwargs.pop(neutral, None)
         if kwargs:
             raise TypeError(f"unknown processor arguments: {', '.join(kwargs)}")
-        if (text is None) == (messages is None):
-            raise ValueError("pass exactly one of text and messages")
-        flat, counts = _flatten_images(images)
-        if text is not None and self.text_is_message:
-            texts = [text] if isinstance(text, str) else list(text)
-            messages, text = _as_messages(texts, counts if counts is not None else [bool(flat)] * len(texts)), None
-        if messages is not None:
-            batch = [messages] if isinstance(messages[0], dict) else list(messages)
-            counts = counts if counts is not None else _deal(batch, len(flat))
-            if len(counts) != len(batch):
-                raise ValueError(
-                    f"{len(batch)} conversation(s) but {len(counts)} list(s) of images; pass one list each"
-                )
-            encoded = [
-                self.encode(conversation, num_images=count, add_generation_prompt=add_generation_prompt)
-                for conversation, count in zip(batch, counts, strict=True)
-            ]
-        else:
-            prompts = [text] if isinstance(text, str) else list(text or [])
-            counts = [prompt.count(IMAGE_TOKEN) for prompt in prompts]
-            _check_count(sum(counts), len(flat))
-            if self.image_space:
-                prompts = [apart(prompt) for prompt in prompts]
-            encoded = [self.encode_text(prompt) for prompt in prompts]
+        flat, counts, rows = self._match(images, text, messages)
+        pixels = read_pixels(self.image_processor, flat, counts, self.image_tiles)
+        encoded = [
+            self.encode_text(row, tiles)
+            if isinstance(row, str)
+            else self.encode(row, add_generation_prompt=add_generation_prompt, tiles=tiles)
+            for row, tiles in zip(rows, deal_tiles(pixels.tiles, counts), strict=True)
+        ]
         inputs = self.pad(encoded, side=padding_side)
         inputs.pop("labels", None)
-        if flat:
-            inputs |= self.pixels(flat, counts)
-        return BatchFeature(inputs)
+        return BatchFeature(inputs | pixels.inputs)
 
-    @property
-    def any_size(self) -> bool:
-        """Whether pictures keep their own sizes: they then come in rows, with a mask."""
-        return "pixel_attention_mask" in self.image_processor.model_input_names
-
-    def pixels(self, flat: list[Any], counts: list[int]) -> dict[str, torch.Tensor]:
-        """`pixel_values` `(I, 3, height, width)`; in rows `(B, I, ...)` with a mask where pictures keep their sizes."""
-        if not self.any_size:
-            return {"pixel_values": self.image_processor(flat)["pixel_values"]}
-        rest = (load_image(str(item)) if isinstance(item, str | Path) else item for item in flat)
-        groups = [[next(rest) for _ in range(count)] for count in counts]
-        made = self.image_processor([group for group in groups if group], return_tensors="pt")
-        rows = torch.tensor([row for row, count in enumerate(counts) if count])
-        values = {name: torch.as_tensor(made[name]) for name in ("pixel_values", "pixel_attention_mask")}
-        return {
-            name: value.new_zeros(len(counts), *value.shape[1:]).index_copy(0, rows, value)
-            for name, value in values.items()
-        }
+    def _match(self, images: Any, text: Any, messages: Any) -> tuple[list[Any], list[int], list[Any]]:
+        """The pictures, how many of them each row has, and the rows: conversations, or rendered texts."""
+        if (text is None) == (messages is None):
+            raise ValueError("pass exactly one of text and messages")
+        flat, counts = flatten_images(images)
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            texts = [one.replace(self.image_token, IMAGE_TOKEN) for one in texts]
+            if not self.text_is_message:
+                counts = [one.count(IMAGE_TOKEN) for one in texts]
+                check_count(sum(counts), len(flat))
+                return flat, counts, texts
+            messages = as_messages(texts, counts if counts is not None else [bool(flat)] * len(texts))
+        batch = [messages] if isinstance(messages[0], dict) else list(messages)
+        counts = counts if counts is not None else deal_images(batch, len(flat))
+        if len(counts) != len(batch):
+            raise ValueError(f"{len(batch)} conversation(s) but {len(counts)} list(s) of images; pass one list each")
+        for conversation, count in zip(batch, counts, strict=True):
+            check_count(count_images(conversation), count)
+        return flat, counts, batch
 
     def encode(
         self,
@@ -155,63 +144,70 @@ class ChiasmProcessor(ProcessorMixin):
         num_images: int | None = None,
         supervise: bool = False,
         add_generation_prompt: bool = False,
+        tiles: Sequence[int] | None = None,
     ) -> dict[str, list[int]]:
         """Token ids of one conversation, and labels on the assistant's words and their end-of-turn mark.
 
         Args:
             messages: the conversation; its last message is the answer when `supervise` is set.
             num_images: pictures that come with it; None skips the comparison with the placeholders.
+            tiles: of each picture; by default `image_tiles`.
 
         Raises:
             ValueError: too many or too few pictures, or nothing to supervise.
         """
         if num_images is not None:
-            _check_count(count_images(messages), num_images)
+            check_count(count_images(messages), num_images)
         if self.image_space:
             messages = [{**message, "content": apart(message["content"])} for message in messages]
         rendered = render(self.tokenizer, messages, add_generation_prompt)
         special = self.add_special_tokens and not self._has_bos(rendered.text)
-        encoded = self._tokenize(rendered.text, rendered.answers, special, supervise)
-        wanted, tokens = count_images(messages), self.num_image_tokens * self.image_tiles
-        found = encoded["input_ids"].count(self.image_token_id) // tokens
+        wanted, found = count_images(messages), rendered.text.count(IMAGE_TOKEN)
         if wanted != found:
             raise ValueError(f"the chat template turned {wanted} image placeholders into {found}; pass chat_template=")
+        encoded = self._tokenize(rendered.text, rendered.answers, special, supervise, tiles)
         if supervise and all(label == IGNORE for label in encoded["labels"]):
             raise ValueError("no token is supervised: the conversation has no answer by the assistant")
         return encoded
 
-    def encode_text(self, text: str) -> dict[str, list[int]]:
+    def encode_text(self, text: str, tiles: Sequence[int] | None = None) -> dict[str, list[int]]:
         """Token ids of a rendered prompt, with the tokenizer's own special tokens unless the prompt has them."""
-        return self._tokenize(text, [], special=not self._has_bos(text))
+        text = apart(text) if self.image_space else text
+        return self._tokenize(text, [], special=not self._has_bos(text), tiles=tiles)
+
+    @property
+    def placeholders(self) -> Placeholders:
+        """How a picture is written in tokens."""
+        frame = [self.image_boundary] if isinstance(self.image_boundary, str) else self.image_boundary or []
+        ids = tuple(self.tokenizer.convert_tokens_to_ids(token) for token in frame)
+        return Placeholders(self.image_token_id, self.num_image_tokens, ids)
 
     def _has_bos(self, text: str) -> bool:
         return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
 
     def _tokenize(
-        self, text: str, answers: list[tuple[int, int]], special: bool = False, supervise: bool = False
+        self,
+        text: str,
+        answers: list[tuple[int, int]],
+        special: bool = False,
+        supervise: bool = False,
+        tiles: Sequence[int] | None = None,
     ) -> dict[str, list[int]]:
         plain = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, verbose=False)
         answered = self._supervised(plain["input_ids"], plain["offset_mapping"], answers)
         ids: list[int] = []
         labels: list[int] = []
         types: list[int] = []
-        end = None
+        end, marker, placeholders = None, self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), self.placeholders
+        cut = iter(tiles or ())
         for token, learn, (start, stop) in zip(plain["input_ids"], answered, plain["offset_mapping"], strict=True):
-            picture = token == self.image_token_id
-            written = self._placeholders(shares_boundary=start == end) if picture else [token]
+            picture = token == marker
+            written = placeholders.of(next(cut, self.image_tiles or 1), start == end) if picture else [token]
             end = stop if picture else None
             ids += written
             labels += [token if learn and supervise and not picture else IGNORE] * len(written)
             types += [int(learn or 1 in types[-1:])] * len(written)
         return {"input_ids": ids, "labels": labels} | ({"token_type_ids": types} if self.token_types else {})
-
-    def _placeholders(self, shares_boundary: bool) -> list[int]:
-        """A picture's tokens; one that stands right behind another picture begins with that one's boundary."""
-        tile = [self.image_token_id] * self.num_image_tokens
-        if self.image_boundary is None:
-            return tile * self.image_tiles
-        boundary = self.tokenizer.convert_tokens_to_ids(self.image_boundary)
-        return [boundary] * (not shares_boundary) + [*tile, boundary] * self.image_tiles
 
     def _supervised(self, ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[bool]:
         """Which tokens cover an answer, or are the special token that closes it."""
@@ -275,39 +271,5 @@ class ChiasmProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        more = {"token_type_ids": self.token_types, "pixel_attention_mask": self.any_size}
+        more = {"token_type_ids": self.token_types, "pixel_attention_mask": keeps_sizes(self.image_processor)}
         return ["input_ids", "attention_mask", "pixel_values", *(name for name, given in more.items() if given)]
-
-
-def _check_count(placeholders: int, images: int) -> None:
-    if placeholders != images:
-        raise ValueError(
-            f"{placeholders} image placeholder(s) in the messages but {images} image(s) given; "
-            f"write one {IMAGE_TOKEN} (or one image part) for each image"
-        )
-
-
-def _flatten_images(images: Any) -> tuple[list[Any], list[int] | None]:
-    """A flat list of pictures, and their number for each conversation where the nesting tells it."""
-    if images is None:
-        return [], None
-    if not isinstance(images, list | tuple):
-        return [images], None
-    if images and all(isinstance(item, list | tuple) or item is None for item in images):
-        groups = [list(item or []) for item in images]
-        return [image for group in groups for image in group], [len(group) for group in groups]
-    return list(images), None
-
-
-def _as_messages(texts: list[str], counts: list[int]) -> list[list[Message]]:
-    """One user's message for each text; where no text has placeholders, as many as it has pictures come first."""
-    if len(counts) == len(texts) and not any(IMAGE_TOKEN in text for text in texts):
-        texts = [IMAGE_TOKEN * count + text for count, text in zip(counts, texts, strict=True)]
-    return [[{"role": "user", "content": text}] for text in texts]
-
-
-def _deal(batch: list[list[Message]], total: int) -> list[int]:
-    """Flat pictures dealt to conversations by their placeholders."""
-    counts = [count_images(messages) for messages in batch]
-    _check_count(sum(counts), total)
-    return counts

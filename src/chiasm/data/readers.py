@@ -1,6 +1,6 @@
 """Data sets in the formats that people have, as a sequence of `Sample`s: nothing is decoded before it is asked for."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain
 from pathlib import Path
@@ -41,6 +41,7 @@ def read(source: Any, split: str | None = None, **options: Any) -> Samples:
     """
     if isinstance(source, str) and source.partition(":")[0] == EMOJI_SCENES:
         return _emoji_scenes(source, split, options)
+    _check_values(options)
     division: dict[str, Any] = {key: options.pop(key) for key in ("fraction", "at_most", "seed") if key in options}
     if isinstance(source, Sequence) and not isinstance(source, str):
         _refuse(options, ())
@@ -191,6 +192,23 @@ def _emoji_scenes(source: str, split: str | None, options: dict[str, Any]) -> Em
         if not isinstance(options.get(key), int | None):
             raise ValueError(f"{EMOJI_SCENES}: {key} is {options[key]!r}, expected a whole number")
     return EmojiScenes(split or named or "train", **options)
+
+
+VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "image_root": (lambda value: isinstance(value, str | Path | None), "a folder"),
+    "max_pixels": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
+    "answered": (lambda value: type(value) is bool, "true or false"),
+    "fraction": (lambda value: type(value) is float and 0 < value < 1, "a number between 0 and 1"),
+    "at_most": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
+    "seed": (lambda value: type(value) is int, "a whole number"),
+}
+"""What an option may be, and in words."""
+
+
+def _check_values(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if name in VALUES and not VALUES[name][0](value):
+            raise ValueError(f"{name} is {value!r:.60}, expected {VALUES[name][1]}")
 
 
 def _refuse(options: dict[str, Any], known: tuple[str, ...]) -> None:

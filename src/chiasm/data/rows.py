@@ -37,7 +37,13 @@ def sample_of(row: Mapping[str, Any], default_id: str, find_image: FindImage) ->
     `find_image` turns a value of `image` / `images` into an `ImageRef`. SampleError for a row in no known layout.
     """
     whole, row = row, {key: value for key, value in row.items() if value is not None}
-    sample_id = id_of(row, default_id)
+    sample_id = default_id
+    try:
+        sample_id = id_of(row, default_id)
+        skill = _label(row, "skill")
+        _check_answers(row)
+    except ValueError as error:
+        raise SampleError(sample_id, [Problem("unreadable row", str(error))]) from error
     layout = next((layout for layout in LAYOUTS if layout in row), None)
     if layout is None:
         found = f"a row with {', '.join(map(str, row)) or 'no keys'}; expected one of {', '.join(LAYOUTS)}"
@@ -49,14 +55,13 @@ def sample_of(row: Mapping[str, Any], default_id: str, find_image: FindImage) ->
         raise
     except ValueError as error:
         raise SampleError(sample_id, [Problem("unreadable row", str(error))]) from error
-    skill = None if row.get("skill") is None else str(row["skill"])
     meta = {key: value for key, value in whole.items() if key not in {"id", "skill", *IMAGE_KEYS, *used}}
     return Sample(sample_id, messages, images, skill, meta)
 
 
 def id_of(row: Mapping[str, Any], default_id: str) -> str:
-    """The row's own id, or the default where it has none."""
-    return default_id if row.get("id") in (None, "") else str(row["id"])
+    """The row's own id, or the default where it has none. ValueError for an id that is no text or number."""
+    return _label(row, "id") or default_id
 
 
 def split_placeholders(text: str) -> str | list[dict]:
@@ -124,11 +129,9 @@ def _pairs(row: Mapping[str, Any], sample_id: str) -> Converted:
 
 def _question(row: Mapping[str, Any], sample_id: str) -> Converted:
     messages = [{"role": "user", "content": _with_images(row, _text(row["question"], "question"))}]
-    if not isinstance(row.get("answers", []), list):
-        raise ValueError(f"'answers' is {row['answers']!r:.60}, expected a list of texts")
     answer = row.get("answer", row.get("answers"))
     if isinstance(answer, list) and answer:
-        answer = Counter(_text(text, "answers") for text in answer).most_common(1)[0][0]
+        answer = Counter(map(str, answer)).most_common(1)[0][0]
     if answer is not None:
         messages.append({"role": "assistant", "content": _text(answer, "answer")})
     return messages, [], ("question", "answer")
@@ -166,6 +169,20 @@ def _dicts(value: Any, key: str) -> list[dict]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise ValueError(f"{key!r} is {value!r:.60}, expected a list of objects")
     return value
+
+
+def _check_answers(row: Mapping[str, Any]) -> None:
+    if not isinstance(answers := row.get("answers", []), list):
+        raise ValueError(f"'answers' is {answers!r:.60}, expected a list of texts")
+    for answer in answers:
+        _text(answer, "answers")
+
+
+def _label(row: Mapping[str, Any], key: str) -> str | None:
+    value = row.get(key)
+    if isinstance(value, list | dict):
+        raise ValueError(f"{key!r} is {value!r:.60}, expected text or a number")
+    return None if value is None else str(value)
 
 
 def _text(value: Any, key: str) -> str:

@@ -1,5 +1,6 @@
 """Answers from a generative model: batches, streams, and prompts with any number of pictures."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import Thread
@@ -26,8 +27,8 @@ class Decoding:
     def arguments(self) -> dict[str, Any]:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}, expected at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}, expected 0 (greedy) or above")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}, expected 0 (greedy) or a finite number above")
         chosen: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.temperature > 0,

@@ -3,15 +3,17 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from chiasm.data.instruction import InstructionProcessor
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.build import fusion_class
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
+from chiasm.interop.parts import has_processor
 from chiasm.interop.weights import assemble, read_weights
 from chiasm.language.adapter import head_is_direct
+from chiasm.sources.files import find_file
 from chiasm.vision.features import FeatureLayer, VisionFeatures
 from chiasm.vision.image_processor import image_processor_for
 
@@ -65,14 +67,14 @@ def _part_dtypes(config: PreTrainedConfig) -> dict[str, str] | None:
 
 
 def _processor(source: str, model: EarlyFusionModel) -> ChiasmProcessor | None:
-    try:
-        words = AutoTokenizer.from_pretrained(source)
-        AutoImageProcessor.from_pretrained(source)
-        reader = (
-            AutoTokenizer.from_pretrained(source, subfolder=QFORMER_TOKENIZER) if model.connector.instruction else None
-        )
-    except (OSError, ValueError):
+    if not has_processor(source):
         return None
+    words = AutoTokenizer.from_pretrained(source)
+    reader = None
+    if model.connector.instruction:
+        if find_file(source, f"{QFORMER_TOKENIZER}/tokenizer_config.json") is None:
+            return None
+        reader = AutoTokenizer.from_pretrained(source, subfolder=QFORMER_TOKENIZER)
     answers = model.config.is_encoder_decoder
     words.chat_template = words.chat_template or CHAT_TEMPLATE.format(
         begin="" if answers else "{{ bos_token }}",

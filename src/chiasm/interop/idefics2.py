@@ -8,7 +8,7 @@ from chiasm.data.chat import IMAGE_TOKEN
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
-from chiasm.interop.parts import finish, language_table, load_processor, text_settings
+from chiasm.interop.parts import finish, language_table, load_processor, require_direct_head, text_settings
 from chiasm.interop.weights import Table, assemble, read_weights
 from chiasm.vision.features import FeatureLayer, VisionFeatures
 from chiasm.vision.probe import pair
@@ -48,6 +48,7 @@ def load_idefics2(source: str, dtype: torch.dtype | str = "auto") -> tuple[Early
     config = AutoConfig.from_pretrained(source)
     model = assemble(EarlyFusionModel, chiasm_config(config), read_weights(source), table(config), dtype=dtype)
     finish(model, source)
+    require_direct_head(model)
     processor = load_processor(
         source, model, own_images=True, add_special_tokens=True, image_boundary=BOUNDARY, image_space=True
     )

@@ -3,10 +3,18 @@
 import torch
 from transformers import AutoConfig, InternVLConfig
 
+from chiasm.data.chat import IMAGE_TOKEN
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
-from chiasm.interop.parts import describe_features, finish, language_table, text_settings
+from chiasm.interop.parts import (
+    describe_features,
+    finish,
+    language_table,
+    load_processor,
+    require_direct_head,
+    text_settings,
+)
 from chiasm.interop.weights import Table, assemble, read_weights
 from chiasm.vision.features import VisionFeatures
 
@@ -18,11 +26,14 @@ PARTS = {
 }
 """Names up to v4.51; later ones have `model.` in front, and the language model without its own prefix and head."""
 
+FRAME = {"start_image_token": "<img>", "end_image_token": "</img>"}
+"""A tokenizer's attributes for what opens and closes a picture, and the tokens that InternVL has for it."""
+
 
 def load_internvl(source: str, dtype: torch.dtype | str = "auto") -> tuple[EarlyFusionModel, ChiasmProcessor | None]:
-    """Model of an InternVL folder or hub id, a tile of a picture being a picture of its own.
+    """Model and processor of an InternVL folder or hub id; no processor where its files are missing.
 
-    There is no processor: InternVL's own, `transformers.AutoProcessor`, cuts the tiles and frames their placeholders.
+    For the model, a tile of a picture is a picture of its own; the processor cuts the tiles.
 
     Raises:
         ValueError: a setting or a weight is of a kind that Chiasm does not have; the message names it.
@@ -30,7 +41,28 @@ def load_internvl(source: str, dtype: torch.dtype | str = "auto") -> tuple[Early
     config = AutoConfig.from_pretrained(source)
     model = assemble(EarlyFusionModel, chiasm_config(config), read_weights(source), table(config), dtype=dtype)
     finish(model, source)
-    return model, None
+    require_direct_head(model)
+    return model, _processor(source, model)
+
+
+def _processor(source: str, model: EarlyFusionModel) -> ChiasmProcessor | None:
+    """InternVL's tokenizer names what frames a picture; the chat template writes the placeholder itself."""
+    processor = load_processor(source, model, own_images=True, add_special_tokens=True, image_tiles=None)
+    if processor is None:
+        return None
+    processor.image_processor.crop_to_patches = False  # a call that wants tiles says so
+    words = processor.tokenizer
+    processor.image_boundary = [getattr(words, name, token) for name, token in FRAME.items()]
+    processor.image_token_id = model.config.image_token_id
+    processor.image_token = words.convert_ids_to_tokens(processor.image_token_id)
+    if processor.image_token is None or not set(processor.image_boundary) <= set(words.get_vocab()):
+        raise ValueError(
+            f"the tokenizer in {source} lacks {' or '.join(processor.image_boundary)}, or a token of the number "
+            f"{processor.image_token_id}, which stand for a picture; take the tokenizer that belongs to this model"
+        )
+    if words.chat_template:
+        words.chat_template = words.chat_template.replace(processor.image_token, IMAGE_TOKEN)
+    return processor
 
 
 def chiasm_config(config: InternVLConfig) -> ChiasmConfig:

@@ -6,7 +6,15 @@ from transformers import AutoConfig, LlavaConfig
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
-from chiasm.interop.parts import describe_features, finish, language_table, load_processor, text_settings, without_first
+from chiasm.interop.parts import (
+    describe_features,
+    finish,
+    language_table,
+    load_processor,
+    require_direct_head,
+    text_settings,
+    without_first,
+)
 from chiasm.interop.weights import Table, assemble, read_weights
 from chiasm.vision.features import VisionFeatures
 
@@ -28,6 +36,7 @@ def load_llava(source: str, dtype: torch.dtype | str = "auto") -> tuple[EarlyFus
     config = AutoConfig.from_pretrained(source)
     model = assemble(EarlyFusionModel, chiasm_config(config), read_weights(source), table(config), dtype=dtype)
     finish(model, source)
+    require_direct_head(model)
     return model, load_processor(source, model, add_special_tokens=True)
 
 

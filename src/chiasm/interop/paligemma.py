@@ -6,7 +6,14 @@ from transformers import AutoConfig, PaliGemmaConfig
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
-from chiasm.interop.parts import describe_features, finish, language_table, load_processor, text_settings
+from chiasm.interop.parts import (
+    describe_features,
+    finish,
+    language_table,
+    load_processor,
+    require_direct_head,
+    text_settings,
+)
 from chiasm.interop.weights import Table, assemble, read_weights
 
 PARTS = {
@@ -35,6 +42,7 @@ def load_paligemma(source: str, dtype: torch.dtype | str = "auto") -> tuple[Earl
     config = AutoConfig.from_pretrained(source)
     model = assemble(EarlyFusionModel, chiasm_config(config), read_weights(source), table(config), dtype=dtype)
     finish(model, source)
+    require_direct_head(model)
     return model, load_processor(source, model, TEMPLATE, token_types=True, text_is_message=True)
 
 

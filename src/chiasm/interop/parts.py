@@ -5,15 +5,23 @@ from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
-from transformers.image_processing_base import ImageProcessingMixin
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.language.adapter import head_is_direct, load_tokenizer
+from chiasm.sources.files import read_json
 from chiasm.vision.encoder import load_vision
 from chiasm.vision.features import VisionFeatures
 from chiasm.vision.image_processor import image_processor_for
 from chiasm.vision.towers import build_tower
+
+DIRECT_HEAD = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+}
+"""Settings with which the heads of Gemma 2 and 3, Cohere, Granite and Falcon-H1 leave logits as they are."""
 
 
 def language_table(text_config: PreTrainedConfig, decoder: str, head: str) -> dict[str, str | None]:
@@ -26,8 +34,13 @@ def language_table(text_config: PreTrainedConfig, decoder: str, head: str) -> di
 
 
 def text_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """The language model's configuration; whether embeddings are tied is what the whole model says."""
-    return config.text_config.to_dict() | {"tie_word_embeddings": config.tie_word_embeddings}
+    """The language model's configuration as its image-text model uses it.
+
+    Whether embeddings are tied is what the whole model says, and its own head neither scales nor caps logits.
+    """
+    settings = config.text_config.to_dict()
+    direct = {name: value for name, value in DIRECT_HEAD.items() if name in settings}
+    return settings | direct | {"tie_word_embeddings": config.tie_word_embeddings}
 
 
 def describe_features(vision_config: PreTrainedConfig, wanted: dict[str, Any]) -> VisionFeatures:
@@ -50,6 +63,15 @@ def without_first(features: VisionFeatures) -> VisionFeatures:
     return replace(features, layers=layers, grid=layers[0].grid)
 
 
+def require_direct_head(model: FusionModel) -> None:
+    """Refuses a language model that changes its logits behind the head, which its image-text model does not do."""
+    if not model.config.direct_head:
+        raise ValueError(
+            f"the language model of type {model.language.config.model_type!r} changes logits behind its head, and the "
+            "reference, which has a head of its own, does not; a setting for that is not known here"
+        )
+
+
 def finish(model: FusionModel, source: str) -> None:
     """What is known of a model once its weights are there, and the generation settings beside them."""
     model.config.direct_head = head_is_direct(model.language)
@@ -57,6 +79,20 @@ def finish(model: FusionModel, source: str) -> None:
         model.generation_config = GenerationConfig.from_pretrained(source)
     except OSError:
         model.generation_config = GenerationConfig.from_model_config(model.config)
+
+
+def has_processor(source: str) -> bool:
+    """Whether a folder or hub id has the files of a tokenizer and of an image processor.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    return _has_image_settings(source) and load_tokenizer(source) is not None
+
+
+def _has_image_settings(source: str) -> bool:
+    inside = (read_json(source, "processor_config.json") or {}).get("image_processor")
+    return (read_json(source, "preprocessor_config.json") or inside) is not None
 
 
 def load_processor(
@@ -69,11 +105,7 @@ def load_processor(
         own_images: whether the reference's image processor is kept, because Chiasm's has not what it does.
         **options: of `ChiasmProcessor`.
     """
-    tokenizer = load_tokenizer(source)
-    try:
-        ImageProcessingMixin.get_image_processor_dict(source)
-    except OSError:
-        return None
+    tokenizer = load_tokenizer(source) if _has_image_settings(source) else None
     if tokenizer is None:
         return None
     settings, _ = ChiasmProcessor.get_processor_dict(source)

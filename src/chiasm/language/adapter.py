@@ -20,7 +20,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from chiasm.sources.errors import readable_weights
+from chiasm.sources.errors import SourceError, readable_weights
+from chiasm.sources.files import find_file, require_reachable
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
 
 
 class ContextError(ValueError):
@@ -48,6 +58,7 @@ def load_language(source: str | PreTrainedModel, dtype: torch.dtype | str = "aut
 
 
 def _load(source: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    require_reachable(source)
     config = AutoConfig.from_pretrained(source)
     if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
         raise ValueError(
@@ -73,10 +84,27 @@ def build_language(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a language model, or None where the folder holds none."""
+    """The tokenizer beside a language model, or None where the folder holds none.
+
+    Raises:
+        ValueError: its files are damaged, or of a kind that transformers does not read.
+    """
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError):
+    except Exception as error:  # tokenizers raises nothing more special
+        known = _tokenizer_file(source)
+        if known is None:
+            return None
+        raise ValueError(
+            f"the tokenizer in {source} cannot be loaded ({error}); fetch {known} and the files beside it again"
+        ) from error
+
+
+def _tokenizer_file(source: str) -> str | None:
+    """The first of a tokenizer's files that a source has."""
+    try:
+        return next((name for name in TOKENIZER_FILES if find_file(source, name)), None)
+    except SourceError:
         return None
 
 

@@ -80,7 +80,7 @@ class Features:
                 task.advance()
                 if isinstance(keys, SampleError):
                     self._bad(keys)
-                    rows.bad[index] = str(keys)
+                    rows.bad[index] = keys
                     continue
                 rows.keys[index] = keys
                 for key, ref in zip(keys, sample.images, strict=True):
@@ -131,7 +131,7 @@ class Features:
 
     def _pixels(self, sample_id: str, ref: ImageRef) -> Tensor | SampleError:
         try:
-            return torch.as_tensor(self.processor.image_processor([ref.load()])["pixel_values"])
+            return torch.as_tensor(self.processor.image_processor([ref.load()], return_tensors="pt")["pixel_values"])
         except ImageError as error:
             return SampleError(sample_id, [Problem(error.kind, str(error), error.name)])
 
@@ -144,12 +144,12 @@ class Features:
 
 
 class Rows:
-    """Keys of the pictures of samples by index. `bad`: reasons of samples whose pictures cannot be read."""
+    """Keys of the pictures of samples by index. `bad`: what is wrong with samples whose pictures cannot be read."""
 
     def __init__(self, cache: FeatureCache) -> None:
         self.cache = cache
         self.keys: dict[int, list[str]] = {}
-        self.bad: dict[int, str] = {}
+        self.bad: dict[int, SampleError] = {}
 
     def read(self, index: int, sample: Sample) -> Float[Tensor, "images N D_v"] | None:
         """Features of a sample's pictures; None where it has none.
@@ -158,10 +158,10 @@ class Rows:
             SampleError: a picture could not be encoded.
         """
         rows = [self.cache.row(key) for key in self.keys.get(index, ())]
+        if index in self.bad:
+            raise self.bad[index]
         if index not in self.keys or None in rows:
-            raise SampleError(
-                sample.id, [Problem("broken picture", self.bad.get(index, "a picture cannot be decoded"))]
-            )
+            raise SampleError(sample.id, [Problem("broken picture", "a picture cannot be decoded")])
         return self.cache.read([row for row in rows if row is not None]) if rows else None
 
 

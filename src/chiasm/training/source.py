@@ -1,6 +1,7 @@
 """A data set as training sees it: looked through once before the first step, then one prepared sample at a time."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from chiasm.training.log import Reporter
 from chiasm.training.stage_model import StageModel
 
 CHARACTERS_PER_TOKEN = 4
+STEPS_WITHOUT_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def survey(samples: Sequence[Sample], tokens_per_image: int, skip_bad: bool, rep
         ValueError: no sample is left.
     """
     digest = hashlib.sha256()
-    usable, lengths, pictures, bad = [], [], [], {}
+    usable, lengths, pictures, bad = [], [], [], dict[int, SampleError]()
     with reporter.task("reading the data", len(samples)) as task:
         for index in range(len(samples)):
             try:
@@ -50,7 +52,7 @@ def survey(samples: Sequence[Sample], tokens_per_image: int, skip_bad: bool, rep
             except SampleError as error:
                 if not skip_bad:
                     raise with_hint(error) from error
-                bad[index] = str(error)
+                bad[index] = error
                 digest.update(b"bad")
             else:
                 usable.append(index)
@@ -59,10 +61,35 @@ def survey(samples: Sequence[Sample], tokens_per_image: int, skip_bad: bool, rep
                 digest.update(sample_fingerprint(sample))
             task.advance()
     if not usable:
-        raise ValueError(
-            f"none of the {len(samples)} samples is usable" if len(samples) else "the data holds no samples"
-        )
-    return Survey(usable, lengths, pictures, digest.hexdigest(), bad)
+        raise nothing_left(list(bad.values())) if bad else ValueError("the data holds no samples")
+    return Survey(usable, lengths, pictures, digest.hexdigest(), {index: str(error) for index, error in bad.items()})
+
+
+def nothing_left(skipped: Sequence[SampleError]) -> ValueError:
+    """The error for data of which every sample was skipped: how many, why, and the first."""
+    kinds = Counter(error.problems[0].kind for error in skipped)
+    reasons = ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common())
+    return ValueError(
+        f"nothing to train on: all of the {len(skipped)} samples so far were skipped ({reasons}), the first being "
+        f"{skipped[0]}; chiasm data check lists every such sample"
+    )
+
+
+class Hope:
+    """Ends a stage whose first `STEPS_WITHOUT_SAMPLES` steps, or all of them, had no sample that could be used."""
+
+    def __init__(self, first_step: int, num_steps: int) -> None:
+        self.last = min(first_step + STEPS_WITHOUT_SAMPLES, num_steps)
+        self.skipped: dict[str, SampleError] = {}
+        self.justified = False
+
+    def after(self, done: int, had_samples: bool, skipped: dict[str, SampleError]) -> None:
+        """Told of every step; raises a ValueError when there is no hope left."""
+        self.justified = self.justified or had_samples
+        if not self.justified:
+            self.skipped |= skipped
+            if done >= self.last:
+                raise nothing_left(list(self.skipped.values()))
 
 
 def usable_samples(samples: Sequence[Sample], at_most: int, skip_bad: bool) -> list[Sample]:
@@ -95,15 +122,15 @@ class Source:
     rows: Rows | None = None
     skip_bad: bool = False
 
-    def batch(self, indices: Sequence[int], pool: ThreadPoolExecutor) -> tuple[Batch | None, dict[str, str]]:
-        """Samples as one batch, and the reasons of those that were left out by their ids.
+    def batch(self, indices: Sequence[int], pool: ThreadPoolExecutor) -> tuple[Batch | None, dict[str, SampleError]]:
+        """Samples as one batch, and what is wrong with those that were left out by their ids.
 
         Tokenizers are not safe in several threads, so only pictures are decoded in the pool.
 
         Raises:
             ValueError: a sample is unusable and `skip_bad` is not set.
         """
-        skipped: dict[str, str] = {}
+        skipped: dict[str, SampleError] = {}
         ready: list[tuple[int, Sample, dict[str, list[int]]]] = []
         for index in indices:
             try:
@@ -119,9 +146,10 @@ class Source:
                 items.append(Item(sample.id, tokens, pictures, self.rows is not None))
         return (self.learner.collate(items) if items else None), skipped
 
-    def is_readable(self, index: int) -> bool:
-        """Whether a sample's pictures can be read."""
-        return not isinstance(self._pictures((index, self.samples[index], {})), SampleError)
+    def fault(self, index: int) -> SampleError | None:
+        """What is wrong with a sample's pictures, if they cannot be read."""
+        pictures = self._pictures((index, self.samples[index], {}))
+        return pictures if isinstance(pictures, SampleError) else None
 
     def _pictures(self, ready: tuple[int, Sample, dict[str, list[int]]]) -> Tensor | SampleError | None:
         index, sample, _ = ready
@@ -130,7 +158,7 @@ class Source:
         except SampleError as error:
             return error
 
-    def _leave_out(self, error: SampleError, skipped: dict[str, str]) -> None:
+    def _leave_out(self, error: SampleError, skipped: dict[str, SampleError]) -> None:
         if not self.skip_bad:
             raise with_hint(error) from error
-        skipped[error.sample_id] = str(error)
+        skipped[error.sample_id] = error

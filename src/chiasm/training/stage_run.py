@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from chiasm.connectors import AffineConnector
 from chiasm.data.collation import Batch, load_pixels
 from chiasm.data.processor import ChiasmProcessor
-from chiasm.data.schema import Sample
+from chiasm.data.schema import Sample, SampleError
 from chiasm.data.splits import Subset
 from chiasm.fusion.adapters import merge_adapters, plain_name
 from chiasm.training.attention import fast_attention
@@ -34,7 +34,7 @@ from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.precision import autocast, choose_dtype, stage_precision
 from chiasm.training.run import Run
 from chiasm.training.schema import Stage
-from chiasm.training.source import Source, Survey, usable_samples
+from chiasm.training.source import Hope, Source, Survey, nothing_left, usable_samples
 from chiasm.training.stage_model import stage_model
 from chiasm.training.stages import check_first_step, digests, enter, set_modes
 from chiasm.training.validation import Generate, Validator, by_objective
@@ -120,7 +120,7 @@ class StageRun:
 
     def _loop(self) -> None:
         """Steps from the first to the last, with what is due between them."""
-        pool = ThreadPoolExecutor(WORKERS)
+        pool, hope = ThreadPoolExecutor(WORKERS), Hope(self.first_step, self.num_steps)
         task = self.reporter.task(f"stage {self.stage.name}", self.num_steps, self.first_step)
         with pool as self.pool, task as self.task, closing(self._prefetched()) as ready:
             if self.first_step == 0 and self.new_objectives:
@@ -130,6 +130,7 @@ class StageRun:
                 done = step + 1
                 losses, norm = self._optimize(step, batches)
                 self._log_step(step, batches, skipped, losses, norm, time.monotonic() - started)
+                hope.after(done, bool(batches), skipped)
                 if done == self.num_steps or (self.stage.validation.every and done % self.stage.validation.every == 0):
                     self._validate(done)
                 if done < self.num_steps and self.stage.checkpoint_due(done, time.monotonic() - saved):
@@ -165,10 +166,10 @@ class StageRun:
         self.optimizer.zero_grad()
         return losses, norm
 
-    def _prefetched(self) -> Generator[tuple[list[Batch], dict[str, str]], None, None]:
+    def _prefetched(self) -> Generator[tuple[list[Batch], dict[str, SampleError]], None, None]:
         return prefetch(self._batches, self.first_step, self.num_steps)
 
-    def _batches(self, step: int) -> tuple[list[Batch], dict[str, str]]:
+    def _batches(self, step: int) -> tuple[list[Batch], dict[str, SampleError]]:
         """A step's batches, and the samples that were left out; runs in another thread, ahead of the steps."""
         made = [self.source.batch(indices, self.pool) for indices in self.order.step(step)]
         skipped = {sample: reason for _, reasons in made for sample, reason in reasons.items()}
@@ -199,7 +200,10 @@ class StageRun:
                 stage.validation.answers,
                 context.generate,
             )
-            if not self.validator.controlled and any(sample.images for sample in held_out):
+            if not self.validator.right:
+                self._warn(self.first_step, "no validation: none of the held-out samples can be used")
+                self.validator = None
+            elif not self.validator.controlled and any(sample.images for sample in held_out):
                 self._warn(self.first_step, "no shuffled-image control: the data has no two different pictures")
 
     def _source(self, samples: Sequence[Sample], rows: Rows | None = None) -> Source:
@@ -234,7 +238,11 @@ class StageRun:
         source = self._source(samples)
         if not self.stage.skip_bad:
             return samples
-        return Subset(samples, [index for index in range(len(samples)) if source.is_readable(index)])
+        faults = {index: source.fault(index) for index in range(len(samples))}
+        kept = [index for index, fault in faults.items() if fault is None]
+        if not kept:
+            raise nothing_left([fault for fault in faults.values() if fault is not None])
+        return Subset(samples, kept)
 
     @torch.no_grad()
     def _encode(self, sample: Sample) -> Tensor:
@@ -266,15 +274,15 @@ class StageRun:
         self,
         step: int,
         batches: list[Batch],
-        skipped: dict[str, str],
+        skipped: dict[str, SampleError],
         losses: dict[str, float],
         norm: float,
         seconds: float,
     ) -> None:
         loss = sum(losses.values())
         samples, tokens = sum(len(b.ids) for b in batches), sum(b.tokens for b in batches)
-        for sample, reason in skipped.items():
-            self.log.write("skipped", self.stage.name, step + 1, id=sample, reason=reason)
+        for sample, error in skipped.items():
+            self.log.write("skipped", self.stage.name, step + 1, id=sample, reason=str(error))
         self.log.write(
             "step",
             self.stage.name,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from chiasm.data.collation import require_one_size
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import Sample, SampleError
 from chiasm.data.splits import hold_out
@@ -80,6 +81,7 @@ def train(
     recipe, output = load_recipe(recipe, overrides), Path(output)
     was_training = model.training
     had_gradients = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    require_one_size(processor, model.vision.image_size)
     reporter = Reporter("quiet" if quiet else "auto")
     validates = any(stage.validation.samples for stage in recipe.stages)
     samples, held_out = _split(samples, validation_samples, validates)

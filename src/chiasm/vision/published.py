@@ -14,6 +14,8 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
+from chiasm.sources.files import read_json
+
 BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
 
 
@@ -85,7 +87,7 @@ def read_published(source: str | os.PathLike | PreTrainedModel | None) -> dict[s
     """Fields of `ChiasmImageProcessor` that the files beside an encoder's weights state; none if there are no files.
 
     Raises:
-        ValueError: they ask for processing that Chiasm does not have.
+        ValueError: they ask for processing that Chiasm does not have, or one is damaged.
     """
     name = source.name_or_path if isinstance(source, PreTrainedModel) else source
     if not name:
@@ -96,6 +98,9 @@ def read_published(source: str | os.PathLike | PreTrainedModel | None) -> dict[s
             str(name), local_files_only=isinstance(source, PreTrainedModel)
         )
     except OSError:
+        if os.path.isdir(name):
+            read_json(name, "processor_config.json")
+            read_json(name, "preprocessor_config.json")
         return {}
     if config.get("image_processor_type") == "ChiasmImageProcessor":
         return {key: config[key] for key in OWN if key in config}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import MODEL_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig, PreTrainedModel
 
+from chiasm.sources.files import require_reachable
 from chiasm.vision.features import Grid
 
 TWO_TOWERS = (
@@ -133,6 +134,7 @@ def load_tower(source: str, dtype: torch.dtype | str, **options: Any) -> tuple[P
     Of an image-text model only the vision tower is read.
     """
     where = {name: value for name, value in options.items() if name in HUB_OPTIONS}
+    require_reachable(source, **where)
     config = AutoConfig.from_pretrained(source, **where)
     if config.model_type in TWO_TOWERS:
         config = config.vision_config

@@ -1,0 +1,56 @@
+"""Pictures → pixels by an image processor: of one size, in rows with a mask where they keep their own, or in tiles."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.image_utils import load_image
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """`inputs`: `pixel_values` (I, 3, height, width), or (B, I, ...) with a mask. `tiles`: of each picture."""
+
+    inputs: dict[str, Tensor]
+    tiles: list[int]
+
+
+def keeps_sizes(image_processor: Any) -> bool:
+    """Whether pictures keep their own sizes: they then come in rows, with a mask."""
+    return "pixel_attention_mask" in image_processor.model_input_names
+
+
+def read_pixels(image_processor: Any, flat: list[Any], counts: list[int], tiles: int | None) -> Pixels:
+    """The pictures of a batch.
+
+    Args:
+        counts: pictures of each conversation.
+        tiles: pictures that the image processor makes of one; None where it cuts as many as suit a picture's shape.
+    """
+    if not flat:
+        return Pixels({}, [])
+    if keeps_sizes(image_processor):
+        return Pixels(_rows(image_processor, flat, counts), [tiles or 1] * len(flat))
+    if tiles is not None:
+        return Pixels({"pixel_values": image_processor(flat, return_tensors="pt")["pixel_values"]}, [tiles] * len(flat))
+    made = image_processor([opened(item) for item in flat], crop_to_patches=True, return_tensors="pt")
+    return Pixels({"pixel_values": made["pixel_values"]}, [int(number) for number in made["num_patches"]])
+
+
+def opened(item: Any) -> Any:
+    """A picture's file as a picture, for image processors that read no files."""
+    return load_image(str(item)) if isinstance(item, str | Path) else item
+
+
+def _rows(image_processor: Any, flat: list[Any], counts: list[int]) -> dict[str, Tensor]:
+    rest = (opened(item) for item in flat)
+    groups = [[next(rest) for _ in range(count)] for count in counts]
+    made = image_processor([group for group in groups if group], return_tensors="pt")
+    rows = torch.tensor([row for row, count in enumerate(counts) if count])
+    values = {name: torch.as_tensor(made[name]) for name in ("pixel_values", "pixel_attention_mask")}
+    return {
+        name: value.new_zeros(len(counts), *value.shape[1:]).index_copy(0, rows, value)
+        for name, value in values.items()
+    }

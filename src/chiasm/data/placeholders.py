@@ -1,0 +1,71 @@
+"""Where pictures stand in a text: the tokens of a picture, what frames them, and which pictures are whose."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from chiasm.data.chat import IMAGE_TOKEN, Message, count_images
+
+
+@dataclass(frozen=True)
+class Placeholders:
+    """How a picture is written in tokens.
+
+    Args:
+        token: of one visual token.
+        count: T, visual tokens of a tile.
+        frame: none; or one token, before and after every tile, which pictures side by side share; or two, which open
+            and close a picture.
+    """
+
+    token: int
+    count: int
+    frame: tuple[int, ...] = ()
+
+    def of(self, tiles: int, follows_picture: bool) -> list[int]:
+        """Tokens of a picture that was cut into so many tiles."""
+        tile = [self.token] * self.count
+        if len(self.frame) == 1:
+            return [*self.frame] * (not follows_picture) + [*tile, *self.frame] * tiles
+        return [*self.frame[:1], *tile * tiles, *self.frame[1:]]
+
+
+def check_count(placeholders: int, images: int) -> None:
+    """Refuses too many or too few pictures."""
+    if placeholders != images:
+        raise ValueError(
+            f"{placeholders} image placeholder(s) in the messages but {images} image(s) given; "
+            f"write one {IMAGE_TOKEN} (or one image part) for each image"
+        )
+
+
+def flatten_images(images: Any) -> tuple[list[Any], list[int] | None]:
+    """A flat list of pictures, and their number for each conversation where the nesting tells it."""
+    if images is None:
+        return [], None
+    if not isinstance(images, list | tuple):
+        return [images], None
+    if images and all(isinstance(item, list | tuple) or item is None for item in images):
+        groups = [list(item or []) for item in images]
+        return [image for group in groups for image in group], [len(group) for group in groups]
+    return list(images), None
+
+
+def as_messages(texts: list[str], counts: list[int]) -> list[list[Message]]:
+    """One user's message for each text; where no text has placeholders, as many as it has pictures come first."""
+    if len(counts) == len(texts) and not any(IMAGE_TOKEN in text for text in texts):
+        texts = [IMAGE_TOKEN * count + text for count, text in zip(counts, texts, strict=True)]
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def deal_images(batch: list[list[Message]], total: int) -> list[int]:
+    """Flat pictures dealt to conversations by their placeholders."""
+    counts = [count_images(messages) for messages in batch]
+    check_count(sum(counts), total)
+    return counts
+
+
+def deal_tiles(tiles: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+    """Each picture's number of tiles, by conversation."""
+    rest = iter(tiles)
+    return [[next(rest) for _ in range(count)] for count in counts]

@@ -1,0 +1,78 @@
+"""`DualEncoder`: pictures and texts in one space, and how well they go together (late fusion)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from chiasm.data.captions import CaptionProcessor
+from chiasm.fusion.qformer_retrieval import QFormerRetrieval, query_similarity
+
+
+class DualEncoder:
+    """A retrieval model: `.model` and `.processor` are transformers objects."""
+
+    def __init__(self, model: QFormerRetrieval, processor: CaptionProcessor | None) -> None:
+        self.model = model.eval()
+        self._processor = processor
+
+    @property
+    def processor(self) -> CaptionProcessor:
+        """Pictures + texts → inputs.
+
+        Raises:
+            ValueError: the model came without tokenizer or image processor files.
+        """
+        if self._processor is None:
+            raise ValueError(
+                "this model has no processor, because it came without tokenizer or image processor files; "
+                "put them into the model's folder"
+            )
+        return self._processor
+
+    @torch.inference_mode()
+    def embed_images(self, images: Any) -> Float[Tensor, "images K P"]:
+        """K vectors of length 1 for every picture: what its queries saw."""
+        return self.model.embed_images(self._patches(images))
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: str | Sequence[str]) -> Float[Tensor, "texts P"]:
+        """A vector of length 1 for every text."""
+        return self.model.embed_texts(**self._tokens(texts))
+
+    @torch.inference_mode()
+    def score(self, images: Any, texts: str | Sequence[str]) -> Float[Tensor, "images texts"]:
+        """The cosine of every picture's nearest query and every text."""
+        return query_similarity(self.embed_images(images), self.embed_texts(texts))
+
+    @torch.inference_mode()
+    def match(self, images: Any, texts: str | Sequence[str]) -> Float[Tensor, " pairs"]:
+        """The probability that a picture and the text of the same place belong together, read with both in sight.
+
+        Raises:
+            ValueError: not as many texts as pictures.
+        """
+        patches, tokens = self._patches(images), self._tokens(texts)
+        if len(patches) != len(tokens["input_ids"]):
+            raise ValueError(f"{len(patches)} picture(s) but {len(tokens['input_ids'])} text(s); pass pairs")
+        return self.model.match(patches, **tokens).softmax(dim=-1)[:, 1]
+
+    def to(self, *args: Any, **kwargs: Any) -> "DualEncoder":
+        """Moves the model to a device or dtype."""
+        self.model.to(*args, **kwargs)
+        return self
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Writes weights (safetensors), configuration and processor files."""
+        self.model.save_pretrained(folder, **kwargs)
+        if self._processor is not None:
+            self._processor.save_pretrained(folder)
+
+    def _patches(self, images: Any) -> Float[Tensor, "images N D_p"]:
+        return self.model.patches(self.processor(images=images)["pixel_values"].to(self.model.device, self.model.dtype))
+
+    def _tokens(self, texts: str | Sequence[str]) -> dict[str, Tensor]:
+        return {name: value.to(self.model.device) for name, value in self.processor(text=texts).items()}
