@@ -1,6 +1,5 @@
 """`chiasm demo`: real weights, real pictures, both stages, a report: eyes for a language model in ten minutes."""
 
-import json
 import os
 import platform
 import shlex
@@ -25,6 +24,7 @@ from chiasm.training.log import read_log
 from chiasm.training.pace import seconds_per_sample
 from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
+from chiasm.training.run import LOG
 
 FEATURES = {"layers": ["stage5", "head"], "grid": [4, 4], "reduce": "pool"}
 """16 visual tokens: enough for four corners and a middle, and three times as many pictures in the same time as 49."""
@@ -38,7 +38,7 @@ SKILLS = {"naming": 0.8, "counting": 1.0, "position": 1.2, "colour": 0.2}
 """How often each skill is asked about. Reading needs finer patches and more than minutes."""
 CAPTIONS, QUESTIONS, TESTS = 400, 3, 300
 MINUTES, MOST_SCENES = 7.0, 8000
-"""How long the second stage may take, and the scenes that are enough on a machine that could go through more."""
+"""How long the second stage may take, captions included, and how many scenes are enough on a faster machine."""
 QUICK = ("stages.align.steps=2", "stages.instruct.steps=3")
 
 
@@ -92,16 +92,12 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, console: Console 
 
 def scenes_in_time(model: vlm.VLM, output: Path, seed: int) -> int:
     """Scenes that the second stage goes through in `MINUTES` on this machine; a resumed run keeps its number."""
-    noted = output / "scenes.json"
-    if noted.is_file():
-        return int(json.loads(noted.read_text()))
+    if (output / LOG).is_file():
+        return next(entry["samples"] for entry in read_log(output / LOG) if entry["event"] == "start") - CAPTIONS
     stage = load_recipe("demo").stages[-1]
     samples = questions(seed, 6 * stage.batch_size)
     pace = seconds_per_sample(model.model, model.processor, stage, list(samples))
-    scenes = min(MOST_SCENES, int(60 * MINUTES / pace))
-    output.mkdir(parents=True, exist_ok=True)
-    noted.write_text(json.dumps(scenes))
-    return scenes
+    return max(1, min(MOST_SCENES, int(60 * MINUTES / pace) - CAPTIONS))
 
 
 def training_data(seed: int, captions: int, scenes: int) -> list[Sample]:
@@ -134,7 +130,7 @@ def _report(output: Path, model: vlm.VLM, result: EvalResult, shown: list[Sample
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "command": f"chiasm chat {shlex.quote(str(output / 'model'))} picture.jpg",
     }
-    write_report(output / "report.html", read_log(output / "log.jsonl"), result, info, lambda i: pictures[i].load())
+    write_report(output / "report.html", read_log(output / LOG), result, info, lambda i: pictures[i].load())
 
 
 @contextmanager
