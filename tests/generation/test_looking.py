@@ -52,6 +52,7 @@ def test_the_words_of_the_question_come_first(fusion: str) -> None:
     seen = vlm.attention(picture(), "What is it?", prompt_words=True, max_new_tokens=3)
     asked = len("What is it?".replace(" ", ""))
     assert "".join(seen.tokens[:asked]) == "Whatisit?" and len(seen.patches) == len(seen.tokens) > asked
+    assert "".join(seen.tokens[asked:]).strip() == seen.answer and seen.tokens[asked].startswith(" ")
 
 
 def test_examples_are_pictures_of_the_prompt_too() -> None:
@@ -99,7 +100,7 @@ def test_a_spotlight_is_bright_where_the_weight_is() -> None:
     weights = torch.zeros(3, 3)
     weights[0, 2] = 1.0
     lit = heatmap.spotlight(white, weights)
-    assert lit.getpixel((52, 8)) == (255, 255, 255) and max(lit.getpixel((8, 52))) < 150
+    assert lit.getpixel((52, 8)) == (255, 255, 255) and max(lit.getpixel((8, 52))) < 180
     assert len(heatmap.spotlight(white, torch.full((3, 3), 1 / 9)).getcolors()) == 1
     heatmap.spotlight(white, torch.zeros(3, 3))
 

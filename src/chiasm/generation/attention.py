@@ -32,7 +32,7 @@ class Attention:
 
     Args:
         answer: what `chat` says.
-        tokens: pieces of text, one for every row of `patches`; together they are the answer.
+        tokens: pieces of text, one for every row of `patches`; together they are the answer, or question and answer.
         patches: share of every patch, which sum to 1; 0 everywhere for a token that saw nothing of the picture.
         queries: share of every patch in every visual token, where visual tokens have no place of their own.
         picture: as the encoder received it.
@@ -45,7 +45,7 @@ class Attention:
     picture: Image.Image
 
     def overlay(self, index: int | None = None) -> Image.Image:
-        """The picture, bright where a token looked; by default where all of them did on average."""
+        """The picture, in colour where a token looked; by default where all of them did on average."""
         chosen = self.patches if index is None else self.patches[index][None]
         return heatmap.spotlight(self.picture, _mean(chosen))
 
@@ -94,7 +94,7 @@ def look(
     places, tokens = _places(tokenizer, ids[0].tolist(), start)
     if prompt_words:
         asked, words = _prompt_places(model, tokenizer, ids[0, :start].tolist(), text_of(messages[-1]["content"]))
-        places, tokens = [*asked, *places], [*words, *tokens]
+        places, tokens = [*asked, *places], [*words, *(f" {token.lstrip()}" for token in tokens[:1]), *tokens[1:]]
     number = range(len(images))[image]
     shares = _patch_shares(model, inputs, features)[number].float()
     to_visual = to_visual[places].unflatten(1, (len(images), -1))[:, number].float()

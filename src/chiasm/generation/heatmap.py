@@ -1,10 +1,10 @@
-"""Weights over a grid of patches as pictures: bright and in colour where the weight is, dim and grey elsewhere."""
+"""Weights over a grid of patches as pictures: in colour where the weight is, behind a grey veil elsewhere."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageEnhance, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 SIDE = 224
@@ -14,13 +14,14 @@ GAP = 14
 CAPTION = 34
 FONT_SIZE = 20
 PAPER, INK = "#ffffff", "#1c1c1c"
-DIM = 0.45
+VEIL, VEIL_SHARE = 128, 0.65
+"""A grey that stands out from light and dark pictures alike, and how much of it covers what was not looked at."""
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NanumGothic.ttf", "AppleSDGothicNeo.ttc", "malgun.ttf", "DejaVuSans.ttf")
 """Tried in turn for words that are not Latin."""
 
 
 def spotlight(picture: Image.Image, weights: Float[Tensor, "rows columns"]) -> Image.Image:
-    """The picture as it is where the weights are largest, fading to dim grey where they are smallest.
+    """The picture as it is where the weights are largest, fading to grey where they are smallest.
 
     Differences that are smaller than an equal share are shown as faint as they are.
     """
@@ -28,8 +29,9 @@ def spotlight(picture: Image.Image, weights: Float[Tensor, "rows columns"]) -> I
     span = (high - low).clamp(min=weights.sum() / weights.numel())
     light = ((weights - low) / span.clamp(min=1e-12)).clamp(0, 1)
     mask = Image.fromarray((light.numpy() * 255).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
-    dimmed = ImageEnhance.Brightness(picture.convert("L").convert("RGB")).enhance(DIM)
-    return Image.composite(picture, dimmed, mask)
+    grey = picture.convert("L")
+    veiled = Image.blend(grey, Image.new("L", grey.size, VEIL), VEIL_SHARE).convert("RGB")
+    return Image.composite(picture, veiled, mask)
 
 
 def words(tokens: Sequence[str]) -> list[tuple[str, list[int]]]:
