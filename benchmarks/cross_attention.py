@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 import chiasm
 from chiasm.comparison.cost import cost
+from chiasm.training.precision import autocast, choose_dtype
 from measure import Gate, Worker, foreign_text, in_turns, machine, quiet, ratio
 
 TEXT = 64
@@ -62,7 +63,7 @@ def training(gate: Gate, fusion: str, images: int) -> None:
     labels[:, : -TEXT // 2] = -100
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(model.device, choose_dtype("auto", model.device)):
             loss = model(**inputs, labels=labels).loss
         loss.backward()
 

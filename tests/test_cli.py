@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import chiasm
+import chiasm.vlm
 import tiny
 from chiasm.cli import main
 
@@ -233,3 +235,13 @@ def test_brackets_are_printed_as_they_are(run: Any, model: Path, data: Path, mon
     assert code == 0, err
     for line in ("no such picture: [x].jpg", "[bold][/red] [bold]What[/bold]?", "a mistake in And [/red] now?"):
         assert line in out
+
+
+def test_bfloat16_in_software_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chiasm.vlm, "best_device", lambda: torch.device("cpu"))
+    for hardware, expected in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        monkeypatch.setattr(chiasm.vlm, "choose_dtype", lambda wanted, device, found=hardware: found)
+        model = chiasm.connect(tiny.vision(), tiny.language().bfloat16(), tokenizer=tiny.tokenizer())
+        ready = chiasm.vlm.ready_to_answer(model)
+        assert ready.model.language.dtype == expected
+        assert isinstance(ready.chat(tiny.picture(), "What?", max_new_tokens=2), str)

@@ -17,7 +17,7 @@ from chiasm.evaluation.evaluate import evaluate as evaluate_answers
 from chiasm.training.schema import Recipe
 from chiasm.training.trainer import TrainResult
 from chiasm.training.trainer import train as train_model
-from chiasm.vlm import VLM, best_device, load_vlm
+from chiasm.vlm import VLM, best_device, load_vlm, ready_to_answer
 
 Progress = Callable[[int, int], None]
 
@@ -84,7 +84,7 @@ def evaluate(
         shots: solved examples in front of every question, of its skill and from other samples.
         shots_from: the data that they are drawn from; by default the train split where there is one.
     """
-    vlm = model if isinstance(model, VLM) else load_vlm(model).to(best_device())
+    vlm = model if isinstance(model, VLM) else ready_to_answer(load_vlm(model))
     samples = spread(read(data, split=split), limit)
     examples = None
     if shots:

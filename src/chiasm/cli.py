@@ -150,7 +150,7 @@ def chat(
 ) -> None:
     """Ask about pictures: one answer with -p, otherwise a conversation."""
     from chiasm.conversation import converse
-    from chiasm.vlm import best_device, load_vlm
+    from chiasm.vlm import load_vlm, ready_to_answer
 
     examples = [_example(text) for text in solved]
     missing = [
@@ -160,7 +160,7 @@ def chat(
         raise FileNotFoundError(f"no such picture: {missing[0]}")
     if show_attention is not None and (prompt is None or not images):
         raise ValueError("--show-attention is for one answer about a picture; give a picture and -p")
-    vlm = load_vlm(model).to(best_device())
+    vlm = ready_to_answer(load_vlm(model))
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "examples": examples}
     if prompt is None:
         return converse(vlm, images, options, out)

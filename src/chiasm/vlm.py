@@ -36,6 +36,7 @@ from chiasm.language.adapter import load_language, load_tokenizer
 from chiasm.presets import Preset, preset_named
 from chiasm.sources.errors import readable_weights
 from chiasm.sources.files import find_file
+from chiasm.training.precision import choose_dtype
 from chiasm.vision.encoder import load_vision
 from chiasm.vision.image_processor import ChiasmImageProcessor, image_processor_for
 
@@ -268,6 +269,14 @@ def _load_retrieval(source: str, dtype: torch.dtype | str) -> tuple[QFormerRetri
 def best_device() -> torch.device:
     """The accelerator where there is one, else the CPU."""
     return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def ready_to_answer(vlm: VLM) -> VLM:
+    """The model on the best device, in float32 where it is bfloat16 and the device computes that in software."""
+    device = best_device()
+    emulated = choose_dtype("auto", device) == torch.float32
+    slow = emulated and any(parameter.dtype == torch.bfloat16 for parameter in vlm.model.parameters())
+    return vlm.to(device, torch.float32) if slow else vlm.to(device)
 
 
 LOADERS = {

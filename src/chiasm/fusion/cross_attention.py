@@ -95,9 +95,7 @@ class GatedCrossAttention(nn.Module):
     def _attend(self, hidden: Tensor, keys_values: KeysValues, look: Look) -> Float[Tensor, "B S D_l"]:
         queries = self.q_norm(self.q_proj(hidden).unflatten(-1, (self.settings.heads, -1)).transpose(1, 2))
         keys, values = (states.to(queries.dtype) for states in keys_values)
-        mask = (
-            look.mask | ~look.sees[:, None]
-        )  # a row that sees nothing attends to everything; a mask drops it afterwards
+        mask = look.mask | ~look.sees[:, None]  # a row that sees nothing would be NaN: it attends to all, masked later
         if look.record is not None:
             shared = keys.repeat_interleave(self.settings.heads // self.settings.kv_heads, dim=1)
             scores = queries @ shared.transpose(-1, -2) * self.settings.head_dim**-0.5
