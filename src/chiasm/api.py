@@ -84,6 +84,8 @@ def evaluate(
         shots: solved examples in front of every question, of its skill and from other samples.
         shots_from: the data that they are drawn from; by default the train split where there is one.
     """
+    if shots_from is not None and not shots:
+        raise ValueError("shots_from names the data of solved examples, but shots is 0; pass shots=4 or leave it out")
     vlm = model if isinstance(model, VLM) else ready_to_answer(load_vlm(model))
     samples = spread(read(data, split=split), limit)
     examples = None

@@ -112,7 +112,9 @@ def connect(
     vlm.save_pretrained(output)
     _show(vlm, as_json)
     if not as_json:
-        recipe = "flamingo" if vlm.model.config.fusion == "intermediate" else preset_named(preset).recipe
+        kinds = {"intermediate": "flamingo", "qformer": "blip2"}
+        chosen = [vlm.model.config.fusion, vlm.model.config.connector["name"]]
+        recipe = next((kinds[kind] for kind in chosen if kind in kinds), preset_named(preset).recipe)
         out.print(
             f"saved in {escape(str(output))}; "
             f"train it: [bold]chiasm train {recipe} --model {_argument(output)} --data DATA -o RUN[/bold]",
@@ -202,11 +204,9 @@ def train(
     if as_json:
         emit({"model": str(result.model), "run": str(output)})
     else:
-        out.print(
-            f"model: {escape(str(result.model))}; "
-            f"talk to it: [bold]chiasm chat {_argument(result.model)} PICTURE[/bold]",
-            soft_wrap=True,
-        )
+        answers = json.loads((result.model / "config.json").read_text())["model_type"] == "chiasm"
+        hint = f"; talk to it: [bold]chiasm chat {_argument(result.model)} PICTURE[/bold]" if answers else ""
+        out.print(f"model: {escape(str(result.model))}{hint}", soft_wrap=True)
 
 
 @app.command("eval", epilog=example("chiasm eval runs/a/model --data test.json"))

@@ -92,8 +92,9 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, console: Console 
 
 def scenes_in_time(model: vlm.VLM, output: Path, seed: int) -> int:
     """Scenes that the second stage goes through in `MINUTES` on this machine; a resumed run keeps its number."""
-    if (output / LOG).is_file():
-        return next(entry["samples"] for entry in read_log(output / LOG) if entry["event"] == "start") - CAPTIONS
+    log = read_log(output / LOG) if (output / LOG).is_file() else []
+    if (begun := next((entry["samples"] for entry in log if entry["event"] == "start"), 0)) > CAPTIONS:
+        return begun - CAPTIONS
     stage = load_recipe("demo").stages[-1]
     samples = questions(seed, 6 * stage.batch_size)
     pace = seconds_per_sample(model.model, model.processor, stage, list(samples))

@@ -76,6 +76,17 @@ def test_words_of_every_answer_weigh_nothing() -> None:
     assert weights["red"] > 0
 
 
+def test_pictures_may_stand_in_an_answer() -> None:
+    sample = samples(1)[0]
+    turns = [
+        {"role": "user", "content": "Show a red one."},
+        {"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "red"}]},
+        {"role": "user", "content": "Again?"},
+        {"role": "assistant", "content": "Yes, crimson"},
+    ]
+    assert words_by_picture(replace(sample, messages=turns)) == [{"red", "yes", "crimson"}]
+
+
 def test_captions_that_agree_are_refused() -> None:
     vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer())
     with pytest.raises(ValueError, match="captions that differ"):

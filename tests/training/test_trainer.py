@@ -135,7 +135,7 @@ def test_gates_that_are_not_there_or_not_tuned_cannot_be_opened(tmp_path: Path) 
     recipe = {"stages": [helpers.stage(gates="open")]}
     with pytest.raises(ValueError, match="'align': gates: open is for models with the part cross_attention"):
         helpers.run(tmp_path / "early", recipe)
-    with pytest.raises(ValueError, match="'align': gates: open needs the part cross_attention to be tuned"):
+    with pytest.raises(ValueError, match="'align': gates: open changes the part cross_attention, which is frozen; tune"):
         helpers.run(tmp_path / "frozen", recipe, helpers.vlm(fusion="intermediate"))
 
 
@@ -304,6 +304,18 @@ def test_the_connector_starts_in_closed_form_where_it_can(tmp_path: Path, connec
     recipe = {"stages": [helpers.stage(steps=1, init="auto")]}
     result = helpers.run(tmp_path / "run", recipe, helpers.vlm(connector=connector))
     assert len(events(result, "closed_form")) == started
+
+
+def test_a_connector_that_has_learned_is_not_started_again(tmp_path: Path) -> None:
+    model = helpers.vlm()
+    recipe = {"stages": [helpers.stage(steps=1, init="auto")]}
+    first = helpers.run(tmp_path / "first", recipe, model, data=helpers.samples(8))
+    assert model.model.config.fresh_connector is False
+    again = helpers.run(tmp_path / "again", recipe, chiasm.load(first.model), data=helpers.samples(8))
+    assert [len(events(result, "closed_form")) for result in (first, again)] == [1, 0]
+    frozen = {"stages": [helpers.stage(init="closed_form", parts=helpers.LORA | {"connector": "frozen"})]}
+    with pytest.raises(ValueError, match="init: closed_form changes the part connector, which is frozen"):
+        helpers.run(tmp_path / "frozen", frozen, helpers.vlm(), data=helpers.samples(8))
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -52,7 +52,9 @@ def opening(sample: Sample) -> Sample:
     shown = sum(
         part["type"] == "image" for turn in turns[:end] if isinstance(turn["content"], list) for part in turn["content"]
     )
-    skill = sample.skill or next(iter(sample.meta.get("skills", ())), None)
+    listed = sample.meta.get("skills")
+    first = listed[0] if isinstance(listed, list | tuple) and listed and isinstance(listed[0], str) else None
+    skill = sample.skill or first
     return replace(sample, messages=turns[:end], images=sample.images[:shown], skill=skill)
 
 

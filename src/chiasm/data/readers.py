@@ -188,8 +188,9 @@ def _emoji_scenes(source: str, split: str | None, options: dict[str, Any]) -> Em
             raise ValueError(f"{source!r}: {setting!r} is not of the form name=value")
         options[key] = int(value) if value.lstrip("-").isdigit() else value
     _refuse(options, EmojiScenes.OPTIONS)
-    for key in ("size", "seed", "num_objects", "questions_per_scene"):
-        if not isinstance(options.get(key), int | None):
+    for key in ("size", "seed", "num_objects", "questions_per_scene", "shots"):
+        needed = key in options and key in ("seed", "shots")
+        if type(options.get(key)) not in ((int,) if needed else (int, type(None))):
             raise ValueError(f"{EMOJI_SCENES}: {key} is {options[key]!r}, expected a whole number")
     return EmojiScenes(split or named or "train", **options)
 

@@ -72,7 +72,7 @@ def evaluate_retrieval(
     was_training = model.training
     model.eval()
     collection = _Collection(model, processor, samples, batch_size, progress)
-    by_cosine = query_similarity(collection.images, collection.texts)
+    by_cosine = query_similarity(collection.images.float(), collection.texts.float())
     to_text, to_image = by_cosine, by_cosine.T
     if rerank:
         to_text = collection.rerank(by_cosine, rerank)
@@ -80,7 +80,11 @@ def evaluate_retrieval(
     model.train(was_training)
     right = same_pairs(samples)
     return RetrievalResult(
-        recall(to_text, right, ks), recall(to_image, right.T, ks), chance(right, ks), len(samples), bool(rerank)
+        recall(to_text.cpu(), right, ks),
+        recall(to_image.cpu(), right.T, ks),
+        chance(right, ks),
+        len(samples),
+        bool(rerank),
     )
 
 

@@ -28,6 +28,7 @@ class ChiasmConfig(PreTrainedConfig):
         image_token_id: the placeholder that one visual token replaces; it may lie beyond the embedding table.
         direct_head: whether the language model's logits are its output embedding applied to the last hidden state.
         cross_attention: intermediate fusion's blocks (`chiasm.fusion.cross_attention_settings.CrossAttentionSettings`).
+        fresh_connector: whether nothing has trained the connector yet, so that a stage may choose what it starts from.
         adapters: part → LoRA settings, for parts that carry unmerged adapters.
         part_dtypes: part → dtype of its saved weights, such as `float32`; None where all have the model's `dtype`.
     """
@@ -49,6 +50,7 @@ class ChiasmConfig(PreTrainedConfig):
     image_token_id: int | None = None
     direct_head: bool = False
     cross_attention: dict | None = None
+    fresh_connector: bool = False
     adapters: dict | None = None
     part_dtypes: dict | None = None
     tie_word_embeddings: bool = False

@@ -55,12 +55,12 @@ def words_by_picture(sample: Sample) -> list[set[str]]:
     words: list[set[str]] = []
     shown: list[set[str]] = []
     for message in flatten(sample.messages):
-        if message["role"] == "assistant":
-            for said in shown:
-                said |= set(WORD.findall(message["content"].lower()))
-        elif pictures := message["content"].count(IMAGE_TOKEN):
+        if pictures := message["content"].count(IMAGE_TOKEN):
             shown = [set() for _ in range(pictures)]
             words += shown
+        if message["role"] == "assistant":
+            for said in shown:
+                said |= set(WORD.findall(message["content"].replace(IMAGE_TOKEN, "").lower()))
     return words
 
 

@@ -179,7 +179,7 @@ class Stage(Settings):
     parts: dict[str, PartPlan]
     init: Literal["keep", "closed_form", "auto"] = Field(
         "keep",
-        description="what the connector starts from; `auto` is `closed_form` where the connector can, else `keep`",
+        description="what the connector starts from; `auto` is `closed_form` where a new connector can, else `keep`",
     )
     gates: Literal["keep", "open"] = Field(
         "keep", description="`open`: gates that are still closed start open, behind layers that start at 0"

@@ -103,7 +103,8 @@ class StageRun:
         self._prepare_data()
         if self.stage.gates == "open" and self.resumed is None:
             self._open_gates()
-        affine = isinstance(self.model.connector, AffineConnector)
+        fresh = getattr(self.model.config, "fresh_connector", False) and self.plan.states["connector"] == "full"
+        affine = isinstance(self.model.connector, AffineConnector) and fresh
         if self.resumed is None and (self.stage.init == "closed_form" or (self.stage.init == "auto" and affine)):
             self._start_in_closed_form()
         with ExitStack() as state:
@@ -217,11 +218,19 @@ class StageRun:
                 f"stage {self.stage.name!r}: gates: open is for models with the part cross_attention; "
                 "write gates: keep, or connect with fusion intermediate"
             )
-        if "cross_attention" in self.plan.frozen_parts():
-            raise ValueError(f"stage {self.stage.name!r}: gates: open needs the part cross_attention to be tuned")
+        self._require_full("cross_attention", "gates: open")
         self.model.cross_attention.open_gates()
 
+    def _require_full(self, part: str, start: str) -> None:
+        """A start changes a part's own weights, which only checkpoints of a part that is tuned in full hold."""
+        if self.plan.states[part] != "full":
+            raise ValueError(
+                f"stage {self.stage.name!r}: {start} changes the part {part}, which is {self.plan.states[part]}; "
+                f"tune {part} in full, or write {start.split(':')[0]}: keep"
+            )
+
     def _start_in_closed_form(self) -> None:
+        self._require_full("connector", "init: closed_form")
         started = time.monotonic()
         chosen = caption_indices(self.context.samples, self.context.survey.usable)
         samples = self._readable(Subset(self.context.samples, chosen[:: -(-len(chosen) // CLOSED_FORM_SAMPLES)]))
@@ -320,7 +329,9 @@ class StageRun:
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """Of the generative model and of the stage's own, whose common ones are the same tensors."""
-        return dict(self.context.model.named_parameters()) | dict(self.model.named_parameters())
+        own = dict(self.model.named_parameters())
+        known = {id(parameter) for parameter in own.values()}
+        return {name: p for name, p in self.context.model.named_parameters() if id(p) not in known} | own
 
     def _finish(self, seconds: float) -> None:
         """Merges adapters, and writes the stage's last checkpoint and its model folder.
@@ -333,6 +344,8 @@ class StageRun:
         trained |= changed & {plain_name(name) for name, _ in self.context.model.named_parameters()}
         self.model.requires_grad_(False).eval()
         self.originals = {}
+        if "connector" not in self.plan.frozen_parts():
+            self.context.model.config.fresh_connector = False
         took = {"seconds": round(seconds, 3)}
         self.log.write("stage_end", self.stage.name, self.num_steps, **took, **gate_fields(self.model))
         if self.stage.reads_captions:
