@@ -253,16 +253,22 @@ def load_vlm(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM:
 
 def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[FusionModel, ChiasmProcessor | None]:
     family = fusion_class(ChiasmConfig.from_pretrained(source))
+    model = _complete(family, source, dtype)
+    kind = InstructionProcessor if model.connector.reads_instruction else ChiasmProcessor
+    return model, kind.from_pretrained(source) if has_processor(source) else None
+
+
+def _complete(family: Any, source: str, dtype: torch.dtype | str) -> Any:
+    """The model, with every weight from the folder and none left over."""
     model, info = family.from_pretrained(source, dtype=dtype, output_loading_info=True)
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         raise ValueError(f"{source} does not hold this model's weights: {len(wrong)} keys differ, first {wrong[0]}")
-    kind = InstructionProcessor if model.connector.reads_instruction else ChiasmProcessor
-    return model.eval(), kind.from_pretrained(source) if has_processor(source) else None
+    return model.eval()
 
 
 def _load_retrieval(source: str, dtype: torch.dtype | str) -> tuple[QFormerRetrieval, CaptionProcessor | None]:
-    model = QFormerRetrieval.from_pretrained(source, dtype=dtype)
+    model = _complete(QFormerRetrieval, source, dtype)
     return model, CaptionProcessor.from_pretrained(source) if has_processor(source) else None
 
 

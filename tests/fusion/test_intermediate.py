@@ -233,3 +233,28 @@ def test_wrong_image_counts_name_both() -> None:
         vlm.model(**inputs)
     with pytest.raises(ValueError, match="is for fusion='intermediate', got fusion='early'"):
         chiasm.connect(tiny.vision(), tiny.language(), cross_attention={"every": 2})
+
+
+def test_two_models_around_one_language_model_keep_apart() -> None:
+    language = tiny.language()
+    options = {"fusion": "intermediate", "tokenizer": tiny.tokenizer()}
+    first = chiasm.connect(tiny.vision(), language, cross_attention={"every": 1, "heads": 2, "head_dim": 8}, **options)
+    inputs = batch(first)
+    contracts.open_gates(first.model, 1.0)
+    with torch.no_grad():
+        alone = first.model(**inputs).logits
+        second = chiasm.connect(tiny.vision(), language, cross_attention={"every": 2, "heads": 3}, **options)
+        contracts.check_closed_gates_are_the_language_model(second.model, tiny.language(), inputs)
+        assert torch.equal(first.model(**inputs).logits, alone)
+
+
+def test_new_pictures_beside_kept_ones_are_refused() -> None:
+    model = connect().model
+    inputs = batch(connect())
+    with torch.no_grad():
+        output = model(**inputs, use_cache=True)
+    more = torch.full((2, 1), model.config.image_token_id)
+    with pytest.raises(
+        ValueError, match="2 new image placeholders, but image_cache holds pictures of earlier text only"
+    ):
+        model(input_ids=more, cache=output.cache, image_cache=output.image_cache)

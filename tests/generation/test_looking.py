@@ -70,8 +70,9 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     config = vlm.model.language.config
     before = config._attn_implementation
 
-    def fail(*_: Any) -> None:
-        if config._attn_implementation == "eager":
+    def fail(module: Any, *_: Any) -> None:
+        assert config._attn_implementation == before
+        if module.config._attn_implementation == "eager":
             raise RuntimeError("out of memory")
 
     vlm.model.language.register_forward_pre_hook(fail)

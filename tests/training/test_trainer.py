@@ -135,7 +135,9 @@ def test_gates_that_are_not_there_or_not_tuned_cannot_be_opened(tmp_path: Path) 
     recipe = {"stages": [helpers.stage(gates="open")]}
     with pytest.raises(ValueError, match="'align': gates: open is for models with the part cross_attention"):
         helpers.run(tmp_path / "early", recipe)
-    with pytest.raises(ValueError, match="'align': gates: open changes the part cross_attention, which is frozen; tune"):
+    with pytest.raises(
+        ValueError, match="'align': gates: open changes the part cross_attention, which is frozen; tune"
+    ):
         helpers.run(tmp_path / "frozen", recipe, helpers.vlm(fusion="intermediate"))
 
 

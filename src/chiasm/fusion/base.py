@@ -197,7 +197,7 @@ class FusionModel(PartDtypes, GenerationMixin):
     def blank_picture(self, like: Tensor) -> Float[Tensor, "1 T D_l"]:
         """Visual tokens of a blank picture: what a training batch without pictures sends through the connector with
         weight zero, so that every process of a distributed run has a gradient for the same parameters."""
-        if any(parameter.requires_grad for parameter in self.vision.parameters()):
+        if self.training and any(parameter.requires_grad for parameter in self.vision.parameters()):
             height, width = self.vision.image_size
             features = self.encode_images(torch.zeros(1, 3, height, width, device=like.device, dtype=self.dtype))
         else:

@@ -28,12 +28,14 @@ class Look:
         keys_values: for every block, keys and values `(B, kv_heads, I·T, head_dim)`.
         mask: which visual tokens each token attends to.
         sees: whether it attends to any.
+        blocks: the blocks that this look is for; those of another model around the same language model stay out.
         record: where blocks put their attention weights `(B, H, S, I·T)`, if anyone asks.
     """
 
     keys_values: list[KeysValues]
     mask: Bool[Tensor, "B 1 S K"]
     sees: Bool[Tensor, "B S 1"]
+    blocks: nn.ModuleList | None = None
     record: list[Tensor] | None = None
 
 
@@ -190,7 +192,9 @@ class _InFront:
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         look = LOOK.get()
-        if look is None:
+        if look is None or look.blocks is None or self.index >= len(look.blocks):
+            return None
+        if look.blocks[self.index] is not self.block:
             return None
         hidden = self.block(args[0] if args else kwargs["hidden_states"], look.keys_values[self.index], look)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from chiasm.fusion.base import PICTURE_INPUTS
 from chiasm.fusion.early import EarlyFusionModel
+from chiasm.language.next_token import IGNORE
 
 
 @dataclass
@@ -49,7 +50,8 @@ class EarlySeq2SeqModel(EarlyFusionModel):
             labels: the answer's tokens, −100 where they are not supervised; the decoder's input follows from them.
             kwargs: such as `decoder_input_ids` and `decoder_attention_mask`.
         """
-        tokens = None
+        tokens, count = None, kwargs.pop("num_items_in_batch", None)
+        kwargs.pop("return_logits", None)
         if encoder_outputs is None:
             instruction = (instruction_ids, instruction_mask, qformer_input_ids, qformer_attention_mask)
             tokens = self.visual_tokens(pixel_values, image_features, *instruction)
@@ -62,6 +64,8 @@ class EarlySeq2SeqModel(EarlyFusionModel):
             cache=cache,
             **kwargs | {"return_dict": True},
         )
+        if labels is not None and count is not None:
+            output["loss"] = output.loss * (labels != IGNORE).sum() / count
         return Seq2SeqFusionOutput(**output, visual_tokens=tokens)
 
     @torch.no_grad()

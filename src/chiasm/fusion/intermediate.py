@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
@@ -148,6 +148,11 @@ class IntermediateFusionModel(FusionModel):
         ends = self.places(self.cross_attention.settings.end_of_text, input_ids, inputs_embeds)
         inputs_embeds = self.embed(input_ids, inputs_embeds, placeholders)
         tokens = None
+        if image_cache is not None and image_attention_mask is None and placeholders.any():
+            raise ValueError(
+                f"the text holds {int(placeholders.sum())} new image placeholders, but image_cache holds pictures of "
+                "earlier text only; new pictures need a forward over the whole text"
+            )
         if image_cache is None:
             pixel_values, image_features = _flat(pixel_values, 4), _flat(image_features, 3)
             tokens = self.visual_tokens(pixel_values, image_features, instruction_ids, instruction_mask)
@@ -156,7 +161,8 @@ class IntermediateFusionModel(FusionModel):
         if image_cache is not None:
             record = kwargs.pop("record", None)
             visible, image_cache = image_cache.read(placeholders, ends)
-            look = _look(image_cache, visible if image_attention_mask is None else image_attention_mask.bool(), record)
+            visible = visible if image_attention_mask is None else image_attention_mask.bool()
+            look = _look(image_cache, visible, self.cross_attention.blocks, record)
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         with looking(look):
             fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
@@ -252,9 +258,11 @@ def _rows(pictures: Tensor, image_attention_mask: Tensor) -> Tensor:
     return pictures.unflatten(0, (rows, images))
 
 
-def _look(cache: ImageCache, visible: Bool[Tensor, "B S I"], record: list[Tensor] | None) -> Look:
+def _look(
+    cache: ImageCache, visible: Bool[Tensor, "B S I"], blocks: nn.ModuleList, record: list[Tensor] | None
+) -> Look:
     mask = visible.repeat_interleave(cache.tokens, dim=-1)[:, None]
-    return Look(cache.keys_values, mask, visible.any(dim=-1, keepdim=True), record)
+    return Look(cache.keys_values, mask, visible.any(dim=-1, keepdim=True), blocks, record)
 
 
 def _by_row(tokens: Float[Tensor, "images T W"], counts: Int[Tensor, " B"]) -> Float[Tensor, "B I T W"]:

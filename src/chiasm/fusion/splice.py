@@ -21,4 +21,4 @@ def splice(
             f"the text holds {wanted} image placeholders but {images} image(s) give {given} visual tokens "
             f"({tokens} each); pass {wanted / tokens:g} image(s), or build the inputs with the model's processor"
         )
-    return embeddings.masked_scatter(placeholders[..., None], visual_tokens.to(embeddings.dtype))
+    return embeddings.masked_scatter(placeholders[..., None], visual_tokens.to(embeddings))

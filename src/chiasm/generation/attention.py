@@ -4,8 +4,7 @@ A token's attention to visual tokens, averaged over heads and layers, times what
 With early fusion it is the language model's own attention, with intermediate fusion that of the gated blocks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
@@ -22,6 +21,8 @@ from chiasm.data.schema import text_of
 from chiasm.fusion.base import FusionModel
 from chiasm.generation import heatmap
 from chiasm.generation.decode import Decoding, prepare
+from chiasm.vision.image_processor import ChiasmImageProcessor
+from chiasm.vision.probe import twin
 
 Inputs = dict[str, Any]
 
@@ -111,14 +112,15 @@ def _check(model: FusionModel, processor: ChiasmProcessor) -> None:
     """Refuses what has no one-to-one way from a token of the answer back to a grid of patches."""
     if model.config.is_encoder_decoder:
         raise ValueError("attention is told for decoder-only language models; this one is an encoder-decoder")
-    if model.vision.features.resolution == "native" or not hasattr(processor.image_processor, "resize"):
+    if model.vision.features.resolution == "native" or not isinstance(processor.image_processor, ChiasmImageProcessor):
         raise ValueError("attention is told for pictures of one size; this model's encoder takes them in their own")
 
 
 def _early(model: FusionModel, inputs: Inputs, layers: Sequence[int] | None) -> Float[Tensor, "S K"]:
     """The language model's attention from every token to the visual tokens of all pictures."""
-    with eager_attention(model.language):
-        attentions = model(**inputs, output_attentions=True, use_cache=False).attentions
+    reader = twin(model)  # the same weights in modules of its own, whose way of attending nobody else sees change
+    reader.language.set_attn_implementation("eager")
+    attentions = reader(**inputs, output_attentions=True, use_cache=False).attentions
     chosen = _chosen(attentions, range(len(attentions)), layers)
     return chosen[:, inputs["input_ids"][0] == model.config.image_token_id]
 
@@ -134,17 +136,6 @@ WEIGHTS: dict[str, Callable[[Any, Inputs, Sequence[int] | None], Tensor]] = {
     "early": _early,
     "intermediate": _intermediate,
 }
-
-
-@contextmanager
-def eager_attention(language: PreTrainedModel) -> Iterator[None]:
-    """While it lasts, the language model's attention can be read; afterwards it is computed as before."""
-    before = language.config._attn_implementation
-    language.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        language.set_attn_implementation(before)
 
 
 def _chosen(weights: Sequence[Tensor], known: Sequence[int], layers: Sequence[int] | None) -> Float[Tensor, "S K"]:

@@ -1,13 +1,14 @@
 """`Blip2ForImageTextRetrieval` of transformers → Chiasm's retrieval model (BLIP-2, arXiv 2301.12597)."""
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from chiasm.data.captions import CaptionProcessor
 from chiasm.fusion.qformer_heads import TEMPERATURE
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
 from chiasm.fusion.retrieval_config import QFormerRetrievalConfig
 from chiasm.interop.blip2 import all_tokens, qformer_names, qformer_settings
+from chiasm.interop.parts import has_processor
 from chiasm.interop.weights import assemble, read_weights
 from chiasm.vision.image_processor import image_processor_for
 
@@ -43,9 +44,7 @@ def load_blip2_retrieval(
     table = {theirs: None if new is None else f"connector.{new}" for theirs, new in names.items()} | HEADS
     weights = {"temperature": torch.tensor(TEMPERATURE), **read_weights(source)}
     model = assemble(QFormerRetrieval, ours, weights, table, dtype=dtype)
-    try:
-        AutoImageProcessor.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
+    if not has_processor(source):
         return model, None
-    return model, CaptionProcessor(image_processor_for(source, model.vision), tokenizer)
+    tokenizer, longest = AutoTokenizer.from_pretrained(source), qformer.max_position_embeddings
+    return model, CaptionProcessor(image_processor_for(source, model.vision), tokenizer, text_length=longest)

@@ -96,6 +96,11 @@ def stage_model(
         ValueError: the stage reads captions but the connector is no Q-Former.
     """
     if not stage.reads_captions:
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                "answers are trained with decoder-only language models, this one is an encoder-decoder "
+                f"({model.config.get_text_config().model_type}); connect a causal language model"
+            )
         context = context_length(model.config)
         lengths = (length for length in (stage.max_length, context) if length is not None)
         return AnswerModel(model, processor, min(lengths, default=None))
