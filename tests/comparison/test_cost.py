@@ -48,8 +48,16 @@ def test_prefill_and_cache(language: str, images: int) -> None:
 
 
 @pytest.mark.parametrize("images", [0, 1, 3])
-def test_intermediate_fusion(images: int) -> None:
-    settings = {"every": 2, "heads": 4, "kv_heads": 2, "head_dim": 10, "gated_feed_forward": True}
+@pytest.mark.parametrize("masked", [True, False])
+def test_intermediate_fusion(images: int, masked: bool) -> None:
+    settings = {
+        "mask_feed_forward": masked,
+        "every": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 10,
+        "gated_feed_forward": True,
+    }
     model = chiasm.connect(
         tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer(), fusion="intermediate", cross_attention=settings
     ).model

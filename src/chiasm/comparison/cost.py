@@ -43,23 +43,29 @@ def cost(model: FusionModel, images: int = 1, text_tokens: int = 64) -> Cost:
     """
     if images < 0 or text_tokens < 1:
         raise ValueError(f"images={images}, text_tokens={text_tokens}; expected at least 0 and 1")
+    seen = images or _blank_pictures(model)
     visual = images * model.connector.num_tokens
     sequence = images * model.num_image_tokens + text_tokens
     if model.config.is_encoder_decoder:
         language = seq2seq_cost(model.language, sequence)
     else:
-        language = _decoder_cost(model, sequence, visual)
+        language = _decoder_cost(model, sequence, seen * model.connector.num_tokens)
     return Cost(
         parameters={part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts(model)},
         visual_tokens=visual,
         sequence=sequence,
         encode_flops=images * encode_flops(model.vision),
-        connect_flops=images * model.connector.flops(),
+        connect_flops=seen * model.connector.flops(),
         prefill_flops=language.prefill_flops,
         decode_flops=language.decode_flops,
         kv_cache_bytes=language.cache_bytes,
         kv_cache_bytes_per_token=language.cache_bytes_per_token,
     )
+
+
+def _blank_pictures(model: FusionModel) -> int:
+    """Pictures that text alone looks at: a blank one where the blocks' feed-forward reads all text (Idefics)."""
+    return int(isinstance(model, IntermediateFusionModel) and not model.cross_attention.settings.mask_feed_forward)
 
 
 def _decoder_cost(model: FusionModel, sequence: int, visual_tokens: int) -> LanguageCost:
