@@ -103,7 +103,7 @@ class IntermediateFusionModel(FusionModel):
         if own is None:
             placeholders = torch.zeros_like(placeholders)
         embeddings = self.word_embeddings(input_ids, inputs_embeds, placeholders)
-        return embeddings if own is None else torch.where(placeholders[..., None], own.to(embeddings.dtype), embeddings)
+        return embeddings if own is None else torch.where(placeholders[..., None], own.to(embeddings), embeddings)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
