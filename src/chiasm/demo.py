@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 SKILLS = {"naming": 0.8, "counting": 1.0, "position": 1.2, "colour": 0.2}
 """How often each skill is asked about. Reading needs finer patches and more than minutes."""
 CAPTIONS, QUESTIONS, TESTS = 400, 3, 300
-MINUTES, MOST_SCENES = 6.5, 8000
+MINUTES, MOST_SCENES = 6.2, 8000
 """How long the second stage may take, captions included, and how many scenes are enough on a faster machine."""
 QUICK = ("stages.align.steps=2", "stages.instruct.steps=3")
 
