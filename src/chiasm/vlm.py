@@ -10,28 +10,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiasm import sources
 from chiasm.comparison.cost import Cost, cost
-from chiasm.data.captions import CaptionProcessor
 from chiasm.data.chat import Message, count_images, user_message
 from chiasm.data.few_shot import Example, as_list, put_first, solved
 from chiasm.data.instruction import InstructionProcessor
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.dual_encoder import DualEncoder
 from chiasm.fusion.base import FusionModel
-from chiasm.fusion.build import CONVOLUTIONAL, build_fusion, fusion_class
-from chiasm.fusion.config import FUSIONS, ChiasmConfig
-from chiasm.fusion.qformer_retrieval import QFormerRetrieval
+from chiasm.fusion.build import CONVOLUTIONAL, build_fusion
+from chiasm.fusion.config import FUSIONS
 from chiasm.fusion.start import start_of
 from chiasm.generation import decode
 from chiasm.generation.attention import Attention, look
 from chiasm.generation.decode import Decoding
-from chiasm.interop.blip2 import load_blip2
-from chiasm.interop.blip2_retrieval import load_blip2_retrieval
-from chiasm.interop.idefics import load_idefics
-from chiasm.interop.idefics2 import load_idefics2
-from chiasm.interop.internvl import load_internvl
-from chiasm.interop.llava import load_llava
-from chiasm.interop.paligemma import load_paligemma
-from chiasm.interop.parts import has_processor
+from chiasm.interop.loaders import LOADERS, RETRIEVAL_LOADERS
 from chiasm.language.adapter import load_language, load_tokenizer
 from chiasm.presets import Preset, preset_named
 from chiasm.sources.errors import readable_weights
@@ -251,27 +242,6 @@ def load_vlm(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM:
     return loaded
 
 
-def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[FusionModel, ChiasmProcessor | None]:
-    family = fusion_class(ChiasmConfig.from_pretrained(source))
-    model = _complete(family, source, dtype)
-    kind = InstructionProcessor if model.connector.reads_instruction else ChiasmProcessor
-    return model, kind.from_pretrained(source) if has_processor(source) else None
-
-
-def _complete(family: Any, source: str, dtype: torch.dtype | str) -> Any:
-    """The model, with every weight from the folder and none left over."""
-    model, info = family.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if wrong:
-        raise ValueError(f"{source} does not hold this model's weights: {len(wrong)} keys differ, first {wrong[0]}")
-    return model.eval()
-
-
-def _load_retrieval(source: str, dtype: torch.dtype | str) -> tuple[QFormerRetrieval, CaptionProcessor | None]:
-    model = _complete(QFormerRetrieval, source, dtype)
-    return model, CaptionProcessor.from_pretrained(source) if has_processor(source) else None
-
-
 def best_device() -> torch.device:
     """The accelerator where there is one, else the CPU."""
     return torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -283,25 +253,6 @@ def ready_to_answer(vlm: VLM) -> VLM:
     emulated = choose_dtype("auto", device) == torch.float32
     slow = emulated and any(parameter.dtype == torch.bfloat16 for parameter in vlm.model.parameters())
     return vlm.to(device, torch.float32) if slow else vlm.to(device)
-
-
-LOADERS = {
-    "chiasm": _load_chiasm,
-    "blip-2": load_blip2,
-    "idefics": load_idefics,
-    "idefics2": load_idefics2,
-    "instructblip": load_blip2,
-    "internvl": load_internvl,
-    "llava": load_llava,
-    "paligemma": load_paligemma,
-}
-
-
-RETRIEVAL_LOADERS = {
-    "Blip2ForImageTextRetrieval": load_blip2_retrieval,
-    "chiasm_qformer_retrieval": _load_retrieval,
-}
-"""By `model_type`, or by architecture where transformers has one type for both."""
 
 
 def _model_type(source: str) -> str:

@@ -1,0 +1,34 @@
+"""The verbs of the command line. Exit code 0; 2 for the user's mistake, with one clear line; 1 for a fault."""
+
+import os
+import sys
+
+import typer
+
+from chiasm.cli import chat, connect, evaluate, train
+from chiasm.cli.app import app, data_app, err, one_line
+
+__all__ = ["app", "chat", "connect", "data_app", "evaluate", "main", "train"]
+
+FAULTS = ("TrainingError",)
+"""Faults that say in one line what happened; any other one shows its traceback."""
+
+
+def main() -> None:
+    """Runs a verb and turns exceptions into exit codes."""
+    from chiasm.sources import SourceError
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        known = isinstance(error, ValueError | OSError | SourceError)
+        if not known and type(error).__name__ not in FAULTS:
+            raise
+        err.print(f"[red]error:[/red] {one_line(error)}", soft_wrap=True, highlight=False)
+        sys.exit(2 if known else 1)

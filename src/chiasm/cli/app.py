@@ -1,0 +1,68 @@
+"""What the verbs share: the application, its consoles, common options, and how options are read."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    name="chiasm",
+    help="Give a language model eyes: connect, train, talk, measure.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+data_app = typer.Typer(help="Look after training data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
+Model = Annotated[str, typer.Argument(help="A model folder or hub id.", show_default=False)]
+Data = Annotated[str, typer.Option("--data", help="LLaVA JSON, image folder, dataset folder, or emoji-scenes.")]
+
+
+def example(text: str) -> str:
+    """The epilogue of a verb's help."""
+    return f"Example: [bold]{text}[/bold]"
+
+
+def emit(value: Any) -> None:
+    """One JSON value on standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def name_or_json(text: str, option: str) -> Any:
+    return json_option(text, option) if text.lstrip().startswith("{") else text
+
+
+def json_option(text: str | None, option: str) -> Any:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} {text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} {text!r} is not a JSON object; write {{...}} with names and values")
+    return value
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty; choose another folder with -o")
+
+
+def argument(path: Path) -> str:
+    """A path as one would type it in a shell, for a line with markup."""
+    return escape(shlex.quote(str(path)))
+
+
+def one_line(error: BaseException) -> str:
+    return escape(" ".join(str(error).split()))

@@ -1,0 +1,64 @@
+"""`chat`: one answer, or a conversation in the terminal."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from chiasm.cli.app import Json, Model, app, emit, example, out
+
+
+@app.command(epilog=example("chiasm chat models/mine cat.jpg -p 'What is this?'"))
+def chat(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(help="Pictures for the first question.", show_default=False)] = [],  # noqa: B006
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Ask once and leave.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    solved: Annotated[
+        list[str], typer.Option("--example", help="A solved example: 'cat.png|What is this?|a cat'; repeatable.")
+    ] = [],  # noqa: B006
+    show_attention: Annotated[
+        Path | None, typer.Option(help="With -p: write a PNG of where each word of the answer looked.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask about pictures: one answer with -p, otherwise a conversation."""
+    from chiasm.conversation import converse
+    from chiasm.vlm import load_vlm, ready_to_answer
+
+    examples = [_example(text) for text in solved]
+    missing = [
+        str(path) for path in (*images, *(path for shown, *_ in examples for path in shown)) if not path.is_file()
+    ]
+    if missing:
+        raise FileNotFoundError(f"no such picture: {missing[0]}")
+    if show_attention is not None and (prompt is None or not images):
+        raise ValueError("--show-attention is for one answer about a picture; give a picture and -p")
+    vlm = ready_to_answer(load_vlm(model))
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "examples": examples}
+    if prompt is None:
+        return converse(vlm, images, options, out)
+    if show_attention is not None:
+        seen = vlm.attention(images, prompt, **options)
+        seen.save(show_attention)
+    if as_json:
+        answer = vlm.chat(images, prompt, **options) if show_attention is None else seen.answer
+        return emit({"prompt": prompt, "images": list(map(str, images)), "answer": answer})
+    if show_attention is not None:
+        sys.stdout.write(f"{seen.answer}\n")
+        return None
+    for piece in vlm.stream(images, prompt, **options):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return None
+
+
+def _example(text: str) -> tuple[list[Path], str, str]:
+    """`picture|question|answer`; any number of pictures may stand in front."""
+    parts = [part.strip() for part in text.split("|")]
+    if len(parts) < 3:
+        raise ValueError(f"--example {text!r} has {len(parts)} part(s), expected picture|question|answer")
+    return [Path(part) for part in parts[:-2] if part], parts[-2], parts[-1]

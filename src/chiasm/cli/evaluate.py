@@ -1,0 +1,55 @@
+"""`eval`: how well a model answers."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chiasm.cli.app import Data, Json, Model, app, emit, err, example, out
+
+
+@app.command("eval", epilog=example("chiasm eval runs/a/model --data test.json"))
+def evaluate(
+    model: Model,
+    data: Data,
+    split: Annotated[str | None, typer.Option(help="validation, test, ...; by default everything.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many samples, evenly spread.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for results.jsonl and summary.json.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    control: Annotated[bool, typer.Option(help="Ask again with another sample's picture.")] = True,
+    metric: Annotated[str | None, typer.Option(help="One metric for all; by default chosen per skill.")] = None,
+    shots: Annotated[int, typer.Option(help="Solved examples of the same skill in front of every question.")] = 0,
+    shots_from: Annotated[
+        str | None, typer.Option(help="Data that the examples are drawn from; by default the train split.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model's answers per skill, with intervals, beside the wrong-picture control."""
+    from chiasm import api
+    from chiasm.evaluation.skills import to_table
+
+    with api.progress_bar("answering", err) as update:
+        result = api.evaluate(
+            model,
+            data,
+            split=split,
+            limit=limit,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            control=control,
+            metric=metric,
+            shots=shots,
+            shots_from=shots_from,
+            progress=update,
+        )
+    if output is not None:
+        result.save(output)
+    if as_json:
+        return emit({"summary": result.summary, "notes": result.notes})
+    out.print(to_table(result.summary))
+    for note in result.notes:
+        out.print(note, markup=False, soft_wrap=True)
+    return None

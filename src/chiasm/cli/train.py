@@ -1,0 +1,76 @@
+"""`train`, `data check` and `demo`: learning, and what is learned from."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from chiasm.cli.app import Data, Json, app, argument, data_app, emit, err, example, out
+
+
+@app.command(epilog=example("chiasm train llava --model models/mine --data data.json -o runs/a"))
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that ships.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", help="Folder of the model to train.", show_default=False)],
+    data: Data,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the run.", show_default=False)],
+    validation_data: Annotated[str | None, typer.Option(help="Held-out data; else a share of --data.")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="Change the recipe: stages.align.lr=1e-3.")] = [],  # noqa: B006
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and count samples that cannot be used.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Train a model by the stages of a recipe; a stopped run goes on where it was."""
+    from chiasm import api
+
+    overrides = [*set_, "skip_bad=true"] if skip_bad else set_
+    result = api.train(
+        recipe, model, data, output, validation_data=validation_data, overrides=overrides, resume=resume, quiet=as_json
+    )
+    if as_json:
+        emit({"model": str(result.model), "run": str(output)})
+    else:
+        answers = json.loads((result.model / "config.json").read_text())["model_type"] == "chiasm"
+        hint = f"; talk to it: [bold]chiasm chat {argument(result.model)} PICTURE[/bold]" if answers else ""
+        out.print(f"model: {escape(str(result.model))}{hint}", soft_wrap=True)
+
+
+@data_app.command("check", epilog=example("chiasm data check data.json"))
+def data_check(
+    data: Annotated[str, typer.Argument(help="LLaVA JSON, image folder, dataset folder, ...", show_default=False)],
+    max_pixels: Annotated[int | None, typer.Option(help="Find pictures with more pixels.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Find picture files with more bytes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find broken, truncated, huge, missing and mislabelled samples before training."""
+    from chiasm.api import progress_bar
+    from chiasm.data.check import check
+    from chiasm.data.readers import read
+
+    with progress_bar("checking", err) as update:
+        report = check(read(data), max_pixels=max_pixels, max_bytes=max_bytes, progress=update)
+    if as_json:
+        emit(report.to_dict())
+    else:
+        out.print(report.summary(), markup=False, highlight=False, soft_wrap=True)
+    if not report.ok:
+        raise typer.Exit(2)
+
+
+@app.command(epilog=example("chiasm demo -o demo"))
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the run and the model.")] = Path("demo"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A minute: shows that all of it works, not that it learns.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the data and the connector.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Give SmolLM2-135M eyes: real weights, both stages, a report, about ten minutes on two cores."""
+    from chiasm.demo import run_demo
+
+    summary = run_demo(output, quick=quick, seed=seed, console=err if as_json else out)
+    if as_json:
+        emit(summary)

@@ -1,0 +1,61 @@
+"""Which checkpoints `chiasm.load` reads: Chiasm's own, and transformers' by exact name."""
+
+from typing import Any
+
+import torch
+
+from chiasm.data.captions import CaptionProcessor
+from chiasm.data.instruction import InstructionProcessor
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.fusion.base import FusionModel
+from chiasm.fusion.build import fusion_class
+from chiasm.fusion.config import ChiasmConfig
+from chiasm.fusion.qformer_retrieval import QFormerRetrieval
+from chiasm.interop.blip2 import load_blip2
+from chiasm.interop.blip2_retrieval import load_blip2_retrieval
+from chiasm.interop.idefics import load_idefics
+from chiasm.interop.idefics2 import load_idefics2
+from chiasm.interop.internvl import load_internvl
+from chiasm.interop.llava import load_llava
+from chiasm.interop.paligemma import load_paligemma
+from chiasm.interop.parts import has_processor
+
+
+def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[FusionModel, ChiasmProcessor | None]:
+    family = fusion_class(ChiasmConfig.from_pretrained(source))
+    model = complete(family, source, dtype)
+    kind = InstructionProcessor if model.connector.reads_instruction else ChiasmProcessor
+    return model, kind.from_pretrained(source) if has_processor(source) else None
+
+
+def complete(family: Any, source: str, dtype: torch.dtype | str) -> Any:
+    """The model, with every weight from the folder and none left over."""
+    model, info = family.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise ValueError(f"{source} does not hold this model's weights: {len(wrong)} keys differ, first {wrong[0]}")
+    return model.eval()
+
+
+def _load_retrieval(source: str, dtype: torch.dtype | str) -> tuple[QFormerRetrieval, CaptionProcessor | None]:
+    model = complete(QFormerRetrieval, source, dtype)
+    return model, CaptionProcessor.from_pretrained(source) if has_processor(source) else None
+
+
+LOADERS = {
+    "chiasm": _load_chiasm,
+    "blip-2": load_blip2,
+    "idefics": load_idefics,
+    "idefics2": load_idefics2,
+    "instructblip": load_blip2,
+    "internvl": load_internvl,
+    "llava": load_llava,
+    "paligemma": load_paligemma,
+}
+
+
+RETRIEVAL_LOADERS = {
+    "Blip2ForImageTextRetrieval": load_blip2_retrieval,
+    "chiasm_qformer_retrieval": _load_retrieval,
+}
+"""By `model_type`, or by architecture where transformers has one type for both."""
