@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import chiasm
+import tiny
 from chiasm.connectors import CONNECTORS, Connector, build_connector
 from chiasm.fusion.base import FusionModel
+from chiasm.generation.decode import Decoding, prepare
+from chiasm.generation.engine import Engine
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -261,3 +264,24 @@ def check_attention(vlm: chiasm.VLM, images: list[Any], prompt: str) -> None:
 
 def _asked(prompt: str, images: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": prompt}]}]
+
+
+def check_engine_equals_generate(vlm: chiasm.VLM, **options: Any) -> None:
+    """Requests of different lengths and pictures, several at once, are answered with the tokens of `generate`."""
+    conversations = [
+        (_asked("What?", 1), [tiny.picture(1)]),
+        (_asked("And which of these two is it?", 2), [tiny.picture(2), tiny.picture(3)]),
+        (_asked("No picture.", 0), []),
+        (_asked("What?", 1), [tiny.picture(4)]),
+    ]
+    decoding = Decoding(max_new_tokens=7)
+    engine = Engine(vlm.model, vlm.processor, max_batch=3, **options)
+    tickets = [engine.submit(messages, images, decoding) for messages, images in conversations * 2]
+    answers = [[piece.token for piece in ticket] for ticket in tickets]
+    engine.close()
+    for (messages, images), *found in zip(conversations, answers, answers[4:], strict=False):
+        inputs = prepare(vlm.model, vlm.processor, [messages], [images], 7)
+        tokens = vlm.model.generate(**inputs, pad_token_id=258, **decoding.arguments())[0]
+        start = 0 if vlm.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        expected = tokens[start:].tolist()
+        assert found == [expected, expected]

@@ -1,0 +1,51 @@
+"""From logits to a token: penalties, temperature and the cuts by rank and share, in the order of transformers."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from chiasm.generation.decode import Decoding
+
+
+def adjusted(
+    logits: Float[Tensor, " V"], seen: Int[Tensor, " S"] | None, decoding: Decoding, forbidden: int | None = None
+) -> Float[Tensor, " V"]:
+    """Logits after the repetition penalty; `forbidden` is never chosen.
+
+    Args:
+        seen: tokens of the prompt and the answer, which the penalty is for.
+    """
+    logits = logits.float()
+    if seen is not None and decoding.repetition_penalty != 1.0:
+        found = logits[seen]
+        logits = logits.clone()
+        logits[seen] = torch.where(found < 0, found * decoding.repetition_penalty, found / decoding.repetition_penalty)
+    if forbidden is not None and forbidden < logits.shape[0]:
+        logits = logits.clone()
+        logits[forbidden] = -torch.inf
+    return logits
+
+
+def choose(logits: Float[Tensor, " V"], decoding: Decoding, generator: torch.Generator | None) -> int:
+    """The likeliest token, or one drawn from what temperature, `top_k`, `top_p` and `min_p` leave."""
+    if decoding.temperature == 0:
+        return int(logits.argmax())
+    logits = logits / decoding.temperature
+    if 0 < decoding.top_k < logits.shape[0]:
+        logits = logits.masked_fill(logits < logits.topk(decoding.top_k).values[-1], -torch.inf)
+    if decoding.top_p < 1:
+        ordered, order = logits.sort()
+        cut = ordered.softmax(dim=0).cumsum(dim=0) <= 1 - decoding.top_p
+        cut[-1] = False
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(0, order, cut), -torch.inf)
+    if decoding.min_p > 0:
+        shares = logits.softmax(dim=0)
+        logits = logits.masked_fill(shares < decoding.min_p * shares.max(), -torch.inf)
+    return int(torch.multinomial(logits.softmax(dim=0), 1, generator=generator))
+
+
+def logprobs(logits: Float[Tensor, " V"], token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """The chosen token's log-probability, and the likeliest tokens with theirs."""
+    logs = logits.log_softmax(dim=0)
+    best = logs.topk(min(count, logs.shape[0]))
+    return logs[token].item(), list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
