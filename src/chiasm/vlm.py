@@ -157,6 +157,7 @@ def connect(
     image_size: int | tuple[int, int] | None = None,
     resize_mode: str | None = None,
     patch_positions: str = "auto",
+    regions: tuple[int, int] | None = None,
     cross_attention: dict[str, Any] | None = None,
     attention: str = "causal",
     dtype: torch.dtype | str = "auto",
@@ -179,6 +180,8 @@ def connect(
         image_size: pixels, where it shall differ from the encoder's own.
         resize_mode: `pad`, `squash` or `crop`; by default the encoder's own.
         patch_positions: `grid` appends 2-D coordinates to patch features, `none` does not, `auto` does for CNNs.
+        regions: for early fusion, rows and columns of regions, such as (2, 2), whose names ("top left") are written in
+            front of their visual tokens.
         cross_attention: for intermediate fusion, `{"every": n}` (a block in front of every n-th layer) and other fields
             of `chiasm.fusion.cross_attention_settings.CrossAttentionSettings`.
         attention: for early fusion, `causal` or `prefix` (pictures and prompt are read in both directions, as in
@@ -203,10 +206,10 @@ def connect(
     if words is not None:
         words.chat_template = chat_template or words.chat_template
         pictures = image_processor or image_processor_for(vision_source, encoder, resize_mode=resize_mode)
-        processor = start.processor(pictures, words, token_types=attention == "prefix")
+        processor = start.processor(pictures, words, token_types=attention == "prefix", regions=regions)
         image_token_id = processor.image_token_id
     new: dict[str, Any] = {"patch_positions": patch_positions, "seed": seed, "cross_attention": cross_attention}
-    new |= {"attention": attention, "initialise": start.initialise}
+    new |= {"attention": attention, "regions": regions, "initialise": start.initialise}
     model = build_fusion(encoder, language_model, start.settings, image_token_id, fusion, **new)
     if processor is not None:
         processor.num_image_tokens = model.num_image_tokens
@@ -296,6 +299,7 @@ def _check_agreement(model: FusionModel, processor: ChiasmProcessor) -> None:
     pairs = {
         "num_image_tokens": (model.num_image_tokens, processor.num_image_tokens),
         "image_token_id": (model.config.image_token_id, processor.image_token_id),
+        "regions": (model.config.regions, processor.regions and list(processor.regions)),
         "reads_instruction": (model.connector.reads_instruction, isinstance(processor, InstructionProcessor)),
     }
     for name, (ours, theirs) in pairs.items():

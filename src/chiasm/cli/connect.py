@@ -65,6 +65,9 @@ def connect(
     features: Annotated[
         str | None, typer.Option(help='Feature maps as JSON, such as \'{"layers": ["stage5"]}\'.')
     ] = None,
+    regions: Annotated[
+        str | None, typer.Option(help="Write the names of a picture's regions in front of its tokens, such as 2x2.")
+    ] = None,
     resize_mode: Annotated[str | None, typer.Option(help="pad, squash or crop.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels, if not the encoder's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of the connector's weights.")] = 0,
@@ -82,6 +85,7 @@ def connect(
         preset=preset,
         cross_attention=json_option(cross_attention, "--cross-attention"),
         features=json_option(features, "--features"),
+        regions=_regions(regions),
         resize_mode=resize_mode,
         image_size=image_size,
         seed=seed,
@@ -110,6 +114,15 @@ def inspect(
     from chiasm.vlm import load_vlm
 
     _show(load_vlm(model), as_json, images=images, text_tokens=text_tokens)
+
+
+def _regions(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal()):
+        raise ValueError(f"--regions {text!r}, expected rows x columns, such as 2x2")
+    return int(rows), int(columns)
 
 
 def _show(vlm: Any, as_json: bool, images: int = 1, text_tokens: int = 64) -> None:

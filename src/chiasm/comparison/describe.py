@@ -24,6 +24,7 @@ def describe(model: FusionModel, images: int = 1, text_tokens: int = 64) -> dict
         "connector": config.connector,
         "features": config.features,
         "patch_positions": config.patch_positions,
+        "regions": config.regions,
         "patches": model.vision.num_patches,
         "tokens_per_image": model.connector.num_tokens,
         "adapters": config.adapters or {},

@@ -6,6 +6,9 @@ from typing import Any
 
 from chiasm.data.chat import IMAGE_TOKEN, Message, count_images
 
+DOWN = {1: ("",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
+ACROSS = {1: ("",), 2: ("left", "right"), 3: ("left", "middle", "right")}
+
 
 @dataclass(frozen=True)
 class Placeholders:
@@ -16,18 +19,36 @@ class Placeholders:
         count: T, visual tokens of a tile.
         frame: none; or one token, before and after every tile, which pictures side by side share; or two, which open
             and close a picture.
+        regions: for each region of a tile, the words that stand in front of its share of the visual tokens.
+        end: what stands behind a tile that has regions.
     """
 
     token: int
     count: int
     frame: tuple[int, ...] = ()
+    regions: tuple[tuple[int, ...], ...] = ()
+    end: tuple[int, ...] = ()
 
     def of(self, tiles: int, follows_picture: bool) -> list[int]:
         """Tokens of a picture that was cut into so many tiles."""
-        tile = [self.token] * self.count
+        parts = self.regions or ((),)
+        tile = [token for words in parts for token in [*words, *[self.token] * (self.count // len(parts))]]
+        tile += self.end
         if len(self.frame) == 1:
             return [*self.frame] * (not follows_picture) + [*tile, *self.frame] * tiles
         return [*self.frame[:1], *tile * tiles, *self.frame[1:]]
+
+
+def region_words(down: int, across: int) -> list[str]:
+    """The words for the regions of a picture, row by row.
+
+    Raises:
+        ValueError: there are no words for so many.
+    """
+    if down not in DOWN or across not in ACROSS or down * across == 1:
+        raise ValueError(f"regions {down}×{across}, expected 1 to 3 rows and 1 to 3 columns, and more than one region")
+    names = [f"{row} {column}".strip() for row in DOWN[down] for column in ACROSS[across]]
+    return ["middle" if name == "middle middle" else name for name in names]
 
 
 def check_count(placeholders: int, images: int) -> None:

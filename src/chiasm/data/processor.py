@@ -8,7 +8,15 @@ from transformers import BatchFeature, ProcessorMixin
 
 from chiasm.data.chat import IMAGE_TOKEN, Message, apart, count_images, render
 from chiasm.data.pixels import keeps_sizes, read_pixels
-from chiasm.data.placeholders import Placeholders, as_messages, check_count, deal_images, deal_tiles, flatten_images
+from chiasm.data.placeholders import (
+    Placeholders,
+    as_messages,
+    check_count,
+    deal_images,
+    deal_tiles,
+    flatten_images,
+    region_words,
+)
 
 IGNORE = -100
 
@@ -20,6 +28,7 @@ OPTIONS: dict[str, Any] = {
     "image_boundary": None,
     "image_space": False,
     "image_tiles": 1,
+    "regions": None,
 }
 """Options of a processor that are stored with it, and what they are where an older file does not name them."""
 
@@ -41,6 +50,7 @@ class ChiasmProcessor(ProcessorMixin):
         image_space: whether a space parts a picture from a word that touches it (Idefics2).
         image_tiles: pictures that the image processor makes of one, each with T placeholders; None where it cuts as
             many as suit a picture's shape (InternVL).
+        regions: rows and columns of regions whose names ("top left") stand in front of their visual tokens.
     """
 
     def __init__(
@@ -56,6 +66,7 @@ class ChiasmProcessor(ProcessorMixin):
         image_boundary: str | Sequence[str] | None = None,
         image_space: bool = False,
         image_tiles: int | None = 1,
+        regions: Sequence[int] | None = None,
         **parts: Any,
     ) -> None:
         if not tokenizer.is_fast:
@@ -63,6 +74,8 @@ class ChiasmProcessor(ProcessorMixin):
                 f"tokenizer {type(tokenizer).__name__} cannot tell which characters a token covers, which labels need; "
                 "load the fast tokenizer of this model"
             )
+        if regions is not None:
+            region_words(*regions)
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -73,6 +86,7 @@ class ChiasmProcessor(ProcessorMixin):
         self.image_boundary = image_boundary
         self.image_space = image_space
         self.image_tiles = image_tiles
+        self.regions = None if regions is None else list(regions)
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **parts)
@@ -180,7 +194,11 @@ class ChiasmProcessor(ProcessorMixin):
         """How a picture is written in tokens."""
         frame = [self.image_boundary] if isinstance(self.image_boundary, str) else self.image_boundary or []
         ids = tuple(self.tokenizer.convert_tokens_to_ids(token) for token in frame)
-        return Placeholders(self.image_token_id, self.num_image_tokens, ids)
+        if self.regions is None:
+            return Placeholders(self.image_token_id, self.num_image_tokens, ids)
+        texts = [*(f" {name}" for name in region_words(*self.regions)), "\n"]
+        *words, end = (tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+        return Placeholders(self.image_token_id, self.num_image_tokens, ids, tuple(words), end)
 
     def _has_bos(self, text: str) -> bool:
         return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)

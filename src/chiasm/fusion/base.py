@@ -21,6 +21,7 @@ from chiasm.fusion.part_dtypes import PartDtypes, set_config_dtypes
 from chiasm.language.adapter import accepts, build_language, embedding_width, logits_at, vocabulary
 from chiasm.language.next_token import next_token_loss, supervised_positions
 from chiasm.positions import grid as grid_positions
+from chiasm.positions.regions import region_order
 from chiasm.vision.encoder import VisionEncoder, VisionFeatures
 
 PICTURE_INPUTS = (
@@ -80,6 +81,7 @@ class FusionModel(PartDtypes, GenerationMixin):
         self.connector = build_connector(
             config.connector, width, embedding_width(self.language), self.vision.grid, self.vision.num_prefix
         )
+        self.token_order = self._token_order()
         masked = self.connector.takes_mask and config.patch_positions == "none"
         if features.resolution == "native" and not masked:
             raise ValueError(
@@ -159,7 +161,19 @@ class FusionModel(PartDtypes, GenerationMixin):
         self, features: Float[Tensor, "images N D_v"], **more: Tensor | None
     ) -> Float[Tensor, "images T D_l"]:
         """Visual tokens of patch features; some connectors also take each picture's instruction or patch mask."""
-        return self.connector(self.with_positions(features.to(self.connector.dtype or features.dtype)), **more)
+        tokens = self.connector(self.with_positions(features.to(self.connector.dtype or features.dtype)), **more)
+        return tokens if self.token_order is None else tokens[:, self.token_order]
+
+    def _token_order(self) -> list[int] | None:
+        """Where the connector's tokens stand in the sequence; None leaves them as they come."""
+        if self.config.regions is None:
+            return None
+        if (grid := self.connector.token_grid) is None:
+            raise ValueError(
+                f"regions need a connector whose visual tokens form a grid, got {self.config.connector['name']!r}; "
+                "remove regions, or take mlp, linear or a pooling connector"
+            )
+        return region_order(grid, tuple(self.config.regions))
 
     def with_positions(self, features: Float[Tensor, "images N D_v"]) -> Float[Tensor, "images N D_p"]:
         """Patch features as the connector receives them: with coordinates where the configuration asks for them."""

@@ -46,6 +46,7 @@ def build_fusion(
     seed: int = 0,
     cross_attention: dict[str, Any] | None = None,
     attention: str = "causal",
+    regions: tuple[int, int] | None = None,
     initialise: Callable[[Connector], None] | None = None,
 ) -> FusionModel:
     """A model around two loaded parts, whose new weights are drawn from `seed`, or given by `initialise`.
@@ -63,6 +64,7 @@ def build_fusion(
         features=vision.features.to_dict(),
         patch_positions=patch_positions,
         attention=attention,
+        regions=None if regions is None else list(regions),
         feature_scale=root_mean_square(samples),
         image_token_id=image_token_id,
         direct_head=head_is_direct(language),

@@ -22,6 +22,8 @@ class ChiasmConfig(PreTrainedConfig):
         connector: the connector's name and options, defaults included.
         features: which feature maps are read from the encoder and how (`chiasm.vision.VisionFeatures`).
         patch_positions: `grid` appends 2-D coordinates to the patch features, `none` leaves them as they are.
+        regions: of early fusion; rows and columns of regions by which visual tokens are ordered, because the processor
+            writes each region's name in front of them; None leaves them row by row.
         attention: of early fusion; `causal`, or `prefix`: tokens of type 0 (pictures and prompt, by `token_type_ids`)
             see each other in both directions.
         feature_scale: root mean square of the patch features, the amplitude of those coordinates.
@@ -45,6 +47,7 @@ class ChiasmConfig(PreTrainedConfig):
     connector: Any = None
     features: Any = None
     patch_positions: str = "none"
+    regions: Any = None
     attention: str = "causal"
     feature_scale: float = 1.0
     image_token_id: int | None = None
@@ -66,6 +69,8 @@ class ChiasmConfig(PreTrainedConfig):
             raise ValueError(f"attention {self.attention!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
         if self.attention == "prefix" and self.fusion != "early":
             raise ValueError(f"attention 'prefix' is for fusion 'early', got fusion {self.fusion!r}; use 'causal'")
+        if self.regions is not None and self.fusion != "early":
+            raise ValueError(f"regions are for fusion 'early', got fusion {self.fusion!r}; remove regions")
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(self.get_text_config().tie_word_embeddings)
         text: Any = self.text_config

@@ -152,7 +152,8 @@ def _patch_shares(model: FusionModel, inputs: Inputs, features: Tensor) -> Float
     told = {name: inputs[name] for name in ("instruction_ids", "instruction_mask") if connector.reads_instruction}
     rows, columns = model.vision.grid
     read = model.with_positions(features.to(connector.dtype or features.dtype))
-    return connector.attention(read, **told)[..., -rows * columns :]
+    shares = connector.attention(read, **told)[..., -rows * columns :]
+    return shares if model.token_order is None else shares[:, model.token_order]
 
 
 def _places(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int) -> tuple[list[int], list[str]]:

@@ -126,4 +126,5 @@ def _split(
 
 def _processor_fingerprint(processor: ChiasmProcessor) -> str:
     settings = [processor.image_processor.to_dict(), processor.tokenizer.chat_template, processor.num_image_tokens]
+    settings += [processor.regions] if processor.regions else []
     return hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()
