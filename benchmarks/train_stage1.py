@@ -40,6 +40,7 @@ from chiasm.training import trainer
 from chiasm.training.batches import Order
 from chiasm.training.features import Features
 from chiasm.training.log import Reporter
+from chiasm.training.optimization import Taken
 from chiasm.training.recipe import load_recipe
 from chiasm.training.source import Source, survey
 from chiasm.training.stage_model import AnswerModel
@@ -175,21 +176,19 @@ class TimedRun(StageRun):
         self.prepared[step] = time.perf_counter() - started
         return made
 
-    def _optimize(self, step: int, batches: list[Batch]) -> tuple[dict[str, float], float]:
+    def _optimize(self, step: int, batches: list[Batch]) -> Taken:
         self.gate.wait()
         self.started = time.perf_counter()
         return super()._optimize(step, batches)
 
-    def _log_step(
-        self, step: int, batches: list[Batch], skipped: dict[str, str], losses: dict[str, float], *rest: float
-    ) -> None:
-        super()._log_step(step, batches, skipped, losses, *rest)
+    def _log_step(self, step: int, batches: list[Batch], skipped: dict[str, str], taken: Taken, *rest: float) -> None:
+        super()._log_step(step, batches, skipped, taken, *rest)
         seconds = time.perf_counter() - self.started + self.prepared[step]
         state = self.optimizer.state_dict()
         moment = torch.cat([state[f"exp_avg/{name}"].flatten() for name in self.optimizer.parameters])
         self.gate.done(
             seconds=seconds,
-            loss=sum(losses.values()),
+            loss=sum(taken.losses.values()),
             moment=moment.numpy(),
             work=work(self.model, batches[0]),
             **padding(batches[0]),

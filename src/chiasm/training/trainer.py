@@ -21,6 +21,7 @@ from chiasm.data.splits import hold_out
 from chiasm.fusion.adapters import plain_name
 from chiasm.training.checkpoint import restore
 from chiasm.training.closed_form import closed_form as closed_form_start
+from chiasm.training.context import Context
 from chiasm.training.features import with_hint
 from chiasm.training.fingerprint import model_fingerprint
 from chiasm.training.log import Reporter
@@ -29,7 +30,7 @@ from chiasm.training.recipe import load_recipe
 from chiasm.training.run import LOG, MODEL, fingerprint_of, open_run
 from chiasm.training.schema import Recipe
 from chiasm.training.source import survey
-from chiasm.training.stage_run import Context, StageRun
+from chiasm.training.stage_run import StageRun
 from chiasm.training.validation import Generate
 
 HELD_OUT_SHARE = 0.05

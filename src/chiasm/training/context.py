@@ -1,0 +1,32 @@
+"""What all stages of a run share."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.schema import Sample
+from chiasm.training.log import Reporter
+from chiasm.training.run import Run
+from chiasm.training.source import Survey
+from chiasm.training.validation import Generate
+
+
+@dataclass
+class Context:
+    """`trained`: plain names of the weights that any stage has changed so far."""
+
+    model: PreTrainedModel
+    processor: ChiasmProcessor
+    samples: Sequence[Sample]
+    survey: Survey
+    held_out: Sequence[Sample]
+    run: Run
+    reporter: Reporter
+    generate: Generate | None
+    closed_form: Callable[..., Any]
+    cache_root: Path | None
+    trained: set[str] = field(default_factory=set)

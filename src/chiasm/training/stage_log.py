@@ -1,0 +1,78 @@
+"""What one stage tells the log and the terminal: its plan, its steps, its validations, its warnings."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from chiasm.data.collation import Batch
+from chiasm.data.schema import SampleError
+from chiasm.training.log import Reporter, RunLog, Task, gate_fields, peak_memory, plan_fields
+from chiasm.training.optimization import Taken
+from chiasm.training.schema import Stage
+from chiasm.training.stages import FreezePlan
+from chiasm.training.validation import by_objective
+
+
+class StageLog:
+    def __init__(self, log: RunLog, reporter: Reporter, stage: Stage, model: PreTrainedModel) -> None:
+        self.log, self.reporter, self.stage, self.model = log, reporter, stage, model
+
+    def plan(self, plan: FreezePlan, first_step: int, num_steps: int, dtype: torch.dtype) -> None:
+        self.reporter.plan(plan)
+        about = {"steps": num_steps, "objectives": ", ".join(self.stage.objectives)}
+        about["dtype"] = str(dtype).removeprefix("torch.")
+        self.log.write("plan", self.stage.name, first_step, **about, **plan_fields(plan))
+
+    def step(
+        self,
+        done: int,
+        batches: list[Batch],
+        skipped: dict[str, SampleError],
+        taken: Taken,
+        rates: dict[str, float],
+        seconds: float,
+        task: Task,
+    ) -> None:
+        """`done`: steps so far, this one included."""
+        loss = sum(taken.losses.values())
+        samples, tokens = sum(len(b.ids) for b in batches), sum(b.tokens for b in batches)
+        for sample, error in skipped.items():
+            self.log.write("skipped", self.stage.name, done, id=sample, reason=str(error))
+        self.log.write(
+            "step",
+            self.stage.name,
+            done,
+            loss=loss if batches else None,
+            **by_objective(taken.losses),
+            lr=rates,
+            grad_norm=taken.norm,
+            samples=samples,
+            skipped=len(skipped),
+            supervised_tokens=sum(b.supervised for b in batches),
+            samples_per_second=round(samples / seconds, 3),
+            tokens_per_second=round(tokens / seconds, 1),
+            peak_memory_bytes=peak_memory(self.model.device),
+        )
+        task.advance(1, f"loss {loss:.4f}, {samples / seconds:.1f} samples/s")
+
+    def validation(self, done: int, result: dict[str, Any], seconds: float) -> None:
+        if "unanswered" in result:
+            self.warn(done, f"no answers: {result['unanswered']}")
+        fields = {**result, **gate_fields(self.model), "seconds": round(seconds, 3)}
+        self.log.write("validation", self.stage.name, done, **fields)
+        right, wrong = result["loss"], result["shuffled_loss"]
+        against = f", with wrong pictures {wrong:.4f}" if wrong is not None else ""
+        self.reporter.note(f"stage {self.stage.name}, step {done}: validation loss {right:.4f}{against}")
+        if done and wrong is not None and right >= wrong:
+            self.warn(
+                done, f"the pictures do not help: loss {right:.4f} with the right ones, {wrong:.4f} with wrong ones"
+            )
+
+    def warn(self, done: int, text: str) -> None:
+        self.log.write("warning", self.stage.name, done, text=text)
+        self.reporter.note(f"warning: stage {self.stage.name}: {text}")
+
+    def end(self, num_steps: int, seconds: float) -> None:
+        took = {"seconds": round(seconds, 3)}
+        self.log.write("stage_end", self.stage.name, num_steps, **took, **gate_fields(self.model))

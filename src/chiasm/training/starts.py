@@ -1,0 +1,103 @@
+"""What a stage changes before its first step: gates that are opened, a connector that is solved for in closed form."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chiasm.connectors import AffineConnector
+from chiasm.data.collation import load_pixels
+from chiasm.data.schema import Sample
+from chiasm.data.splits import Subset
+from chiasm.training.closed_form import caption_indices
+from chiasm.training.context import Context
+from chiasm.training.features import Features
+from chiasm.training.schema import Stage
+from chiasm.training.source import Source, nothing_left
+from chiasm.training.stages import FreezePlan
+
+CLOSED_FORM_SAMPLES = 4000
+"""A closed-form start looks at no more samples than these, evenly spread over those that describe their pictures."""
+
+
+class Start:
+    """The start of one stage.
+
+    Args:
+        source_of: samples as the stage reads them.
+        features: its cache of encoded pictures, if it has one.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        stage: Stage,
+        plan: FreezePlan,
+        model: PreTrainedModel,
+        source_of: Callable[[Subset], Source],
+        features: Features | None,
+    ) -> None:
+        self.context, self.stage, self.plan, self.model = context, stage, plan, model
+        self.source_of, self.features = source_of, features
+
+    def run(self) -> None:
+        """Does what the stage asks for.
+
+        Raises:
+            ValueError: it asks for something that the model or the freeze plan does not allow.
+        """
+        if self.stage.gates == "open":
+            self._open_gates()
+        fresh = getattr(self.model.config, "fresh_connector", False) and self.plan.states["connector"] == "full"
+        affine = isinstance(self.model.connector, AffineConnector) and fresh
+        if self.stage.init == "closed_form" or (self.stage.init == "auto" and affine):
+            self._solve_connector()
+
+    def _open_gates(self) -> None:
+        if not hasattr(self.model, "cross_attention"):
+            raise ValueError(
+                f"stage {self.stage.name!r}: gates: open is for models with the part cross_attention; "
+                "write gates: keep, or connect with fusion intermediate"
+            )
+        self._require_full("cross_attention", "gates: open")
+        self.model.cross_attention.open_gates()
+
+    def _require_full(self, part: str, start: str) -> None:
+        """A start changes a part's own weights, which only checkpoints of a part that is tuned in full hold."""
+        if self.plan.states[part] != "full":
+            raise ValueError(
+                f"stage {self.stage.name!r}: {start} changes the part {part}, which is {self.plan.states[part]}; "
+                f"tune {part} in full, or write {start.split(':')[0]}: keep"
+            )
+
+    def _solve_connector(self) -> None:
+        self._require_full("connector", "init: closed_form")
+        context, started = self.context, time.monotonic()
+        chosen = caption_indices(context.samples, context.survey.usable)
+        samples = self._readable(Subset(context.samples, chosen[:: -(-len(chosen) // CLOSED_FORM_SAMPLES)]))
+        features_of = self.features.of if self.features is not None else self._encode
+        with context.reporter.task("closed-form start of the connector", 1) as task:
+            pictures = context.closed_form(self.model, context.processor.tokenizer, samples, features_of)
+            task.advance()
+        seconds = round(time.monotonic() - started, 3)
+        context.run.log.write("closed_form", self.stage.name, 0, pictures=pictures, seconds=seconds)
+
+    def _readable(self, samples: Subset) -> Subset:
+        """The samples whose pictures can be read, with these in the cache where there is one."""
+        source = self.source_of(samples)
+        if not self.stage.skip_bad:
+            return samples
+        faults = {index: source.fault(index) for index in range(len(samples))}
+        kept = [index for index, fault in faults.items() if fault is None]
+        if not kept:
+            raise nothing_left([fault for fault in faults.values() if fault is not None])
+        return Subset(samples, kept)
+
+    @torch.no_grad()
+    def _encode(self, sample: Sample) -> Tensor:
+        pixels = load_pixels(sample, self.context.processor)
+        if pixels is None:
+            raise ValueError(f"sample {sample.id!r} has no picture to encode")
+        return self.model.encode_images(pixels.to(self.model.device))
