@@ -1,0 +1,180 @@
+"""`chiasm index` and `chiasm search`: pictures found by text or by picture."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from chiasm.cli.app import Json, app, argument, emit, err, example, out
+
+Conditions = Annotated[
+    list[str], typer.Option("--where", help="Only pictures with this metadata: colour=red, 'year>=2020', 'tag in a,b'.")
+]
+OtherModel = Annotated[
+    str | None, typer.Option("--model", help="Where the index's model is now, if it is not where it was.")
+]
+
+
+@app.command(epilog=example("chiasm index models/clip photos -o photos.index"))
+def index(
+    model: Annotated[str | None, typer.Argument(help="A retrieval model's folder or hub id.", show_default=False)] = None,
+    images: Annotated[
+        str | None, typer.Argument(help="A folder of pictures, a quoted pattern, or a data set.", show_default=False)
+    ] = None,
+    location: Annotated[
+        str, typer.Option("-o", "--index", help="The index: a folder, or http://host:6333/collection.", show_default=False)
+    ] = ...,  # type: ignore[assignment]
+    add: Annotated[str | None, typer.Option(help="Add these pictures by the index's own model.")] = None,
+    metadata: Annotated[
+        Path | None, typer.Option(help="JSON lines with file_name and more; else metadata.jsonl of the folder.")
+    ] = None,
+    delete: Annotated[list[str], typer.Option(help="Delete the picture with this id; repeatable.")] = [],  # noqa: B006
+    delete_where: Annotated[list[str], typer.Option(help="Delete all pictures with this metadata.")] = [],  # noqa: B006
+    list_: Annotated[bool, typer.Option("--list", help="List the pictures.")] = False,
+    where: Conditions = [],  # noqa: B006
+    compact: Annotated[bool, typer.Option("--compact", help="Give back the space of deleted pictures.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and name pictures that cannot be read.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Pictures encoded together.")] = 32,
+    other_model: OtherModel = None,
+    as_json: Json = False,
+) -> None:
+    """Make an index of pictures, or look after one.
+
+    With a model and pictures: makes the index, or adds to it what is new. The same command again goes on where it was
+    stopped. Without: one of --add, --delete, --delete-where, --list, --compact.
+    """
+    from chiasm.retrieval import Index
+
+    asked = {
+        "MODEL IMAGES": images is not None,
+        "--add": add is not None,
+        "--delete": bool(delete or delete_where),
+        "--list": list_,
+        "--compact": compact,
+    }
+    chosen = [name for name, wanted in asked.items() if wanted]
+    if len(chosen) != 1 or (model is not None) != (images is not None):
+        given = " and ".join(chosen) or ("MODEL alone" if model else "nothing to do")
+        raise ValueError(f"chiasm index got {given}, expected one of {', '.join(asked)}")
+    if where and not list_:
+        raise ValueError("--where goes with --list; pictures are deleted by --delete-where")
+    if images is not None or add is not None:
+        opened = _opened(location, other_model) if model is None else _opened_or_made(location, model)
+        return _add(opened, str(images or add), metadata, skip_bad, batch_size, as_json)
+    found = Index.open(location)
+    if list_:
+        return _list(found, where, as_json)
+    if compact:
+        found.compact()
+        return emit({"pictures": len(found)}) if as_json else out.print(f"{len(found)} pictures")
+    gone = found.delete(delete, delete_where)
+    if as_json:
+        return emit({"deleted": gone, "pictures": len(found)})
+    return out.print(f"deleted {len(gone)}; {len(found)} pictures are left")
+
+
+@app.command(epilog=example("chiasm search photos.index 'a red car' -k 5 --sheet found.png"))
+def search(
+    location: Annotated[str, typer.Argument(metavar="INDEX", help="An index's folder or address.", show_default=False)],
+    query: Annotated[str | None, typer.Argument(help="What the pictures should show.", show_default=False)] = None,
+    image: Annotated[Path | None, typer.Option(help="Search by this picture instead of a text.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many pictures.")] = 10,
+    where: Conditions = [],  # noqa: B006
+    exclude_self: Annotated[
+        bool, typer.Option("--exclude-self", help="With --image: leave out the very same picture.")
+    ] = False,
+    sheet: Annotated[Path | None, typer.Option(help="Write a PNG that shows the pictures.")] = None,
+    other_model: OtherModel = None,
+    as_json: Json = False,
+) -> None:
+    """Find pictures by a text, or by a picture."""
+    from chiasm.retrieval import contact_sheet
+
+    if (query is None) == (image is None):
+        raise ValueError("give a text or --image, one of them")
+    if exclude_self and image is None:
+        raise ValueError("--exclude-self goes with --image: a text is no picture of the index")
+    opened = _opened(location, other_model)
+    if image is not None:
+        hits = opened.search_images([image], k, where, exclude_self)[0]
+    else:
+        hits = opened.search(str(query), k, where)
+    if sheet is not None:
+        contact_sheet(hits).save(sheet)
+    if as_json:
+        return emit([hit.to_dict() for hit in hits])
+    for hit in hits:
+        out.print(f"{hit.score:6.3f}  {hit.path or hit.id}", markup=False, highlight=False, soft_wrap=True)
+    if not hits:
+        out.print("nothing was found")
+    return None
+
+
+def _add(opened: Any, images: str, metadata: Path | None, skip_bad: bool, batch_size: int, as_json: bool) -> None:
+    from chiasm.api import progress_bar
+    from chiasm.retrieval import read_pictures
+
+    if batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}, expected at least 1")
+    items = read_pictures(images, metadata)
+    with progress_bar("indexing", err) as update:
+        done = 0
+
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+            update(min(done, items.count), items.count)
+
+        report = opened.add(items, skip_bad=skip_bad, batch_size=batch_size, progress=progress)
+    if as_json:
+        return emit({"added": report.added, "replaced": report.replaced, "unchanged": report.unchanged, "bad": report.bad})
+    for reason in report.bad.values():
+        err.print(f"skipped: {escape(reason)}", soft_wrap=True, highlight=False)
+    search = f"chiasm search {argument(Path(opened.location))} 'a red car'"
+    return out.print(f"{report.summary()}; search it: [bold]{search}[/bold]", soft_wrap=True, highlight=False)
+
+
+def _list(opened: Any, where: list[str], as_json: bool) -> None:
+    items = list(opened.items(where))
+    if as_json:
+        rows = [{key: value for key, value in item.to_dict().items() if key != "score"} for item in items]
+        return emit({"model": opened.model, "pictures": rows})
+    out.print(f"model {opened.model['source']}, {len(items)} pictures", markup=False, soft_wrap=True)
+    for item in items:
+        told = "  ".join(f"{key}={value}" for key, value in item.metadata.items())
+        out.print(f"{item.id}  {told}".rstrip(), markup=False, highlight=False, soft_wrap=True)
+    return None
+
+
+def _opened(location: str, model: str | None) -> Any:
+    """An index with its model."""
+    from chiasm.retrieval import Index
+
+    found = Index.open(location)
+    return found.attach(_encoder(model or found.model["source"]))
+
+
+def _opened_or_made(location: str, model: str) -> Any:
+    from chiasm.retrieval import Index
+
+    encoder = _encoder(model)
+    try:
+        found = Index.open(location)
+    except FileNotFoundError:
+        source = str(Path(model).resolve()) if Path(model).exists() else model
+        return Index.create(location, encoder, source)
+    return found.attach(encoder)
+
+
+def _encoder(model: str) -> Any:
+    import chiasm
+    from chiasm.vlm import best_device
+
+    loaded = chiasm.load(model)
+    if not isinstance(loaded, chiasm.DualEncoder):
+        raise ValueError(
+            f"{model} answers questions, it does not search; an index needs a retrieval model (fusion='late', CLIP, "
+            "SigLIP, or the stage of BLIP-2 that learns captions)"
+        )
+    return loaded.to(best_device())

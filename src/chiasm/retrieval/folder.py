@@ -1,0 +1,130 @@
+"""An index in a folder: exact search, or faiss for many vectors."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from chiasm.retrieval.approximate import FaissSearch, installed
+from chiasm.retrieval.index import Conditions, Index, Known
+from chiasm.retrieval.records import Encoder, Hit
+from chiasm.retrieval.scan import ExactScan
+from chiasm.retrieval.store import Store
+from chiasm.retrieval.where import Where, conditions
+
+EXACT_UP_TO = 200_000
+"""Vectors that are scanned exactly."""
+SEGMENTS = 16
+"""More than these are made one at the end of an addition."""
+WAYS = ("auto", "exact", "faiss")
+
+
+class FolderIndex(Index):
+    """One writer at a time; every reader keeps the state that it opened, until `refresh`."""
+
+    def __init__(self, folder: Path, encoder: Encoder | None, way: str = "auto", verify: bool = True) -> None:
+        if way not in WAYS:
+            raise ValueError(f"way is {way!r}, expected one of {', '.join(WAYS)}")
+        self.folder, self.way, self.store = folder, way, Store(folder)
+        self._open(verify)
+        super().__init__(str(folder), encoder)
+
+    @classmethod
+    def make(cls, folder: Path, encoder: Encoder, model: dict[str, str]) -> "FolderIndex":
+        """A new one."""
+        Store.create(folder, model)
+        return cls(folder, encoder)
+
+    @property
+    def model(self) -> dict[str, str]:
+        return self.state.manifest["model"]
+
+    def __len__(self) -> int:
+        return int(self.state.live.sum())
+
+    def refresh(self) -> None:
+        """Reads the present state."""
+        self._open(verify=False)
+
+    def items(self, where: Conditions = None) -> Iterator[Hit]:
+        rows = self._keep(conditions(where))
+        kept = self.live if rows is None else rows & self.live
+        return (Hit.of(self.state.records[row], 0.0) for row in kept.nonzero()[:, 0].tolist())
+
+    def prepare(self) -> None:
+        """Readies the search for many queries; by itself that happens after some hundred."""
+        self._searcher().prepare()
+
+    def search_vectors(self, vectors: Float[Tensor, "B D"], k: int = 10, where: Conditions = None) -> list[list[Hit]]:
+        if k < 1:
+            raise ValueError(f"k is {k}, expected at least 1")
+        keep = self._keep(conditions(where))
+        if len(self) and vectors.shape[1] != self.state.shape[1]:
+            raise ValueError(f"vectors are {vectors.shape[1]} wide, the index holds {self.state.shape[1]}")
+        found = self._searcher().search(vectors, k, keep) if len(self) else [(torch.empty(0), torch.empty(0))] * len(vectors)
+        return [
+            [Hit.of(self.state.records[row], score) for row, score in zip(rows.tolist(), scores.tolist(), strict=True)]
+            for rows, scores in found
+        ]
+
+    def compact(self) -> None:
+        with self.store.writing():
+            self.store.compact()
+        self.refresh()
+
+    def _open(self, verify: bool) -> None:
+        self.state = self.store.snapshot(verify)
+        self.live = torch.from_numpy(self.state.live)
+        self._search: ExactScan | FaissSearch | None = None
+
+    def _searcher(self) -> ExactScan | FaissSearch:
+        if self._search is None:
+            many = len(self.state) * self.state.shape[0] > EXACT_UP_TO
+            faiss = self.way == "faiss" or (self.way == "auto" and many and installed())
+            self._search = FaissSearch(self.state, self.folder) if faiss else ExactScan(self.state)
+        return self._search
+
+    def _keep(self, asked: list[Where]) -> Bool[Tensor, " rows"] | None:
+        """The rows that meet the conditions, None for all."""
+        if not asked:
+            return None
+        for key in {one.key for one in asked}:
+            if self.state.records and not any(key in record["metadata"] for record in self.state.records):
+                known = sorted({name for record in self.state.records for name in record["metadata"]})
+                raise ValueError(f"no picture has the metadata {key!r}; there are {', '.join(known) or 'none'}")
+        held = [all(one.holds(record["metadata"]) for one in asked) for record in self.state.records]
+        return torch.tensor(held, dtype=torch.bool)
+
+    @contextmanager
+    def _writing(self) -> Iterator[Known]:
+        with self.store.writing():
+            self.refresh()
+            live = zip(self.state.records, self.state.live, strict=True)
+            known = Known.of(record for record, alive in live if alive)
+            self._row_of = {
+                record["id"]: row for row, record in enumerate(self.state.records) if self.state.live[row]
+            }
+            self._count = len(self.state)
+            yield known
+        self.refresh()
+
+    def _append(self, records: list[dict[str, Any]], vectors: Float[Tensor, "rows K D"]) -> None:
+        gone = [row for record in records if (row := self._row_of.get(record["id"])) is not None]
+        self.store.append(records, vectors.numpy(), gone)
+        self._row_of |= {record["id"]: self._count + place for place, record in enumerate(records)}
+        self._count += len(records)
+
+    def _vectors(self, ids: Sequence[str]) -> Float[Tensor, "rows K D"]:
+        return torch.from_numpy(self.state.take(np.array([self._row_of[name] for name in ids])))
+
+    def _remove(self, ids: Sequence[str]) -> None:
+        self.store.delete(self._row_of[name] for name in ids)
+
+    def _finish(self) -> None:
+        if len(self.store.manifest()["segments"]) > SEGMENTS:
+            self.store.compact()

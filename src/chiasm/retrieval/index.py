@@ -1,0 +1,319 @@
+"""`Index`: pictures that are found by text or by picture; in a folder, or on a Qdrant server behind the same calls."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from chiasm.data.schema import ImageError, ImageRef, SampleError
+from chiasm.retrieval.records import Added, Encoder, Hit, Item
+from chiasm.retrieval.where import Where, conditions
+from chiasm.training.fingerprint import model_fingerprint
+
+COMMIT_ITEMS, COMMIT_SECONDS = 512, 10.0
+"""New pictures are on disk after so many, or so long."""
+THREADS = 4
+
+Conditions = str | Where | Sequence[str | Where] | None
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Known:
+    """What an index holds, by id and by content, while it is written."""
+
+    records: dict[str, dict[str, Any]]
+    keys: set[str]
+
+    @classmethod
+    def of(cls, records: Iterable[dict[str, Any]]) -> "Known":
+        by_id = {record["id"]: record for record in records}
+        return cls(by_id, {record["key"] for record in by_id.values()})
+
+    def note(self, record: dict[str, Any]) -> None:
+        self.keys.discard(self.records.get(record["id"], {}).get("key", ""))
+        self.records[record["id"]] = record
+        self.keys.add(record["key"])
+
+
+@dataclass
+class _Pending:
+    """Pictures that are looked at but not yet on disk."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    vectors: list[Tensor] = field(default_factory=list)
+    since: float = field(default_factory=time.monotonic)
+
+    def due(self) -> bool:
+        return len(self.records) >= COMMIT_ITEMS or time.monotonic() - self.since > COMMIT_SECONDS
+
+
+class Index(ABC):
+    """Pictures by what they show. `create` and `open` choose where: a folder, or `http://host:6333/collection`."""
+
+    def __init__(self, location: str, encoder: Encoder | None) -> None:
+        self.location = location
+        self._encoder: Encoder | None = None
+        if encoder is not None:
+            self.attach(encoder)
+
+    def attach(self, encoder: Encoder) -> "Index":
+        """Searches and adds with this model from now on.
+
+        Raises:
+            ValueError: another model made the index.
+        """
+        found = model_fingerprint(encoder.model)
+        if found != self.model["fingerprint"]:
+            raise ValueError(
+                f"index {self.location} was made by model {self.model['source']} with weights "
+                f"{self.model['fingerprint'][:12]}, this model's are {found[:12]}; use that model, or index again"
+            )
+        self._encoder = encoder
+        return self
+
+    @staticmethod
+    def create(location: str | Path, encoder: Encoder, source: str = "in memory") -> "Index":
+        """An empty index.
+
+        Args:
+            location: a new folder, `http(s)://host:port/collection`, or `:memory:`.
+            encoder: makes the vectors; the index remembers a fingerprint of its weights.
+            source: where the encoder was loaded from, for whoever opens the index.
+        """
+        from chiasm.retrieval.folder import FolderIndex
+        from chiasm.retrieval.qdrant import QdrantIndex, is_qdrant
+
+        model = {"source": source, "fingerprint": model_fingerprint(encoder.model)}
+        if is_qdrant(location):
+            return QdrantIndex.make(str(location), encoder, model)
+        return FolderIndex.make(Path(location), encoder, model)
+
+    @staticmethod
+    def open(location: str | Path, encoder: Encoder | None = None, *, way: str = "auto", verify: bool = True) -> "Index":
+        """An index as it is now.
+
+        Args:
+            encoder: the model that made it; without one, only vectors can be searched for.
+            way: of a folder: `exact`, `faiss`, or `auto`: exact up to 200,000 vectors, then faiss where it is installed.
+            verify: of a folder: compare every file with its checksum, not with its size alone.
+
+        Raises:
+            ValueError: another model made the index, or it is damaged.
+        """
+        from chiasm.retrieval.folder import FolderIndex
+        from chiasm.retrieval.qdrant import QdrantIndex, is_qdrant
+
+        if is_qdrant(location):
+            return QdrantIndex(str(location), encoder)
+        return FolderIndex(Path(location), encoder, way, verify)
+
+    def add(
+        self, items: Iterable[Item | SampleError], *, skip_bad: bool = False, batch_size: int = 32, progress: Progress | None = None
+    ) -> Added:
+        """Adds pictures; those whose content is there already are not looked at again.
+
+        A picture of a known id with other content takes the older one's place; other metadata take the place of older
+        ones. What was added stays added if this is stopped: nothing is lost after `COMMIT_SECONDS`.
+
+        Args:
+            skip_bad: leave out what cannot be read and report it, instead of stopping.
+            progress: called with the number of pictures looked at since the last call.
+
+        Raises:
+            ImageError or SampleError: a picture cannot be read and `skip_bad` is not set.
+        """
+        report, pending, stream, taken = Added(), _Pending(), iter(items), set[str]()
+        with self._writing() as known, ThreadPoolExecutor(THREADS) as pool:
+            while chunk := list(islice(stream, batch_size)):
+                new, old = [], []
+                for item, (record, image, error) in zip(chunk, pool.map(lambda i: _look(i, known), chunk), strict=True):
+                    error = error or _repeated(record, known, taken)
+                    if error is not None:
+                        if not skip_bad:
+                            self._flush(pending)
+                            raise error
+                        report.bad[item.sample_id if isinstance(item, SampleError) else item.id] = str(error)
+                        continue
+                    kind = _kind(record, known)
+                    getattr(report, kind.report).append(record["id"])
+                    if kind.encode:
+                        new.append((record, item.image.load() if image is None else image))
+                    elif kind.store:
+                        old.append(record)
+                    if kind.store:
+                        known.note(record)
+                self._embed(new, old, pending)
+                if pending.due():
+                    self._flush(pending)
+                    pending = _Pending()
+                if progress is not None:
+                    progress(len(chunk))
+            self._flush(pending)
+            self._finish()
+        return report
+
+    def search(self, text: str, k: int = 10, where: Conditions = None) -> list[Hit]:
+        """The k pictures that go best with a text, best first."""
+        return self.search_texts([text], k, where)[0]
+
+    def search_texts(self, texts: Sequence[str], k: int = 10, where: Conditions = None) -> list[list[Hit]]:
+        """The k best pictures of every text."""
+        return self.search_vectors(_rows(self.encoder.embed_texts(list(texts)))[:, 0], k, where)
+
+    def search_images(
+        self, images: Sequence[Any], k: int = 10, where: Conditions = None, exclude_self: bool = False
+    ) -> list[list[Hit]]:
+        """The k pictures most like each of these; where a picture has several vectors, its best one counts.
+
+        Args:
+            images: files, bytes or PIL pictures.
+            exclude_self: leave out what has the very content of the query.
+        """
+        references = [image if isinstance(image, ImageRef) else ImageRef.of(image) for image in images]
+        vectors = _rows(self.encoder.embed_images([reference.load() for reference in references]))
+        K = vectors.shape[1]
+        found = iter(self.search_vectors(vectors.flatten(0, 1), k + exclude_self, where))
+        merged = [_merge(list(islice(found, K))) for _ in references]
+        left_out = [reference.key() if exclude_self else None for reference in references]
+        return [
+            [hit for hit in hits if hit.record["key"] != key][:k] for hits, key in zip(merged, left_out, strict=True)
+        ]
+
+    @property
+    def encoder(self) -> Encoder:
+        """The model. Raises ValueError where the index was opened without one."""
+        if self._encoder is None:
+            raise ValueError(f"index {self.location} was opened without a model; attach(chiasm.load(index.model['source']))")
+        return self._encoder
+
+    @property
+    @abstractmethod
+    def model(self) -> dict[str, str]:
+        """`source` and `fingerprint` of the model that made the index."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Pictures."""
+
+    @abstractmethod
+    def items(self, where: Conditions = None) -> Iterator[Hit]:
+        """What is in the index, with a score of 0."""
+
+    @abstractmethod
+    def search_vectors(self, vectors: Float[Tensor, "B D"], k: int = 10, where: Conditions = None) -> list[list[Hit]]:
+        """The k best pictures of every vector of length 1."""
+
+    def delete(self, ids: Sequence[str] = (), where: Conditions = None) -> list[str]:
+        """Deletes pictures by id, or all that meet the conditions; returns their ids.
+
+        Raises:
+            ValueError: an id is not there, or nothing says what to delete.
+        """
+        asked = conditions(where)
+        if not ids and not asked:
+            raise ValueError("nothing says what to delete; give ids or conditions")
+        if ids and asked:
+            raise ValueError("give ids or conditions, not both")
+        with self._writing() as known:
+            unknown = [name for name in ids if name not in known.records]
+            if unknown:
+                raise ValueError(f"index {self.location} holds no picture {unknown[0]!r}; its ids are in the list")
+            names = list(dict.fromkeys(ids)) if ids else [hit.id for hit in self.items(asked)]
+            if names:
+                self._remove(names)
+        return names
+
+    def compact(self) -> None:  # noqa: B027
+        """Gives back the space of what was deleted, where that does not happen by itself."""
+
+    @abstractmethod
+    def _remove(self, ids: Sequence[str]) -> None: ...
+
+    @abstractmethod
+    def _writing(self) -> AbstractContextManager[Known]: ...
+
+    @abstractmethod
+    def _append(self, records: list[dict[str, Any]], vectors: Float[Tensor, "rows K D"]) -> None:
+        """Stores rows in one step, in place of older ones of the same id."""
+
+    @abstractmethod
+    def _vectors(self, ids: Sequence[str]) -> Float[Tensor, "rows K D"]:
+        """The vectors of pictures that are there, while writing."""
+
+    def _finish(self) -> None:  # noqa: B027
+        """The end of an addition."""
+
+    def _embed(self, new: list[tuple[dict[str, Any], Any]], old: list[dict[str, Any]], pending: _Pending) -> None:
+        if new:
+            pending.vectors.append(_rows(self.encoder.embed_images([image for _, image in new])))
+            pending.records += [record for record, _ in new]
+        if old:
+            pending.vectors.append(self._vectors([record["id"] for record in old]))
+            pending.records += old
+
+    def _flush(self, pending: _Pending) -> None:
+        if pending.records:
+            self._append(pending.records, torch.cat(pending.vectors))
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What becomes of a picture: the field of the report, and whether it is encoded and stored."""
+
+    report: str
+    encode: bool
+    store: bool
+
+
+def _kind(record: dict[str, Any], known: Known) -> _Kind:
+    old = known.records.get(record["id"])
+    if record["key"] not in known.keys:
+        return _Kind("added" if old is None else "replaced", True, True)
+    if old is None or old["key"] != record["key"] or old == record:
+        return _Kind("unchanged", False, False)
+    return _Kind("replaced", False, True)
+
+
+def _repeated(record: dict[str, Any], known: Known, taken: set[str]) -> ValueError | None:
+    """Why a picture's id cannot be told from that of another one in this addition."""
+    name = record["id"]
+    if name in taken and known.records[name]["key"] != record["key"]:
+        return ValueError(f"two different pictures have the id {name!r}; give them different ids")
+    taken.add(name)
+    return None
+
+
+def _look(item: Item | SampleError, known: Known) -> tuple[dict[str, Any], Any, ValueError | None]:
+    """A picture's record, the picture where its content is new, or why it cannot be read."""
+    if isinstance(item, SampleError):
+        return {}, None, item
+    try:
+        record = item.record()
+        return record, None if record["key"] in known.keys else item.image.load(), None
+    except ImageError as error:
+        return {}, None, error
+
+
+def _rows(vectors: Tensor) -> Float[Tensor, "rows K D"]:
+    """Vectors of length 1, K a picture."""
+    rows = vectors if vectors.ndim == 3 else vectors[:, None]
+    return torch.nn.functional.normalize(rows.detach().float().cpu(), dim=-1)
+
+
+def _merge(lists: list[list[Hit]]) -> list[Hit]:
+    """Hits of several vectors of one query, each picture with its best score."""
+    best: dict[str, Hit] = {}
+    for hit in (hit for hits in lists for hit in hits):
+        if hit.id not in best or hit.score > best[hit.id].score:
+            best[hit.id] = hit
+    return sorted(best.values(), key=lambda hit: -hit.score)

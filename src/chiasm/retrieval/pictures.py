@@ -1,0 +1,130 @@
+"""Pictures to index: files, a pattern, a folder (with or without `metadata.jsonl`), or a data set."""
+
+import glob
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chiasm.data.containers import PICTURES
+from chiasm.data.readers import read
+from chiasm.data.schema import ImageRef, SampleError, text_of
+from chiasm.retrieval.records import Item
+
+METADATA = "metadata.jsonl"
+NAMES = ("file_name", "image", "path")
+"""Keys of a row of metadata that may hold the picture's file."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures to add, one after the other. `count` is that of the files, or of the samples that show them."""
+
+    items: Iterable[Item | SampleError]
+    count: int
+
+    def __iter__(self) -> Iterator[Item | SampleError]:
+        return iter(self.items)
+
+
+def read_pictures(source: str | Path, metadata: Path | None = None) -> Pictures:
+    """The pictures of a source, none of them opened; a sample of a data set that cannot be read is its error.
+
+    A picture's id is its place in the folder, or its sample's id.
+
+    Args:
+        source: a picture, a folder of pictures, a pattern such as `photos/**/*.jpg`, or a data set.
+        metadata: JSON lines with `file_name` and anything else; by default `metadata.jsonl` of the folder.
+
+    Raises:
+        ValueError: there is no picture, or the metadata are not understood.
+    """
+    path, pattern = Path(source), any(sign in str(source) for sign in "*?[")
+    root = _root(path) if pattern and not path.exists() else path if path.is_dir() else path.parent
+    files = _files(path, root, pattern)
+    if not files:
+        if pattern and not path.exists():
+            raise ValueError(f"no picture matches {str(source)!r}; endings are {', '.join(PICTURES)}")
+        if metadata is not None:
+            raise ValueError(f"--metadata goes with picture files; {str(source)!r} is a data set, which has its own")
+        data = read(source)
+        place = str(Path(source).resolve()) if Path(source).exists() else str(source)
+        return Pictures(_samples(data, place), len(data))
+    beside = root / METADATA
+    rows = _rows(metadata or (beside if beside.is_file() else None), root)
+    there = set(files)
+    missing = [file for file in rows if file not in there] if path.is_dir() else []
+    items = [Item(_name(file, root), ImageRef.of(file), rows.get(file, {})) for file in [*files, *missing]]
+    return Pictures(items, len(items))
+
+
+def _files(path: Path, root: Path, pattern: bool) -> list[Path]:
+    if path.is_file():
+        return [path] if _is_picture(path) else []
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if _is_picture(file))
+    if not pattern:
+        return []
+    return sorted(file for name in glob.glob(str(path), recursive=True) if _is_picture(file := Path(name)))
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in PICTURES and path.is_file()
+
+
+def _root(pattern: Path) -> Path:
+    """The folder in front of a pattern's first sign."""
+    plain = []
+    for part in pattern.parts[:-1]:
+        if any(sign in part for sign in "*?["):
+            break
+        plain.append(part)
+    return Path(*plain) if plain else Path()
+
+
+def _name(file: Path, root: Path) -> str:
+    return (file.relative_to(root) if file.is_relative_to(root) else file).as_posix()
+
+
+def _rows(file: Path | None, root: Path) -> dict[Path, dict[str, Any]]:
+    if file is None:
+        return {}
+    rows: dict[Path, dict[str, Any]] = {}
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from error
+        key = next((key for key in NAMES if isinstance(row, dict) and isinstance(row.get(key), str)), None)
+        if key is None:
+            raise ValueError(f"{file}, line {number} names no picture, expected an object with {' or '.join(NAMES)}")
+        rows[root / row[key]] = {name: value for name, value in row.items() if name != key}
+    return rows
+
+
+def _samples(data: Sequence[Any], place: str) -> Iterator[Item | SampleError]:
+    for index in range(len(data)):
+        try:
+            sample = data[index]
+        except SampleError as error:
+            yield error
+            continue
+        said = [text_of(message["content"]).strip() for message in sample.messages if message["role"] == "assistant"]
+        metadata = {"skill": sample.skill, **_plain(sample.meta), "answer": " ".join(said)}
+        metadata = {key: value for key, value in metadata.items() if value not in (None, "")}
+        for number, image in enumerate(sample.images):
+            name = sample.id if len(sample.images) == 1 else f"{sample.id}#{number + 1}"
+            yield Item(name, image, metadata, (place, index, number))
+
+
+def _plain(meta: dict[str, Any]) -> dict[str, Any]:
+    """What conditions can be about: texts, numbers, truth values, and lists of them."""
+    single = str | int | float | bool
+    return {
+        key: value
+        for key, value in meta.items()
+        if isinstance(value, single) or (isinstance(value, list) and all(isinstance(one, single) for one in value))
+    }

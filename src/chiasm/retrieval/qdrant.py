@@ -1,0 +1,170 @@
+"""The same index on a Qdrant server, for more than one machine; `:memory:` is Qdrant in this process."""
+
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from chiasm.retrieval.index import Conditions, Index, Known
+from chiasm.retrieval.records import Encoder, Hit
+from chiasm.retrieval.where import RANGES, Where, conditions
+
+PAGE, BATCH = 1_000, 256
+RANGE_NAMES = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}
+IN_MEMORY = ":memory:"
+
+
+def is_qdrant(location: str | Path) -> bool:
+    """Whether a location is a server's address, or `:memory:`."""
+    return str(location).startswith(("http://", "https://", IN_MEMORY))
+
+
+class QdrantIndex(Index):
+    """A collection. Its metadata hold the model, a point's payload the record; `QDRANT_API_KEY` is sent if it is set."""
+
+    def __init__(self, location: str, encoder: Encoder | None, client: Any = None) -> None:
+        self.client, self.collection = (client, _address(location)[1]) if client else _connect(location)
+        if not self.client.collection_exists(self.collection):
+            raise FileNotFoundError(f"{location} holds no collection {self.collection!r}; make it with chiasm index")
+        self._model = (self.client.get_collection(self.collection).config.metadata or {}).get("chiasm")
+        if self._model is None:
+            raise ValueError(f"collection {self.collection!r} was not made by Chiasm; choose another name")
+        super().__init__(location, encoder)
+
+    @classmethod
+    def make(cls, location: str, encoder: Encoder, model: dict[str, str]) -> "QdrantIndex":
+        """A new collection; its shape is that of the encoder's vectors."""
+        from PIL import Image
+        from qdrant_client import models
+
+        client, collection = _connect(location)
+        if client.collection_exists(collection):
+            raise FileExistsError(f"collection {collection!r} exists; choose another name, or add to it")
+        blank = encoder.embed_images([Image.new("RGB", (32, 32), "white")])
+        several = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
+        client.create_collection(
+            collection,
+            models.VectorParams(
+                size=blank.shape[-1],
+                distance=models.Distance.DOT,
+                multivector_config=several if blank.ndim == 3 else None,
+            ),
+            metadata={"chiasm": model | {"several": str(blank.ndim == 3).lower()}},
+        )
+        return cls(location, encoder, client)
+
+    @property
+    def model(self) -> dict[str, str]:
+        return self._model
+
+    def __len__(self) -> int:
+        return self.client.count(self.collection, exact=True).count
+
+    def items(self, where: Conditions = None) -> Iterator[Hit]:
+        place = None
+        while True:
+            points, place = self.client.scroll(
+                self.collection, scroll_filter=_filter(conditions(where)), limit=PAGE, offset=place
+            )
+            yield from (Hit.of(point.payload, 0.0) for point in points)
+            if place is None:
+                return
+
+    def search_vectors(self, vectors: Float[Tensor, "B D"], k: int = 10, where: Conditions = None) -> list[list[Hit]]:
+        from qdrant_client import models
+
+        if k < 1:
+            raise ValueError(f"k is {k}, expected at least 1")
+        asked = _filter(conditions(where))
+        queries = [vector if self._model["several"] == "false" else [vector] for vector in vectors.float().tolist()]
+        requests = [models.QueryRequest(query=q, limit=k, filter=asked, with_payload=True) for q in queries]
+        return [
+            [Hit.of(point.payload, point.score) for point in found.points]
+            for found in self.client.query_batch_points(self.collection, requests)
+        ]
+
+    @contextmanager
+    def _writing(self) -> Iterator[Known]:
+        yield Known.of(hit.record for hit in self.items())
+
+    def _append(self, records: list[dict[str, Any]], vectors: Float[Tensor, "rows K D"]) -> None:
+        from qdrant_client import models
+
+        rows = vectors if self._model["several"] == "true" else vectors[:, 0]
+        points = [
+            models.PointStruct(id=_point(record["id"]), vector=row, payload=record)
+            for record, row in zip(records, rows.tolist(), strict=True)
+        ]
+        for start in range(0, len(points), BATCH):
+            self.client.upsert(self.collection, points[start : start + BATCH], wait=True)
+
+    def _vectors(self, ids: Sequence[str]) -> Float[Tensor, "rows K D"]:
+        points = self.client.retrieve(self.collection, [_point(name) for name in ids], with_vectors=True)
+        found = {point.id: torch.tensor(point.vector) for point in points}
+        rows = torch.stack([found[_point(name)] for name in ids])
+        return rows if self._model["several"] == "true" else rows[:, None]
+
+    def _remove(self, ids: Sequence[str]) -> None:
+        from qdrant_client import models
+
+        points = models.PointIdsList(points=[_point(name) for name in ids])
+        self.client.delete(self.collection, points, wait=True)
+
+
+def _point(name: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, name))
+
+
+def _address(location: str) -> tuple[str, str]:
+    """The server and the collection."""
+    if location.startswith(IN_MEMORY):
+        return IN_MEMORY, location.removeprefix(IN_MEMORY).strip("/") or "pictures"
+    parts = urlsplit(location)
+    collection = parts.path.strip("/")
+    if not collection or "/" in collection:
+        raise ValueError(f"{location!r} names no collection, expected http://host:6333/collection")
+    return f"{parts.scheme}://{parts.netloc}", collection
+
+
+def _connect(location: str) -> tuple[Any, str]:
+    server, collection = _address(location)
+    try:
+        from qdrant_client import QdrantClient
+    except ImportError:
+        raise ValueError("a Qdrant index needs the package qdrant-client: pip install 'chiasm[retrieval]'") from None
+    if server == IN_MEMORY:
+        return QdrantClient(IN_MEMORY), collection
+    return QdrantClient(url=server, api_key=os.environ.get("QDRANT_API_KEY")), collection
+
+
+def _filter(asked: list[Where]) -> Any:
+    """The conditions in Qdrant's words."""
+    from qdrant_client import models
+
+    if not asked:
+        return None
+    must, must_not = [], []
+    for one in asked:
+        key = f"metadata.{one.key}"
+        if one.operator in RANGES:
+            limits = models.Range(**{RANGE_NAMES[one.operator]: float(one.values[0])})
+            must.append(models.FieldCondition(key=key, range=limits))
+            continue
+        same = models.Filter(should=[_same(key, value) for value in one.meanings()])
+        (must_not if one.operator == "!=" else must).append(same)
+    return models.Filter(must=must or None, must_not=must_not or None)
+
+
+def _same(key: str, value: Any) -> Any:
+    from qdrant_client import models
+
+    if isinstance(value, str | bool):
+        return models.FieldCondition(key=key, match=models.MatchValue(value=value))
+    return models.FieldCondition(key=key, range=models.Range(gte=value, lte=value))

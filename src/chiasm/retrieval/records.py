@@ -1,0 +1,85 @@
+"""What goes into an index and what comes out: pictures with metadata, hits, and the report of an addition."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from chiasm.data.readers import read
+from chiasm.data.schema import ImageRef
+
+
+class Encoder(Protocol):
+    """A `DualEncoder`."""
+
+    model: nn.Module
+
+    def embed_images(self, images: Any) -> Float[Tensor, "images ..."]:
+        """One vector a picture, or K."""
+
+    def embed_texts(self, texts: str | Sequence[str]) -> Float[Tensor, "texts D"]:
+        """One vector a text."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture to add. `origin` is its place in a data set (data, sample, picture), where it is no file."""
+
+    id: str
+    image: ImageRef
+    metadata: dict[str, Any] = field(default_factory=dict)
+    origin: tuple[str, int, int] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What the index remembers of it; `key` is the sha256 of its content."""
+        path = None if self.image.path is None else str(self.image.path.resolve())
+        where = {} if self.origin is None or path is not None else {"origin": list(self.origin)}
+        return {"id": self.id, "key": self.image.key(), "path": path, "metadata": self.metadata, **where}
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A picture that was found. `score` is the cosine; `path` is None for a picture that is no file."""
+
+    id: str
+    score: float
+    path: Path | None
+    metadata: dict[str, Any]
+    record: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
+
+    @classmethod
+    def of(cls, record: dict[str, Any], score: float) -> "Hit":
+        path = record["path"]
+        return cls(record["id"], score, None if path is None else Path(path), record["metadata"], record)
+
+    def image(self) -> ImageRef:
+        """The picture itself, from where it was when it was added."""
+        if self.path is not None:
+            return ImageRef.of(self.path)
+        if "origin" not in self.record:
+            raise ValueError(f"picture {self.id} was added from memory, so only its vectors are there")
+        data, sample, number = self.record["origin"]
+        return read(data)[sample].images[number]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        path = None if self.path is None else str(self.path)
+        return {"id": self.id, "score": self.score, "path": path, "metadata": self.metadata}
+
+
+@dataclass(frozen=True)
+class Added:
+    """What an addition did: ids that are new or took the place of an older picture, that were there, and that failed."""
+
+    added: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """In one line."""
+        parts = {"added": self.added, "replaced": self.replaced, "already there": self.unchanged, "skipped": self.bad}
+        return ", ".join(f"{len(ids)} {what}" for what, ids in parts.items() if ids or what == "added")

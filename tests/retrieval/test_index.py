@@ -1,0 +1,164 @@
+"""An index in a folder and one on a Qdrant server answer alike: found by text and picture, added, replaced, deleted."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from chiasm.data.schema import ImageError, ImageRef
+from chiasm.retrieval import Index, Item, contact_sheet, read_pictures
+from pretend import COLOURS, ColourEncoder, paint
+
+
+@pytest.fixture(params=["folder", "qdrant"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Any], Index]:
+    """Makes an empty index."""
+    if request.param == "qdrant":
+        pytest.importorskip("qdrant_client")
+    location = ":memory:" if request.param == "qdrant" else tmp_path / "index"
+    return lambda encoder: Index.create(location, encoder, "somewhere")
+
+
+@pytest.mark.parametrize("several", [0, 3])
+def test_found_by_text_picture_and_metadata(make: Any, tmp_path: Path, several: int) -> None:
+    files = paint(tmp_path / "photos", 24)
+    index = make(ColourEncoder(several))
+    assert index.search("red") == []
+    report = index.add(read_pictures(tmp_path / "photos"), batch_size=5)
+    assert len(index) == 24 and report.summary() == "24 added"
+    hits = index.search("a picture that is red", k=6)
+    assert [hit.metadata["colour"] for hit in hits] == ["red"] * 6
+    assert hits[0].path == files[0].resolve() and hits[0].score >= hits[5].score
+    first, second = index.search_texts(["blue", "green"], k=3)
+    assert {hit.metadata["colour"] for hit in first} == {"blue"} and second[0].metadata["colour"] == "green"
+    assert index.search_images([files[5]], k=1)[0][0].id == "005.png"
+    alone = index.search_images([files[5], Image.open(files[6])], k=2, exclude_self=True)
+    assert alone[0][0].id != "005.png" and len(alone[0]) == len(alone[1]) == 2
+    asked = {"colour=blue": 6, "number<4": 4, "colour in red,blue": 12, "colour!=red": 18}
+    for where, count in asked.items():
+        assert len(index.search("red", k=99, where=where)) == count, where
+    assert len(index.search("red", k=99, where=["colour=red", "number>=8"])) == 4
+
+
+def test_what_is_there_is_not_looked_at_again(make: Any, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    files = paint(photos, 8)
+    encoder = ColourEncoder()
+    index = make(encoder)
+    index.add(read_pictures(photos))
+    before = encoder.looked_at
+    assert index.add(read_pictures(photos)).summary() == "0 added, 8 already there"
+    assert encoder.looked_at == before
+    paint(photos, 2, start=8)
+    Image.new("RGB", (16, 16), COLOURS["white"]).save(files[0])
+    rows = (photos / "metadata.jsonl").read_text().replace('"number": 5', '"number": 55')
+    (photos / "metadata.jsonl").write_text(rows)
+    report = index.add(read_pictures(photos))
+    assert (report.added, report.replaced) == (["008.png", "009.png"], ["005.png"]) or report.replaced == [
+        "000.png",
+        "005.png",
+    ]
+    assert len(index) == 10
+    assert index.search_images([files[5]], k=1)[0][0].metadata["number"] == 55
+
+
+def test_pictures_are_deleted(make: Any, tmp_path: Path) -> None:
+    paint(tmp_path / "photos", 12)
+    index = make(ColourEncoder())
+    index.add(read_pictures(tmp_path / "photos"))
+    assert index.delete(["003.png", "003.png"]) == ["003.png"]
+    assert sorted(index.delete(where="colour=red")) == ["000.png", "004.png", "008.png"]
+    assert len(index) == 8 and "red" not in {hit.metadata["colour"] for hit in index.search("red", 99)}
+    index.compact()
+    assert len(list(index.items())) == len(index.search("red", 99)) == 8
+    with pytest.raises(ValueError, match=r"holds no picture '003\.png'"):
+        index.delete(["003.png"])
+    with pytest.raises(ValueError, match="nothing says what to delete"):
+        index.delete()
+    assert index.add(read_pictures(tmp_path / "photos")).summary() == "4 added, 8 already there"
+
+
+def test_broken_pictures_stop_or_are_named(make: Any, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    paint(photos, 6)
+    (photos / "002.png").write_bytes((photos / "002.png").read_bytes()[:40])
+    with (photos / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "gone.png"}\n')
+    index = make(ColourEncoder())
+    with pytest.raises(ImageError, match=r"002\.png"):
+        index.add(read_pictures(photos), batch_size=2)
+    assert len(index) == 2
+    report = index.add(read_pictures(photos), skip_bad=True)
+    assert list(report.bad) == ["002.png", "gone.png"] and "no such file" in report.bad["gone.png"]
+    assert len(index) == 5 and report.summary() == "3 added, 2 already there, 2 skipped"
+
+
+def test_one_id_for_two_pictures_is_refused(make: Any, tmp_path: Path) -> None:
+    first, second = paint(tmp_path / "photos", 2)
+    index = make(ColourEncoder())
+    with pytest.raises(ValueError, match="two different pictures have the id 'a'"):
+        index.add([Item("a", ImageRef.of(first)), Item("a", ImageRef.of(second))])
+
+
+def test_the_same_content_is_kept_once(make: Any, tmp_path: Path) -> None:
+    first, *_ = paint(tmp_path / "photos", 1)
+    report = make(ColourEncoder()).add([Item("a", ImageRef.of(first)), Item("b", ImageRef.of(first))])
+    assert (report.added, report.unchanged) == (["a"], ["b"])
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    paint(tmp_path / "photos", 3)
+    Index.create(tmp_path / "index", ColourEncoder(), "models/mine").add(read_pictures(tmp_path / "photos"))
+    with pytest.raises(ValueError, match="was made by model models/mine with weights"):
+        Index.open(tmp_path / "index", ColourEncoder(seed=1))
+    index = Index.open(tmp_path / "index")
+    with pytest.raises(ValueError, match="opened without a model"):
+        index.search("red")
+    with pytest.raises(ValueError, match="vectors are 4 wide, the index holds 5"):
+        index.search_vectors(torch.ones(1, 4))  # type: ignore[attr-defined]
+    assert index.attach(ColourEncoder()).search("red", 1)[0].id == "000.png"
+    with pytest.raises(ValueError, match="no picture has the metadata 'color'; there are colour, number"):
+        index.search("red", where="color=red")
+
+
+def test_many_commits_become_one_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chiasm.retrieval.index.COMMIT_ITEMS", 1)
+    paint(tmp_path / "photos", 20)
+    index = Index.create(tmp_path / "index", ColourEncoder())
+    index.add(read_pictures(tmp_path / "photos"), batch_size=1)
+    manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    assert len(manifest["segments"]) == 1 and len(index) == 20
+
+
+def test_patterns_data_sets_and_what_is_neither(tmp_path: Path) -> None:
+    files = paint(tmp_path / "photos", 4)
+    (tmp_path / "photos" / "more").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "more" / "x.jpg")
+    assert [item.id for item in read_pictures(tmp_path / "photos")][-1] == "more/x.jpg"
+    assert [item.id for item in read_pictures(f"{tmp_path}/photos/*.png")] == [file.name for file in files]
+    assert [item.id for item in read_pictures(f"{tmp_path}/**/*.jpg")] == ["photos/more/x.jpg"]
+    assert next(iter(read_pictures(files[1]))).metadata == {"colour": "green", "number": 1}
+    rows = [{"id": "a", "image": "photos/000.png", "caption": "a red square", "shop": 3}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    (item,) = read_pictures(tmp_path / "data.json")
+    assert (item.id, item.metadata) == ("a", {"shop": 3, "answer": "a red square"})
+    with pytest.raises(ValueError, match="no picture matches"):
+        read_pictures(f"{tmp_path}/*.bmp")
+    with pytest.raises(ValueError, match="no such file or folder"):
+        read_pictures(tmp_path / "nowhere")
+
+
+def test_a_contact_sheet_shows_what_is_left(tmp_path: Path) -> None:
+    files = paint(tmp_path / "photos", 4)
+    index = Index.create(tmp_path / "index", ColourEncoder())
+    index.add(read_pictures(tmp_path / "photos"))
+    files[1].unlink()
+    hits = index.search("red", 4)
+    sheet = contact_sheet(hits)
+    assert sheet.width > sheet.height and sheet.getpixel((120, 120)) == COLOURS["red"]
+    with pytest.raises(ValueError, match="nothing was found"):
+        contact_sheet([])
