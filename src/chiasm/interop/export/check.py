@@ -14,6 +14,9 @@ from chiasm.fusion.base import FusionModel
 CLOSE = 1e-4
 """Largest share of the logits' spread by which they may differ in float32."""
 
+THEIRS = {"instruction_ids": "qformer_input_ids", "instruction_mask": "qformer_attention_mask"}
+"""Names of inputs that transformers calls otherwise."""
+
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]}]
 
 
@@ -28,7 +31,10 @@ def check_folder(folder: Path, model: FusionModel, processor: ChiasmProcessor | 
     inputs = blank_inputs(model)
     if processor is not None:
         inputs = dict(processor(messages=QUESTION, images=probe_picture(model)).to(model.device))
-        _compare_inputs(folder, model, inputs)
+        inputs = {THEIRS.get(name, name): tensor for name, tensor in inputs.items()}
+        if model.config.fusion == "early":
+            _compare_inputs(folder, model, inputs)
+    inputs |= _more(model, inputs)
     with torch.no_grad():
         ours, found = model(**inputs).logits, theirs(**inputs).logits[..., : model.config.text_config.vocab_size]
     spread = ours.float().std().clamp(min=1e-6)
@@ -40,6 +46,22 @@ def check_folder(folder: Path, model: FusionModel, processor: ChiasmProcessor | 
             "this is a fault of the conversion: report it with the model's config.json"
         )
     return difference
+
+
+def _more(model: FusionModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What some kinds of models need beside a picture and a text."""
+    more, words = {}, torch.ones(1, 3, dtype=torch.long, device=model.device)
+    if model.config.is_encoder_decoder:
+        more["decoder_input_ids"] = words
+    if model.connector.reads_instruction and "qformer_input_ids" not in inputs:
+        more |= {"qformer_input_ids": words, "qformer_attention_mask": words}
+    if model.config.fusion == "intermediate":
+        seen = (inputs["input_ids"] == model.config.image_token_id).cumsum(dim=1).clamp(max=1)[..., None]
+        more["image_attention_mask"] = seen
+    by_row = model.config.fusion == "intermediate" or model.vision.features.resolution == "native"
+    if by_row and inputs["pixel_values"].ndim == 4:
+        more["pixel_values"] = inputs["pixel_values"][None]
+    return more
 
 
 def probe_picture(model: FusionModel) -> Image.Image:

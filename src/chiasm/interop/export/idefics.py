@@ -46,13 +46,14 @@ def export_idefics(model: FusionModel, processor: ChiasmProcessor | None) -> Exp
     )
     config = _config(model)
     back = chiasm_config(config)
-    back.cross_attention = {**(back.cross_attention or {}), "end_of_text": _end_of_text(model)}
+    end = (model.config.cross_attention or {}).get("end_of_text")  # Idefics' processor knows it, its model does not
+    end = end if processor is None else processor.tokenizer.eos_token_id
+    back.cross_attention = {**(back.cross_attention or {}), "end_of_text": end}
     require_same(model, back, "Idefics")
-    names, gates = table(config)
+    names, _ = table(config)
     shape = (1, 1, -1) if config.alpha_type == "vector" else (1,)
-    theirs = {rename_back: (lambda tensor: tensor.reshape(shape)) for rename_back in _gates(config)}
-    idefics = counterpart(IdeficsForVisionText2Text, config, _decoupled(model, config), names, theirs)
-    assert {rename(name, names) for name in theirs} == set(gates)
+    shaped = dict.fromkeys(_gates(config), lambda tensor: tensor.reshape(shape))
+    idefics = counterpart(IdeficsForVisionText2Text, config, _decoupled(model, config), names, shaped)
     idefics.generation_config = generation(model)
     return Exported(idefics, None if processor is None else _processor(model, processor))
 
@@ -72,7 +73,7 @@ def _config(model: FusionModel) -> IdeficsConfig:
         }
     sizes = {name: getattr(tower, name) for name in CLIP_SIZES}
     settings = {name: getattr(text, name) for name in TEXT_SETTINGS} | {"tie_word_embeddings": tied(model)}
-    own = min(model.config.image_token_id - 1, rows(model) - 2)
+    own = model.config.image_token_id - 1  # the placeholder is the second added word, as published
     return IdeficsConfig(
         **settings | {"dtype": model.language.dtype},
         vocab_size=own,
@@ -84,11 +85,6 @@ def _config(model: FusionModel) -> IdeficsConfig:
         perceiver_config=perceiver,
         vision_config={"embed_dim": sizes.pop("hidden_size"), **sizes},
     )
-
-
-def _end_of_text(model: FusionModel) -> int | None:
-    """Idefics' processor takes the tokenizer's end of text, whichever the configuration names."""
-    return (model.config.cross_attention or {}).get("end_of_text")
 
 
 def _gates(config: IdeficsConfig) -> list[str]:

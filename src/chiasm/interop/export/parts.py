@@ -66,7 +66,7 @@ def text_config(model: FusionModel) -> dict[str, Any]:
 def require_same(model: FusionModel, back: ChiasmConfig, kind: str) -> None:
     """Refuses a model that the checkpoint would not give back: `back` is what the loader makes of its configuration."""
     ours = model.config
-    wanted, found = ours.connector, connector_settings(back.connector)
+    wanted, found = connector_settings(ours.connector), connector_settings(back.connector)
     pairs = {f"connector {wanted['name']} has {name}": (wanted.get(name), found.get(name)) for name in found}
     blocks = (ours.cross_attention or {}, back.cross_attention or {})
     pairs |= {f"cross_attention has {name}": (blocks[0].get(name), blocks[1].get(name)) for name in blocks[1]}

@@ -45,6 +45,7 @@ def portable_template(processor: ChiasmProcessor) -> str:
     words = processor.tokenizer
     own = words.get_chat_template() if words.chat_template else PLAIN_TEMPLATE
     for template in (own, *(GATHER.replace("CONTENT", content) + own for content in CONTENTS)):
+        template = template.replace(IMAGE_TOKEN, processor.image_token)
         if all(_render(words, template, probe) == _expected(processor, probe) for probe in PROBES):
             return template
     raise ValueError(
