@@ -11,7 +11,7 @@ from chiasm.fusion.build import fusion_class
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.interop.parts import has_processor
-from chiasm.interop.weights import assemble, read_weights
+from chiasm.interop.weights import Table, assemble, read_weights
 from chiasm.language.adapter import head_is_direct
 from chiasm.sources.files import find_file
 from chiasm.vision.features import FeatureLayer, VisionFeatures
@@ -49,14 +49,22 @@ def load_blip2(source: str, dtype: torch.dtype | str = "auto") -> tuple[EarlyFus
         dtype=config.dtype,
         part_dtypes=_part_dtypes(config) if dtype == "auto" else None,
     )
-    instruction = config.model_type == "instructblip"
-    names = qformer_names(config.qformer_config.num_hidden_layers, has_text=instruction, instruction=instruction)
-    table = {theirs: None if new is None else f"connector.{new}" for theirs, new in names.items()}
-    table |= {"vision_model": "vision.model", "language_model": "language", "language_projection": "connector.proj"}
-    model = assemble(fusion_class(ours), ours, read_weights(source), table, dtype=dtype)
+    model = assemble(fusion_class(ours), ours, read_weights(source), blip2_table(config), dtype=dtype)
     model.config.direct_head = not ours.is_encoder_decoder and head_is_direct(model.language)
     model.generation_config = model.language.generation_config
     return model, _processor(source, model)
+
+
+def blip2_table(config: PreTrainedConfig) -> Table:
+    """BLIP-2's and InstructBLIP's names → ours."""
+    instruction = config.model_type == "instructblip"
+    names = qformer_names(config.qformer_config.num_hidden_layers, has_text=instruction, instruction=instruction)
+    table = {theirs: None if new is None else f"connector.{new}" for theirs, new in names.items()}
+    return table | {
+        "vision_model": "vision.model",
+        "language_model": "language",
+        "language_projection": "connector.proj",
+    }
 
 
 def _part_dtypes(config: PreTrainedConfig) -> dict[str, str] | None:

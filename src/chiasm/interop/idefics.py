@@ -64,6 +64,24 @@ RESAMPLER_LAYER: Table = {
     "1.c_proj": "down",
 }
 
+TEXT_SETTINGS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "dtype",
+)
+"""Settings that Idefics and its language model, a Llama, both have."""
+
 DECOUPLED = {
     "model.embed_tokens.weight": "model.embed_tokens.additional_embedding.weight",
     "lm_head.weight": "lm_head.additional_fc.weight",
@@ -115,24 +133,8 @@ def chiasm_config(config: IdeficsConfig) -> ChiasmConfig:
 
 def _language_config(config: IdeficsConfig) -> LlamaConfig:
     """The decoder without its cross-attention is a Llama."""
-    same = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "hidden_act",
-        "max_position_embeddings",
-        "initializer_range",
-        "rms_norm_eps",
-        "rope_parameters",
-        "tie_word_embeddings",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "dtype",
-    )
     vocabulary = config.vocab_size + config.additional_vocab_size
-    return LlamaConfig(**{name: getattr(config, name) for name in same}, vocab_size=vocabulary)
+    return LlamaConfig(**{name: getattr(config, name) for name in TEXT_SETTINGS}, vocab_size=vocabulary)
 
 
 def _connector(config: IdeficsConfig) -> dict[str, Any]:

@@ -122,6 +122,59 @@ def fit(
     return fitted
 
 
+def counterpart(
+    kind: type[Model],
+    config: PreTrainedConfig,
+    weights: Mapping[str, Tensor],
+    table: Table,
+    transforms: Transforms | None = None,
+) -> Model:
+    """A reference's model that is filled with our weights: `assemble` in the other direction, by the same table.
+
+    Its weights are ours, not copies, and it is there to be saved: buffers that are computed have no values.
+
+    Args:
+        transforms: a whole name of the reference's → what makes its tensor of ours.
+
+    Raises:
+        ValueError: a weight of ours has no place in it, or one of its has none here; the message names it.
+    """
+    with torch.device("meta"):
+        skeleton = kind(copy.deepcopy(config))
+    transforms = transforms or {}
+    filled, used = {}, set()
+    for name, tensor in skeleton.state_dict().items():
+        ours = rename(name, table)
+        if ours is None:
+            filled[name] = torch.zeros(tensor.shape, dtype=config.dtype)
+            continue
+        if ours not in weights:
+            raise ValueError(f"{kind.__name__} has a weight {name!r}, for which this model has none ({ours!r})")
+        used.add(ours)
+        filled[name] = transforms.get(name, lambda tensor: tensor)(weights[ours]).to(config.dtype)
+        if filled[name].shape != tensor.shape:
+            raise ValueError(
+                f"weight {ours!r} is {tuple(filled[name].shape)}, but {name!r} of {kind.__name__} is "
+                f"{tuple(tensor.shape)}"
+            )
+    left = [name for name in weights if name not in used and name.rsplit(".", 1)[-1] not in DERIVED]
+    if left:
+        raise ValueError(f"{_count(left)} no place in {kind.__name__}: {_some(left)}")
+    skeleton.load_state_dict(_apart(filled), assign=True)
+    skeleton.tie_weights()
+    return skeleton.eval()
+
+
+def _apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, each with memory of its own: a file holds no tensor twice."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in weights.items():
+        result[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return result
+
+
 def rename(name: str, table: Table) -> str | None:
     """A reference's name as ours: its longest prefix in the table is replaced. Without one, the name stays."""
     parts = name.split(".")

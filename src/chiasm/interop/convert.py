@@ -1,0 +1,160 @@
+"""`chiasm convert`: a Chiasm model as a checkpoint of another tool, or one line that says why it cannot be one.
+
+Where a model goes is decided by tables of exact names: `TARGETS`, the tools; `ROUTES`, the kind of checkpoint that a
+fusion and a connector become in transformers; `KINDS`, those kinds. The table in `docs/convert.md` is made of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, ProcessorMixin
+
+from chiasm.fusion.base import FusionModel
+from chiasm.interop.export.blip2 import export_blip2
+from chiasm.interop.export.check import check_folder
+from chiasm.interop.export.idefics import export_idefics
+from chiasm.interop.export.idefics2 import export_idefics2
+from chiasm.interop.export.internvl import export_internvl
+from chiasm.interop.export.llava import export_llava
+from chiasm.interop.export.paligemma import export_paligemma
+from chiasm.interop.export.parts import Exported, merged
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of checkpoint of transformers.
+
+    Args:
+        export: makes one of a model and its processor, or refuses.
+        holds: what such a checkpoint holds.
+        vllm: what vLLM runs of it.
+    """
+
+    export: Callable[[Any, Any], Exported]
+    holds: str
+    vllm: str
+
+
+KINDS = {
+    "llava": Kind(
+        export_llava,
+        "an encoder whose hidden states LLaVA reads (CLIP, SigLIP, ViT, ...); `mlp` with 2 layers, `linear`",
+        "CLIP and SigLIP encoders with `mlp`",
+    ),
+    "paligemma": Kind(export_paligemma, "SigLIP; `linear` with a bias; `attention: prefix`", "Gemma language models"),
+    "internvl": Kind(export_internvl, "an InternVL encoder; `pixel_shuffle` with `projection: mlp`", "yes"),
+    "blip-2": Kind(
+        export_blip2,
+        "a BLIP-2 encoder, class token kept; `qformer` with `norm_features: false`; becomes InstructBLIP where it "
+        "reads the instruction",
+        "BLIP-2 with OPT; not InstructBLIP",
+    ),
+    "idefics2": Kind(export_idefics2, "an Idefics2 encoder; `idefics2_resampler`", "no"),
+    "idefics": Kind(
+        export_idefics,
+        "CLIP, class token kept; Llama; `perceiver_resampler` or `linear` with `project: false`; Idefics' blocks",
+        "no: it has no gated cross-attention; Chiasm's own server is the one to use",
+    ),
+}
+
+ROUTES = {
+    ("early", "causal", "mlp"): "llava",
+    ("early", "causal", "linear"): "llava",
+    ("early", "prefix", "linear"): "paligemma",
+    ("early", "causal", "pixel_shuffle"): "internvl",
+    ("early", "causal", "qformer"): "blip-2",
+    ("early", "causal", "idefics2_resampler"): "idefics2",
+    ("intermediate", "causal", "perceiver_resampler"): "idefics",
+    ("intermediate", "causal", "linear"): "idefics",
+}
+"""(fusion, attention, connector) → kind."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion has written.
+
+    Args:
+        kind: of checkpoint, such as `llava`.
+        files: names in the folder.
+        difference: between its logits and the model's, as a share of their spread; None where nothing compared them.
+        notes: what is good to know before it is used.
+    """
+
+    kind: str
+    folder: Path
+    files: list[str]
+    difference: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(
+    model: PreTrainedModel,
+    processor: ProcessorMixin | None,
+    target: str,
+    folder: str | Path,
+    quantize: str | None = None,
+    check: bool = True,
+) -> Converted:
+    """Writes a model as a checkpoint of another tool.
+
+    Args:
+        target: a name of `TARGETS`.
+        folder: a new one.
+        quantize: of GGUF files, a name of `chiasm.interop.gguf.QUANTIZATIONS`.
+        check: whether the folder is loaded again and compared with the model.
+
+    Raises:
+        ValueError: the tool has nothing that fits; the message says why and what would.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"--to {target!r} is unknown; choose one of {', '.join(TARGETS)}")
+    if quantize is not None and target != "gguf":
+        raise ValueError(f"--quantize is for --to gguf, got --to {target}")
+    folder = Path(folder)
+    if isinstance(model, FusionModel):
+        model = merged(model)
+    return TARGETS[target](model, processor, folder, quantize=quantize, check=check)
+
+
+def route(model: PreTrainedModel) -> str:
+    """The kind of checkpoint that a generative model becomes in transformers.
+
+    Raises:
+        ValueError: none.
+    """
+    config = model.config
+    key = (config.fusion, config.attention, config.connector["name"])
+    if key not in ROUTES:
+        fitting = sorted({connector for fusion, _, connector in ROUTES if fusion == config.fusion})
+        raise ValueError(
+            f"transformers has no model with fusion {key[0]!r}, attention {key[1]!r} and connector {key[2]!r}; "
+            + (f"with this fusion it has connectors {', '.join(fitting)}; " if fitting else "")
+            + ("--to onnx takes any connector" if config.fusion == "early" else "Chiasm's own server runs it")
+        )
+    return ROUTES[key]
+
+
+def to_transformers(
+    model: PreTrainedModel, processor: Any, folder: Path, quantize: str | None = None, check: bool = True
+) -> Converted:
+    """A folder that `AutoModelForImageTextToText` and `AutoProcessor` load without Chiasm."""
+    kind = route(model)
+    exported = KINDS[kind].export(model, processor)
+    exported.model.save_pretrained(folder)
+    notes = []
+    if exported.processor is None:
+        notes.append("the model came without a processor, so the folder has none either")
+    else:
+        exported.processor.save_pretrained(folder)
+    difference = check_folder(folder, model, processor) if check else None
+    return Converted(exported.model.config.model_type, folder, _files(folder), difference, notes)
+
+
+TARGETS: dict[str, Callable[..., Converted]] = {"transformers": to_transformers}
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,96 @@
+"""Proof of a conversion: the folder is loaded by transformers alone, and asked what the model was asked."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.fusion.base import FusionModel
+
+CLOSE = 1e-4
+"""Largest share of the logits' spread by which they may differ in float32."""
+
+THEIRS = {"instruction_ids": "qformer_input_ids", "instruction_mask": "qformer_attention_mask"}
+"""Names of inputs that transformers calls otherwise."""
+
+QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]}]
+
+
+def check_folder(folder: Path, model: FusionModel, processor: ChiasmProcessor | None) -> float:
+    """The largest difference between the logits of a model and those of the folder that it was written to, as a share
+    of their spread.
+
+    Raises:
+        ValueError: they, or the processors' inputs, are not the same.
+    """
+    theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=model.dtype).eval().to(model.device)
+    inputs = blank_inputs(model)
+    if processor is not None:
+        inputs = dict(processor(messages=QUESTION, images=probe_picture(model)).to(model.device))
+        inputs = {THEIRS.get(name, name): tensor for name, tensor in inputs.items()}
+        if model.config.fusion == "early":
+            _compare_inputs(folder, model, inputs)
+    inputs |= _more(model, inputs)
+    with torch.no_grad():
+        ours, found = model(**inputs).logits, theirs(**inputs).logits[..., : model.config.text_config.vocab_size]
+    spread = ours.float().std().clamp(min=1e-6)
+    difference = float(((ours - found).float().abs().max() / spread).item())
+    allowed = CLOSE if model.dtype == torch.float32 else 0.1
+    if not difference <= allowed:
+        raise ValueError(
+            f"the checkpoint in {folder} gives other logits than the model, by {difference:.2g} of their spread; "
+            "this is a fault of the conversion: report it with the model's config.json"
+        )
+    return difference
+
+
+def _more(model: FusionModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What some kinds of models need beside a picture and a text."""
+    more, words = {}, torch.ones(1, 3, dtype=torch.long, device=model.device)
+    if model.config.is_encoder_decoder:
+        more["decoder_input_ids"] = words
+    if model.connector.reads_instruction and "qformer_input_ids" not in inputs:
+        more |= {"qformer_input_ids": words, "qformer_attention_mask": words}
+    if model.config.fusion == "intermediate":
+        seen = (inputs["input_ids"] == model.config.image_token_id).cumsum(dim=1).clamp(max=1)[..., None]
+        more["image_attention_mask"] = seen
+    by_row = model.config.fusion == "intermediate" or model.vision.features.resolution == "native"
+    if by_row and inputs["pixel_values"].ndim == 4:
+        more["pixel_values"] = inputs["pixel_values"][None]
+    return more
+
+
+def probe_picture(model: FusionModel) -> Image.Image:
+    """Noise of the encoder's size but for one side, so that cropping and padding show."""
+    height, width = model.vision.image_size
+    pixels = torch.randint(0, 256, (height, width + width // 3, 3), generator=torch.Generator().manual_seed(0))
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+def blank_inputs(model: FusionModel) -> dict[str, Tensor]:
+    """One picture of noise and a few words, for a model without a processor."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.arange(1, 8)
+    ids = torch.cat([torch.full((model.num_image_tokens,), model.config.image_token_id), words])[None]
+    pixels = torch.randn(1, 3, *model.vision.image_size, generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _compare_inputs(folder: Path, model: FusionModel, inputs: dict[str, Any]) -> None:
+    picture = probe_picture(model)
+    asked = [{**QUESTION[0], "content": [{"type": "image", "image": picture}, QUESTION[0]["content"][1]]}]
+    found = AutoProcessor.from_pretrained(folder).apply_chat_template(
+        asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    for name, wanted in inputs.items():
+        given = found[name].to(wanted) if name in found else None
+        if given is None or given.shape != wanted.shape or not torch.allclose(given, wanted, rtol=1e-4, atol=1e-4):
+            raise ValueError(
+                f"the processor in {folder} gives other {name} than the model's own; "
+                "this is a fault of the conversion: report it with the model's processor files"
+            )

@@ -1,0 +1,92 @@
+"""`--to gguf`: a language model and an `mmproj` file that llama.cpp, ollama and their like run together."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter
+
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.fusion.base import FusionModel
+from chiasm.interop.export.gguf_language import (
+    ARCHITECTURES,
+    QUANTIZATIONS,
+    file_type,
+    own_quantization,
+    require_architecture,
+    write_language,
+)
+from chiasm.interop.export.gguf_tokenizer import write_tokenizer
+from chiasm.interop.export.gguf_vision import depth, projector, write_vision
+from chiasm.interop.export.parts import require, require_plain, rows, weights
+from chiasm.interop.export.prompts import portable_template
+from chiasm.vision.image_processor import ChiasmImageProcessor
+
+LANGUAGE, VISION = "model.gguf", "mmproj.gguf"
+
+
+def export_gguf(model: FusionModel, processor: ChiasmProcessor | None, folder: Path, quantize: str | None) -> list[str]:
+    """Writes both files, and returns what is good to know about them.
+
+    Raises:
+        ValueError: llama.cpp cannot run the model; the message says why and what would.
+    """
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise ValueError(f"--quantize {quantize!r} is unknown; choose one of {', '.join(QUANTIZATIONS)}")
+    require(
+        model.config.fusion == "early",
+        f"llama.cpp has no {model.config.fusion} fusion",
+        "use Chiasm's own server",
+    )
+    require_plain(model, "GGUF")
+    require_architecture(model.config.text_config)
+    depth(model)
+    projector(model)
+    if processor is None:
+        raise ValueError("a GGUF file holds its tokenizer, and this model came without; put its files into the folder")
+    quantization = quantize or own_quantization(model.language.dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_language(model, processor, folder / LANGUAGE, quantization)
+    _write_vision(model, processor.image_processor, folder / VISION, own_quantization(model.language.dtype))
+    return _notes(model, processor)
+
+
+def _write_language(model: FusionModel, processor: ChiasmProcessor, path: Path, quantization: str) -> None:
+    config = model.config.text_config
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_file_type(file_type(quantization))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    words, count = processor.tokenizer, rows(model)
+    adds = processor.add_special_tokens and words("a")["input_ids"][:1] == [words.bos_token_id]
+    write_tokenizer(writer, words, count, adds, portable_template(processor))
+    state = weights(model)
+    parts = {name.removeprefix("language."): tensor for name, tensor in state.items() if name.startswith("language.")}
+    write_language(writer, config, parts, count, quantization)
+    _close(writer)
+
+
+def _write_vision(model: FusionModel, images: Any, path: Path, quantization: str) -> None:
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[MODEL_ARCH.MMPROJ])
+    writer.add_type(gguf.GGUFType.MMPROJ)
+    writer.add_file_type(file_type(quantization))
+    write_vision(writer, model, images, quantization)
+    _close(writer)
+
+
+def _close(writer: GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _notes(model: FusionModel, processor: ChiasmProcessor) -> list[str]:
+    notes = []
+    images = processor.image_processor
+    if isinstance(images, ChiasmImageProcessor) and images.resize_mode != "pad":
+        notes.append(
+            f"llama.cpp pads pictures to a square, this model's processor has resize_mode {images.resize_mode!r}: "
+            "pictures that are not square look different to it"
+        )
+    return notes

@@ -1,0 +1,143 @@
+"""A CLIP or SigLIP encoder and its projector → the `mmproj` GGUF file of llama.cpp's multimodal part."""
+
+from typing import Any
+
+import gguf
+import torch
+from gguf import MODEL_ARCH, GGUFWriter
+from torch import Tensor
+
+from chiasm.connectors.ldp import LightweightDownsampleProjector
+from chiasm.connectors.linear import LinearProjector
+from chiasm.connectors.mlp import MLPProjector
+from chiasm.fusion.base import FusionModel
+from chiasm.interop.export.gguf_language import add_tensor
+from chiasm.interop.export.parts import require
+from chiasm.vision.probe import pair
+
+TOWERS = {"clip_vision_model": "quick_gelu", "siglip_vision_model": "gelu_pytorch_tanh"}
+"""Encoders that llama.cpp builds → the activation that they have where their configuration names none."""
+
+ACTIVATIONS: dict[str, str | None] = {
+    "quick_gelu": None,
+    "gelu": "use_gelu",
+    "gelu_pytorch_tanh": "use_gelu",
+    "gelu_new": "use_gelu",
+    "silu": "use_silu",
+}
+"""Activation → the switch for it; GELU is llama.cpp's approximation by tanh."""
+
+GELUS = ("gelu", "gelu_pytorch_tanh", "gelu_new")
+LDP_GRID = (24, 24)
+"""The only grid of patches that llama.cpp's LDPv2 takes."""
+
+ELSEWHERE = "convert --to transformers for vLLM, or --to onnx"
+
+
+def depth(model: FusionModel) -> int:
+    """Layers of the encoder that run: llama.cpp reads the last of them.
+
+    Raises:
+        ValueError: the features are not one hidden state's patches.
+    """
+    tower, features = model.vision.model.config, model.vision.features
+    require(
+        tower.model_type in TOWERS and getattr(tower, "hidden_act", None) in ACTIVATIONS,
+        f"llama.cpp's projector types read CLIP and SigLIP, this encoder is of type {tower.model_type!r}",
+        f"connect one of {', '.join(TOWERS)}; or {ELSEWHERE}",
+    )
+    height, width = features.image_size
+    fits = len(features.layers) == 1 and features.num_prefix == 0 and height == width
+    require(
+        fits and not features.interpolate_positions and features.layers[0].grid == features.grid,
+        "llama.cpp reads the patches of one hidden state of a square picture, this model reads more or less",
+        f"connect with features={{'layers': [-2]}}, or {ELSEWHERE}",
+    )
+    layer = features.layers[0].layer
+    count = tower.num_hidden_layers
+    return count if layer == "last" else range(count + 1)[int(layer)]
+
+
+def projector(model: FusionModel) -> tuple[str, dict[str, Tensor]]:
+    """llama.cpp's name of a connector, and its tensors.
+
+    Raises:
+        ValueError: it knows no such projector.
+    """
+    connector: Any = model.connector
+    options = model.config.connector
+    if isinstance(connector, LinearProjector):
+        return "mlp", _linear(connector)
+    if isinstance(connector, MLPProjector) and len(connector.layers) == 2 and options["activation"] in GELUS:
+        first, last = connector.layers
+        return "mlp", _layer("mm.0", first) | _layer("mm.2", last)
+    if isinstance(connector, LightweightDownsampleProjector) and connector.grid == LDP_GRID:
+        tensors = _layer("mm.model.mlp.0", connector.up) | _layer("mm.model.mlp.2", connector.out)
+        return "ldpv2", tensors | _layer("mm.model.peg.0", connector.peg)
+    shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    raise ValueError(
+        f"llama.cpp has no projector for connector {shown}; it has mlp with 2 layers and GELU, linear, and ldp on a "
+        f"24×24 grid: connect with one of them, or {ELSEWHERE}"
+    )
+
+
+def _layer(name: str, layer: Any) -> dict[str, Tensor]:
+    weight = layer.weight
+    bias = layer.bias if layer.bias is not None else torch.zeros(weight.shape[0], device=weight.device)
+    return {f"{name}.weight": weight, f"{name}.bias": bias}
+
+
+def _linear(connector: LinearProjector) -> dict[str, Tensor]:
+    """A matrix as an MLP: GELU(x) − GELU(−x) = x, so twice as many inner units pass x through."""
+    assert connector.proj is not None
+    weight = connector.proj.weight.float()
+    bias = connector.proj.bias.float() if connector.proj.bias is not None else torch.zeros_like(weight[:, 0])
+    unit = torch.eye(len(weight), device=weight.device)
+    return {
+        "mm.0.weight": torch.cat([weight, -weight]),
+        "mm.0.bias": torch.zeros(2 * len(weight), device=weight.device),
+        "mm.2.weight": torch.cat([unit, -unit], dim=1),
+        "mm.2.bias": bias,
+    }
+
+
+def write_vision(writer: GGUFWriter, model: FusionModel, images: Any, quantization: str) -> None:
+    """Writes hyperparameters and tensors of the encoder and the projector."""
+    kind, tensors = projector(model)
+    layers, tower = depth(model), model.vision.model.config
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type(kind)
+    writer.add_vision_projection_dim(model.connector.language_width)
+    writer.add_vision_image_size(model.vision.image_size[0])
+    writer.add_vision_patch_size(pair(tower.patch_size)[0])
+    writer.add_vision_embedding_length(tower.hidden_size)
+    writer.add_vision_feed_forward_length(tower.intermediate_size)
+    writer.add_vision_block_count(layers)
+    writer.add_vision_head_count(tower.num_attention_heads)
+    writer.add_vision_attention_layernorm_eps(tower.layer_norm_eps)
+    writer.add_vision_image_mean(list(images.image_mean))
+    writer.add_vision_image_std(list(images.image_std))
+    writer.add_array("clip.vision.feature_layer", [layers])
+    if (switch := ACTIVATIONS[tower.hidden_act]) is not None:
+        getattr(writer, f"add_vision_{switch}")(True)
+    names = gguf.get_tensor_name_map(MODEL_ARCH.MMPROJ, layers)
+    normalised = model.vision.features.layers[0].layer == "last" and tower.model_type == "siglip_vision_model"
+    for name, tensor in model.vision.model.state_dict().items():
+        if not _runs(name, layers, normalised):
+            continue
+        theirs = names.get_name(f"vision_tower.vision_model.{name}", try_suffixes=(".weight", ".bias"))
+        if theirs is None:
+            raise ValueError(f"llama.cpp's vision part has no place for weight {name!r}; {ELSEWHERE}")
+        add_tensor(writer, theirs, tensor, "f32" if "embeddings." in name else quantization)
+    for name, tensor in tensors.items():
+        add_tensor(writer, name, tensor, quantization)
+
+
+def _runs(name: str, layers: int, normalised: bool) -> bool:
+    """Whether a weight of the encoder is used for its features."""
+    parts = name.split(".")
+    if parts[:2] == ["encoder", "layers"]:
+        return int(parts[2]) < layers
+    if parts[0] == "post_layernorm":
+        return normalised
+    return parts[0] != "head" and parts[-1] != "position_ids"

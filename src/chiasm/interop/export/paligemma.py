@@ -1,0 +1,71 @@
+"""Early fusion with a prefix mask and a linear projector → PaliGemma checkpoints of transformers (arXiv 2407.07726)."""
+
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.fusion.base import FusionModel
+from chiasm.interop.export.parts import (
+    Exported,
+    generation,
+    require,
+    require_plain,
+    require_same,
+    rows,
+    text_config,
+    tied,
+    weights,
+)
+from chiasm.interop.export.pictures import published_images
+from chiasm.interop.export.prompts import portable_tokenizer, writes
+from chiasm.interop.paligemma import TEMPLATE, chiasm_config, table
+from chiasm.interop.weights import counterpart
+
+PORTABLE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% endif %}"
+    "{% endfor %}{% endfor %}{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+"""Pictures and prompt: PaliGemma's own processor writes the beginning of text and the line break."""
+
+
+def export_paligemma(model: FusionModel, processor: ChiasmProcessor | None) -> Exported:
+    """The same model and processor as transformers' PaliGemma.
+
+    Raises:
+        ValueError: PaliGemma cannot hold it; the message says why and what would fit.
+    """
+    require_plain(model, "PaliGemma", attention="prefix")
+    require(
+        model.config.vision_config.model_type == "siglip_vision_model",
+        f"PaliGemma has a SigLIP encoder, this model one of type {model.config.vision_config.model_type!r}",
+        "connect a siglip_vision_model",
+    )
+    width = model.connector.language_width
+    config = PaliGemmaConfig(
+        vision_config=model.config.vision_config.to_dict(),
+        text_config=text_config(model),
+        image_token_index=model.config.image_token_id,
+        vocab_size=rows(model),
+        projection_dim=width,
+        hidden_size=width,
+        tie_word_embeddings=tied(model),
+        dtype=model.language.dtype,
+    )
+    require_same(model, chiasm_config(config), "PaliGemma")
+    theirs = counterpart(PaliGemmaForConditionalGeneration, config, weights(model), table(config))
+    theirs.generation_config = generation(model)
+    return Exported(theirs, None if processor is None else _processor(model, processor))
+
+
+def _processor(model: FusionModel, processor: ChiasmProcessor) -> PaliGemmaProcessor:
+    require(
+        writes(processor, TEMPLATE),
+        "this model's prompts are not PaliGemma's (pictures, beginning of text, prompt, line break)",
+        "connect with chat_template=chiasm.interop.paligemma.TEMPLATE before training",
+    )
+    images, words = published_images(processor.image_processor), portable_tokenizer(processor)
+    images.image_seq_length = model.num_image_tokens
+    words.add_tokens([processor.image_token], special_tokens=True)
+    words.image_token, words.image_token_id = processor.image_token, processor.image_token_id
+    return PaliGemmaProcessor(images, words, chat_template=PORTABLE)

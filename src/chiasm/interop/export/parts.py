@@ -1,0 +1,156 @@
+"""What the kinds of transformers checkpoints share on the way out: weights, the text's configuration, what is refused."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+
+from chiasm.connectors import connector_settings
+from chiasm.fusion.adapters import merge_adapters
+from chiasm.fusion.base import FusionModel
+from chiasm.fusion.config import ChiasmConfig
+from chiasm.interop.parts import DIRECT_HEAD
+from chiasm.interop.weights import DERIVED
+from chiasm.language.adapter import vocabulary
+from chiasm.vision.features import VisionFeatures
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint of transformers that is ready to be saved."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin | None
+
+
+def merged(model: FusionModel) -> FusionModel:
+    """The model without LoRA adapters: itself, or a copy with them merged."""
+    if not model.config.adapters:
+        return model
+    model = copy.deepcopy(model)
+    merge_adapters(model)
+    return model
+
+
+def rows(model: FusionModel) -> int:
+    """Rows that the embedding table needs so that the placeholder is in it: transformers looks every token up."""
+    return max(vocabulary(model.language), model.config.image_token_id + 1)
+
+
+def weights(model: FusionModel) -> dict[str, Tensor]:
+    """The model's weights by name, with the placeholder's row in the embedding table and the head.
+
+    Rows that are added are the mean of the others, so that a placeholder's logit is never the largest.
+    """
+    state = {name: tensor for name, tensor in model.state_dict().items() if name.rsplit(".", 1)[-1] not in DERIVED}
+    count = rows(model)
+    if count == vocabulary(model.language):
+        return state
+    tables = {id(module.weight) for module in _tables(model)}
+    biases = {id(module.bias) for module in _tables(model) if getattr(module, "bias", None) is not None}
+    names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in tables]
+    names += [name for name, parameter in model.named_parameters() if id(parameter) in biases]
+    return state | {name: _widened(state[name], count) for name in names}
+
+
+def text_config(model: FusionModel) -> dict[str, Any]:
+    """The language model's configuration as an image-text model with a head of its own has it."""
+    settings = model.config.text_config.to_dict()
+    direct = {name: value for name, value in DIRECT_HEAD.items() if name in settings}
+    return settings | direct | {"vocab_size": rows(model), "tie_word_embeddings": tied(model)}
+
+
+def require_same(model: FusionModel, back: ChiasmConfig, kind: str) -> None:
+    """Refuses a model that the checkpoint would not give back: `back` is what the loader makes of its configuration."""
+    ours = model.config
+    wanted, found = connector_settings(ours.connector), connector_settings(back.connector)
+    pairs = {f"connector {wanted['name']} has {name}": (wanted.get(name), found.get(name)) for name in found}
+    blocks = (ours.cross_attention or {}, back.cross_attention or {})
+    pairs |= {f"cross_attention has {name}": (blocks[0].get(name), blocks[1].get(name)) for name in blocks[1]}
+    pairs |= {
+        f"the features have {name}": (value, _told(back)[name]) for name, value in _told(ours).items()
+    }
+    for name, (have, want) in pairs.items():
+        require(have == want, f"{name} {have!r}, where {kind} has {want!r}", "connect with that, or convert --to onnx")
+
+
+def _told(config: ChiasmConfig) -> dict[str, Any]:
+    """What is read of the encoder, whichever words say so."""
+    features = VisionFeatures.from_dict(config.features)
+    return {
+        "layers": [(layer.layer, layer.grid, layer.prefix_tokens) for layer in features.layers],
+        "grid": features.grid,
+        "image_size": features.image_size,
+        "class and register tokens": features.num_prefix,
+        "resolution": features.resolution,
+        "interpolate_positions": features.interpolate_positions,
+    }
+
+
+def tied(model: FusionModel) -> bool:
+    """Whether the head is the embedding table in transformers too, which ties tables of this name only."""
+    table = model.get_input_embeddings().weight  # type: ignore[union-attr]
+    names = [name for name, parameter in model.named_parameters() if parameter is table]
+    return model.config.tie_word_embeddings and names[0].endswith(".embed_tokens.weight")
+
+
+def generation(model: FusionModel) -> GenerationConfig:
+    """The model's settings of `generate`, in which the placeholder is never chosen."""
+    settings = copy.deepcopy(model.generation_config)
+    settings.suppress_tokens = sorted({*(settings.suppress_tokens or []), model.config.image_token_id})
+    return settings
+
+
+def require(condition: bool, problem: str, fit: str) -> None:
+    """Refuses a model that a kind of checkpoint cannot hold.
+
+    Args:
+        problem: what is in the way.
+        fit: what would fit.
+    """
+    if not condition:
+        raise ValueError(f"{problem}; {fit}")
+
+
+def require_plain(model: FusionModel, kind: str, attention: str = "causal", own_head: bool = True) -> None:
+    """Refuses what no image-text model of transformers has: coordinates, an encoder of Chiasm's own.
+
+    Args:
+        own_head: whether the image-text model has a head in place of the language model's.
+    """
+    config = model.config
+    require(
+        config.patch_positions == "none",
+        f"this model appends coordinates to its patches (patch_positions: {config.patch_positions}), which a {kind} "
+        "checkpoint cannot hold",
+        "connect with patch_positions='none' and a ViT, or convert --to onnx",
+    )
+    require(
+        config.attention == attention,
+        f"this model reads with attention {config.attention!r}, a {kind} checkpoint with {attention!r}",
+        f"connect with attention={attention!r}",
+    )
+    require(
+        config.direct_head or not own_head,
+        f"the language model of type {config.text_config.model_type!r} changes logits behind its head, which a {kind} "
+        "checkpoint does not",
+        "take a language model with a plain head, or convert --to onnx",
+    )
+    tower = config.vision_config
+    require(
+        type(tower).__module__.startswith("transformers."),
+        f"transformers has no vision encoder of type {tower.model_type!r}, which is Chiasm's own",
+        "connect a CLIP or SigLIP encoder, or convert --to onnx",
+    )
+
+
+def _tables(model: FusionModel) -> list[Any]:
+    return [model.get_input_embeddings(), model.get_output_embeddings()]
+
+
+def _widened(table: Tensor, count: int) -> Tensor:
+    mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
+    return torch.cat([table, mean.expand(count - table.shape[0], *table.shape[1:])])

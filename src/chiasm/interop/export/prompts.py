@@ -1,0 +1,101 @@
+"""A tokenizer and a chat template that write the same prompts in transformers' processors as Chiasm's processor does."""
+
+import copy
+from typing import Any
+
+from tokenizers import processors
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from chiasm.data.chat import IMAGE_TOKEN, PLAIN_TEMPLATE, parts, render
+from chiasm.data.processor import ChiasmProcessor
+
+GATHER = (
+    "{%- set gathered = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set words = namespace(text='') -%}"
+    "{%- if message['content'] is string -%}{%- set words.text = message['content'] -%}"
+    "{%- else -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}"
+    "{%- set words.text = words.text + '<image>' + ('' if loop.last else '\n') -%}"
+    "{%- else -%}{%- set words.text = words.text + part['text'] -%}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- set gathered.messages = gathered.messages + [dict(message, content=CONTENT)] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = gathered.messages -%}{{ '' }}"
+)
+"""In front of a template for texts: parts become one text, with `<image>` and a line break for a picture."""
+
+CONTENTS = ("words.text", "[{'type': 'text', 'text': words.text}]")
+"""How a message's text is given to the template that follows: as a string, or as the only part."""
+
+_USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+_ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
+_MORE = {"role": "user", "content": [{"type": "text", "text": "Sure?"}]}
+
+PROBES: tuple[list[dict[str, Any]], ...] = ([_USER], [_MORE], [_USER, _ANSWER, _MORE])
+
+
+def portable_template(processor: ChiasmProcessor) -> str:
+    """A chat template that writes of parts what Chiasm writes of them.
+
+    Raises:
+        ValueError: neither the tokenizer's own template does, nor one with a prelude.
+    """
+    words = processor.tokenizer
+    own = words.get_chat_template() if words.chat_template else PLAIN_TEMPLATE
+    for template in (own, *(GATHER.replace("CONTENT", content) + own for content in CONTENTS)):
+        template = template.replace(IMAGE_TOKEN, processor.image_token)
+        if all(_render(words, template, probe) == _expected(processor, probe) for probe in PROBES):
+            return template
+    raise ValueError(
+        "the chat template writes a picture in a way that no template for transformers' processors was found for; "
+        f"give the tokenizer a chat_template that writes {IMAGE_TOKEN} for image parts"
+    )
+
+
+def portable_tokenizer(processor: ChiasmProcessor) -> PreTrainedTokenizerBase:
+    """The tokenizer, which adds a beginning of text by itself only where Chiasm's processor has it do so."""
+    words = copy.deepcopy(processor.tokenizer)
+    plain = words("a", add_special_tokens=False)["input_ids"]
+    if not processor.add_special_tokens and words("a")["input_ids"] != plain:
+        words.backend_tokenizer.post_processor = processors.Sequence([])
+    words.chat_template = None
+    return words
+
+
+def _expected(processor: ChiasmProcessor, messages: list[dict[str, Any]]) -> str:
+    text = render(processor.tokenizer, messages, add_generation_prompt=True).text
+    return text.replace(IMAGE_TOKEN, processor.image_token)
+
+
+def _render(words: PreTrainedTokenizerBase, template: str, messages: list[dict[str, Any]]) -> str | None:
+    try:
+        rendered, _ = render_jinja_template(
+            [parts(messages)], chat_template=template, add_generation_prompt=True, **words.special_tokens_map
+        )
+    except Exception:  # templates raise whatever they like
+        return None
+    return rendered[0]
+
+
+def writes(processor: ChiasmProcessor, template: str) -> bool:
+    """Whether a processor's prompts of one turn are what a template writes of parts."""
+    words = processor.tokenizer
+    return all(_render(words, template, probe) == _expected(processor, probe) for probe in PROBES[:2])
+
+
+def pictures_first(processor: ChiasmProcessor) -> str:
+    """A chat template without pictures, for processors that put them in front of everything.
+
+    Raises:
+        ValueError: the model's prompts have them elsewhere.
+    """
+    for probe in PROBES:
+        text = _expected(processor, probe)
+        if not text.startswith(processor.image_token * text.count(processor.image_token)):
+            raise ValueError(
+                "BLIP-2's processor puts a picture in front of the prompt, this model's chat template inside of it; "
+                "connect with a chat_template that begins with <image>"
+            )
+    return f"{{% set prompt %}}{portable_template(processor)}{{% endset %}}{{{{ prompt | replace('<image>', '') }}}}"
