@@ -101,6 +101,14 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return kind
 
 
+def vision_type(source: str | PreTrainedModel) -> str:
+    """The model type of the vision tower of a folder, a hub id or a loaded model."""
+    if isinstance(source, str):
+        require_reachable(source)
+    config = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
+    return config.vision_config.model_type if config.model_type in TWO_TOWERS else config.model_type
+
+
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """A vision model with fresh weights."""
     config = standalone(config)
