@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chiasm.data.captions import CaptionProcessor
+from chiasm.data.chat import Message
+from chiasm.data.schema import text_of
 from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
 
@@ -71,6 +73,33 @@ class DualEncoder:
             )
         cosines = (self.model.embed_images(patches) * self.model.embed_texts(**tokens)).sum(dim=-1)
         return self.model.connector.logits(cosines[:, None])[:, 0].sigmoid()
+
+    @torch.inference_mode()
+    def answer(self, images: Any, questions: str | Sequence[str]) -> list[str]:
+        """The likeliest of the known answers to a question about each picture.
+
+        Raises:
+            ValueError: not as many questions as pictures, or the model has no answer head.
+        """
+        patches, tokens = self._patches(images), self._tokens(questions)
+        if len(patches) != len(tokens["input_ids"]):
+            raise ValueError(f"{len(patches)} picture(s) but {len(tokens['input_ids'])} question(s); pass pairs")
+        if not isinstance(self.model, LateFusionModel) or self.model.config.answer_head is None:
+            raise ValueError("this model has no answer head; train one: chiasm train late_vqa")
+        known = self.model.config.answer_head["answers"]
+        return [known[label] for label in self.model.answers(patches, **tokens).argmax(dim=-1).tolist()]
+
+    def generate(self, messages: list[list[Message]], images: list[list[Any]], **_: Any) -> list[str]:
+        """An answer for each conversation of one picture: to its last question, as `VLM.generate` has it.
+
+        Raises:
+            ValueError: a conversation has not exactly one picture.
+        """
+        counts = [len(pictures) for pictures in images]
+        if any(count != 1 for count in counts):
+            raise ValueError(f"a model of two towers answers about one picture, got {max(counts)} in a conversation")
+        questions = [next(text_of(m["content"]) for m in reversed(c) if m["role"] == "user") for c in messages]
+        return self.answer([pictures[0] for pictures in images], questions)
 
     def to(self, *args: Any, **kwargs: Any) -> "DualEncoder":
         """Moves the model to a device or dtype."""

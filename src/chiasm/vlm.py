@@ -201,7 +201,9 @@ def connect(
     if fusion == "late":
         foreign = {"cross_attention": cross_attention, "chat_template": chat_template}
         if given := next((name for name, value in foreign.items() if value is not None), None):
-            raise ValueError(f"{given}= is not for fusion='late', which has no language model that answers; leave it out")
+            raise ValueError(
+                f"{given}= is not for fusion='late', which has no language model that answers; leave it out"
+            )
         towers = [sources.resolve(s) if isinstance(s, str | Path) else s for s in (vision, language or DEFAULT_TEXT)]
         return connect_late(
             *towers,

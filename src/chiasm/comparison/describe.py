@@ -14,6 +14,8 @@ def describe(model: FusionModel | LateFusionModel, images: int = 1, text_tokens:
     """JSON-able facts about a model."""
     if isinstance(model, LateFusionModel):
         return _describe_late(model)
+    if not isinstance(model, FusionModel):
+        raise ValueError(f"a {type(model).__name__} has no description; name a model that answers, or late fusion")
     config = model.config
     kinds = {
         "vision": config.vision_config.model_type,

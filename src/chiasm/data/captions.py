@@ -11,7 +11,6 @@ from transformers import BatchFeature, ProcessorMixin
 from chiasm.data.collation import Batch, Item
 from chiasm.data.schema import Problem, Sample, SampleError, text_of
 
-
 FRAMES = ("both", "own")
 
 
@@ -126,9 +125,22 @@ def collate_captions(items: Sequence[Item], processor: CaptionProcessor) -> Batc
     return Batch(inputs, [item.id for item in items], supervised=tokens - len(items), tokens=tokens)
 
 
+def text_ids(items: Sequence[Item]) -> Tensor:
+    """A number for each text: equal where its tokens are."""
+    return torch.tensor([text_id(item.tokens["input_ids"]) for item in items])
+
+
+def text_id(tokens: Sequence[int]) -> int:
+    """63 bits of a digest of a text's tokens."""
+    return _digest(repr(list(tokens)).encode())
+
+
 def picture_id(picture: Tensor) -> int:
     """63 bits of a digest of a picture's pixels or features."""
-    content = picture.contiguous().view(torch.uint8).numpy().tobytes()
+    return _digest(picture.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) >> 1
 
 

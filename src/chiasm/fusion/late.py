@@ -125,9 +125,7 @@ class LateFusionModel(PartDtypes):
         return self.connector.texts(self.pooled_texts(input_ids, attention_mask, position_ids))
 
     @staticmethod
-    def similarity(
-        images: Float[Tensor, "images P"], texts: Float[Tensor, "texts P"]
-    ) -> Float[Tensor, "images texts"]:
+    def similarity(images: Float[Tensor, "images P"], texts: Float[Tensor, "texts P"]) -> Float[Tensor, "images texts"]:
         """Cosines of all pictures and all texts."""
         return images @ texts.T
 

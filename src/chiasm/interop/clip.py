@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, CLIPConfig, CLIPModel, PreTrainedModel, SiglipConfig, SiglipModel
+from transformers import AutoConfig, CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel, SiglipConfig, SiglipModel
 
 from chiasm.data.captions import CaptionProcessor
 from chiasm.fusion.late import LateFusionModel
@@ -31,6 +31,8 @@ SIGLIP = {
     "logit_scale": "connector.logit_scale",
     "logit_bias": "connector.logit_bias",
 }
+SCALARS = ("logit_scale", "logit_bias")
+"""Weights that SigLIP keeps as vectors of length 1."""
 
 
 def load_clip(source: str, dtype: torch.dtype | str = "auto") -> tuple[LateFusionModel, CaptionProcessor | None]:
@@ -47,8 +49,8 @@ def load_siglip(source: str, dtype: torch.dtype | str = "auto") -> tuple[LateFus
     config = AutoConfig.from_pretrained(source)
     connector = {"name": "none", "logit_bias": 0.0}
     ours = _config(config, connector, config.vision_config.hidden_size, config.text_config.projection_size)
-    scalar = {name: torch.Tensor.squeeze for name in ("connector.logit_scale", "connector.logit_bias")}
-    model = assemble(LateFusionModel, ours, read_weights(source), SIGLIP, scalar, dtype=dtype)
+    scalars = {SIGLIP[name]: torch.Tensor.squeeze for name in SCALARS}
+    model = assemble(LateFusionModel, ours, read_weights(source), SIGLIP, scalars, dtype=dtype)
     return model, _processor(source, model, fixed_length=True)
 
 
@@ -81,22 +83,20 @@ def export_late(model: LateFusionModel, processor: CaptionProcessor | None, fold
     Raises:
         ValueError: it has other towers, another pooling or projection, or adapters that are not merged.
     """
-    theirs, table = _reference(model)
-    weights = model.state_dict()
+    kind, config, table = _reference(model)
     back = {ours: name for name, ours in table.items()}
-    renamed = {_back(name, back): tensor for name, tensor in weights.items()}
-    own = theirs.state_dict()
-    with torch.no_grad():
-        theirs.load_state_dict({name: _as(tensor, own[name]) for name, tensor in renamed.items()}, assign=True)
+    renamed = {_back(name, back): tensor.cpu() for name, tensor in model.state_dict().items()}
+    vectors = {name: _vector for name in SCALARS if kind is SiglipModel}
+    theirs = assemble(kind, config, renamed, {}, vectors)
     theirs.save_pretrained(folder)
     if processor is not None:
         processor.tokenizer.save_pretrained(folder)
         _save_preprocessing(processor.image_processor, Path(folder), theirs.config.model_type)
-    return theirs.eval()
+    return theirs
 
 
-def _reference(model: LateFusionModel) -> tuple[PreTrainedModel, dict[str, str]]:
-    """An unfilled model of transformers that computes what ours does, and the table of names."""
+def _reference(model: LateFusionModel) -> tuple[type[PreTrainedModel], PreTrainedConfig, dict[str, str]]:
+    """The class of transformers that computes what ours does, its configuration, and the table of names."""
     config = model.config
     kinds = (config.vision_config.model_type, config.text_config.model_type)
     own = config.vision_pooling == config.text_pooling == "own"
@@ -109,23 +109,23 @@ def _reference(model: LateFusionModel) -> tuple[PreTrainedModel, dict[str, str]]
     plain = config.connector["name"] == "linear" and not config.connector["bias"] and connector.logit_bias is None
     if kinds == ("clip_vision_model", "clip_text_model") and own and plain:
         space = {"projection_dim": config.connector["space"], "logit_scale_init_value": connector.logit_scale.item()}
-        theirs, kind, table = CLIPConfig(**towers, **space), CLIPModel, CLIP
+        theirs: Any = CLIPConfig(**towers, **space)
+        found: tuple[type[PreTrainedModel], dict[str, str]] = (CLIPModel, CLIP)
     elif (
         kinds == ("siglip_vision_model", "siglip_text_model")
         and own
         and config.connector["name"] == "none"
         and connector.logit_bias is not None
     ):
-        theirs, kind, table = SiglipConfig(**towers), SiglipModel, SIGLIP
+        theirs, found = SiglipConfig(**towers), (SiglipModel, SIGLIP)
     else:
         raise ValueError(
             f"transformers has no class for late fusion of {kinds[0]} and {kinds[1]} with projections "
             f"{config.connector['name']!r} (logit_bias {config.connector['logit_bias']}); it has CLIP (its own towers, "
             "linear projections without bias) and SigLIP (its own towers, connector none, a logit_bias)"
         )
-    theirs.dtype = model.connector.dtype
-    with torch.device("meta"):
-        return kind(theirs), table
+    theirs.dtype = connector.dtype
+    return found[0], theirs, found[1]
 
 
 def _back(name: str, table: dict[str, str]) -> str:
@@ -133,8 +133,8 @@ def _back(name: str, table: dict[str, str]) -> str:
     return table[prefix] + name.removeprefix(prefix)
 
 
-def _as(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.detach().reshape(like.shape).cpu().contiguous()
+def _vector(scalar: Tensor) -> Tensor:
+    return scalar.reshape(1)
 
 
 def _save_preprocessing(images: ChiasmImageProcessor, folder: Path, kind: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from chiasm.language.adapter import accepts
-from chiasm.sources.errors import readable_weights
+from chiasm.sources.errors import readable_weights, without_report
 from chiasm.sources.files import read_json, require_reachable
 
 POOLINGS = ("mean", "cls", "last", "own")
@@ -124,7 +124,7 @@ def _load(source: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, set[s
     config, options = AutoConfig.from_pretrained(source), {}
     if config.model_type in TWO_TOWERS:
         config, options = config.text_config, {"key_mapping": {r"^text_model\.": ""}}
-    with readable_weights(source):
+    with readable_weights(source), without_report():
         kind = _class(config)
         model, report = kind.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **options)
     return model, set(report["missing_keys"])

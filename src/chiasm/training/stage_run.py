@@ -15,27 +15,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.connectors import AffineConnector
 from chiasm.data.collation import Batch, load_pixels
-from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import Sample, SampleError
 from chiasm.data.splits import Subset
 from chiasm.fusion.adapters import merge_adapters, plain_name
+from chiasm.fusion.late import LateFusionModel
 from chiasm.training.attention import fast_attention
 from chiasm.training.batches import WORKERS, Order, prefetch, seed_of
 from chiasm.training.checkpoint import TrainingError, restore
 from chiasm.training.closed_form import caption_indices
 from chiasm.training.compiling import compiled_layers
 from chiasm.training.features import Rows, stage_features
+from chiasm.training.late_stage import give_answer_head, late_stage_model
 from chiasm.training.log import Reporter, gate_fields, peak_memory, plan_fields
 from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.precision import autocast, choose_dtype, stage_precision
 from chiasm.training.run import Run
 from chiasm.training.schema import Stage
 from chiasm.training.source import Hope, Source, Survey, nothing_left, usable_samples
-from chiasm.training.stage_model import stage_model
+from chiasm.training.stage_model import StageModel, stage_model
 from chiasm.training.stages import check_first_step, digests, enter, set_modes
 from chiasm.training.validation import Generate, Validator, by_objective
 
@@ -51,7 +52,7 @@ class Context:
     """What all stages of a run share. `trained`: plain names of the weights that any stage has changed so far."""
 
     model: PreTrainedModel
-    processor: ChiasmProcessor
+    processor: ProcessorMixin
     samples: Sequence[Sample]
     survey: Survey
     held_out: Sequence[Sample]
@@ -74,20 +75,24 @@ class StageRun:
         self.context, self.number, self.stage = context, number, stage
         self.new_objectives = not earlier or earlier[-1].objectives != stage.objectives
         self.log, self.reporter = context.run.log, context.reporter
-        taught = [context.run.folder / other.name for other in earlier if other.reads_captions]
-        self.learner = stage_model(context.model, context.processor, stage, number, taught[-1] if taught else None)
+        if isinstance(context.model, LateFusionModel):
+            if stage.objectives == ["answers"]:
+                give_answer_head(context.model, stage, context.samples, context.survey.usable)
+            self.learner: StageModel = late_stage_model(context.model, context.processor, stage)
+        else:
+            taught = [context.run.folder / other.name for other in earlier if other.reads_captions]
+            self.learner = stage_model(context.model, context.processor, stage, number, taught[-1] if taught else None)
         self.model = self.learner.model
         self.device = self.model.device
         self.dtype = choose_dtype(stage.dtype, self.device)
         self.resumed = context.run.resumed_in(stage.name)
         self.first_step = self.resumed.position.step if self.resumed is not None else 0
-        survey = context.survey.with_one_picture() if stage.reads_captions else context.survey
+        survey = context.survey.with_one_picture() if stage.shows_one_picture else context.survey
         self.order = Order(survey.usable, survey.lengths if stage.group_by_length else None, stage, number)
         self.left_out = len(context.survey.usable) - len(survey.usable)
         if not survey.usable:
-            raise ValueError(
-                f"stage {stage.name!r} reads captions of one picture each, and the data has no such sample"
-            )
+            what = "captions" if stage.reads_captions else "questions"
+            raise ValueError(f"stage {stage.name!r} reads {what} of one picture each, and the data has no such sample")
         self.num_steps = stage.num_steps(len(survey.usable))
         self.originals: dict[str, Tensor] = {}
 
@@ -186,9 +191,10 @@ class StageRun:
             rows = self.features.fill(context.samples, self.order.visited(self.num_steps))
             self.features = self.features if rows is not None else None
         self.source = self._source(context.samples, rows)
+        self.learner.prepare(context.samples, self.order.visited(self.num_steps))
         self.validator = None
         held_out = usable_samples(context.held_out, stage.validation.samples, stage.skip_bad)
-        if stage.reads_captions:
+        if stage.shows_one_picture:
             held_out = [sample for sample in held_out if len(sample.images) == 1]
         if held_out:
             others = [context.samples[index] for index in context.survey.usable[:SPARE_PICTURES]]
@@ -344,7 +350,7 @@ class StageRun:
         trained |= changed & {plain_name(name) for name, _ in self.context.model.named_parameters()}
         self.model.requires_grad_(False).eval()
         self.originals = {}
-        if "connector" not in self.plan.frozen_parts():
+        if "connector" not in self.plan.frozen_parts() and hasattr(self.context.model.config, "fresh_connector"):
             self.context.model.config.fresh_connector = False
         took = {"seconds": round(seconds, 3)}
         self.log.write("stage_end", self.stage.name, self.num_steps, **took, **gate_fields(self.model))
