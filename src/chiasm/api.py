@@ -12,19 +12,21 @@ from rich.progress import Progress as Bar
 from chiasm.data.few_shot import draw_examples
 from chiasm.data.readers import read, read_train
 from chiasm.data.schema import Sample
+from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.evaluate import evaluate as evaluate_answers
+from chiasm.fusion.late import LateFusionModel
 from chiasm.training.schema import Recipe
 from chiasm.training.trainer import TrainResult
 from chiasm.training.trainer import train as train_model
-from chiasm.vlm import VLM, best_device, load_vlm, ready_to_answer
+from chiasm.vlm import VLM, best_device, load, load_vlm, ready_to_answer
 
 Progress = Callable[[int, int], None]
 
 
 def train(
     recipe: str | Path | Recipe,
-    model: VLM | str | Path,
+    model: VLM | DualEncoder | str | Path,
     data: Any,
     output: str | Path,
     *,
@@ -37,13 +39,15 @@ def train(
 
     Args:
         recipe: a file, the name of one that ships (`llava`), or a loaded one.
-        model: a `VLM`, or the folder of one.
+        model: a `VLM` or a `DualEncoder`, or the folder of one.
         data: anything that `chiasm.data.readers.read` understands.
         output: the run's folder.
         validation_data: held-out data; by default 5 % of `data`, the same ones in every run.
         overrides: `key=value` changes to the recipe, such as `stages.align.lr=1e-3`.
     """
-    vlm = model if isinstance(model, VLM) else load_vlm(model).to(best_device())
+    vlm = model if isinstance(model, VLM | DualEncoder) else load(model).to(best_device())
+    if isinstance(vlm, DualEncoder) and not isinstance(vlm.model, LateFusionModel):
+        raise ValueError(f"{model} is the retrieval model of a stage; train the model that the run left in RUN/model")
 
     def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:
         return vlm.generate(messages, images, max_new_tokens=32)

@@ -9,13 +9,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chiasm.data.captions import CaptionProcessor
-from chiasm.fusion.qformer_retrieval import QFormerRetrieval, query_similarity
+from chiasm.data.chat import Message
+from chiasm.data.schema import text_of
+from chiasm.fusion.late import LateFusionModel
+from chiasm.fusion.qformer_retrieval import QFormerRetrieval
+
+RetrievalModel = LateFusionModel | QFormerRetrieval
 
 
 class DualEncoder:
     """A retrieval model: `.model` and `.processor` are transformers objects."""
 
-    def __init__(self, model: QFormerRetrieval, processor: CaptionProcessor | None) -> None:
+    def __init__(self, model: RetrievalModel, processor: CaptionProcessor | None) -> None:
         self.model = model.eval()
         self._processor = processor
 
@@ -34,8 +39,8 @@ class DualEncoder:
         return self._processor
 
     @torch.inference_mode()
-    def embed_images(self, images: Any) -> Float[Tensor, "images K P"]:
-        """K vectors of length 1 for every picture: what its queries saw."""
+    def embed_images(self, images: Any) -> Float[Tensor, "images *K P"]:
+        """A vector of length 1 for every picture; of a Q-Former K vectors, what its queries saw."""
         return self.model.embed_images(self._patches(images))
 
     @torch.inference_mode()
@@ -45,20 +50,56 @@ class DualEncoder:
 
     @torch.inference_mode()
     def score(self, images: Any, texts: str | Sequence[str]) -> Float[Tensor, "images texts"]:
-        """The cosine of every picture's nearest query and every text."""
-        return query_similarity(self.embed_images(images), self.embed_texts(texts))
+        """The cosine of every picture (of a Q-Former its nearest query) and every text."""
+        return self.model.similarity(self.embed_images(images), self.embed_texts(texts))
 
     @torch.inference_mode()
     def match(self, images: Any, texts: str | Sequence[str]) -> Float[Tensor, " pairs"]:
-        """The probability that a picture and the text of the same place belong together, read with both in sight.
+        """The probability that a picture and the text of the same place belong together: of a Q-Former, which reads
+        both together, or of a late-fusion model with a sigmoid's scale and bias.
 
         Raises:
-            ValueError: not as many texts as pictures.
+            ValueError: not as many texts as pictures, or the model only ranks.
         """
         patches, tokens = self._patches(images), self._tokens(texts)
         if len(patches) != len(tokens["input_ids"]):
             raise ValueError(f"{len(patches)} picture(s) but {len(tokens['input_ids'])} text(s); pass pairs")
-        return self.model.match(patches, **tokens).softmax(dim=-1)[:, 1]
+        if isinstance(self.model, QFormerRetrieval):
+            return self.model.match(patches, **tokens).softmax(dim=-1)[:, 1]
+        if self.model.connector.logit_bias is None:
+            raise ValueError(
+                "this model has no probability of a pair, because its scores have no bias; use score, "
+                "or connect with preset siglip"
+            )
+        cosines = (self.model.embed_images(patches) * self.model.embed_texts(**tokens)).sum(dim=-1)
+        return self.model.connector.logits(cosines[:, None])[:, 0].sigmoid()
+
+    @torch.inference_mode()
+    def answer(self, images: Any, questions: str | Sequence[str]) -> list[str]:
+        """The likeliest of the known answers to a question about each picture.
+
+        Raises:
+            ValueError: not as many questions as pictures, or the model has no answer head.
+        """
+        patches, tokens = self._patches(images), self._tokens(questions)
+        if len(patches) != len(tokens["input_ids"]):
+            raise ValueError(f"{len(patches)} picture(s) but {len(tokens['input_ids'])} question(s); pass pairs")
+        if not isinstance(self.model, LateFusionModel) or self.model.config.answer_head is None:
+            raise ValueError("this model has no answer head; train one: chiasm train late_vqa")
+        known = self.model.config.answer_head["answers"]
+        return [known[label] for label in self.model.answers(patches, **tokens).argmax(dim=-1).tolist()]
+
+    def generate(self, messages: list[list[Message]], images: list[list[Any]], **_: Any) -> list[str]:
+        """An answer for each conversation of one picture: to its last question, as `VLM.generate` has it.
+
+        Raises:
+            ValueError: a conversation has not exactly one picture.
+        """
+        counts = [len(pictures) for pictures in images]
+        if any(count != 1 for count in counts):
+            raise ValueError(f"a model of two towers answers about one picture, got {max(counts)} in a conversation")
+        questions = [next(text_of(m["content"]) for m in reversed(c) if m["role"] == "user") for c in messages]
+        return self.answer([pictures[0] for pictures in images], questions)
 
     def to(self, *args: Any, **kwargs: Any) -> "DualEncoder":
         """Moves the model to a device or dtype."""
@@ -70,6 +111,12 @@ class DualEncoder:
         self.model.save_pretrained(folder, **kwargs)
         if self._processor is not None:
             self._processor.save_pretrained(folder)
+
+    def push_to_hub(self, repository: str, **kwargs: Any) -> None:
+        """Uploads what `save_pretrained` writes."""
+        self.model.push_to_hub(repository, **kwargs)
+        if self._processor is not None:
+            self._processor.push_to_hub(repository, **kwargs)
 
     def _patches(self, images: Any) -> Float[Tensor, "images N D_p"]:
         return self.model.patches(self.processor(images=images)["pixel_values"].to(self.model.device, self.model.dtype))

@@ -44,6 +44,13 @@ PRESETS: dict[str, Preset] = {
     "flamingo": Preset(
         {"name": "perceiver_resampler", "project": False}, "intermediate", None, "pad", "flamingo", "2204.14198"
     ),
+    "clip": Preset({"name": "linear", "space": 512}, "late", recipe="clip", paper="2103.00020"),
+    "siglip": Preset(
+        {"name": "linear", "space": 512, "bias": True, "logit_scale": 2.302585, "logit_bias": -10.0},
+        "late",
+        recipe="siglip",
+        paper="2303.15343",
+    ),
     "internvl": Preset("pixel_shuffle", "early", {"layers": ["last"]}, "squash", "internvl", "2404.16821"),
 }
 

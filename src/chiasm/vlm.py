@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiasm import sources
 from chiasm.comparison.cost import Cost, cost
+from chiasm.connect_late import connect_late
 from chiasm.data.chat import Message, count_images, user_message
 from chiasm.data.few_shot import Example, as_list, put_first, solved
 from chiasm.data.instruction import InstructionProcessor
@@ -33,6 +34,7 @@ from chiasm.vision.image_processor import ChiasmImageProcessor, image_processor_
 
 DEFAULT_VISION = "efficientnet-lite0"
 DEFAULT_LANGUAGE = "smollm2-135m-instruct"
+DEFAULT_TEXT = "minilm-l6"
 
 
 class VLM:
@@ -145,7 +147,7 @@ class VLM:
 
 def connect(
     vision: str | PreTrainedModel = DEFAULT_VISION,
-    language: str | PreTrainedModel = DEFAULT_LANGUAGE,
+    language: str | PreTrainedModel | None = None,
     connector: str | dict[str, Any] | None = None,
     fusion: str | None = None,
     *,
@@ -160,17 +162,21 @@ def connect(
     regions: tuple[int, int] | None = None,
     cross_attention: dict[str, Any] | None = None,
     attention: str = "causal",
+    pooling: dict[str, str] | None = None,
     dtype: torch.dtype | str = "auto",
     seed: int = 0,
-) -> VLM:
+) -> Any:
     """Connects a vision encoder and a language model; the connector is new and wants training.
+
+    Gives a `VLM`, and for late fusion a `DualEncoder`.
 
     Args:
         vision: hub id, local folder, alias, or a loaded transformers vision model.
-        language: hub id, local folder, alias, or a loaded causal language model.
+        language: hub id, local folder, alias, or a loaded causal language model; by default `DEFAULT_LANGUAGE`. For
+            late fusion any text encoder or causal language model, by default `DEFAULT_TEXT`.
         connector: a name of `chiasm.connectors.CONNECTORS`, or `{"name": ..., option: ...}`; `mlp` where nothing says
             otherwise. A `qformer` may have `init_from`, a BERT-shaped encoder, and `tokenizer`, which reads the
-            instruction.
+            instruction. For late fusion `linear`, `mlp` or `none`, the projections into the shared space.
         fusion: where the two meet, `early` where nothing says otherwise.
         preset: a system of `chiasm.presets.PRESETS`, whose choices stand where these arguments are not given.
         tokenizer: needed only where `language` is a loaded module without files behind it.
@@ -186,13 +192,37 @@ def connect(
             of `chiasm.fusion.cross_attention_settings.CrossAttentionSettings`.
         attention: for early fusion, `causal` or `prefix` (pictures and prompt are read in both directions, as in
             PaliGemma).
+        pooling: for late fusion, how a picture and a text become one vector: `{"vision": "mean" | "cls" | "own",
+            "text": "mean" | "cls" | "last" | "own"}`; by default what suits the tower.
         dtype: of the weights; `auto` keeps each checkpoint's own.
         seed: of the new connector's weights.
     """
     chosen = preset_named(preset)
     fusion = chosen.fusion if fusion is None else fusion
-    if fusion not in FUSIONS:
-        raise ValueError(f"fusion {fusion!r} is unknown; choose one of {', '.join(FUSIONS)}")
+    if fusion not in (*FUSIONS, "late"):
+        raise ValueError(f"fusion {fusion!r} is unknown; choose one of {', '.join(FUSIONS)}, late")
+    if fusion == "late":
+        foreign = {"cross_attention": cross_attention, "chat_template": chat_template}
+        if given := next((name for name, value in foreign.items() if value is not None), None):
+            raise ValueError(
+                f"{given}= is not for fusion='late', which has no language model that answers; leave it out"
+            )
+        towers = [sources.resolve(s) if isinstance(s, str | Path) else s for s in (vision, language or DEFAULT_TEXT)]
+        return connect_late(
+            *towers,
+            _tokenizer_for(tokenizer, towers[1]),
+            connector or (chosen.connector if preset else "linear"),
+            pooling=pooling,
+            image_processor=image_processor,
+            features=features,
+            image_size=image_size,
+            resize_mode=resize_mode or chosen.resize_mode,
+            dtype=dtype,
+            seed=seed,
+        )
+    if pooling is not None:
+        raise ValueError(f"pooling= is for fusion='late', got fusion={fusion!r}; leave it out")
+    language = language or DEFAULT_LANGUAGE
     start = start_of(chosen.connector if connector is None else connector)
     resize_mode = resize_mode or chosen.resize_mode
     vision_source = sources.resolve(vision) if isinstance(vision, str | Path) else vision

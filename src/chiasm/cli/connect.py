@@ -51,11 +51,16 @@ def pull(
 def connect(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the connected model.", show_default=False)],
     vision: Annotated[str, typer.Option(help="Vision encoder: alias, folder or hub id.")] = "efficientnet-lite0",
-    language: Annotated[str, typer.Option(help="Language model: alias, folder or hub id.")] = "smollm2-135m-instruct",
+    language: Annotated[
+        str | None,
+        typer.Option(help="Language model: alias, folder or hub id; else smollm2-135m-instruct, for late minilm-l6."),
+    ] = None,
     connector: Annotated[
         str | None, typer.Option(help='Connector: a name, or JSON such as \'{"name": "mlp", "depth": 3}\'; else mlp.')
     ] = None,
-    fusion: Annotated[str | None, typer.Option(help="Where the two meet: early or intermediate; else early.")] = None,
+    fusion: Annotated[
+        str | None, typer.Option(help="Where the two meet: early, intermediate or late; else early.")
+    ] = None,
     cross_attention: Annotated[
         str | None, typer.Option(help="Intermediate fusion's blocks as JSON, such as '{\"every\": 2}'.")
     ] = None,
@@ -67,6 +72,9 @@ def connect(
     ] = None,
     regions: Annotated[
         str | None, typer.Option(help="Write the names of a picture's regions in front of its tokens, such as 2x2.")
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help='Late fusion\'s pooling as JSON, such as \'{"text": "cls"}\'.')
     ] = None,
     resize_mode: Annotated[str | None, typer.Option(help="pad, squash or crop.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels, if not the encoder's own.")] = None,
@@ -86,6 +94,7 @@ def connect(
         cross_attention=json_option(cross_attention, "--cross-attention"),
         features=json_option(features, "--features"),
         regions=_regions(regions),
+        pooling=json_option(pooling, "--pooling"),
         resize_mode=resize_mode,
         image_size=image_size,
         seed=seed,
@@ -94,6 +103,8 @@ def connect(
     _show(vlm, as_json)
     if not as_json:
         kinds = {"intermediate": "flamingo", "qformer": "blip2"}
+        if preset is None:
+            kinds["late"] = "clip"
         chosen = [vlm.model.config.fusion, vlm.model.config.connector["name"]]
         recipe = next((kinds[kind] for kind in chosen if kind in kinds), preset_named(preset).recipe)
         out.print(
@@ -111,9 +122,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show a model's parts, parameters, visual tokens and cost."""
-    from chiasm.vlm import load_vlm
+    import chiasm
 
-    _show(load_vlm(model), as_json, images=images, text_tokens=text_tokens)
+    _show(chiasm.load(model), as_json, images=images, text_tokens=text_tokens)
 
 
 def _regions(text: str | None) -> tuple[int, int] | None:

@@ -7,10 +7,15 @@ from rich.table import Table
 
 from chiasm.comparison.cost import cost, parts
 from chiasm.fusion.base import FusionModel
+from chiasm.fusion.late import LateFusionModel
 
 
-def describe(model: FusionModel, images: int = 1, text_tokens: int = 64) -> dict[str, Any]:
+def describe(model: FusionModel | LateFusionModel, images: int = 1, text_tokens: int = 64) -> dict[str, Any]:
     """JSON-able facts about a model."""
+    if isinstance(model, LateFusionModel):
+        return _describe_late(model)
+    if not isinstance(model, FusionModel):
+        raise ValueError(f"a {type(model).__name__} has no description; name a model that answers, or late fusion")
     config = model.config
     kinds = {
         "vision": config.vision_config.model_type,
@@ -33,6 +38,29 @@ def describe(model: FusionModel, images: int = 1, text_tokens: int = 64) -> dict
     }
 
 
+def _describe_late(model: LateFusionModel) -> dict[str, Any]:
+    config = model.config
+    kinds = {
+        "vision": config.vision_config.model_type,
+        "connector": config.connector["name"],
+        "language": config.text_config.model_type,
+    }
+    head = config.answer_head
+    if head is not None:
+        kinds["answer_head"] = f"{head['combine']}, {len(head['answers'])} answers"
+    return {
+        "fusion": "late",
+        "parts": {part: {"kind": kind, **_parameters(getattr(model, part))} for part, kind in kinds.items()},
+        "connector": config.connector,
+        "features": config.features,
+        "pooling": {"vision": config.vision_pooling, "text": config.text_pooling},
+        "space": config.connector["space"] if config.connector["name"] != "none" else config.image_width,
+        "logit_scale": model.connector.logit_scale.exp().item(),
+        "logit_bias": None if model.connector.logit_bias is None else model.connector.logit_bias.item(),
+        "adapters": config.adapters or {},
+    }
+
+
 def _parameters(part: Any) -> dict[str, Any]:
     parameters = list(part.parameters())
     return {
@@ -49,6 +77,15 @@ def print_description(description: dict[str, Any], console: Console) -> None:
         table.add_row(part, facts["kind"], f"{facts['parameters']:,}", f"{facts['trainable']:,}", facts["dtype"])
     console.print(table)
     height, width = description["features"]["image_size"]
+    if description["fusion"] == "late":
+        pooling = description["pooling"]
+        console.print(
+            f"{height}×{width} pixels, pooled by {pooling['vision']}, and texts, pooled by {pooling['text']} → "
+            f"{description['space']} dimensions; cosines × {description['logit_scale']:.2f}"
+            + ("" if description["logit_bias"] is None else f" + {description['logit_bias']:.2f}"),
+            soft_wrap=True,
+        )
+        return
     costs, prompt = description["cost"], description["prompt"]
     console.print(
         f"{height}×{width} pixels → {description['patches']} patches → {description['tokens_per_image']} visual tokens"

@@ -11,6 +11,8 @@ from transformers import BatchFeature, ProcessorMixin
 from chiasm.data.collation import Batch, Item
 from chiasm.data.schema import Problem, Sample, SampleError, text_of
 
+FRAMES = ("both", "own")
+
 
 class CaptionProcessor(ProcessorMixin):
     """Pictures + texts → `pixel_values`, `input_ids`, `attention_mask`.
@@ -22,7 +24,12 @@ class CaptionProcessor(ProcessorMixin):
         image_processor: pictures → `pixel_values`.
         tokenizer: of the text branch.
         text_length: tokens of the longest text; what is longer loses its end.
+        frame: `both`, as said above, or `own`: what the tokenizer itself puts around a text.
+        fixed_length: whether every text is filled up to `text_length` and the fill is read like words (SigLIP).
     """
+
+    num_image_tokens = 0
+    """Pictures take no place in the text."""
 
     def __init__(
         self,
@@ -30,23 +37,28 @@ class CaptionProcessor(ProcessorMixin):
         tokenizer: Any = None,
         text_length: int = 32,
         chat_template: str | None = None,
+        frame: str = "both",
+        fixed_length: bool = False,
     ) -> None:
+        if frame not in FRAMES:
+            raise ValueError(f"frame {frame!r} is unknown; choose one of {', '.join(FRAMES)}")
         ends = [tokenizer.sep_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id]
         starts = [tokenizer.cls_token_id, tokenizer.bos_token_id, *ends]
         self.start_token_id = next((token for token in starts if token is not None), None)
         self.end_token_id = next((token for token in ends if token is not None), None)
-        if self.start_token_id is None or self.end_token_id is None:
+        if frame == "both" and (self.start_token_id is None or self.end_token_id is None):
             raise ValueError(
                 f"tokenizer {type(tokenizer).__name__} has no token that begins or ends a text; add eos_token"
             )
-        self.text_length = text_length
+        self.text_length, self.frame, self.fixed_length = text_length, frame, fixed_length
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "CaptionProcessor":
         """A saved processor from its loaded parts and its own settings."""
         image_processor, tokenizer = args
-        return cls(image_processor, tokenizer, text_length=processor_dict["text_length"])
+        options = {name: processor_dict[name] for name in ("frame", "fixed_length") if name in processor_dict}
+        return cls(image_processor, tokenizer, text_length=processor_dict["text_length"], **options)
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
         """Model inputs: pictures, texts, or both."""
@@ -64,21 +76,23 @@ class CaptionProcessor(ProcessorMixin):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text with its first and last token."""
+        if self.frame == "own":
+            return self.tokenizer(text, truncation=True, max_length=self.text_length, verbose=False)["input_ids"]
         words = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return [self.start_token_id, *words[: self.text_length - 2], self.end_token_id]
 
     def pad(self, encoded: Sequence[list[int]]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, padded on the right."""
-        length = max(map(len, encoded))
+        """`input_ids` and `attention_mask`, padded on the right; of texts of fixed length no mask."""
+        length = self.text_length if self.fixed_length else max(map(len, encoded))
         fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        return {
-            "input_ids": torch.tensor([ids + [fill] * (length - len(ids)) for ids in encoded]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in encoded]),
-        }
+        padded = {"input_ids": torch.tensor([ids + [fill] * (length - len(ids)) for ids in encoded])}
+        if not self.fixed_length:
+            padded["attention_mask"] = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in encoded])
+        return padded
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", *([] if self.fixed_length else ["attention_mask"]), "pixel_values"]
 
 
 def caption_of(sample: Sample) -> str:
@@ -107,13 +121,26 @@ def collate_captions(items: Sequence[Item], processor: CaptionProcessor) -> Batc
     shown = [item.pictures for item in items if item.pictures is not None]
     inputs["image_features" if items[0].encoded else "pixel_values"] = torch.cat(shown)
     inputs["picture_ids"] = torch.tensor([picture_id(picture) for picture in shown])
-    tokens = int(inputs["attention_mask"].sum())
+    tokens = sum(len(item.tokens["input_ids"]) for item in items)
     return Batch(inputs, [item.id for item in items], supervised=tokens - len(items), tokens=tokens)
+
+
+def text_ids(items: Sequence[Item]) -> Tensor:
+    """A number for each text: equal where its tokens are."""
+    return torch.tensor([text_id(item.tokens["input_ids"]) for item in items])
+
+
+def text_id(tokens: Sequence[int]) -> int:
+    """63 bits of a digest of a text's tokens."""
+    return _digest(repr(list(tokens)).encode())
 
 
 def picture_id(picture: Tensor) -> int:
     """63 bits of a digest of a picture's pixels or features."""
-    content = picture.contiguous().view(torch.uint8).numpy().tobytes()
+    return _digest(picture.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) >> 1
 
 

@@ -105,6 +105,13 @@ class QFormerRetrieval(PartDtypes):
         _, states = self.connector.encode(text_ids=input_ids, mask=mask)
         return F.normalize(self.connector.text_projection(states[:, 0]), dim=-1)
 
+    @staticmethod
+    def similarity(
+        images: Float[Tensor, "images K P"], texts: Float[Tensor, "texts P"]
+    ) -> Float[Tensor, "images texts"]:
+        """The cosine of every picture's nearest query and every text."""
+        return query_similarity(images, texts)
+
     def match(
         self,
         patches: Float[Tensor, "pairs N D_p"],

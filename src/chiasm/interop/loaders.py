@@ -10,9 +10,11 @@ from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.build import fusion_class
 from chiasm.fusion.config import ChiasmConfig
+from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
 from chiasm.interop.blip2 import load_blip2
 from chiasm.interop.blip2_retrieval import load_blip2_retrieval
+from chiasm.interop.clip import load_clip, load_siglip
 from chiasm.interop.idefics import load_idefics
 from chiasm.interop.idefics2 import load_idefics2
 from chiasm.interop.internvl import load_internvl
@@ -42,6 +44,11 @@ def _load_retrieval(source: str, dtype: torch.dtype | str) -> tuple[QFormerRetri
     return model, CaptionProcessor.from_pretrained(source) if has_processor(source) else None
 
 
+def _load_late(source: str, dtype: torch.dtype | str) -> tuple[LateFusionModel, CaptionProcessor | None]:
+    model = complete(LateFusionModel, source, dtype)
+    return model, CaptionProcessor.from_pretrained(source) if has_processor(source) else None
+
+
 LOADERS = {
     "chiasm": _load_chiasm,
     "blip-2": load_blip2,
@@ -56,6 +63,9 @@ LOADERS = {
 
 RETRIEVAL_LOADERS = {
     "Blip2ForImageTextRetrieval": load_blip2_retrieval,
+    "chiasm_late": _load_late,
     "chiasm_qformer_retrieval": _load_retrieval,
+    "clip": load_clip,
+    "siglip": load_siglip,
 }
 """By `model_type`, or by architecture where transformers has one type for both."""

@@ -1,6 +1,9 @@
-"""What a stage can learn by: next token, and BLIP-2's three (arXiv 2301.12597)."""
+"""What a stage can learn by: next token, BLIP-2's three (arXiv 2301.12597), and late fusion's."""
 
 CAPTION_OBJECTIVES = ("contrastive", "matching", "grounded_generation")
 """Objectives of a Q-Former with its text branch; they read captions."""
 
-OBJECTIVES = ("next_token", *CAPTION_OBJECTIVES)
+PAIR_OBJECTIVES = ("contrastive", "sigmoid")
+"""Objectives of two towers: each caption's own picture, by a softmax (CLIP) or pair by pair (SigLIP)."""
+
+OBJECTIVES = ("next_token", *CAPTION_OBJECTIVES, "sigmoid", "answers")

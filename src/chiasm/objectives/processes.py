@@ -1,5 +1,7 @@
 """A batch that is spread over processes, seen as one."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -25,3 +27,25 @@ def gather(rows: Tensor) -> tuple[Tensor, int]:
         rows if rank == own else part[:size] for rank, (part, size) in enumerate(zip(everyone, sizes, strict=True))
     ]
     return torch.cat(parts), sum(sizes[:own])
+
+
+def gather_with_gradient(rows: Tensor) -> tuple[Tensor, int]:
+    """The same, and everyone's loss has a gradient for one's own rows: the sum over processes of the gradients is that
+    of one process with the whole batch. All processes must call `backward` on what they made of it."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows, 0
+    return _Gather.apply(rows)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> tuple[Tensor, int]:
+        everyone, first = gather(rows.detach())
+        ctx.own = slice(first, first + len(rows))
+        return everyone, first
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: None) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total[ctx.own]

@@ -1,6 +1,7 @@
 """The one error of this layer, and what the operating system's errors become."""
 
 import errno
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,21 @@ def readable_weights(source: object) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise SourceError(f"the weights in {source} are damaged or cut off ({error}); fetch them again") from error
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Keeps transformers from listing every weight of the other tower as unexpected."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def is_full_disk(error: Exception) -> bool:

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
-from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import Sample
 from chiasm.training.log import Reporter
 from chiasm.training.run import Run
@@ -20,7 +19,7 @@ class Context:
     """`trained`: plain names of the weights that any stage has changed so far."""
 
     model: PreTrainedModel
-    processor: ChiasmProcessor
+    processor: ProcessorMixin
     samples: Sequence[Sample]
     survey: Survey
     held_out: Sequence[Sample]

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.feature_cache import DTYPES, FeatureCache, encoder_identity
-from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import ImageError, ImageRef, Problem, Sample, SampleError
 from chiasm.training.batches import WORKERS, prefetch
 from chiasm.training.compiling import can_compile
@@ -45,7 +44,7 @@ class Features:
         encode: Encode,
         compiled: Callable[[], Encode] | None,
         cache: FeatureCache,
-        processor: ChiasmProcessor,
+        processor: ProcessorMixin,
         reporter: Reporter,
         stage: Stage,
     ) -> None:
@@ -172,7 +171,7 @@ def with_hint(error: SampleError) -> ValueError:
 
 def stage_features(
     model: PreTrainedModel,
-    processor: ChiasmProcessor,
+    processor: ProcessorMixin,
     stage: Stage,
     plan: FreezePlan,
     dtype: torch.dtype,

@@ -10,7 +10,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from chiasm.training.schema import EXACT_LENGTHS, LENGTHS, PartPlan, Recipe, Settings, Stage, Validation
+from chiasm.training.schema import (
+    EXACT_LENGTHS,
+    LENGTHS,
+    AnswerHeadSettings,
+    PartPlan,
+    Recipe,
+    Settings,
+    Stage,
+    Validation,
+)
 
 __all__ = ["Recipe", "RecipeError", "apply_overrides", "find_recipe", "load_recipe", "to_yaml"]
 
@@ -204,6 +213,8 @@ def _reason(first: Any) -> str:
 def _keys_at(at: Keys) -> list[str]:
     if at and at[-1] == "validation":
         return list(Validation.model_fields)
+    if at and at[-1] == "answer_head":
+        return list(AnswerHeadSettings.model_fields)
     if len(at) > 1 and at[-2] == "parts":
         return list(PartPlan.model_fields)
     return list((Stage if at[:1] == ("stages",) else Recipe).model_fields)

@@ -20,9 +20,9 @@ from pydantic import (
 )
 from pydantic import model_validator as validates_model
 
-from chiasm.objectives import CAPTION_OBJECTIVES, OBJECTIVES
+from chiasm.objectives import CAPTION_OBJECTIVES, OBJECTIVES, PAIR_OBJECTIVES
 
-PARTS = ("vision", "connector", "language", "cross_attention")
+PARTS = ("vision", "connector", "language", "cross_attention", "answer_head")
 OTHER_PARTS = "*"
 LENGTHS = ("epochs", "steps", "samples")
 EXACT_LENGTHS = ("steps", "samples")
@@ -79,6 +79,14 @@ class Captions(Strict):
     space: PositiveInt = Field(256, description="width of the space where pictures and captions are compared")
 
 
+class AnswerHeadSettings(Strict):
+    """The head that `answers` gives a late-fusion model which has none yet."""
+
+    combine: Literal["concat", "product", "mlp"] = Field("mlp", description="how the two towers' vectors meet")
+    hidden: PositiveInt = Field(512, description="width in which product and mlp meet")
+    most: PositiveInt = Field(3000, description="answers that it knows: the data's most frequent ones")
+
+
 class Settings(Strict):
     """How a stage is run."""
 
@@ -108,6 +116,10 @@ class Settings(Strict):
         "next_token"
     ]
     captions: Captions = Field(default_factory=lambda: Captions.model_validate({}))
+    answer_head: AnswerHeadSettings = Field(default_factory=lambda: AnswerHeadSettings.model_validate({}))
+    chunk: PositiveInt | None = Field(
+        None, description="late fusion: pairs in the towers at once; larger batches are computed twice (GradCache)"
+    )
     max_length: PositiveInt | None = Field(None, description="tokens of a sample; by default the model's context")
     group_by_length: bool = Field(True, description="batches of samples of similar length, to pad less")
 
@@ -119,6 +131,10 @@ class Settings(Strict):
             raise ValueError(f"{unknown[0]!r} is no objective; choose of {', '.join(OBJECTIVES)}")
         if len(set(names)) < len(names):
             raise ValueError("an objective stands here twice")
+        if "answers" in names and len(names) > 1:
+            raise ValueError("answers trains a head, the others the space of pictures and captions: make two stages")
+        if "contrastive" in names and "sigmoid" in names:
+            raise ValueError("contrastive and sigmoid are two ways to the same end; choose one")
         if "next_token" in names and len(names) > 1:
             raise ValueError("next_token trains the language model's reading, the others do without: make two stages")
         return names
@@ -144,7 +160,7 @@ class Settings(Strict):
 
     @validates_model(mode="after")
     def _has_company(self) -> "Settings":
-        compared = [name for name in self.objectives if name in ("contrastive", "matching")]
+        compared = [name for name in self.objectives if name in ("contrastive", "matching", "sigmoid")]
         if compared and self.batch_size < 2:
             raise ValueError(f"{compared[0]} compares the pairs of a batch; batch_size must be 2 or more")
         return self
@@ -152,7 +168,12 @@ class Settings(Strict):
     @property
     def reads_captions(self) -> bool:
         """Whether the assistant's words are captions of one picture each, instead of answers."""
-        return self.objectives[0] in CAPTION_OBJECTIVES
+        return self.objectives[0] in (*CAPTION_OBJECTIVES, *PAIR_OBJECTIVES)
+
+    @property
+    def shows_one_picture(self) -> bool:
+        """Whether samples must have exactly one picture."""
+        return self.reads_captions or self.objectives[0] == "answers"
 
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps that the stage takes on so many samples."""

@@ -43,6 +43,9 @@ class StageModel(ABC):
     def collate(self, items: Sequence[Item]) -> Batch:
         """Items as one batch."""
 
+    def prepare(self, samples: Sequence[Sample], indices: Sequence[int]) -> None:  # noqa: B027  (most need nothing)
+        """What can be computed before the first step of the samples that the stage will meet."""
+
     @abstractmethod
     def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
         """Each objective's share of the loss of `num_samples` samples with `num_tokens` supervised tokens."""
@@ -95,6 +98,11 @@ def stage_model(
     Raises:
         ValueError: the stage reads captions but the connector is no Q-Former.
     """
+    late = [name for name in stage.objectives if name in ("sigmoid", "answers")]
+    if late:
+        raise ValueError(f"stage {stage.name!r}: objective {late[0]!r} is for fusion 'late'")
+    if stage.chunk is not None:
+        raise ValueError(f"stage {stage.name!r}: chunk is for fusion 'late'; remove it")
     if not stage.reads_captions:
         if model.config.is_encoder_decoder:
             raise ValueError(

@@ -12,18 +12,20 @@ import torch
 
 from chiasm.data.collation import Batch
 from chiasm.data.schema import Sample, SampleError
+from chiasm.fusion.late import LateFusionModel
 from chiasm.training.attention import fast_attention
 from chiasm.training.batches import WORKERS, Order, prefetch, seed_of
 from chiasm.training.compiling import compiled_layers
 from chiasm.training.context import Context
 from chiasm.training.features import Rows, stage_features
+from chiasm.training.late_stage import give_answer_head, late_stage_model
 from chiasm.training.optimization import Optimization, Taken
 from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.precision import choose_dtype, stage_precision
 from chiasm.training.schema import Stage
 from chiasm.training.source import Hope, Source, usable_samples
 from chiasm.training.stage_log import StageLog
-from chiasm.training.stage_model import stage_model
+from chiasm.training.stage_model import StageModel, stage_model
 from chiasm.training.stage_state import StageState
 from chiasm.training.stages import enter, set_modes
 from chiasm.training.starts import Start
@@ -42,21 +44,29 @@ class StageRun:
         """
         self.context, self.number, self.stage = context, number, stage
         self.new_objectives = not earlier or earlier[-1].objectives != stage.objectives
-        taught = [context.run.folder / other.name for other in earlier if other.reads_captions]
-        self.learner = stage_model(context.model, context.processor, stage, number, taught[-1] if taught else None)
+        self.learner = self._learner(earlier)
         self.model = self.learner.model
         self.log = StageLog(context.run.log, context.reporter, stage, self.model)
         self.dtype = choose_dtype(stage.dtype, self.model.device)
         self.resumed = context.run.resumed_in(stage.name)
         self.first_step = self.resumed.position.step if self.resumed is not None else 0
-        survey = context.survey.with_one_picture() if stage.reads_captions else context.survey
+        survey = context.survey.with_one_picture() if stage.shows_one_picture else context.survey
         self.order = Order(survey.usable, survey.lengths if stage.group_by_length else None, stage, number)
         self.left_out = len(context.survey.usable) - len(survey.usable)
         if not survey.usable:
-            raise ValueError(
-                f"stage {stage.name!r} reads captions of one picture each, and the data has no such sample"
-            )
+            what = "captions" if stage.reads_captions else "questions"
+            raise ValueError(f"stage {stage.name!r} reads {what} of one picture each, and the data has no such sample")
         self.num_steps = stage.num_steps(len(survey.usable))
+
+    def _learner(self, earlier: Sequence[Stage]) -> StageModel:
+        """What the stage trains: the model itself, or a learner around it."""
+        context, stage = self.context, self.stage
+        if isinstance(context.model, LateFusionModel):
+            if stage.objectives == ["answers"]:
+                give_answer_head(context.model, stage, context.samples, context.survey.usable)
+            return late_stage_model(context.model, context.processor, stage)
+        taught = [context.run.folder / other.name for other in earlier if other.reads_captions]
+        return stage_model(context.model, context.processor, stage, self.number, taught[-1] if taught else None)
 
     def run(self) -> None:
         began = time.monotonic()
@@ -132,6 +142,7 @@ class StageRun:
             rows = self.features.fill(context.samples, self.order.visited(self.num_steps))
             self.features = self.features if rows is not None else None
         self.source = self._source(context.samples, rows)
+        self.learner.prepare(context.samples, self.order.visited(self.num_steps))
         self.validator = self._validator()
 
     def _source(self, samples: Sequence[Sample], rows: Rows | None = None) -> Source:
@@ -142,7 +153,7 @@ class StageRun:
     def _validator(self) -> Validator | None:
         context, stage = self.context, self.stage
         held_out = usable_samples(context.held_out, stage.validation.samples, stage.skip_bad)
-        if stage.reads_captions:
+        if stage.shows_one_picture:
             held_out = [sample for sample in held_out if len(sample.images) == 1]
         if not held_out:
             return None

@@ -43,7 +43,7 @@ class StageState:
         changed = set(self.plan.trainable) | set(merge_adapters(model))
         trained |= changed & {plain_name(name) for name, _ in self.context.model.named_parameters()}
         model.requires_grad_(False).eval()
-        if "connector" not in self.plan.frozen_parts():
+        if "connector" not in self.plan.frozen_parts() and hasattr(self.context.model.config, "fresh_connector"):
             self.context.model.config.fresh_connector = False
         if self.stage.reads_captions:
             run.save_model(self.stage.name, model, self.learner.processor)

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.collation import require_one_size
-from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import Sample, SampleError
 from chiasm.data.splits import hold_out
 from chiasm.fusion.adapters import plain_name
+from chiasm.fusion.late import LateFusionModel
 from chiasm.training.checkpoint import restore
 from chiasm.training.closed_form import closed_form as closed_form_start
 from chiasm.training.context import Context
 from chiasm.training.features import with_hint
 from chiasm.training.fingerprint import model_fingerprint
+from chiasm.training.late_stage import give_answer_head
 from chiasm.training.log import Reporter
 from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
@@ -50,7 +51,7 @@ class TrainResult:
 def train(
     recipe: str | Path | dict[str, Any] | Recipe,
     model: PreTrainedModel,
-    processor: ChiasmProcessor,
+    processor: ProcessorMixin,
     samples: Sequence[Sample],
     output: str | Path,
     *,
@@ -102,6 +103,9 @@ def train(
         else:
             context.trained = {plain_name(name) for name in run.resumed.weights}
             if run.resumed.position.finished:
+                if isinstance(model, LateFusionModel) and any(n.startswith("answer_head.") for n in context.trained):
+                    taught = next(stage for stage in recipe.stages if stage.objectives == ["answers"])
+                    give_answer_head(model, taught, samples, found.usable)
                 restore(dict(model.named_parameters()), run.resumed.weights, {})
                 if not next(s for s in recipe.stages if s.name == run.resumed.position.stage).reads_captions:
                     run.save_model(run.resumed.position.stage, model, processor)
@@ -125,7 +129,7 @@ def _split(
         raise with_hint(error) from error
 
 
-def _processor_fingerprint(processor: ChiasmProcessor) -> str:
+def _processor_fingerprint(processor: ProcessorMixin) -> str:
     settings = [processor.image_processor.to_dict(), processor.tokenizer.chat_template, processor.num_image_tokens]
     settings += [processor.regions] if processor.regions else []
     return hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()

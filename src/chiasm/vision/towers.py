@@ -1,9 +1,6 @@
 """Finding the vision tower: the class of a configuration, the tower of an image-text model, what its forward takes."""
 
 import inspect
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -11,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import MODEL_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig, PreTrainedModel
 
+from chiasm.sources.errors import without_report
 from chiasm.sources.files import require_reachable
 from chiasm.vision.features import Grid
 
@@ -101,6 +99,14 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return kind
 
 
+def vision_type(source: str | PreTrainedModel) -> str:
+    """The model type of the vision tower of a folder, a hub id or a loaded model."""
+    if isinstance(source, str):
+        require_reachable(source)
+    config = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
+    return config.vision_config.model_type if config.model_type in TWO_TOWERS else config.model_type
+
+
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """A vision model with fresh weights."""
     config = standalone(config)
@@ -140,26 +146,11 @@ def load_tower(source: str, dtype: torch.dtype | str, **options: Any) -> tuple[P
         config = config.vision_config
         options = {"key_mapping": {r"^vision_model\.": ""}, **options}
     kind: Any = model_class(config)
-    with _without_report():
+    with without_report():
         model, report = kind.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, **_without_pooler(kind), **options
         )
     return model, set(report["missing_keys"])
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Keeps transformers from listing every weight of the text tower as unexpected."""
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)
 
 
 def takes(model: PreTrainedModel, option: str) -> bool:

@@ -1,0 +1,167 @@
+"""CLIP (arXiv 2103.00020), SigLIP (arXiv 2303.15343) and fixed-resolution SigLIP 2 (arXiv 2502.14786) of transformers ↔
+Chiasm's late fusion, exactly in both directions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel, SiglipConfig, SiglipModel
+
+from chiasm.data.captions import CaptionProcessor
+from chiasm.fusion.late import LateFusionModel
+from chiasm.fusion.late_config import LateFusionConfig
+from chiasm.interop.parts import describe_features, has_processor
+from chiasm.interop.weights import assemble, read_weights
+from chiasm.language.adapter import load_tokenizer
+from chiasm.vision.image_processor import ChiasmImageProcessor, image_processor_for
+from chiasm.vision.pooling import ALL_TOKENS
+
+CLIP = {
+    "vision_model": "vision.model",
+    "text_model": "language",
+    "visual_projection": "connector.image_projection",
+    "text_projection": "connector.text_projection",
+    "logit_scale": "connector.logit_scale",
+}
+SIGLIP = {
+    "vision_model": "vision.model",
+    "text_model": "language",
+    "logit_scale": "connector.logit_scale",
+    "logit_bias": "connector.logit_bias",
+}
+SCALARS = ("logit_scale", "logit_bias")
+"""Weights that SigLIP keeps as vectors of length 1."""
+
+
+def load_clip(source: str, dtype: torch.dtype | str = "auto") -> tuple[LateFusionModel, CaptionProcessor | None]:
+    """Model and processor of a CLIP folder or hub id; no processor where its files are missing."""
+    config = AutoConfig.from_pretrained(source)
+    connector = {"name": "linear", "space": config.projection_dim, "logit_scale": config.logit_scale_init_value}
+    ours = _config(config, connector, config.vision_config.hidden_size, config.text_config.hidden_size)
+    model = assemble(LateFusionModel, ours, read_weights(source), CLIP, dtype=dtype)
+    return model, _processor(source, model, fixed_length=False)
+
+
+def load_siglip(source: str, dtype: torch.dtype | str = "auto") -> tuple[LateFusionModel, CaptionProcessor | None]:
+    """Model and processor of a SigLIP folder or hub id; no processor where its files are missing."""
+    config = AutoConfig.from_pretrained(source)
+    connector = {"name": "none", "logit_bias": 0.0}
+    ours = _config(config, connector, config.vision_config.hidden_size, config.text_config.projection_size)
+    scalars = {SIGLIP[name]: torch.Tensor.squeeze for name in SCALARS}
+    model = assemble(LateFusionModel, ours, read_weights(source), SIGLIP, scalars, dtype=dtype)
+    return model, _processor(source, model, fixed_length=True)
+
+
+def _config(config: Any, connector: dict[str, Any], image_width: int, text_width: int) -> LateFusionConfig:
+    return LateFusionConfig(
+        vision_config=config.vision_config.to_dict(),
+        text_config=config.text_config.to_dict(),
+        features=describe_features(config.vision_config, ALL_TOKENS).to_dict(),
+        vision_pooling="own",
+        text_pooling="own",
+        image_width=image_width,
+        text_width=text_width,
+        connector=connector,
+        dtype=config.dtype,
+    )
+
+
+def _processor(source: str, model: LateFusionModel, fixed_length: bool) -> CaptionProcessor | None:
+    if not has_processor(source):
+        return None
+    longest = model.config.text_config.max_position_embeddings
+    images = image_processor_for(source, model.vision)
+    tokenizer = load_tokenizer(source)
+    return CaptionProcessor(images, tokenizer, text_length=longest, frame="own", fixed_length=fixed_length)
+
+
+def export_late(model: LateFusionModel, processor: CaptionProcessor | None, folder: str | Path) -> PreTrainedModel:
+    """Writes a late-fusion model with CLIP's or SigLIP's towers as transformers' own checkpoint.
+
+    Raises:
+        ValueError: it has other towers, another pooling or projection, or adapters that are not merged.
+    """
+    kind, config, table = _reference(model)
+    back = {ours: name for name, ours in table.items()}
+    renamed = {_back(name, back): tensor.cpu() for name, tensor in model.state_dict().items()}
+    vectors = {name: _vector for name in SCALARS if kind is SiglipModel}
+    theirs = assemble(kind, config, renamed, {}, vectors)
+    theirs.save_pretrained(folder)
+    if processor is not None:
+        processor.tokenizer.save_pretrained(folder)
+        _save_preprocessing(processor.image_processor, Path(folder), theirs.config.model_type)
+    return theirs
+
+
+def _reference(model: LateFusionModel) -> tuple[type[PreTrainedModel], PreTrainedConfig, dict[str, str]]:
+    """The class of transformers that computes what ours does, its configuration, and the table of names."""
+    config = model.config
+    kinds = (config.vision_config.model_type, config.text_config.model_type)
+    own = config.vision_pooling == config.text_pooling == "own"
+    if config.adapters:
+        raise ValueError("the model has LoRA adapters; merge them first (chiasm.fusion.adapters.merge_adapters)")
+    if config.answer_head is not None:
+        raise ValueError("the model has an answer head, which transformers' CLIP and SigLIP do not have")
+    towers: Any = {"vision_config": config.vision_config.to_dict(), "text_config": config.text_config.to_dict()}
+    connector = model.connector
+    plain = config.connector["name"] == "linear" and not config.connector["bias"] and connector.logit_bias is None
+    if kinds == ("clip_vision_model", "clip_text_model") and own and plain:
+        space = {"projection_dim": config.connector["space"], "logit_scale_init_value": connector.logit_scale.item()}
+        theirs: Any = CLIPConfig(**towers, **space)
+        found: tuple[type[PreTrainedModel], dict[str, str]] = (CLIPModel, CLIP)
+    elif (
+        kinds == ("siglip_vision_model", "siglip_text_model")
+        and own
+        and config.connector["name"] == "none"
+        and connector.logit_bias is not None
+    ):
+        theirs, found = SiglipConfig(**towers), (SiglipModel, SIGLIP)
+    else:
+        raise ValueError(
+            f"transformers has no class for late fusion of {kinds[0]} and {kinds[1]} with projections "
+            f"{config.connector['name']!r} (logit_bias {config.connector['logit_bias']}); it has CLIP (its own towers, "
+            "linear projections without bias) and SigLIP (its own towers, connector none, a logit_bias)"
+        )
+    theirs.dtype = connector.dtype
+    return found[0], theirs, found[1]
+
+
+def _back(name: str, table: dict[str, str]) -> str:
+    prefix = next(ours for ours in table if name == ours or name.startswith(f"{ours}."))
+    return table[prefix] + name.removeprefix(prefix)
+
+
+def _vector(scalar: Tensor) -> Tensor:
+    return scalar.reshape(1)
+
+
+def _save_preprocessing(images: ChiasmImageProcessor, folder: Path, kind: str) -> None:
+    """`preprocessor_config.json` as transformers' own image processor reads it.
+
+    Raises:
+        ValueError: it reaches its size in a way that transformers' has not.
+    """
+    height, width = images.size["height"], images.size["width"]
+    if images.resize_mode == "pad" or (images.resize_mode == "crop" and height != width):
+        raise ValueError(f"transformers' image processors do not {images.resize_mode} to {height}×{width}; use squash")
+    plain: dict[str, Any] = {
+        "image_processor_type": {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}[kind],
+        "processor_class": {"clip": "CLIPProcessor", "siglip": "SiglipProcessor"}[kind],
+        "do_resize": True,
+        "do_rescale": images.do_rescale,
+        "rescale_factor": images.rescale_factor,
+        "do_normalize": images.do_normalize,
+        "do_convert_rgb": True,
+        "resample": images.resample,
+        "image_mean": images.image_mean,
+        "image_std": images.image_std,
+        "size": {"height": height, "width": width},
+        "do_center_crop": False,
+    }
+    if images.resize_mode == "crop":
+        shortest = round(height / images.crop_fraction)
+        crop = {"height": height, "width": width}
+        plain |= {"size": {"shortest_edge": shortest}, "do_center_crop": True, "crop_size": crop}
+    (folder / "preprocessor_config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,179 @@
+"""CLIP and SigLIP checkpoints of transformers: embeddings and logits equal, and back without a difference."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    PreTrainedModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+)
+
+import chiasm
+import tiny
+from chiasm.interop.clip import export_late
+from chiasm.vision.image_processor import ChiasmImageProcessor
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+END = 257
+VISION = {
+    "hidden_size": 28,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 35,
+    "patch_size": 7,
+}
+TEXT = {
+    "hidden_size": 20,
+    "intermediate_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 261,
+    "max_position_embeddings": 13,
+    "pad_token_id": 258,
+    "bos_token_id": 256,
+}
+
+
+def clip(eos: int = END) -> CLIPModel:
+    config = CLIPConfig(
+        text_config=CLIPTextConfig(**TEXT, eos_token_id=eos).to_dict(),
+        vision_config=CLIPVisionConfig(**VISION).to_dict(),
+        projection_dim=17,
+        logit_scale_init_value=1.3,
+    )
+    return CLIPModel(config)
+
+
+def siglip() -> SiglipModel:
+    config = SiglipConfig(
+        text_config=SiglipTextConfig(**TEXT, projection_size=28).to_dict(),
+        vision_config=SiglipVisionConfig(**VISION).to_dict(),
+    )
+    return SiglipModel(config)
+
+
+MAKERS = {"clip": clip, "clip-legacy": lambda: clip(eos=2), "siglip": siglip}
+
+
+def make(kind: str, folder: Path) -> PreTrainedModel:
+    """A reference model whose every weight matters, saved in a folder."""
+    torch.manual_seed(0)
+    model = MAKERS[kind]().eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim:
+            torch.nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.15)
+    model.save_pretrained(folder)
+    return model
+
+
+def inputs(kind: str) -> dict[str, torch.Tensor]:
+    """Four texts of different lengths and three pictures."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, 256, (4, 13))
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((13, 9, 4, 2)):
+        ids[row, length - 1 :] = END
+        mask[row, length:] = 0
+    given = {"input_ids": ids, "pixel_values": torch.randn(3, 3, 35, 35)}
+    return given if kind == "siglip" else {**given, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_scores_equal_the_reference(kind: str, tmp_path: Path) -> None:
+    theirs = make(kind, tmp_path)
+    ours = chiasm.load(tmp_path)
+    assert isinstance(ours, chiasm.DualEncoder)
+    with torch.no_grad():
+        expected, found = theirs(**inputs(kind)), ours.model(**inputs(kind))
+    for name in ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), **CLOSE)
+    pairs = {name: tensor[:3] for name, tensor in inputs(kind).items()}
+    with torch.no_grad():
+        expected, found = (model(**pairs, return_loss=True) for model in (theirs, ours.model))
+    torch.testing.assert_close(found.loss, expected.loss, **CLOSE)
+    with pytest.raises(ValueError, match="no processor"):
+        ours.score(tiny.picture(), "a cat")
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_there_and_back_is_exact(kind: str, tmp_path: Path) -> None:
+    theirs = make(kind, tmp_path / "theirs")
+    ours = chiasm.load(tmp_path / "theirs")
+    export_late(ours.model, None, tmp_path / "back")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "back"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    again = AutoModel.from_pretrained(tmp_path / "back").eval()
+    assert type(again) is type(theirs)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs(kind)).logits_per_image, theirs(**inputs(kind)).logits_per_image)
+    ours.save_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        saved = chiasm.load(tmp_path / "ours").model(**inputs(kind)).logits_per_image
+        assert torch.equal(saved, ours.model(**inputs(kind)).logits_per_image)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_files_of_both_processors_agree(kind: str, tmp_path: Path) -> None:
+    make(kind, tmp_path / "theirs")
+    tiny.tokenizer(None).save_pretrained(tmp_path / "theirs")
+    mode = {"clip": "crop", "siglip": "squash"}[kind]
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    ChiasmImageProcessor(35, mean, std, mode).save_pretrained(tmp_path / "theirs")
+    ours = chiasm.load(tmp_path / "theirs")
+    given = ours.processor(images=[tiny.picture()], text=["a cat", "a much longer text than thirteen bytes"])
+    assert given["input_ids"].shape == (2, 13) and ("attention_mask" in given) == (kind == "clip")
+    assert ours.score(tiny.picture(), ["a cat", "dogs"]).shape == (1, 2)
+    export_late(ours.model, ours.processor, tmp_path / "back")
+    again = chiasm.load(tmp_path / "back")
+    assert torch.equal(again.score(tiny.picture(), ["a cat"]), ours.score(tiny.picture(), ["a cat"]))
+    if kind == "clip":
+        reference = CLIPImageProcessor.from_pretrained(tmp_path / "back")
+        pixels = reference(tiny.picture(), return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(pixels, given["pixel_values"], rtol=0, atol=0.03)
+
+
+def test_half_understood_checkpoints_are_refused(tmp_path: Path) -> None:
+    make("clip", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["text_model.final_layer_norm.bias"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no value in the checkpoint: 'language.final_layer_norm.bias'"):
+        chiasm.load(tmp_path)
+
+
+def test_what_transformers_has_no_class_for_is_refused(tmp_path: Path) -> None:
+    other = chiasm.connect(tiny.vision(), tiny.language(), fusion="late").model
+    with pytest.raises(ValueError, match="no class for late fusion of clip_vision_model and llama"):
+        export_late(other, None, tmp_path)
+    towers: dict[str, Any] = {"vision": make("clip", tmp_path / "clip"), "language": clip()}
+    biased = chiasm.connect(**towers, connector={"name": "linear", "bias": True}, fusion="late").model
+    with pytest.raises(ValueError, match="with projections 'linear'"):
+        export_late(biased, None, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_their_towers_connect_anew_and_go_back(kind: str, tmp_path: Path) -> None:
+    make(kind, tmp_path / "theirs")
+    tiny.tokenizer(None).save_pretrained(tmp_path / "theirs")
+    folder = str(tmp_path / "theirs")
+    connector = {"clip": {"name": "linear", "space": 9}, "siglip": {"name": "none", "logit_bias": -10.0}}[kind]
+    made = chiasm.connect(folder, folder, connector, fusion="late")
+    assert made.model.config.vision_pooling == made.model.config.text_pooling == "own"
+    back = export_late(made.model, None, tmp_path / "back")
+    with torch.no_grad():
+        expected = AutoModel.from_pretrained(tmp_path / "back").eval()(**inputs(kind)).logits_per_image
+        assert torch.equal(back(**inputs(kind)).logits_per_image, expected)
+        torch.testing.assert_close(made.model(**inputs(kind)).logits_per_image, expected, **CLOSE)

@@ -1,0 +1,204 @@
+"""Late fusion under the ordinary trainer: locked towers, gradient caching, resume, and a head that answers."""
+
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from test_resume import Killed
+
+import chiasm
+import tiny
+from chiasm.data.schema import Sample
+from chiasm.training import stage_run
+from chiasm.training.log import read_log
+from chiasm.vision.image_processor import ChiasmImageProcessor
+
+LOCKED = {"vision": "frozen", "language": "frozen", "connector": {"tune": "full", "lr": 1e-2}}
+LIT = {**LOCKED, "language": {"tune": "full", "lr": 1e-3}}
+LORA = {**LIT, "vision": {"tune": "lora", "lr": 1e-2, "rank": 3}, "language": {"tune": "lora", "lr": 1e-2, "rank": 3}}
+HEAD = {"*": "frozen", "answer_head": {"tune": "full", "lr": 1e-2}}
+
+
+def encoder(vision: str = "clip", language: str = "llama", **connector: Any) -> chiasm.DualEncoder:
+    """A tiny dual encoder, always with the same weights."""
+    pictures = ChiasmImageProcessor(30 if vision != "convnext" else 64, [0.5] * 3, [0.5] * 3)
+    options: dict[str, Any] = {"tokenizer": tiny.tokenizer(), "image_processor": pictures, "fusion": "late"}
+    return chiasm.connect(
+        tiny.vision(vision), tiny.language(language), {"name": "linear", "space": 11, **connector}, **options
+    )
+
+
+def stage(**settings: Any) -> dict[str, Any]:
+    return helpers.stage(**{"name": "contrast", "parts": LOCKED, "objectives": ["contrastive"], **settings})
+
+
+def data(count: int = 24) -> list[Sample]:
+    return [helpers.sample(index) for index in range(count)]
+
+
+def events(result: Any, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_log(result.log) if event["event"] == kind]
+
+
+def moved(model: Any, before: dict[str, torch.Tensor]) -> set[str]:
+    return {
+        name.split(".")[0] for name, tensor in helpers.weights(model).items() if not torch.equal(tensor, before[name])
+    }
+
+
+def check_same_scores(one: chiasm.DualEncoder, other: chiasm.DualEncoder) -> None:
+    scores = [encoder.score(tiny.picture(), ["red", "a"]) for encoder in (one, other)]
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["contrastive", "sigmoid"])
+@pytest.mark.parametrize("parts", [LOCKED, LIT])
+def test_a_stage_changes_what_it_names(objective: str, parts: dict[str, Any], tmp_path: Path) -> None:
+    model = encoder(logit_bias=-5.0 if objective == "sigmoid" else None)
+    before = helpers.weights(model)
+    result = helpers.run(tmp_path / "run", {"stages": [stage(objectives=[objective], parts=parts)]}, model, data())
+    assert moved(model, before) == {part for part, plan in parts.items() if plan != "frozen"}
+    assert not events(result, "warning")
+    again = chiasm.load(result.model)
+    assert isinstance(again, chiasm.DualEncoder)
+    check_same_scores(again, model)
+
+
+@pytest.mark.parametrize("vision", ["siglip", "dinov2", "convnext"])
+def test_lora_in_both_towers(vision: str, tmp_path: Path) -> None:
+    model = encoder(vision, "gpt2")
+    if vision == "convnext":
+        parts: dict[str, Any] = {**LORA, "vision": {"tune": "full", "lr": 1e-3}}
+    else:
+        parts = LORA
+    before = helpers.weights(model)
+    result = helpers.run(tmp_path / "run", {"stages": [stage(parts=parts, chunk=2)]}, model, data())
+    assert moved(model, before) == {"vision", "language", "connector"}
+    check_same_scores(chiasm.load(result.model), model)
+
+
+def test_learning_tells_captions_apart_beside_the_shuffled_control(tmp_path: Path) -> None:
+    settings = stage(steps=60, batch_size=8, parts=LIT, validation={"samples": 8})
+    result = helpers.run(
+        tmp_path / "run", {"stages": [settings]}, encoder(), data(48)[8:], validation_samples=data(48)[:8]
+    )
+    first, last = events(result, "validation")
+    assert last["loss"] < first["loss"] and last["loss"] < last["shuffled_loss"]
+
+
+def test_chunks_change_nothing(tmp_path: Path) -> None:
+    runs = {}
+    for chunk in (None, 3):
+        model = encoder()
+        result = helpers.run(
+            tmp_path / str(chunk), {"stages": [stage(parts=LIT, batch_size=8, chunk=chunk)]}, model, data()
+        )
+        runs[chunk] = ([event["loss"] for event in events(result, "step")], helpers.weights(model))
+    assert runs[3][0] == pytest.approx(runs[None][0], abs=1e-5)
+    for name, tensor in runs[None][1].items():
+        torch.testing.assert_close(runs[3][1][name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_vectors_of_a_frozen_text_tower_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for kept in (100, 0):
+        monkeypatch.setattr("chiasm.training.late_stage.KEPT_TEXTS", kept)
+        result = helpers.run(tmp_path / str(kept), {"stages": [stage()]}, encoder(), data())
+        runs.append([event["loss"] for event in events(result, "step")])
+    assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+
+
+TWO = {
+    "stages": [
+        stage(parts=LIT, steps=3),
+        stage(name="answer", objectives=["answers"], parts=HEAD, steps=3, answer_head={"hidden": 9}),
+    ]
+}
+
+
+@pytest.mark.parametrize("dies_at", [2, 5])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int) -> None:
+    settings = {"stages": [{**s, "checkpoint_every": 1} for s in TWO["stages"]]}
+    model = encoder()
+    whole = helpers.run(tmp_path / "whole", settings, model, data())
+    done = 0
+    optimize = stage_run.StageRun._optimize
+
+    def dying(self: Any, step: int, batches: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == dies_at:
+            raise Killed
+        return optimize(self, step, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_run.StageRun, "_optimize", dying)
+        with pytest.raises(Killed):
+            helpers.run(tmp_path / "run", settings, encoder(), data())
+    again = encoder()
+    resumed = helpers.run(tmp_path / "run", settings, again, data())
+    assert [e["loss"] for e in events(resumed, "step")] == [e["loss"] for e in events(whole, "step")]
+    expected = helpers.weights(model)
+    assert all(torch.equal(expected[name], tensor) for name, tensor in helpers.weights(again).items())
+
+
+@pytest.mark.parametrize("combine", ["concat", "product", "mlp"])
+def test_a_head_learns_to_answer_and_leaves_the_towers(combine: str, tmp_path: Path) -> None:
+    model = encoder()
+    cosines = model.score(tiny.picture(), ["red", "green"])
+    settings = stage(
+        name="answer", objectives=["answers"], parts=HEAD, steps=60, batch_size=8, validation={"samples": 8}
+    )
+    settings["answer_head"] = {"combine": combine, "hidden": 12}
+    result = helpers.run(
+        tmp_path / "run", {"stages": [settings]}, model, data(48), generate=model.generate, validation_samples=data(8)
+    )
+    first, last = events(result, "validation")
+    assert last["loss"] < first["loss"] and last["loss"] < last["shuffled_loss"]
+    assert last["answers"][0]["correct"]
+    again = chiasm.load(result.model)
+    assert again.model.config.answer_head["answers"] == ["blue", "green", "grey", "red"]
+    pictures = [sample.images[0].load() for sample in data(4)]
+    given = again.answer(pictures, ["colour"] * 4)
+    assert sum(a == b for a, b in zip(given, ["red", "green", "blue", "grey"], strict=True)) >= 3
+    torch.testing.assert_close(again.score(tiny.picture(), ["red", "green"]), cosines, rtol=0, atol=1e-6)
+
+
+def test_answers_beyond_the_list_teach_nothing(tmp_path: Path) -> None:
+    settings = stage(name="answer", objectives=["answers"], parts=HEAD, answer_head={"most": 2})
+    model = encoder()
+    result = helpers.run(tmp_path / "run", {"stages": [settings]}, model, data())
+    assert model.model.config.answer_head["answers"] == ["blue", "green"]
+    assert sum(event["supervised_tokens"] for event in events(result, "step")) < 16
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"objectives": ["next_token"]}, "objective 'next_token' is not for fusion 'late'"),
+        ({"objectives": ["sigmoid"]}, "objective 'sigmoid' needs scores with a bias"),
+        ({"captions": {"space": 3}}, "captions are settings of a Q-Former"),
+        ({"init": "closed_form"}, "init: closed_form is for visual tokens"),
+        ({"objectives": ["contrastive", "sigmoid"]}, "choose one"),
+        ({"objectives": ["contrastive", "answers"]}, "make two stages"),
+        ({"answer_head": {"hiden": 3}}, "did you mean 'hidden'"),
+    ],
+)
+def test_stages_that_make_no_sense_are_refused(settings: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        helpers.run(tmp_path / "run", {"stages": [stage(**settings)]}, encoder(), data())
+
+
+def test_late_objectives_are_for_late_fusion(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="objective 'answers' is for fusion 'late'"):
+        helpers.run(tmp_path / "run", {"stages": [stage(objectives=["answers"])]}, data=data())
+
+
+@pytest.mark.parametrize("recipe", ["clip", "siglip", "late_vqa"])
+def test_the_shipped_recipes_run(recipe: str, tmp_path: Path) -> None:
+    model = encoder(logit_bias=-10.0 if recipe == "siglip" else None)
+    short = ["steps=2", "batch_size=4", "dtype=float32", "validation.samples=4"]
+    result = helpers.run(tmp_path / "run", recipe, model, data(), overrides=short)
+    assert chiasm.load(result.model).model.config.fusion == "late"
