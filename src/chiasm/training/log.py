@@ -70,7 +70,7 @@ class Reporter:
             table.add_column(column, justify="left" if column in ("part", "state") else "right", no_wrap=True)
         for row in plan.rows:
             table.add_row(
-                row.part,
+                row.label,
                 row.state,
                 "" if row.lr is None else f"{row.lr:g}",
                 f"{row.trainable_tensors}/{row.tensors}",
@@ -137,7 +137,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 def plan_fields(plan: FreezePlan) -> dict[str, Any]:
     """The freeze plan for the log: in words by part, the number of trained parameters, and the table."""
     return {
-        "parts": {row.part: row.state + (f", lr {row.lr:g}" if row.lr else "") for row in plan.rows},
+        "parts": {row.label: row.state + (f", lr {row.lr:g}" if row.lr else "") for row in plan.rows},
         "trainable": sum(row.trainable for row in plan.rows),
         "table": [asdict(row) for row in plan.rows],
     }

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from chiasm.training.schema import EXACT_LENGTHS, LENGTHS, PartPlan, Recipe, Settings, Stage, Validation
+from chiasm.training.schema import LORA_KEYS, ADAPTERS, EXACT_LENGTHS, LENGTHS, PartPlan, Recipe, Settings, Stage, Validation
 
 __all__ = ["Recipe", "RecipeError", "apply_overrides", "find_recipe", "load_recipe", "to_yaml"]
 
@@ -65,14 +65,15 @@ def to_yaml(recipe: Recipe) -> str:
     raw = json.loads(recipe.model_dump_json(exclude_none=True))
     stages = [{"name": stage["name"], **stage} for stage in raw["stages"]]
     for stage in stages:
-        stage["parts"] = {part: _without_defaults(plan) for part, plan in stage["parts"].items()}
+        for key in ("parts", "patterns"):
+            stage[key] = {name: _without_defaults(plan) for name, plan in stage[key].items()}
     return yaml.safe_dump({"stages": stages}, sort_keys=False, allow_unicode=True)
 
 
 def _without_defaults(plan: dict[str, Any]) -> Any:
-    if plan["tune"] == "lora":
-        return plan
-    return "frozen" if plan["tune"] == "frozen" else {"tune": "full", "lr": plan["lr"]}
+    if plan["tune"] == "frozen":
+        return "frozen"
+    return {key: value for key, value in plan.items() if plan["tune"] in ADAPTERS or key not in LORA_KEYS}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Origins]:
@@ -204,7 +205,7 @@ def _reason(first: Any) -> str:
 def _keys_at(at: Keys) -> list[str]:
     if at and at[-1] == "validation":
         return list(Validation.model_fields)
-    if len(at) > 1 and at[-2] == "parts":
+    if len(at) > 1 and at[-2] in ("parts", "patterns"):
         return list(PartPlan.model_fields)
     return list((Stage if at[:1] == ("stages",) else Recipe).model_fields)
 

@@ -1,4 +1,4 @@
-"""A recipe: a list of stages, each of which says for every part whether it is frozen, tuned or given LoRA.
+"""A recipe: a list of stages, each of which says for every part what is frozen, tuned in full, or given LoRA.
 
 Every key of `Settings` may stand at the recipe's top, for all stages, and again inside a stage, for that one.
 Files and command-line overrides are read by `chiasm.training.recipe`.
@@ -31,7 +31,10 @@ RESERVED_NAMES = ("checkpoints", "model")
 WITHOUT_EFFECT = ("validation", "checkpoint_every", "keep_checkpoints")
 """Settings that may differ between a run and its continuation: no weight depends on them."""
 
-_LORA_KEYS = ("rank", "alpha", "dropout", "targets")
+ADAPTERS = ("lora", "dora", "rslora", "qlora")
+"""Values of `tune` that leave the weights as they are and train low-rank updates beside them."""
+
+LORA_KEYS = ("rank", "alpha", "dropout", "targets")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -42,22 +45,47 @@ class Strict(BaseModel):
 
 
 class PartPlan(Strict):
-    """What a stage does with one part. In a file, the bare word of `tune` will do where nothing else is said."""
+    """What a stage does with one part or pattern. The bare word of `tune` will do where nothing else is said."""
 
-    tune: Literal["frozen", "full", "lora"]
+    tune: Literal["frozen", "full", "lora", "dora", "rslora", "qlora"] = Field(
+        description="`frozen`; `full`: the weights themselves; `lora` (arXiv 2106.09685), `dora` (2402.09353), `rslora` "
+        "(2312.03732): a low-rank update beside them; `qlora` (2305.14314): LoRA beside weights in 4 bits"
+    )
     lr: PositiveFloat | None = Field(None, description="peak learning rate; by default the stage's `lr`")
+    from_layer: NonNegativeInt | None = Field(
+        None, description="of a part: only layers from this one on, counted from 0, and what stands behind them"
+    )
+    only: Literal["norms"] | None = Field(None, description="with `tune: full`: `norms` trains normalisations alone")
     rank: PositiveInt = Field(16, description="LoRA: width of the bottleneck")
-    alpha: PositiveFloat = Field(32.0, description="LoRA: the update is scaled by alpha / rank")
+    alpha: PositiveFloat = Field(
+        32.0, description="LoRA: the update is scaled by alpha / rank (rslora: by alpha / √rank)"
+    )
     dropout: Annotated[float, Field(ge=0, lt=1, description="LoRA: dropout before the bottleneck")] = 0.0
     targets: Literal["all-linear"] | list[str] = Field("all-linear", description="LoRA: linear layers by name")
 
+    @property
+    def adapts(self) -> bool:
+        """Whether low-rank updates are trained instead of the weights themselves."""
+        return self.tune in ADAPTERS
+
+    @property
+    def words(self) -> str:
+        """The plan in words, without its learning rate."""
+        rank = f", rank {self.rank}" if self.adapts else ""
+        layer = f", from layer {self.from_layer}" if self.from_layer is not None else ""
+        return f"{self.tune}{rank}{layer}{f', only {self.only}' if self.only else ''}"
+
     @validates_model(mode="after")
     def _keys_belong_together(self) -> "PartPlan":
-        foreign = [key for key in _LORA_KEYS if key in self.model_fields_set and self.tune != "lora"]
+        foreign = [key for key in LORA_KEYS if key in self.model_fields_set and not self.adapts]
         if foreign:
-            raise ValueError(f"tune: {self.tune} takes no {foreign[0]!r}; only tune: lora does")
+            raise ValueError(f"tune: {self.tune} takes no {foreign[0]!r}; only {', '.join(ADAPTERS)} do")
         if self.tune == "frozen" and self.lr is not None:
             raise ValueError(f"a frozen part takes no lr (found {self.lr}); write tune: full or tune: lora")
+        if self.tune == "frozen" and self.from_layer is not None:
+            raise ValueError("a frozen part takes no from_layer; write tune: full or tune: lora for the layers from it on")
+        if self.only is not None and self.tune != "full":
+            raise ValueError(f"only: {self.only} belongs to tune: full, not to tune: {self.tune}")
         if self.tune != "frozen" and self.lr is None:
             raise ValueError(f"tune: {self.tune} needs an lr, here or at the stage")
         return self
@@ -176,7 +204,14 @@ class Stage(Settings):
     """One training phase."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    parts: dict[str, PartPlan]
+    parts: dict[str, PartPlan] = Field(
+        description="what happens to every part: vision, connector, language, cross_attention, or `*` for all others"
+    )
+    patterns: dict[str, PartPlan] = Field(
+        default_factory=dict,
+        description="parameters by name, which win over their part: a glob such as `language.*.self_attn.*`, or the path "
+        "of a module or parameter",
+    )
     init: Literal["keep", "closed_form", "auto"] = Field(
         "keep",
         description="what the connector starts from; `auto` is `closed_form` where a new connector can, else `keep`",
@@ -196,23 +231,24 @@ class Stage(Settings):
     @classmethod
     def _complete_parts(cls, raw: Any) -> Any:
         """A bare word stands for `tune`, and tuned parts without a learning rate take the stage's."""
-        if not isinstance(raw, dict) or not isinstance(raw.get("parts"), dict):
+        if not isinstance(raw, dict):
             return raw
-        parts = {}
-        for part, plan in raw["parts"].items():
-            plan = {"tune": plan} if isinstance(plan, str) else plan
-            if isinstance(plan, dict) and plan.get("tune") in ("full", "lora") and raw.get("lr") is not None:
-                plan = {"lr": raw["lr"], **plan}
-            parts[part] = plan
-        return {**raw, "parts": parts}
+        plans = {key: raw[key] for key in ("parts", "patterns") if isinstance(raw.get(key), dict)}
+        return raw | {
+            key: {name: _complete(plan, raw.get("lr")) for name, plan in named.items()} for key, named in plans.items()
+        }
 
     @validates_model(mode="after")
     def _names_known_parts(self) -> "Stage":
         for part in self.parts:
             if part not in (*PARTS, OTHER_PARTS):
                 raise ValueError(
-                    f"{part!r} is no part; parts are {', '.join(PARTS)}, and {OTHER_PARTS!r} for all others"
+                    f"{part!r} is no part; parts are {', '.join(PARTS)}, and {OTHER_PARTS!r} for all others; parameters "
+                    "by name belong under patterns"
                 )
+        for pattern, plan in self.patterns.items():
+            if plan.from_layer is not None:
+                raise ValueError(f"pattern {pattern!r}: from_layer is for parts; name the layers in the pattern")
         return self
 
 
@@ -238,6 +274,12 @@ class Recipe(Settings):
         if twice is not None:
             raise ValueError(f"two stages are named {twice!r}; names are folders of the run")
         return self
+
+
+def _complete(plan: Any, lr: Any) -> Any:
+    plan = {"tune": plan} if isinstance(plan, str) else plan
+    tuned = isinstance(plan, dict) and plan.get("tune") in ("full", *ADAPTERS)
+    return {"lr": lr, **plan} if tuned and lr is not None else plan
 
 
 def _inherited(shared: dict[str, Any], stage: Any) -> Any:
