@@ -29,6 +29,7 @@ from chiasm.training.checkpoint import TrainingError, restore
 from chiasm.training.closed_form import caption_indices
 from chiasm.training.compiling import compiled_layers
 from chiasm.training.features import Rows, stage_features
+from chiasm.training.four_bit import four_bit_layers
 from chiasm.training.log import Reporter, gate_fields, peak_memory, plan_fields
 from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.precision import autocast, choose_dtype, stage_precision
@@ -116,6 +117,7 @@ class StageRun:
             if self.resumed is not None:
                 restore(self._parameters(), self.resumed.weights, self.originals)
                 self.optimizer.load_state_dict(self.resumed.optimizer)
+            state.enter_context(four_bit_layers(self.model, self.plan.four_bit, self.dtype, self.originals))
             self._loop()
         self._finish(time.monotonic() - began)
 

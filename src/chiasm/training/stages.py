@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from chiasm.fusion.adapters import adapter_parameters, add_adapter, plain_name
 from chiasm.training.fingerprint import digest
+from chiasm.training.four_bit import require_four_bit
 from chiasm.training.schema import Stage
 from chiasm.training.selection import Group, adapter_targets, groups_of, parts_of
 
@@ -75,6 +76,8 @@ def enter(model: PreTrainedModel, stage: Stage) -> FreezePlan:
     if not any(group.plan.tune != "frozen" for group in groups):
         raise ValueError(f"stage {stage.name!r} trains nothing: every part is frozen")
     _refuse_split_tensors(model, stage.name, groups)
+    if any(group.plan.tune == "qlora" for group in groups):
+        require_four_bit(stage.name, model.device)
     targets = {
         (group.part, group.label): adapter_targets(model, stage, group, sum(g.part == group.part for g in groups) == 1)
         for group in groups

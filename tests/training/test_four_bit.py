@@ -1,0 +1,55 @@
+"""QLoRA: refused where it cannot be done; elsewhere the weights beside LoRA have 4 bits, and come back bit for bit."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+
+import chiasm
+from chiasm.training import four_bit
+from chiasm.training.log import read_log
+
+QLORA = {"*": "frozen", "language": {"tune": "qlora", "lr": 1e-2, "rank": 2}}
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+
+
+def test_without_the_package_or_the_device_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(four_bit, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"stage 'align': tune: qlora needs the package bitsandbytes.*tune: lora"):
+        helpers.run(tmp_path / "run", {"stages": [helpers.stage(parts=QLORA)]})
+    monkeypatch.setattr(four_bit, "find_spec", lambda name: object())
+    with pytest.raises(ValueError, match="cannot hold 4-bit weights on the device 'mps'"):
+        four_bit.require_four_bit("align", torch.device("mps"))
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_keeps_four_bits_and_ends_with_full_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    import bitsandbytes
+
+    from chiasm.training import stage_run
+
+    seen: list[Any] = []
+    optimize = stage_run.StageRun._optimize
+
+    def watched(self: Any, step: int, batches: Any) -> Any:
+        seen.append(sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in self.model.modules()))
+        return optimize(self, step, batches)
+
+    monkeypatch.setattr(stage_run.StageRun, "_optimize", watched)
+    model = helpers.vlm()
+    before = helpers.weights(model)
+    stages = [helpers.stage("first", parts=helpers.LORA), helpers.stage("second", parts=QLORA, dtype=dtype)]
+    result = helpers.run(tmp_path / "run", {"stages": stages, "checkpoint_every": 1}, model)
+    assert seen == [0] * 4 + [3 * 7] * 4
+    first, second = helpers.weights(chiasm.load(result.stages["first"])), helpers.weights(chiasm.load(result.model))
+    assert before.keys() == second.keys()
+    moved = {name for name in first if not torch.equal(first[name], second[name])}
+    assert len(moved) == 3 * 7 and all((first[n] - second[n]).abs().max() < 0.1 for n in moved)
+    steps = [event for event in read_log(result.log) if event["event"] == "step"]
+    assert steps[-1]["loss"] < steps[-4]["loss"]
