@@ -10,7 +10,6 @@ import torch
 
 import chiasm
 from chiasm.training import four_bit
-from chiasm.training.log import read_log
 
 QLORA = {"*": "frozen", "language": {"tune": "qlora", "lr": 1e-2, "rank": 2}}
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -50,6 +49,6 @@ def test_a_run_keeps_four_bits_and_ends_with_full_weights(
     first, second = helpers.weights(chiasm.load(result.stages["first"])), helpers.weights(chiasm.load(result.model))
     assert before.keys() == second.keys()
     moved = {name for name in first if not torch.equal(first[name], second[name])}
-    assert len(moved) == 3 * 7 and all((first[n] - second[n]).abs().max() < 0.1 for n in moved)
-    steps = [event for event in read_log(result.log) if event["event"] == "step"]
-    assert steps[-1]["loss"] < steps[-4]["loss"]
+    assert len(moved) == 3 * 7
+    ranks = [torch.linalg.matrix_rank(second[name] - first[name], atol=1e-4) for name in moved]
+    assert all(rank <= 2 for rank in ranks)  # an update of rank 2, without the rounding to 4 bits

@@ -205,6 +205,7 @@ def _in_words(rate: float | None) -> str:
 def _row(model: nn.Module, group: Group, rates: dict[str, float | None], names: list[str]) -> PlanRow:
     members = {name: model.get_parameter(name) for name in names}
     trained = [parameter for name, parameter in members.items() if rates[name] is not None]
+    four_bit = {name for name in names if group.plan.tune == "qlora" and name.endswith(".base_layer.weight")}
     parameters, trainable = sum(p.numel() for p in members.values()), sum(p.numel() for p in trained)
     return PlanRow(
         part=group.part,
@@ -216,11 +217,11 @@ def _row(model: nn.Module, group: Group, rates: dict[str, float | None], names: 
         parameters=parameters,
         trainable=trainable,
         share=trainable / parameters if parameters else 0.0,
-        memory=sum(_weight_bytes(name, p, group) for name, p in members.items())
+        memory=sum(weight_bytes(p, name in four_bit) for name, p in members.items())
         + trainable * (GRADIENT_BYTES + ADAM_BYTES),
     )
 
 
-def _weight_bytes(name: str, parameter: Tensor, group: Group) -> int:
-    in_four_bits = group.plan.tune == "qlora" and name.endswith(".base_layer.weight")
+def weight_bytes(parameter: Tensor, in_four_bits: bool = False) -> int:
+    """What a weight takes, as it is or in 4 bits."""
     return int(parameter.numel() * (FOUR_BITS if in_four_bits else parameter.element_size()))
