@@ -8,11 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from chiasm.training.schema import LORA_KEYS, ADAPTERS, EXACT_LENGTHS, LENGTHS, PartPlan, Recipe, Settings, Stage, Validation
+from chiasm.training.schema import (
+    ADAPTERS,
+    EXACT_LENGTHS,
+    LENGTHS,
+    LORA_KEYS,
+    Captions,
+    Forgetting,
+    PartPlan,
+    Recipe,
+    Settings,
+    Stage,
+    Validation,
+)
 
 __all__ = ["Recipe", "RecipeError", "apply_overrides", "find_recipe", "load_recipe", "to_yaml"]
+
+NESTED: dict[str, type[BaseModel]] = {"validation": Validation, "captions": Captions, "forgetting": Forgetting}
+"""Keys that hold keys of their own."""
 
 Keys = tuple[str | int, ...]
 Origins = dict[Keys, str]
@@ -67,7 +82,8 @@ def to_yaml(recipe: Recipe) -> str:
     for stage in stages:
         for key in ("parts", "patterns"):
             stage[key] = {name: _without_defaults(plan) for name, plan in stage[key].items()}
-    return yaml.safe_dump({"stages": stages}, sort_keys=False, allow_unicode=True)
+    shared = {key: raw[key] for key in ("forgetting", "logs")}
+    return yaml.safe_dump({**shared, "stages": stages}, sort_keys=False, allow_unicode=True)
 
 
 def _without_defaults(plan: dict[str, Any]) -> Any:
@@ -203,8 +219,8 @@ def _reason(first: Any) -> str:
 
 
 def _keys_at(at: Keys) -> list[str]:
-    if at and at[-1] == "validation":
-        return list(Validation.model_fields)
+    if at and at[-1] in NESTED:
+        return list(NESTED[str(at[-1])].model_fields)
     if len(at) > 1 and at[-2] in ("parts", "patterns"):
         return list(PartPlan.model_fields)
     return list((Stage if at[:1] == ("stages",) else Recipe).model_fields)

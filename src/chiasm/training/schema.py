@@ -107,6 +107,17 @@ class Captions(Strict):
     space: PositiveInt = Field(256, description="width of the space where pictures and captions are compared")
 
 
+class Forgetting(Strict):
+    """What is measured before the first and after every stage, to see what training costs."""
+
+    text: bool = Field(True, description="perplexity of short English and Korean texts, without a picture")
+    pictures: NonNegativeInt = Field(32, description="held-out pictures whose features are compared; 0 compares none")
+
+    @property
+    def measures(self) -> bool:
+        return self.text or self.pictures > 0
+
+
 class Settings(Strict):
     """How a stage is run."""
 
@@ -127,7 +138,9 @@ class Settings(Strict):
     )
     compile: bool = Field(False, description="compile the decoder's layers: 10 % faster on long runs")
     cache_features: Literal["auto"] | bool = Field("auto", description="keep a frozen encoder's features on disk")
-    validation: Validation = Field(default_factory=lambda: Validation.model_validate({}))
+    validation: Validation = Field(
+        default_factory=lambda: Validation.model_validate({}), description="when held-out samples are looked at"
+    )
     checkpoint_every: PositiveInt | str = Field("5m", description="steps, or a time such as 90s, 5m, 1h")
     keep_checkpoints: PositiveInt = Field(2, description="how many of the newest stay")
     seed: int = Field(0, description="of the order, dropout and new LoRA weights")
@@ -135,7 +148,10 @@ class Settings(Strict):
     objectives: Annotated[list[str], Field(min_length=1, description="what is learned; their losses are summed")] = [
         "next_token"
     ]
-    captions: Captions = Field(default_factory=lambda: Captions.model_validate({}))
+    captions: Captions = Field(
+        default_factory=lambda: Captions.model_validate({}),
+        description="how objectives other than `next_token` read the assistant's words",
+    )
     max_length: PositiveInt | None = Field(None, description="tokens of a sample; by default the model's context")
     group_by_length: bool = Field(True, description="batches of samples of similar length, to pad less")
 
@@ -203,7 +219,9 @@ class Settings(Strict):
 class Stage(Settings):
     """One training phase."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    name: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="of the stage, and of its folder in the run")
+    ]
     parts: dict[str, PartPlan] = Field(
         description="what happens to every part: vision, connector, language, cross_attention, or `*` for all others"
     )
@@ -255,7 +273,13 @@ class Stage(Settings):
 class Recipe(Settings):
     """What `chiasm train` runs."""
 
-    stages: Annotated[list[Stage], Field(min_length=1)]
+    forgetting: Forgetting = Field(
+        default_factory=lambda: Forgetting.model_validate({}), description="what is measured to see what training costs"
+    )
+    logs: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="where numbers go beside `log.jsonl`"
+    )
+    stages: Annotated[list[Stage], Field(min_length=1, description="what is run, one after the other")]
     _written: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @validates_model(mode="before")

@@ -29,6 +29,7 @@ from chiasm.training.checkpoint import TrainingError, restore
 from chiasm.training.closed_form import caption_indices
 from chiasm.training.compiling import compiled_layers
 from chiasm.training.features import Rows, stage_features
+from chiasm.training.forgetting import ForgettingProbe, in_words
 from chiasm.training.four_bit import four_bit_layers
 from chiasm.training.log import Reporter, gate_fields, peak_memory, plan_fields
 from chiasm.training.optimizer import StageOptimizer
@@ -62,6 +63,7 @@ class Context:
     closed_form: Callable[..., Any]
     cache_root: Path | None
     trained: set[str] = field(default_factory=set)
+    probe: ForgettingProbe | None = None
 
 
 class StageRun:
@@ -350,12 +352,20 @@ class StageRun:
             self.context.model.config.fresh_connector = False
         took = {"seconds": round(seconds, 3)}
         self.log.write("stage_end", self.stage.name, self.num_steps, **took, **gate_fields(self.model))
+        self._tell_forgetting()
         if self.stage.reads_captions:
             run.save_model(self.stage.name, self.model, self.learner.processor)
         final = {name: p.data for name, p in self.context.model.named_parameters() if plain_name(name) in trained}
         run.save(self.stage.name, self.num_steps, True, final, {}, self.stage.keep_checkpoints)
         if not self.stage.reads_captions:
             run.save_model(self.stage.name, self.model, self.learner.processor)
+
+
+    def _tell_forgetting(self) -> None:
+        if self.context.probe is not None:
+            fields = self.context.probe.fields()
+            self.log.write("forgetting", self.stage.name, self.num_steps, **fields)
+            self.reporter.note(f"stage {self.stage.name}, since the run's start: {in_words(fields)}")
 
 
 def _refuse_infinite(what: str, value: float, stage: str, step: int, batches: list[Batch]) -> None:
