@@ -15,7 +15,13 @@ from chiasm.data.schema import Sample
 from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.evaluate import evaluate as evaluate_answers
+<<<<<<< HEAD
 from chiasm.fusion.late import LateFusionModel
+=======
+from chiasm.training.preview import StagePreview
+from chiasm.training.preview import preview as preview_stages
+from chiasm.training.recipe import load_recipe
+>>>>>>> plan
 from chiasm.training.schema import Recipe
 from chiasm.training.trainer import TrainResult
 from chiasm.training.trainer import train as train_model
@@ -64,6 +70,15 @@ def train(
         resume=resume,
         quiet=quiet,
     )
+
+
+def preview(
+    recipe: str | Path | Recipe, model: VLM | str | Path, data: Any = None, *, overrides: Sequence[str] = ()
+) -> list[StagePreview]:
+    """What a recipe would train, hold and take, stage by stage; time and activations are measured where data is given."""
+    vlm = model if isinstance(model, VLM) else load_vlm(model).to(best_device())
+    samples = None if data is None else read(data)
+    return preview_stages(load_recipe(recipe, overrides), vlm.model, vlm.processor, samples)
 
 
 def evaluate(

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -14,27 +14,47 @@ from chiasm.cli.app import Data, Json, app, argument, data_app, emit, err, examp
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that ships.", show_default=False)],
     model: Annotated[str, typer.Option("--model", help="Folder of the model to train.", show_default=False)],
-    data: Data,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the run.", show_default=False)],
+    data: Annotated[
+        str | None, typer.Option("--data", help="LLaVA JSON, image folder, dataset folder, or emoji-scenes.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of the run.", show_default=False)
+    ] = None,
     validation_data: Annotated[str | None, typer.Option(help="Held-out data; else a share of --data.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="Change the recipe: stages.align.lr=1e-3.")] = [],  # noqa: B006
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and count samples that cannot be used.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = True,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Show what would be trained, its memory and its time, and train nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model by the stages of a recipe; a stopped run goes on where it was."""
     from chiasm import api
 
     overrides = [*set_, "skip_bad=true"] if skip_bad else set_
+    if plan_only:
+        return _show_plan(api.preview(recipe, model, data, overrides=overrides), as_json)
+    if data is None or output is None:
+        raise ValueError(f"{'--data' if data is None else '-o'} is missing: it says what to train on and where to write")
     result = api.train(
         recipe, model, data, output, validation_data=validation_data, overrides=overrides, resume=resume, quiet=as_json
     )
     if as_json:
-        emit({"model": str(result.model), "run": str(output)})
+        return emit({"model": str(result.model), "run": str(output)})
+    answers = json.loads((result.model / "config.json").read_text())["model_type"] == "chiasm"
+    hint = f"; talk to it: [bold]chiasm chat {argument(result.model)} PICTURE[/bold]" if answers else ""
+    out.print(f"model: {escape(str(result.model))}{hint}", soft_wrap=True)
+    return None
+
+
+def _show_plan(stages: list[Any], as_json: bool) -> None:
+    from chiasm.training.preview import print_preview
+
+    if as_json:
+        emit({"stages": [stage.fields() for stage in stages]})
     else:
-        answers = json.loads((result.model / "config.json").read_text())["model_type"] == "chiasm"
-        hint = f"; talk to it: [bold]chiasm chat {argument(result.model)} PICTURE[/bold]" if answers else ""
-        out.print(f"model: {escape(str(result.model))}{hint}", soft_wrap=True)
+        print_preview(stages, out)
 
 
 @data_app.command("check", epilog=example("chiasm data check data.json"))

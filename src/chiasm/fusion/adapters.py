@@ -1,6 +1,11 @@
-"""LoRA adapters inside a part (arXiv 2106.09685), recorded in the configuration: a saved model loads with them."""
+"""LoRA adapters inside a part (arXiv 2106.09685) and its variants DoRA (2402.09353) and rsLoRA (2312.03732).
+
+They are recorded in the configuration, so a saved model loads with them: by part, or by part and pattern
+(`language/language.*.q_proj`) where a part has several.
+"""
 
 import re
+import warnings
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -11,7 +16,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 ALL_LINEAR = "all-linear"
-SETTINGS = ("rank", "alpha", "dropout", "targets")
+SETTINGS = ("rank", "alpha", "dropout", "targets", "method")
+METHODS: dict[str, dict[str, bool]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
+"""Method → what peft is told."""
 
 
 def add_adapter(
@@ -21,36 +28,43 @@ def add_adapter(
     alpha: float = 32.0,
     dropout: float = 0.0,
     targets: str | list[str] = ALL_LINEAR,
+    method: str = "lora",
+    pattern: str | None = None,
 ) -> None:
     """Gives a part LoRA weights: A random, B zero, so that nothing changes until a step is taken.
 
     Args:
         part: a part of the model, such as `language`.
         rank: width of the bottleneck.
-        alpha: the update is scaled by alpha / rank.
+        alpha: the update is scaled by alpha / rank, with rslora by alpha / √rank.
         dropout: before A, in training mode.
         targets: `all-linear` (every linear layer but the head), or names of linear layers: the last component
             (`q_proj`) or the whole path inside the part.
+        method: `lora`; `dora`, which learns the length of every output's weights too; or `rslora`.
+        pattern: names one of several adapters in a part.
 
     Raises:
-        ValueError: the part has an adapter already, or a target is no linear layer of the part.
+        ValueError: the part has that adapter already, a target is no linear layer of the part, or the method is unknown.
     """
-    adapters = dict(model.config.adapters or {})
-    if part in adapters:
+    adapters, key = dict(model.config.adapters or {}), part if pattern is None else f"{part}/{pattern}"
+    if key in adapters:
         raise ValueError(
             f"part {part!r} has a LoRA adapter already; merge it first (chiasm.fusion.adapters.merge_adapters)"
         )
-    settings = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is no kind of adapter; choose of {', '.join(METHODS)}")
+    settings = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets, "method": method}
     _inject(model, part, settings)
-    model.config.adapters = adapters | {part: settings}
+    model.config.adapters = adapters | {key: settings}
 
 
 def inject_adapters(model: PreTrainedModel) -> None:
     """Gives every part the adapter that `model.config.adapters` records for it: what a model does when it is built."""
-    for part, settings in (model.config.adapters or {}).items():
+    for key, settings in (model.config.adapters or {}).items():
+        settings = {"method": "lora", **settings}
         if set(settings) != set(SETTINGS):
-            raise ValueError(f"config.adapters[{part!r}] has the keys {sorted(settings)}, expected {sorted(SETTINGS)}")
-        _inject(model, part, settings)
+            raise ValueError(f"config.adapters[{key!r}] has the keys {sorted(settings)}, expected {sorted(SETTINGS)}")
+        _inject(model, _part_of(key), settings)
 
 
 def merge_adapters(model: PreTrainedModel) -> list[str]:
@@ -60,11 +74,11 @@ def merge_adapters(model: PreTrainedModel) -> list[str]:
         Names of the weights that changed.
     """
     changed = []
-    for name, layer in _adapted_layers(model):
+    for name, layer in adapted_layers(model):
         layer.merge(safe_merge=True)
         model.set_submodule(name, layer.get_base_layer())
         changed.append(f"{name}.weight")
-    for part in model.config.adapters or {}:
+    for part in {_part_of(key) for key in model.config.adapters or {}}:
         del model.get_submodule(part).peft_config
     model.config.adapters = None
     return changed
@@ -74,7 +88,7 @@ def adapter_parameters(model: PreTrainedModel) -> set[str]:
     """Names of all LoRA weights of the model."""
     return {
         f"{name}.{path}"
-        for name, layer in _adapted_layers(model)
+        for name, layer in adapted_layers(model)
         for path, _ in layer.named_parameters()
         if path.split(".")[0] in layer.adapter_layer_names
     }
@@ -98,7 +112,11 @@ def linear_layers(model: PreTrainedModel, part: str) -> list[str]:
     ]
 
 
-def _adapted_layers(model: PreTrainedModel) -> list[tuple[str, LoraLayer]]:
+def _part_of(key: str) -> str:
+    return key.split("/", 1)[0]
+
+
+def adapted_layers(model: PreTrainedModel) -> list[tuple[str, LoraLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
@@ -111,8 +129,11 @@ def _inject(model: PreTrainedModel, part: str, settings: dict[str, Any]) -> None
         lora_dropout=settings["dropout"],
         target_modules="|".join(map(re.escape, paths)),
         fan_in_fan_out=any(isinstance(module.get_submodule(path), Conv1D) for path in paths),
+        **METHODS[settings["method"]],
     )
-    inject_adapter_in_model(config, module)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+        inject_adapter_in_model(config, module)
 
 
 def _target_paths(linear: list[str], part: str, targets: str | list[str]) -> list[str]:

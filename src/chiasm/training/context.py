@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.schema import Sample
+from chiasm.training.forgetting import ForgettingProbe
 from chiasm.training.log import Reporter
 from chiasm.training.run import Run
 from chiasm.training.source import Survey
@@ -29,3 +30,4 @@ class Context:
     closed_form: Callable[..., Any]
     cache_root: Path | None
     trained: set[str] = field(default_factory=set)
+    probe: ForgettingProbe | None = None

@@ -65,20 +65,7 @@ class Reporter:
         """The freeze plan as a table."""
         if self.show == "quiet":
             return
-        table = Table(title=f"stage {plan.stage}: what is trained", title_justify="left", box=SIMPLE, pad_edge=False)
-        for column in ("part", "state", "lr", "tensors", "parameters", "share", "memory"):
-            table.add_column(column, justify="left" if column in ("part", "state") else "right", no_wrap=True)
-        for row in plan.rows:
-            table.add_row(
-                row.part,
-                row.state,
-                "" if row.lr is None else f"{row.lr:g}",
-                f"{row.trainable_tensors}/{row.tensors}",
-                f"{_short(row.trainable)}/{_short(row.parameters)}",
-                f"{row.share:.1%}",
-                f"{row.memory / 1e6:,.0f} MB",
-            )
-        self.console.print(table)
+        self.console.print(plan_table(plan))
 
     @contextmanager
     def task(self, name: str, total: int, done: int = 0) -> Iterator["Task"]:
@@ -120,7 +107,25 @@ class Task:
         return f", {int(seconds // 60)}:{int(seconds % 60):02d} left" if self.done < self.total else ""
 
 
-def _short(count: int) -> str:
+def plan_table(plan: FreezePlan) -> Table:
+    """What is trained, a line for each part and pattern."""
+    table = Table(title=f"stage {plan.stage}: what is trained", title_justify="left", box=SIMPLE, pad_edge=False)
+    for column in ("part", "tune", "lr", "tensors", "parameters", "share", "memory"):
+        table.add_column(column, justify="left" if column in ("part", "tune") else "right", no_wrap=True)
+    for row in plan.rows:
+        table.add_row(
+            row.label,
+            row.state,
+            "" if row.lr is None or not row.trainable else f"{row.lr:g}",
+            f"{row.trainable_tensors}/{row.tensors}",
+            f"{short(row.trainable)}/{short(row.parameters)}",
+            f"{row.share:.1%}",
+            f"{row.memory / 1e6:,.0f} MB",
+        )
+    return table
+
+
+def short(count: int) -> str:
     """A count in four characters or so: 950, 1.34M, 135M."""
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= size:
@@ -137,7 +142,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 def plan_fields(plan: FreezePlan) -> dict[str, Any]:
     """The freeze plan for the log: in words by part, the number of trained parameters, and the table."""
     return {
-        "parts": {row.part: row.state + (f", lr {row.lr:g}" if row.lr else "") for row in plan.rows},
+        "parts": {row.label: row.state + (f", lr {row.lr:g}" if row.lr else "") for row in plan.rows},
         "trainable": sum(row.trainable for row in plan.rows),
         "table": [asdict(row) for row in plan.rows],
     }

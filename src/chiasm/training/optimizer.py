@@ -23,7 +23,7 @@ class StageOptimizer:
         groups: dict[tuple[str, float, float], list[Tensor]] = {}
         for name, parameter in self.parameters.items():
             decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
-            groups.setdefault((name.split(".")[0], plan.rates[name] or 0.0, decay), []).append(parameter)
+            groups.setdefault((plan.labels[name], plan.rates[name] or 0.0, decay), []).append(parameter)
         self.adamw = torch.optim.AdamW(
             [
                 {"params": tensors, "lr": rate, "weight_decay": decay, "part": part, "peak": rate}
@@ -63,7 +63,7 @@ class StageOptimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def rates(self, step: int) -> dict[str, float]:
-        """Learning rate of every trained part at a step."""
+        """Learning rate of every trained part and pattern at a step."""
         return {group["part"]: group["peak"] * self.factor(step) for group in self.adamw.param_groups}
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,54 +1,122 @@
-"""How fast a stage goes on this machine, timed before it begins: what a budget in minutes buys."""
+"""How fast a stage goes on this machine and what it holds for the backward pass, measured before it begins."""
 
 import copy
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from chiasm.data.collation import Item, collate, encode_sample, load_pixels
+from chiasm.data.collation import Batch, Item, load_pixels
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import Sample
 from chiasm.training.attention import fast_attention
+from chiasm.training.four_bit import four_bit_layers
 from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.precision import autocast, choose_dtype, stage_precision
 from chiasm.training.schema import Stage
+from chiasm.training.stage_model import StageModel, stage_model
 from chiasm.training.stages import enter
+
+BATCHES = 4
+"""Batches that are enough to measure a stage; the first one is not timed."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Per sample: seconds of reading and, under a frozen encoder, encoding its pictures, and of its share of a step.
+    `activations`: bytes that one batch keeps for its backward pass."""
+
+    encode_seconds: float
+    step_seconds: float
+    activations: int
 
 
 def seconds_per_sample(
     model: PreTrainedModel, processor: ChiasmProcessor, stage: Stage, samples: Sequence[Sample]
 ) -> float:
-    """Seconds that one sample takes: drawn or read, encoded once, and taken through one step. The model stays as it is.
+    """Seconds that one sample takes: drawn or read, encoded once, and taken through one step. The model stays as it is."""
+    pace = measure(model, processor, stage, samples)
+    return pace.encode_seconds + pace.step_seconds
+
+
+def measure(
+    model: PreTrainedModel, processor: ChiasmProcessor, stage: Stage, samples: Sequence[Sample], number: int = 0
+) -> Pace:
+    """Takes a copy of the model through a few steps of a stage.
 
     Args:
-        samples: a few batches of what the stage will meet; the first batch is not counted.
+        samples: a few batches of what the stage will meet; the first batch is not timed if there are more.
+        number: the stage's place in its recipe.
     """
-    model, size = copy.deepcopy(model), stage.batch_size
+    learner = stage_model(copy.deepcopy(model), processor, stage, number)
+    model, size = learner.model, min(stage.batch_size, len(samples))
     dtype = choose_dtype(stage.dtype, model.device)
     plan = enter(model, stage)
-    encode = model.vision.fast_encoder(dtype=model.vision.model.dtype)
-    times = []
-    with stage_precision(model, dtype), fast_attention(model.language, dtype):
+    encode = model.vision.fast_encoder(dtype=model.vision.model.dtype) if "vision" in plan.frozen_parts() else None
+    encoding, stepping, activations = [], [], 0
+    encoding, stepping, kept = [], [], 0
+    with ExitStack() as state:
+        originals = state.enter_context(stage_precision(model, dtype))
+        if "language" in plan.states:
+            state.enter_context(fast_attention(model.language, dtype))
         optimizer = StageOptimizer(model, plan, stage, num_steps=len(samples))
+        state.enter_context(four_bit_layers(model, plan.four_bit, dtype, originals))
         for step, first in enumerate(range(0, len(samples) - size + 1, size)):
             started = time.monotonic()
-            items = [_item(sample, processor, encode) for sample in samples[first : first + size]]
-            batch = collate(items, processor)
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
-            with autocast(model.device, dtype):
-                loss = model(**inputs, num_items_in_batch=batch.supervised).loss
-            loss.backward()
-            loss.item()
-            optimizer.step(step)
-            optimizer.zero_grad()
-            times.append((time.monotonic() - started) / size)
-    return statistics.median(times[1:])
+            items = [_item(sample, learner, encode) for sample in samples[first : first + size]]
+            encoded = time.monotonic()
+            with _counted(model) if step == 0 else nullcontext() as counter:
+                _step(learner, learner.collate(items), optimizer, step, dtype)
+            kept = counter.total if counter is not None else kept
+            encoding.append((encoded - started) / size)
+            stepping.append((time.monotonic() - encoded) / size)
+    return Pace(_middle(encoding), _middle(stepping), kept)
 
 
-def _item(sample: Sample, processor: ChiasmProcessor, encode: object) -> Item:
-    pixels = load_pixels(sample, processor)
-    features = None if pixels is None else torch.as_tensor(encode(pixels))  # type: ignore[operator]
-    return Item(sample.id, encode_sample(sample, processor), features, encoded=features is not None)
+def _step(learner: StageModel, batch: Batch, optimizer: StageOptimizer, step: int, dtype: torch.dtype) -> None:
+    device = learner.model.device
+    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+    with autocast(device, dtype):
+        losses = learner.losses(inputs, len(batch.ids), batch.supervised)
+    loss = torch.stack(list(losses.values())).sum()
+    loss.backward()
+    loss.item()
+    optimizer.step(step)
+    optimizer.zero_grad()
+
+
+class _Counter:
+    """Bytes that are kept for the backward pass, each storage once and the model's own weights not at all."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.total = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[_Counter]:
+    counter = _Counter(model)
+    with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
+        yield counter
+
+
+def _middle(times: list[float]) -> float:
+    return statistics.median(times[1:] or times)
+
+
+def _item(sample: Sample, learner: StageModel, encode: Callable | None) -> Item:
+    pixels = load_pixels(sample, learner.processor)
+    features = pixels if pixels is None or encode is None else torch.as_tensor(encode(pixels))
+    return Item(sample.id, learner.encode(sample), features, encoded=encode is not None and pixels is not None)

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from chiasm.training.schema import (
+<<<<<<< HEAD
     EXACT_LENGTHS,
     LENGTHS,
     AnswerHeadSettings,
+=======
+    ADAPTERS,
+    EXACT_LENGTHS,
+    LENGTHS,
+    LORA_KEYS,
+    Captions,
+    Forgetting,
+>>>>>>> plan
     PartPlan,
     Recipe,
     Settings,
@@ -22,6 +31,9 @@ from chiasm.training.schema import (
 )
 
 __all__ = ["Recipe", "RecipeError", "apply_overrides", "find_recipe", "load_recipe", "to_yaml"]
+
+NESTED: dict[str, type[BaseModel]] = {"validation": Validation, "captions": Captions, "forgetting": Forgetting}
+"""Keys that hold keys of their own."""
 
 Keys = tuple[str | int, ...]
 Origins = dict[Keys, str]
@@ -74,14 +86,16 @@ def to_yaml(recipe: Recipe) -> str:
     raw = json.loads(recipe.model_dump_json(exclude_none=True))
     stages = [{"name": stage["name"], **stage} for stage in raw["stages"]]
     for stage in stages:
-        stage["parts"] = {part: _without_defaults(plan) for part, plan in stage["parts"].items()}
-    return yaml.safe_dump({"stages": stages}, sort_keys=False, allow_unicode=True)
+        for key in ("parts", "patterns"):
+            stage[key] = {name: _without_defaults(plan) for name, plan in stage[key].items()}
+    shared = {key: raw[key] for key in ("forgetting", "logs")}
+    return yaml.safe_dump({**shared, "stages": stages}, sort_keys=False, allow_unicode=True)
 
 
 def _without_defaults(plan: dict[str, Any]) -> Any:
-    if plan["tune"] == "lora":
-        return plan
-    return "frozen" if plan["tune"] == "frozen" else {"tune": "full", "lr": plan["lr"]}
+    if plan["tune"] == "frozen":
+        return "frozen"
+    return {key: value for key, value in plan.items() if plan["tune"] in ADAPTERS or key not in LORA_KEYS}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Origins]:
@@ -211,11 +225,17 @@ def _reason(first: Any) -> str:
 
 
 def _keys_at(at: Keys) -> list[str]:
+<<<<<<< HEAD
     if at and at[-1] == "validation":
         return list(Validation.model_fields)
     if at and at[-1] == "answer_head":
         return list(AnswerHeadSettings.model_fields)
     if len(at) > 1 and at[-2] == "parts":
+=======
+    if at and at[-1] in NESTED:
+        return list(NESTED[str(at[-1])].model_fields)
+    if len(at) > 1 and at[-2] in ("parts", "patterns"):
+>>>>>>> plan
         return list(PartPlan.model_fields)
     return list((Stage if at[:1] == ("stages",) else Recipe).model_fields)
 

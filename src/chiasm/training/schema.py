@@ -1,4 +1,4 @@
-"""A recipe: a list of stages, each of which says for every part whether it is frozen, tuned or given LoRA.
+"""A recipe: a list of stages, each of which says for every part what is frozen, tuned in full, or given LoRA.
 
 Every key of `Settings` may stand at the recipe's top, for all stages, and again inside a stage, for that one.
 Files and command-line overrides are read by `chiasm.training.recipe`.
@@ -31,7 +31,10 @@ RESERVED_NAMES = ("checkpoints", "model")
 WITHOUT_EFFECT = ("validation", "checkpoint_every", "keep_checkpoints")
 """Settings that may differ between a run and its continuation: no weight depends on them."""
 
-_LORA_KEYS = ("rank", "alpha", "dropout", "targets")
+ADAPTERS = ("lora", "dora", "rslora", "qlora")
+"""Values of `tune` that leave the weights as they are and train low-rank updates beside them."""
+
+LORA_KEYS = ("rank", "alpha", "dropout", "targets")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -42,22 +45,47 @@ class Strict(BaseModel):
 
 
 class PartPlan(Strict):
-    """What a stage does with one part. In a file, the bare word of `tune` will do where nothing else is said."""
+    """What a stage does with one part or pattern. The bare word of `tune` will do where nothing else is said."""
 
-    tune: Literal["frozen", "full", "lora"]
+    tune: Literal["frozen", "full", "lora", "dora", "rslora", "qlora"] = Field(
+        description="`frozen`; `full`: the weights themselves; `lora` (arXiv 2106.09685), `dora` (2402.09353), `rslora` "
+        "(2312.03732): a low-rank update beside them; `qlora` (2305.14314): LoRA beside weights in 4 bits"
+    )
     lr: PositiveFloat | None = Field(None, description="peak learning rate; by default the stage's `lr`")
+    from_layer: NonNegativeInt | None = Field(
+        None, description="of a part: only layers from this one on, counted from 0, and what stands behind them"
+    )
+    only: Literal["norms"] | None = Field(None, description="with `tune: full`: `norms` trains normalisations alone")
     rank: PositiveInt = Field(16, description="LoRA: width of the bottleneck")
-    alpha: PositiveFloat = Field(32.0, description="LoRA: the update is scaled by alpha / rank")
+    alpha: PositiveFloat = Field(
+        32.0, description="LoRA: the update is scaled by alpha / rank (rslora: by alpha / √rank)"
+    )
     dropout: Annotated[float, Field(ge=0, lt=1, description="LoRA: dropout before the bottleneck")] = 0.0
     targets: Literal["all-linear"] | list[str] = Field("all-linear", description="LoRA: linear layers by name")
 
+    @property
+    def adapts(self) -> bool:
+        """Whether low-rank updates are trained instead of the weights themselves."""
+        return self.tune in ADAPTERS
+
+    @property
+    def words(self) -> str:
+        """The plan in words, without its learning rate."""
+        rank = f", rank {self.rank}" if self.adapts else ""
+        layer = f", from layer {self.from_layer}" if self.from_layer is not None else ""
+        return f"{self.tune}{rank}{layer}{f', only {self.only}' if self.only else ''}"
+
     @validates_model(mode="after")
     def _keys_belong_together(self) -> "PartPlan":
-        foreign = [key for key in _LORA_KEYS if key in self.model_fields_set and self.tune != "lora"]
+        foreign = [key for key in LORA_KEYS if key in self.model_fields_set and not self.adapts]
         if foreign:
-            raise ValueError(f"tune: {self.tune} takes no {foreign[0]!r}; only tune: lora does")
+            raise ValueError(f"tune: {self.tune} takes no {foreign[0]!r}; only {', '.join(ADAPTERS)} do")
         if self.tune == "frozen" and self.lr is not None:
             raise ValueError(f"a frozen part takes no lr (found {self.lr}); write tune: full or tune: lora")
+        if self.tune == "frozen" and self.from_layer is not None:
+            raise ValueError("a frozen part takes no from_layer; write tune: full or tune: lora for the layers from it on")
+        if self.only is not None and self.tune != "full":
+            raise ValueError(f"only: {self.only} belongs to tune: full, not to tune: {self.tune}")
         if self.tune != "frozen" and self.lr is None:
             raise ValueError(f"tune: {self.tune} needs an lr, here or at the stage")
         return self
@@ -79,12 +107,24 @@ class Captions(Strict):
     space: PositiveInt = Field(256, description="width of the space where pictures and captions are compared")
 
 
+<<<<<<< HEAD
 class AnswerHeadSettings(Strict):
     """The head that `answers` gives a late-fusion model which has none yet."""
 
     combine: Literal["concat", "product", "mlp"] = Field("mlp", description="how the two towers' vectors meet")
     hidden: PositiveInt = Field(512, description="width in which product and mlp meet")
     most: PositiveInt = Field(3000, description="answers that it knows: the data's most frequent ones")
+=======
+class Forgetting(Strict):
+    """What is measured before the first and after every stage, to see what training costs."""
+
+    text: bool = Field(True, description="perplexity of short English and Korean texts, without a picture")
+    pictures: NonNegativeInt = Field(32, description="held-out pictures whose features are compared; 0 compares none")
+
+    @property
+    def measures(self) -> bool:
+        return self.text or self.pictures > 0
+>>>>>>> plan
 
 
 class Settings(Strict):
@@ -107,7 +147,9 @@ class Settings(Strict):
     )
     compile: bool = Field(False, description="compile the decoder's layers: 10 % faster on long runs")
     cache_features: Literal["auto"] | bool = Field("auto", description="keep a frozen encoder's features on disk")
-    validation: Validation = Field(default_factory=lambda: Validation.model_validate({}))
+    validation: Validation = Field(
+        default_factory=lambda: Validation.model_validate({}), description="when held-out samples are looked at"
+    )
     checkpoint_every: PositiveInt | str = Field("5m", description="steps, or a time such as 90s, 5m, 1h")
     keep_checkpoints: PositiveInt = Field(2, description="how many of the newest stay")
     seed: int = Field(0, description="of the order, dropout and new LoRA weights")
@@ -115,10 +157,16 @@ class Settings(Strict):
     objectives: Annotated[list[str], Field(min_length=1, description="what is learned; their losses are summed")] = [
         "next_token"
     ]
+<<<<<<< HEAD
     captions: Captions = Field(default_factory=lambda: Captions.model_validate({}))
     answer_head: AnswerHeadSettings = Field(default_factory=lambda: AnswerHeadSettings.model_validate({}))
     chunk: PositiveInt | None = Field(
         None, description="late fusion: pairs in the towers at once; larger batches are computed twice (GradCache)"
+=======
+    captions: Captions = Field(
+        default_factory=lambda: Captions.model_validate({}),
+        description="how objectives other than `next_token` read the assistant's words",
+>>>>>>> plan
     )
     max_length: PositiveInt | None = Field(None, description="tokens of a sample; by default the model's context")
     group_by_length: bool = Field(True, description="batches of samples of similar length, to pad less")
@@ -196,8 +244,17 @@ class Settings(Strict):
 class Stage(Settings):
     """One training phase."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    parts: dict[str, PartPlan]
+    name: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="of the stage, and of its folder in the run")
+    ]
+    parts: dict[str, PartPlan] = Field(
+        description="what happens to every part: vision, connector, language, cross_attention, or `*` for all others"
+    )
+    patterns: dict[str, PartPlan] = Field(
+        default_factory=dict,
+        description="parameters by name, which win over their part: a glob such as `language.*.self_attn.*`, or the path "
+        "of a module or parameter",
+    )
     init: Literal["keep", "closed_form", "auto"] = Field(
         "keep",
         description="what the connector starts from; `auto` is `closed_form` where a new connector can, else `keep`",
@@ -217,30 +274,37 @@ class Stage(Settings):
     @classmethod
     def _complete_parts(cls, raw: Any) -> Any:
         """A bare word stands for `tune`, and tuned parts without a learning rate take the stage's."""
-        if not isinstance(raw, dict) or not isinstance(raw.get("parts"), dict):
+        if not isinstance(raw, dict):
             return raw
-        parts = {}
-        for part, plan in raw["parts"].items():
-            plan = {"tune": plan} if isinstance(plan, str) else plan
-            if isinstance(plan, dict) and plan.get("tune") in ("full", "lora") and raw.get("lr") is not None:
-                plan = {"lr": raw["lr"], **plan}
-            parts[part] = plan
-        return {**raw, "parts": parts}
+        plans = {key: raw[key] for key in ("parts", "patterns") if isinstance(raw.get(key), dict)}
+        return raw | {
+            key: {name: _complete(plan, raw.get("lr")) for name, plan in named.items()} for key, named in plans.items()
+        }
 
     @validates_model(mode="after")
     def _names_known_parts(self) -> "Stage":
         for part in self.parts:
             if part not in (*PARTS, OTHER_PARTS):
                 raise ValueError(
-                    f"{part!r} is no part; parts are {', '.join(PARTS)}, and {OTHER_PARTS!r} for all others"
+                    f"{part!r} is no part; parts are {', '.join(PARTS)}, and {OTHER_PARTS!r} for all others; parameters "
+                    "by name belong under patterns"
                 )
+        for pattern, plan in self.patterns.items():
+            if plan.from_layer is not None:
+                raise ValueError(f"pattern {pattern!r}: from_layer is for parts; name the layers in the pattern")
         return self
 
 
 class Recipe(Settings):
     """What `chiasm train` runs."""
 
-    stages: Annotated[list[Stage], Field(min_length=1)]
+    forgetting: Forgetting = Field(
+        default_factory=lambda: Forgetting.model_validate({}), description="what is measured to see what training costs"
+    )
+    logs: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="where numbers go beside `log.jsonl`"
+    )
+    stages: Annotated[list[Stage], Field(min_length=1, description="what is run, one after the other")]
     _written: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @validates_model(mode="before")
@@ -259,6 +323,12 @@ class Recipe(Settings):
         if twice is not None:
             raise ValueError(f"two stages are named {twice!r}; names are folders of the run")
         return self
+
+
+def _complete(plan: Any, lr: Any) -> Any:
+    plan = {"tune": plan} if isinstance(plan, str) else plan
+    tuned = isinstance(plan, dict) and plan.get("tune") in ("full", *ADAPTERS)
+    return {"lr": lr, **plan} if tuned and lr is not None else plan
 
 
 def _inherited(shared: dict[str, Any], stage: Any) -> Any:

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from chiasm.data.collation import Batch
 from chiasm.data.schema import SampleError
+from chiasm.training.forgetting import in_words
 from chiasm.training.log import Reporter, RunLog, Task, gate_fields, peak_memory, plan_fields
 from chiasm.training.optimization import Taken
 from chiasm.training.schema import Stage
@@ -72,6 +73,10 @@ class StageLog:
     def warn(self, done: int, text: str) -> None:
         self.log.write("warning", self.stage.name, done, text=text)
         self.reporter.note(f"warning: stage {self.stage.name}: {text}")
+
+    def forgetting(self, done: int, fields: dict[str, Any]) -> None:
+        self.log.write("forgetting", self.stage.name, done, **fields)
+        self.reporter.note(f"stage {self.stage.name}, since the run's start: {in_words(fields)}")
 
     def end(self, num_steps: int, seconds: float) -> None:
         took = {"seconds": round(seconds, 3)}

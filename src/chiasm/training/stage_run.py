@@ -18,6 +18,7 @@ from chiasm.training.batches import WORKERS, Order, prefetch, seed_of
 from chiasm.training.compiling import compiled_layers
 from chiasm.training.context import Context
 from chiasm.training.features import Rows, stage_features
+from chiasm.training.four_bit import four_bit_layers
 from chiasm.training.late_stage import give_answer_head, late_stage_model
 from chiasm.training.optimization import Optimization, Taken
 from chiasm.training.optimizer import StageOptimizer
@@ -87,6 +88,7 @@ class StageRun:
             self.state = StageState(self.context, self.stage, self.learner, self.plan, originals)
             if self.resumed is not None:
                 self.state.restore(self.resumed, self.optimizer)
+            context.enter_context(four_bit_layers(self.model, self.plan.four_bit, self.dtype, originals))
             self.steps = Optimization(
                 self.learner, self.plan, self.optimizer, self.stage, self.number, self.first_step, self.dtype
             )
@@ -178,4 +180,6 @@ class StageRun:
 
     def _finish(self, seconds: float) -> None:
         self.log.end(self.num_steps, seconds)
+        if self.context.probe is not None:
+            self.log.forgetting(self.num_steps, self.context.probe.fields())
         self.state.finish(self.num_steps)

@@ -3,25 +3,32 @@
 The table is shown before the first step and held against what the first step did: `check_first_step`.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from chiasm.fusion.adapters import adapter_parameters, add_adapter
+from chiasm.fusion.adapters import adapter_parameters, add_adapter, plain_name
 from chiasm.training.fingerprint import digest
-from chiasm.training.schema import OTHER_PARTS, PARTS, PartPlan, Stage
+from chiasm.training.four_bit import require_four_bit
+from chiasm.training.schema import Stage
+from chiasm.training.selection import Group, adapter_targets, groups_of, parts_of
+
+__all__ = ["FreezePlan", "PlanRow", "check_first_step", "digests", "enter", "parts_of", "set_modes"]
 
 ADAM_BYTES = 8
 GRADIENT_BYTES = 4
+FOUR_BITS = 0.5 + 4 / 64
+"""Bytes of a weight in 4 bits with a scale for every 64 of them."""
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One part's line of the freeze plan. `memory` counts weights, gradients and AdamW's moments, in bytes."""
+    """One line of the freeze plan, for a part or a pattern in it. `memory` counts weights, gradients and AdamW's
+    moments, in bytes."""
 
     part: str
+    pattern: str | None
     state: str
     lr: float | None
     tensors: int
@@ -31,15 +38,22 @@ class PlanRow:
     share: float
     memory: int
 
+    @property
+    def label(self) -> str:
+        return self.part if self.pattern is None else self.pattern
+
 
 @dataclass(frozen=True)
 class FreezePlan:
-    """`rates`: every parameter's peak learning rate, None where it is frozen; `states`: every part's, in words."""
+    """`rates`: every parameter's peak learning rate, None where it is frozen; `states`: every part's, in words;
+    `labels`: every parameter's line; `four_bit`: layers whose weights the stage holds in 4 bits."""
 
     stage: str
     rates: dict[str, float | None]
     states: dict[str, str]
     rows: list[PlanRow] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    four_bit: list[str] = field(default_factory=list)
 
     @property
     def trainable(self) -> list[str]:
@@ -48,56 +62,62 @@ class FreezePlan:
 
     def frozen_parts(self) -> set[str]:
         """Parts without a single trainable parameter."""
-        return {row.part for row in self.rows if row.trainable == 0}
-
-
-def parts_of(model: nn.Module) -> list[str]:
-    """The parts that the model has, in the order of `PARTS`.
-
-    Raises:
-        ValueError: a parameter belongs to no part.
-    """
-    prefixes: dict[str, str] = {}
-    for name, _ in model.named_parameters():
-        prefixes.setdefault(name.split(".")[0], name)
-    strange = [name for prefix, name in prefixes.items() if prefix not in PARTS]
-    if strange:
-        raise ValueError(f"parameter {strange[0]!r} belongs to no part; names start with {', '.join(PARTS)}")
-    return [part for part in PARTS if part in prefixes]
+        return {row.part for row in self.rows} - {row.part for row in self.rows if row.trainable}
 
 
 def enter(model: PreTrainedModel, stage: Stage) -> FreezePlan:
     """Makes the model what the stage trains: LoRA weights added, `requires_grad` set, frozen parts in evaluation mode.
 
     Raises:
-        ValueError: the stage does not say what happens to a part, names one that the model does not have, tunes
-            nothing, or both tunes and freezes one tensor.
+        ValueError: the stage leaves a parameter unmatched, names a part, layer or pattern that the model does not have,
+            tunes nothing, or contradicts itself.
     """
-    plans = _plan_of_parts(stage, parts_of(model))
-    for part, plan in plans.items():
-        if plan.tune == "lora":
-            add_adapter(model, part, plan.rank, plan.alpha, plan.dropout, plan.targets)
-    table = compile_plan(model, stage.name, plans)
+    groups = groups_of(model, stage)
+    if not any(group.plan.tune != "frozen" for group in groups):
+        raise ValueError(f"stage {stage.name!r} trains nothing: every part is frozen")
+    _refuse_split_tensors(model, stage.name, groups)
+    if any(group.plan.tune == "qlora" for group in groups):
+        require_four_bit(stage.name, model.device)
+    targets = {
+        (group.part, group.label): adapter_targets(model, stage, group, sum(g.part == group.part for g in groups) == 1)
+        for group in groups
+        if group.plan.adapts
+    }
+    for group in groups:
+        if group.plan.adapts:
+            plan, chosen = group.plan, targets[group.part, group.label]
+            method = "lora" if plan.tune == "qlora" else plan.tune
+            pattern = group.label if group.is_pattern else None
+            add_adapter(model, group.part, plan.rank, plan.alpha, plan.dropout, chosen, method, pattern)
+    table = compile_plan(model, stage.name, groups)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(table.rates[name] is not None)
     set_modes(model, table)
     return table
 
 
-def compile_plan(model: PreTrainedModel, stage: str, plans: dict[str, PartPlan]) -> FreezePlan:
+def compile_plan(model: PreTrainedModel, stage: str, groups: list[Group]) -> FreezePlan:
     """The total table of a stage whose adapters are in place."""
     adapters = adapter_parameters(model)
+    by_name = {name: group for group in groups for name in group.names}
     rates: dict[str, float | None] = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        plan = plans[name.split(".")[0]]
-        tuned = plan.tune == "full" or (plan.tune == "lora" and name in adapters)
-        rates[name] = plan.lr if tuned else None
-    _refuse_contradictions(model, stage, rates)
-    rates = {name: rates[name] for name, _ in model.named_parameters()}
-    if all(rate is None for rate in rates.values()):
-        raise ValueError(f"stage {stage!r} trains nothing: every part is frozen")
-    rows = [_row(model, part, plan, rates) for part, plan in plans.items()]
-    return FreezePlan(stage, rates, {row.part: row.state for row in rows}, rows)
+    owners: dict[str, Group] = {}
+    for name, _ in model.named_parameters():
+        known = next(known for known in (name, plain_name(name), _adapted_weight(name)) if known in by_name)
+        group = by_name[known]
+        tuned = (group.plan.tune == "full" and known in group.chosen) or (group.plan.adapts and name in adapters)
+        rates[name] = group.plan.lr if tuned else None
+        owners[name] = group
+    rows = [_row(model, group, rates, [name for name in rates if owners[name] is group]) for group in groups]
+    states: dict[str, str] = {}
+    for row in rows:
+        states[row.part] = row.state if row.part not in states else f"{states[row.part]}; {row.label}: {row.state}"
+    four_bit = [
+        name.removesuffix(".base_layer.weight")
+        for name, group in owners.items()
+        if group.plan.tune == "qlora" and name.endswith(".base_layer.weight")
+    ]
+    return FreezePlan(stage, rates, states, rows, {name: group.label for name, group in owners.items()}, four_bit)
 
 
 def set_modes(model: nn.Module, table: FreezePlan) -> None:
@@ -155,55 +175,53 @@ def _visible(parameter: Tensor, gradient: Tensor, rate: float) -> bool:
     return bool(((gradient.abs() > 1e-7) & (parameter.abs() * 1.2e-7 < rate)).any())
 
 
-def _plan_of_parts(stage: Stage, present: list[str]) -> dict[str, PartPlan]:
-    absent = [part for part in stage.parts if part != OTHER_PARTS and part not in present]
-    if absent:
-        raise ValueError(
-            f"stage {stage.name!r} names the part {absent[0]!r}, which this model does not have; "
-            f"it has {', '.join(present)}"
-        )
-    unsaid = [part for part in present if part not in stage.parts and OTHER_PARTS not in stage.parts]
-    if unsaid:
-        raise ValueError(
-            f"stage {stage.name!r} does not say what happens to {', '.join(unsaid)}; "
-            f'write "{unsaid[0]}: frozen", or "{OTHER_PARTS}: frozen" for all others'
-        )
-    return {part: stage.parts.get(part) or stage.parts[OTHER_PARTS] for part in present}
+def _adapted_weight(name: str) -> str:
+    """The weight that a LoRA weight belongs to: `….q_proj.lora_A.default.weight` → `….q_proj.weight`."""
+    return f"{name.partition('.lora_')[0]}.weight"
 
 
-def _refuse_contradictions(model: nn.Module, stage: str, rates: dict[str, float | None]) -> None:
+def _refuse_split_tensors(model: nn.Module, stage: str, groups: list[Group]) -> None:
     """One tensor under two names (tied weights) must have one state."""
+    by_name = {name: group for group in groups for name in group.names}
     seen: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = seen.setdefault(id(parameter), name)
-        if rates[first] != rates[name]:
+        one, other = _rate(by_name[first], first), _rate(by_name[name], name)
+        if one != other:
             raise ValueError(
                 f"stage {stage!r} contradicts itself: {first} and {name} are one tensor, but the plan says "
-                f"{_in_words(rates[first])} and {_in_words(rates[name])}"
+                f"{_in_words(one)} and {_in_words(other)}"
             )
+
+
+def _rate(group: Group, name: str) -> float | None:
+    return group.plan.lr if group.plan.tune == "full" and name in group.chosen else None
 
 
 def _in_words(rate: float | None) -> str:
     return "frozen" if rate is None else f"lr {rate:g}"
 
 
-def _row(model: nn.Module, part: str, plan: PartPlan, rates: dict[str, float | None]) -> PlanRow:
-    members = list(_members(model, part))
-    trained = [parameter for name, parameter in members if rates[name] is not None]
-    parameters, trainable = sum(p.numel() for _, p in members), sum(p.numel() for p in trained)
-    weights = sum(p.numel() * p.element_size() for _, p in members)
+def _row(model: nn.Module, group: Group, rates: dict[str, float | None], names: list[str]) -> PlanRow:
+    members = {name: model.get_parameter(name) for name in names}
+    trained = [parameter for name, parameter in members.items() if rates[name] is not None]
+    four_bit = {name for name in names if group.plan.tune == "qlora" and name.endswith(".base_layer.weight")}
+    parameters, trainable = sum(p.numel() for p in members.values()), sum(p.numel() for p in trained)
     return PlanRow(
-        part=part,
-        state=f"lora, rank {plan.rank}" if plan.tune == "lora" else plan.tune,
-        lr=plan.lr,
+        part=group.part,
+        pattern=group.label if group.is_pattern else None,
+        state=group.plan.words,
+        lr=group.plan.lr,
         tensors=len(members),
         trainable_tensors=len(trained),
         parameters=parameters,
         trainable=trainable,
         share=trainable / parameters if parameters else 0.0,
-        memory=weights + trainable * (GRADIENT_BYTES + ADAM_BYTES),
+        memory=sum(weight_bytes(p, name in four_bit) for name, p in members.items())
+        + trainable * (GRADIENT_BYTES + ADAM_BYTES),
     )
 
 
-def _members(model: nn.Module, part: str) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if name.split(".")[0] == part)
+def weight_bytes(parameter: Tensor, in_four_bits: bool = False) -> int:
+    """What a weight takes, as it is or in 4 bits."""
+    return int(parameter.numel() * (FOUR_BITS if in_four_bits else parameter.element_size()))

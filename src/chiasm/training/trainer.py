@@ -24,7 +24,11 @@ from chiasm.training.closed_form import closed_form as closed_form_start
 from chiasm.training.context import Context
 from chiasm.training.features import with_hint
 from chiasm.training.fingerprint import model_fingerprint
+<<<<<<< HEAD
 from chiasm.training.late_stage import give_answer_head
+=======
+from chiasm.training.forgetting import ForgettingProbe
+>>>>>>> plan
 from chiasm.training.log import Reporter
 from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
@@ -97,9 +101,13 @@ def train(
     }
     with torch.random.fork_rng(), open_run(output, recipe, fingerprint, environment, resume, reporter) as run:
         context = Context(model, processor, samples, found, held_out, run, reporter, generate, closed_form, cache_root)
+        if recipe.forgetting.measures:
+            context.probe = ForgettingProbe(recipe.forgetting, model, processor, [*held_out] or samples)
         if run.resumed is None:
             counts: dict[str, Any] = {"samples": len(found.usable), "held_out": len(held_out), "bad": found.bad}
             run.log.write("start", **counts, **environment)
+            if context.probe is not None:
+                run.log.write("forgetting", **context.probe.fields())
         else:
             context.trained = {plain_name(name) for name in run.resumed.weights}
             if run.resumed.position.finished:

@@ -1,0 +1,150 @@
+"""`chiasm train --plan-only`: what a recipe would train, hold and take, before it does. The model stays as it is."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedModel
+
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.schema import Sample
+from chiasm.data.splits import Subset
+from chiasm.training.log import plan_fields, plan_table
+from chiasm.training.pace import BATCHES, Pace, measure
+from chiasm.training.precision import KEPT_PARTS, choose_dtype
+from chiasm.training.schema import Recipe, Stage
+from chiasm.training.stage_model import stage_model
+from chiasm.training.stages import ADAM_BYTES, GRADIENT_BYTES, FreezePlan, enter, weight_bytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a stage holds at once. `copies`: of frozen weights, in the precision of the arithmetic; `activations`:
+    what a batch keeps for its backward pass, None where no data was given to measure it."""
+
+    weights: int
+    copies: int
+    gradients: int
+    optimizer: int
+    activations: int | None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.copies + self.gradients + self.optimizer + (self.activations or 0)
+
+
+@dataclass(frozen=True)
+class StagePreview:
+    """One stage. `steps`, `samples` and `seconds` are None where no data was given."""
+
+    plan: FreezePlan
+    memory: Memory
+    steps: int | None = None
+    samples: int | None = None
+    seconds_per_sample: float | None = None
+    seconds: float | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The preview as plain values, as `--json` prints it."""
+        took = {key: getattr(self, key) for key in ("steps", "samples", "seconds_per_sample", "seconds")}
+        memory = {**asdict(self.memory), "total": self.memory.total}
+        return {"stage": self.plan.stage, **plan_fields(self.plan), "memory": memory, **took}
+
+
+def preview(
+    recipe: Recipe, model: PreTrainedModel, processor: ChiasmProcessor, samples: Sequence[Sample] | None = None
+) -> list[StagePreview]:
+    """Every stage of a recipe.
+
+    Args:
+        samples: the training data, of which a few batches are taken to measure time and activations.
+
+    Raises:
+        ValueError: a stage's plan does not fit the model.
+    """
+    return [_preview(stage, number, model, processor, samples) for number, stage in enumerate(recipe.stages)]
+
+
+def _preview(
+    stage: Stage, number: int, model: PreTrainedModel, processor: ChiasmProcessor, samples: Sequence[Sample] | None
+) -> StagePreview:
+    learner = stage_model(_same_weights(model), processor, stage, number)
+    plan, dtype = enter(learner.model, stage), choose_dtype(stage.dtype, model.device)
+    if samples is not None and stage.reads_captions:
+        samples = Subset(samples, [index for index, sample in enumerate(samples) if len(sample.images) == 1])
+    if not samples:
+        return StagePreview(plan, _memory(learner.model, plan, dtype, None))
+    wanted = BATCHES * stage.batch_size
+    few = Subset(samples, range(0, len(samples), max(1, len(samples) // wanted))[:wanted])
+    pace = measure(model, processor, stage, few, number)
+    steps = stage.num_steps(len(samples))
+    visits = steps * stage.batch_size * stage.accumulate
+    encoded = min(visits, len(samples)) if _caches(stage, plan) else visits
+    return StagePreview(
+        plan,
+        _memory(learner.model, plan, dtype, pace),
+        steps,
+        visits,
+        pace.encode_seconds + pace.step_seconds,
+        encoded * pace.encode_seconds + visits * pace.step_seconds,
+    )
+
+
+def _caches(stage: Stage, plan: FreezePlan) -> bool:
+    return stage.cache_features is not False and "vision" in plan.frozen_parts()
+
+
+def _memory(model: nn.Module, plan: FreezePlan, dtype: torch.dtype, pace: Pace | None) -> Memory:
+    weights = copies = trained = 0
+    four_bit = {f"{path}.base_layer.weight" for path in plan.four_bit}
+    for name, parameter in model.named_parameters():
+        count = parameter.numel()
+        if plan.rates[name] is not None:
+            trained, weights = trained + count, weights + 4 * count
+        elif name in four_bit:
+            weights += weight_bytes(parameter, in_four_bits=True)
+        else:
+            weights += weight_bytes(parameter)
+            copied = parameter.dtype != dtype and name.split(".")[0] not in KEPT_PARTS
+            copies += count * dtype.itemsize if copied else 0
+    activations = None if pace is None else pace.activations
+    return Memory(weights, copies, trained * GRADIENT_BYTES, trained * ADAM_BYTES, activations)
+
+
+def _same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A second module tree over the same weights, which a plan may change without touching the model."""
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, shared | {id(buffer): buffer for buffer in model.buffers()})
+
+
+def print_preview(previews: Sequence[StagePreview], console: Console) -> None:
+    """The same for people: a table and a line or two for each stage."""
+    for stage in previews:
+        console.print(plan_table(stage.plan))
+        memory = {key: value for key, value in asdict(stage.memory).items() if value}
+        listed = ", ".join(f"{key} {_megabytes(value)}" for key, value in memory.items())
+        console.print(f"memory about {_megabytes(stage.memory.total)}: {listed}", highlight=False, soft_wrap=True)
+        if stage.seconds is None:
+            console.print("time and activations: pass --data to have them measured", highlight=False)
+        else:
+            console.print(
+                f"time about {_duration(stage.seconds)}: {stage.steps:,} steps, {stage.samples:,} samples of "
+                f"{1000 * (stage.seconds_per_sample or 0):,.0f} ms, measured on this machine",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
