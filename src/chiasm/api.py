@@ -15,13 +15,10 @@ from chiasm.data.schema import Sample
 from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.evaluate import evaluate as evaluate_answers
-<<<<<<< HEAD
 from chiasm.fusion.late import LateFusionModel
-=======
 from chiasm.training.preview import StagePreview
 from chiasm.training.preview import preview as preview_stages
 from chiasm.training.recipe import load_recipe
->>>>>>> plan
 from chiasm.training.schema import Recipe
 from chiasm.training.trainer import TrainResult
 from chiasm.training.trainer import train as train_model

@@ -58,7 +58,6 @@ def measure(
     dtype = choose_dtype(stage.dtype, model.device)
     plan = enter(model, stage)
     encode = model.vision.fast_encoder(dtype=model.vision.model.dtype) if "vision" in plan.frozen_parts() else None
-    encoding, stepping, activations = [], [], 0
     encoding, stepping, kept = [], [], 0
     with ExitStack() as state:
         originals = state.enter_context(stage_precision(model, dtype))

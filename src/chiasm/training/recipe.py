@@ -11,18 +11,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from chiasm.training.schema import (
-<<<<<<< HEAD
-    EXACT_LENGTHS,
-    LENGTHS,
-    AnswerHeadSettings,
-=======
     ADAPTERS,
     EXACT_LENGTHS,
     LENGTHS,
     LORA_KEYS,
+    AnswerHeadSettings,
     Captions,
     Forgetting,
->>>>>>> plan
     PartPlan,
     Recipe,
     Settings,
@@ -32,7 +27,12 @@ from chiasm.training.schema import (
 
 __all__ = ["Recipe", "RecipeError", "apply_overrides", "find_recipe", "load_recipe", "to_yaml"]
 
-NESTED: dict[str, type[BaseModel]] = {"validation": Validation, "captions": Captions, "forgetting": Forgetting}
+NESTED: dict[str, type[BaseModel]] = {
+    "answer_head": AnswerHeadSettings,
+    "captions": Captions,
+    "forgetting": Forgetting,
+    "validation": Validation,
+}
 """Keys that hold keys of their own."""
 
 Keys = tuple[str | int, ...]
@@ -225,17 +225,9 @@ def _reason(first: Any) -> str:
 
 
 def _keys_at(at: Keys) -> list[str]:
-<<<<<<< HEAD
-    if at and at[-1] == "validation":
-        return list(Validation.model_fields)
-    if at and at[-1] == "answer_head":
-        return list(AnswerHeadSettings.model_fields)
-    if len(at) > 1 and at[-2] == "parts":
-=======
     if at and at[-1] in NESTED:
         return list(NESTED[str(at[-1])].model_fields)
     if len(at) > 1 and at[-2] in ("parts", "patterns"):
->>>>>>> plan
         return list(PartPlan.model_fields)
     return list((Stage if at[:1] == ("stages",) else Recipe).model_fields)
 

@@ -107,14 +107,14 @@ class Captions(Strict):
     space: PositiveInt = Field(256, description="width of the space where pictures and captions are compared")
 
 
-<<<<<<< HEAD
 class AnswerHeadSettings(Strict):
     """The head that `answers` gives a late-fusion model which has none yet."""
 
     combine: Literal["concat", "product", "mlp"] = Field("mlp", description="how the two towers' vectors meet")
     hidden: PositiveInt = Field(512, description="width in which product and mlp meet")
     most: PositiveInt = Field(3000, description="answers that it knows: the data's most frequent ones")
-=======
+
+
 class Forgetting(Strict):
     """What is measured before the first and after every stage, to see what training costs."""
 
@@ -124,7 +124,6 @@ class Forgetting(Strict):
     @property
     def measures(self) -> bool:
         return self.text or self.pictures > 0
->>>>>>> plan
 
 
 class Settings(Strict):
@@ -157,16 +156,16 @@ class Settings(Strict):
     objectives: Annotated[list[str], Field(min_length=1, description="what is learned; their losses are summed")] = [
         "next_token"
     ]
-<<<<<<< HEAD
-    captions: Captions = Field(default_factory=lambda: Captions.model_validate({}))
-    answer_head: AnswerHeadSettings = Field(default_factory=lambda: AnswerHeadSettings.model_validate({}))
-    chunk: PositiveInt | None = Field(
-        None, description="late fusion: pairs in the towers at once; larger batches are computed twice (GradCache)"
-=======
     captions: Captions = Field(
         default_factory=lambda: Captions.model_validate({}),
         description="how objectives other than `next_token` read the assistant's words",
->>>>>>> plan
+    )
+    answer_head: AnswerHeadSettings = Field(
+        default_factory=lambda: AnswerHeadSettings.model_validate({}),
+        description="late fusion: the head that `answers` trains",
+    )
+    chunk: PositiveInt | None = Field(
+        None, description="late fusion: pairs in the towers at once; larger batches are computed twice (GradCache)"
     )
     max_length: PositiveInt | None = Field(None, description="tokens of a sample; by default the model's context")
     group_by_length: bool = Field(True, description="batches of samples of similar length, to pad less")

@@ -24,11 +24,8 @@ from chiasm.training.closed_form import closed_form as closed_form_start
 from chiasm.training.context import Context
 from chiasm.training.features import with_hint
 from chiasm.training.fingerprint import model_fingerprint
-<<<<<<< HEAD
-from chiasm.training.late_stage import give_answer_head
-=======
 from chiasm.training.forgetting import ForgettingProbe
->>>>>>> plan
+from chiasm.training.late_stage import give_answer_head
 from chiasm.training.log import Reporter
 from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
