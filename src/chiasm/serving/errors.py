@@ -39,7 +39,7 @@ class ApiError(HTTPException):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(status, message, headers)
-        self.code, self.param = code, param
+        self.code, self.param = code or ("invalid_value" if status == 400 else None), param
 
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
@@ -68,8 +68,13 @@ def of_exception(error: BaseException) -> ApiError:
     return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
 
 
-KINDS = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+KINDS = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "unsupported_parameter": "unsupported_parameter",
+}
 MESSAGES = {
+    "unsupported_parameter": "Unsupported parameter: '{param}' is not supported by this server.",
     "missing": "Missing required parameter: '{param}'.",
     "extra_forbidden": "Unknown parameter: '{param}'.",
     "json_invalid": "The body is not JSON: {detail}.",

@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 
 class Strict(BaseModel):
@@ -14,7 +15,7 @@ class Strict(BaseModel):
 def _unused(value: Any) -> None:
     """A field of OpenAI's that changes nothing here when it is empty, and is refused when it is not."""
     if value not in (None, [], {}, False, 0, "auto", "none", "default"):
-        raise ValueError("this server does not support it")
+        raise PydanticCustomError("unsupported_parameter", "not supported")
 
 
 Unused = Annotated[None, BeforeValidator(_unused, json_schema_input_type=None)]

@@ -2,8 +2,8 @@
 
 import asyncio
 import ipaddress
+import socket
 from collections.abc import Callable
-from typing import Any
 
 import h11
 import uvicorn
@@ -15,16 +15,38 @@ from chiasm.serving.settings import Limits
 KEEP_ALIVE_SECONDS = 30
 
 
-def server(app: FastAPI, host: str, port: int, limits: Limits, ready: Callable[[str], None] | None = None) -> uvicorn.Server:
-    """A server that runs until it gets SIGINT or SIGTERM, and then finishes the answers that have begun.
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address; port 0 is any free one.
+
+    Raises:
+        OSError: the address cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot listen on {host} port {port}: {reason}; choose another --host or --port") from error
+
+
+def address_of(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def run(app: FastAPI, listening: socket.socket, limits: Limits, ready: Callable[[], None] | None = None) -> None:
+    """Serves until SIGINT or SIGTERM, and then finishes the answers that have begun.
 
     Args:
-        ready: gets the address as soon as it is open.
+        ready: called as soon as requests are answered.
     """
+    server(app, limits, ready).run(sockets=[listening])
+
+
+def server(app: FastAPI, limits: Limits, ready: Callable[[], None] | None = None) -> uvicorn.Server:
+    """uvicorn, with these limits."""
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=patient(limits),
         ws="none",
         loop="asyncio",
@@ -41,15 +63,14 @@ def server(app: FastAPI, host: str, port: int, limits: Limits, ready: Callable[[
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[str], None] | None) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None] | None) -> None:
         super().__init__(config)
         self._ready = ready
 
-    async def startup(self, *args: Any, **kwargs: Any) -> None:
-        await super().startup(*args, **kwargs)
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
         if self.started and self._ready is not None:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            self._ready()
 
 
 def is_loopback(host: str) -> bool:
