@@ -20,8 +20,7 @@ from chiasm.serving.settings import Settings
 PAGE = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/words.js": ("words.js", "text/javascript"),
+    **{f"/{name}.js": (f"{name}.js", "text/javascript") for name in ("page", "api", "look", "pictures", "words")},
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 
