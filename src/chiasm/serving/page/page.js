@@ -124,21 +124,23 @@ function offerLook(card, model, messages) {
 // Pictures
 
 async function take(files) {
+  const unread = [];
   for (const file of files) {
     try {
       state.pictures.push(await fileToPicture(file));
     } catch {
-      find("status").textContent = word("not_a_picture", { name: file.name });
-      alertLine(find("status").textContent);
+      unread.push(word("not_a_picture", { name: file.name }));
     }
   }
   showPictures();
+  unread.forEach(alertLine);
   question.focus();
 }
 
 function alertLine(text) {
   const line = document.createElement("li");
   line.className = "note wrong";
+  line.setAttribute("role", "alert");
   line.textContent = text;
   find("pictures").append(line);
   setTimeout(() => line.remove(), 6000);
