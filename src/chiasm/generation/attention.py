@@ -70,10 +70,12 @@ def look(
     image: int = -1,
     layers: Sequence[int] | None = None,
     prompt_words: bool = False,
+    answer: str | None = None,
 ) -> Attention:
     """Answers, and says what each token of the answer attended to.
 
     Args:
+        answer: one that has been given before, in place of a new one.
         image: which of the prompt's pictures; by default the last.
         layers: the language model's layers whose attention is averaged; with intermediate fusion those that have a
             block in front of them. By default all.
@@ -85,9 +87,13 @@ def look(
     _check(model, processor)
     if not -len(images) <= image < len(images):
         raise ValueError(f"attention to image {image}, but the prompt has {len(images)} image(s)")
-    inputs: Inputs = prepare(model, processor, [messages], [images], decoding.max_new_tokens)
+    inputs: Inputs = prepare(model, processor, [messages], [images], 1 if answer else decoding.max_new_tokens)
     tokenizer, start = processor.tokenizer, inputs["input_ids"].shape[1]
-    ids = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **decoding.arguments())
+    if answer is None:
+        ids = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **decoding.arguments())
+    else:
+        given = tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+        ids = torch.cat([inputs["input_ids"], given], dim=1)
     answer = tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
     features = model.encode_images(inputs.pop("pixel_values"))
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_features": features}

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP interface and a chat page for models that run here."""

@@ -1,0 +1,176 @@
+"""Request bodies: read within limits of size, time and memory, and parsed only where their JSON is sane."""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from chiasm.serving.errors import ApiError, overloaded
+from chiasm.serving.settings import Limits
+
+MORE_TO_DRAIN = 4
+"""A body that is too large is read to its end up to so many times the limit, so that its client hears the answer."""
+
+
+class Budget:
+    """Memory that all requests share; one that does not get its part is asked to come back."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.used = total, 0
+
+    def lease(self) -> "Lease":
+        return Lease(self)
+
+
+class Lease:
+    """What one request has of the budget."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget, self._held = budget, 0
+
+    def take(self, size: int) -> None:
+        """Raises a 429 where others hold too much; a request that could never fit is the client's mistake."""
+        if self._held + size > self._budget.total:
+            raise ApiError(413, "this request's pictures need more memory than the server gives", code="too_large")
+        if self._budget.used + size > self._budget.total:
+            raise overloaded("the server's memory for requests is full at the moment; try again")
+        self._budget.used += size
+        self._held += size
+
+    def release(self) -> None:
+        self._budget.used -= self._held
+        self._held = 0
+
+
+class LimitedRequest(Request):
+    """A request whose body is read and parsed within the limits."""
+
+    limits: Limits
+    lease: Lease
+
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            self._check_type()
+            try:
+                async with asyncio.timeout(self.limits.body_seconds):
+                    self._body = await self._read()
+            except TimeoutError:
+                raise ApiError(
+                    408,
+                    f"the body did not arrive within {self.limits.body_seconds:g} s",
+                    code="request_timeout",
+                    headers={"Connection": "close"},
+                ) from None
+        return self._body
+
+    def _check_type(self) -> None:
+        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(
+                415, f"content-type {kind!r} is not read here; send application/json", code="unsupported_media_type"
+            )
+
+    async def _read(self) -> bytes:
+        limit, seen = self.limits.body_bytes, 0
+        chunks: list[bytes] = []
+        async for chunk in self.stream():
+            seen += len(chunk)
+            if seen > MORE_TO_DRAIN * limit:
+                break
+            if seen > limit:
+                chunks.clear()
+                continue
+            self.lease.take(len(chunk))
+            chunks.append(chunk)
+        if seen > limit:
+            raise ApiError(
+                413,
+                f"the body is larger than {limit:,} bytes",
+                code="request_too_large",
+                headers={"Connection": "close"},
+            )
+        return b"".join(chunks)
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            self._json = parse(await self.body(), self.limits)
+        return self._json
+
+
+def limited_route(limits: Limits) -> type[APIRoute]:
+    """Routes whose requests are read within the limits."""
+
+    class Reader(LimitedRequest):
+        pass
+
+    Reader.limits = limits
+
+    class LimitedRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def limited(request: Request) -> Response:
+                reader = Reader(request.scope, request.receive)
+                reader.lease = lease_of(request)
+                return await handle(reader)
+
+            return limited
+
+    return LimitedRoute
+
+
+def lease_of(request: Request) -> Lease:
+    """The request's part of the memory that all share."""
+    lease: Lease = request.scope["chiasm.lease"]
+    return lease
+
+
+def parse(body: bytes, limits: Limits) -> Any:
+    """JSON in UTF-8, neither too deep nor of too many values, whose texts are whole Unicode.
+
+    Raises:
+        ApiError: it is not that; `json.JSONDecodeError` where it is no JSON at all.
+    """
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_utf8") from None
+    if sum(text.count(mark) for mark in ",[{") > limits.json_values:
+        raise ApiError(400, f"the body has more than {limits.json_values:,} JSON values", code="too_many_values")
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise _too_deep(limits) from None
+    except ValueError as error:
+        raise ApiError(400, f"the body holds a number that is none: {error}", code="invalid_json") from None
+    _check(value, limits)
+    return value
+
+
+def _check(value: Any, limits: Limits) -> None:
+    """Goes through a value without recursion."""
+    rest = [(value, 1)]
+    while rest:
+        item, depth = rest.pop()
+        if depth > limits.json_depth:
+            raise _too_deep(limits)
+        if isinstance(item, dict):
+            rest += [(key, depth) for key in item]
+            rest += [(member, depth + 1) for member in item.values()]
+        elif isinstance(item, list):
+            rest += [(member, depth + 1) for member in item]
+        elif isinstance(item, str) and not item.isascii() and any("\ud800" <= letter <= "\udfff" for letter in item):
+            raise ApiError(400, "a text of the body holds half of a surrogate pair", code="invalid_unicode")
+
+
+def _too_deep(limits: Limits) -> ApiError:
+    return ApiError(400, f"the body is nested deeper than {limits.json_depth} levels", code="too_deep")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)

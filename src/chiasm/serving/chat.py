@@ -1,0 +1,269 @@
+"""`POST /v1/chat/completions`."""
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Request, Response
+from fastapi.responses import JSONResponse
+
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.generation.decode import Decoding
+from chiasm.generation.engine import Piece, QueueFull, Ticket
+from chiasm.language.adapter import ContextError, context_length
+from chiasm.serving.body import Lease, lease_of, limited_route
+from chiasm.serving.errors import RESPONSES, ApiError, of_exception, overloaded
+from chiasm.serving.logprobs import TokenTexts
+from chiasm.serving.prompt import Prompt, read_prompt
+from chiasm.serving.schema import ChatCompletion, ChatRequest
+from chiasm.serving.served import ChatModel, Shared
+from chiasm.serving.settings import Settings
+from chiasm.serving.stream import EventStream, Gone, cancel, pieces, while_there
+
+GONE = 499
+"""A status that nobody receives: the client has left."""
+
+
+def router(shared: Shared) -> APIRouter:
+    """The route, on these models."""
+    routes = APIRouter(route_class=limited_route(shared.settings.limits))
+    streamed = {"text/event-stream": {"schema": {"type": "string", "description": "chunks, then data: [DONE]"}}}
+    described = {200: {"model": ChatCompletion, "content": streamed}, **RESPONSES}
+
+    @routes.post("/v1/chat/completions", responses=described, response_model=None, tags=["chat"])
+    async def create_chat_completion(request: Request, body: Annotated[ChatRequest, Body()]) -> Response:
+        """An answer to a conversation with pictures, whole or as a stream."""
+        answering = Answering(shared, body)
+        try:
+            return await while_there(request, answering.response(lease_of(request)))
+        except Gone:
+            shared.metrics.vanished.inc()
+            return Response(status_code=GONE)
+
+    return routes
+
+
+class Answering:
+    """One request and its answers."""
+
+    def __init__(self, shared: Shared, body: ChatRequest) -> None:
+        self.shared, self.body = shared, body
+        self.model: ChatModel = shared.chat_model(body.model)
+        self.count = body.n or 1
+        self.decoding = decoding_of(body, shared.settings)
+        self.texts = TokenTexts(self.model.processor.tokenizer)
+        self.head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": self.model.name,
+            "system_fingerprint": self.model.fingerprint,
+        }
+        self._begun = time.monotonic()
+        self._first = False
+
+    async def response(self, lease: Lease) -> Response:
+        """The whole answer, or its stream from the first piece on, so that what fails before has its own status."""
+        async with self.shared.turn:
+            prompt = await read_prompt(self.shared, self.model.processor, self.body.messages, lease)
+            tickets = await self._submit(prompt)
+        seconds = self.shared.settings.limits.request_seconds
+        try:
+            coming = pieces(tickets, seconds)
+            if not self.body.stream:
+                return JSONResponse(await self._whole(tickets, coming))
+            first = await anext(coming)
+        except BaseException as error:
+            cancel(tickets)
+            raise of_exception(error) from error if isinstance(error, Exception) else error
+        return EventStream(self._events(tickets, first, coming), lambda: self._closed(tickets))
+
+    async def _submit(self, prompt: Prompt) -> list[Ticket]:
+        tickets: list[Ticket] = []
+        try:
+            for number in range(self.count):
+                tickets.append(await self._submit_one(prompt, number))
+        except BaseException:
+            cancel(tickets)
+            raise
+        return tickets
+
+    async def _submit_one(self, prompt: Prompt, number: int) -> Ticket:
+        options = dict(self.decoding)
+        if options["seed"] is not None:
+            options["seed"] = (options["seed"] + number) % 2**63
+
+        def submit() -> Ticket:
+            engine = self.model.engine
+            try:
+                return engine.submit(prompt.messages, prompt.images, Decoding(**options))
+            except ContextError:
+                room = _room(self.model, prompt) if self.body_names_no_length else 0
+                if room < 1:
+                    raise
+                return engine.submit(prompt.messages, prompt.images, Decoding(**options | {"max_new_tokens": room}))
+
+        try:
+            return await self.shared.in_thread(submit, abandoned=Ticket.cancel)
+        except QueueFull as error:
+            raise overloaded(f"{error}", error.retry_after) from None
+        except RuntimeError as error:
+            if "closed" in str(error):
+                raise ApiError(503, "the server is stopping", code="stopping") from None
+            raise of_exception(error) from error
+        except Exception as error:
+            raise of_exception(error) from error
+
+    @property
+    def body_names_no_length(self) -> bool:
+        return self.body.max_tokens is None and self.body.max_completion_tokens is None
+
+    async def _whole(self, tickets: list[Ticket], coming: AsyncIterator[Any]) -> dict[str, Any]:
+        got: list[list[Piece]] = [[] for _ in tickets]
+        async for event in coming:
+            if event is not None and event[1] is not None:
+                self._note_first()
+                got[event[0]].append(event[1])
+        choices = []
+        for number, (ticket, answer) in enumerate(zip(tickets, got, strict=True)):
+            if not answer and ticket.finish_reason == "cancelled":
+                raise _too_late()
+            text = "".join(piece.text for piece in answer).strip()
+            choices.append(
+                {
+                    "index": number,
+                    "message": {"role": "assistant", "content": text, "refusal": None},
+                    "logprobs": self._logprobs(answer),
+                    "finish_reason": _reason(ticket),
+                }
+            )
+        return {"object": "chat.completion", **self.head, "choices": choices, "usage": _usage(tickets)}
+
+    async def _events(self, tickets: list[Ticket], first: Any, coming: AsyncIterator[Any]) -> AsyncIterator[str]:
+        """Chunks as server-sent events; leading space of an answer is left out, as in a whole one."""
+        include = self.body.stream_options is not None and bool(self.body.stream_options.include_usage)
+        begun = [False] * len(tickets)
+        try:
+            for number in range(len(tickets)):
+                yield self._chunk(include, number, {"role": "assistant", "content": "", "refusal": None})
+            event = first
+            while True:
+                if event is None:
+                    yield ": waiting\n\n"
+                elif event[1] is None:
+                    yield self._chunk(include, event[0], {}, finish_reason=_reason(tickets[event[0]]))
+                else:
+                    self._note_first()
+                    number, piece = event
+                    text = piece.text if begun[number] else piece.text.lstrip()
+                    begun[number] = begun[number] or bool(text)
+                    logprobs = self._logprobs([piece])
+                    if text or (logprobs and logprobs["content"]):
+                        yield self._chunk(include, number, {"content": text}, logprobs)
+                try:
+                    event = await anext(coming)
+                except StopAsyncIteration:
+                    break
+            if include:
+                yield _sse({"object": "chat.completion.chunk", **self.head, "choices": [], "usage": _usage(tickets)})
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            yield _sse(of_exception(error).body())
+
+    def _chunk(
+        self, include: bool, number: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
+    ) -> str:
+        choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        usage: dict[str, Any] = {"usage": None} if include else {}
+        return _sse({"object": "chat.completion.chunk", **self.head, "choices": [choice], **usage})
+
+    def _logprobs(self, answer: list[Piece]) -> dict[str, Any] | None:
+        if not self.body.logprobs:
+            return None
+        entries = [self.texts.entry(piece, self.body.top_logprobs or 0) for piece in answer]
+        return {"content": [entry for entry in entries if entry is not None], "refusal": None}
+
+    def _note_first(self) -> None:
+        if not self._first:
+            self._first = True
+            self.shared.metrics.first.labels(self.model.name).observe(time.monotonic() - self._begun)
+
+    def _closed(self, tickets: list[Ticket]) -> None:
+        if any(ticket.finish_reason is None for ticket in tickets):
+            self.shared.metrics.vanished.inc()
+        cancel(tickets)
+
+
+def decoding_of(body: ChatRequest, settings: Settings) -> dict[str, Any]:
+    """The fields of `Decoding` that a request asks for, within the server's limits."""
+    limits = settings.limits
+    for name in ("max_completion_tokens", "max_tokens"):
+        if (given := getattr(body, name)) is not None and given > limits.tokens:
+            raise ApiError(
+                400, f"{name} is too large: {given}; this server answers at most {limits.tokens} tokens.", param=name
+            )
+    if body.n is not None and body.n > limits.choices:
+        raise ApiError(400, f"n is too large: {body.n}; this server gives at most {limits.choices}.", param="n")
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    if len(stop) > 4 or not all(stop) or any(len(one) > 256 for one in stop):
+        raise ApiError(400, "stop is at most 4 texts of 1 to 256 characters.", param="stop", code="invalid_value")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs", code="invalid_value")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream to be true.", param="stream_options", code="invalid_value")
+    chosen = {
+        "max_new_tokens": body.max_completion_tokens or body.max_tokens or min(limits.default_tokens, limits.tokens),
+        "temperature": settings.temperature if body.temperature is None else body.temperature,
+        "stop": stop,
+        "seed": body.seed,
+        "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
+        "json_schema": _json_schema(body, limits.schema_bytes),
+    }
+    more = {name: getattr(body, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+    return chosen | {name: value for name, value in more.items() if value is not None}
+
+
+def _json_schema(body: ChatRequest, most: int) -> dict[str, Any] | None:
+    form = body.response_format
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return {"type": "object"}
+    if form.json_schema is None:
+        param = "response_format.json_schema"
+        raise ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    if len(json.dumps(form.json_schema.schema_)) > most:
+        raise ApiError(400, f"the JSON schema is larger than {most:,} bytes", param="response_format.json_schema.schema")
+    return form.json_schema.schema_
+
+
+def _room(model: ChatModel, prompt: Prompt) -> int:
+    """Tokens that the language model's context leaves for an answer."""
+    processor: ChiasmProcessor = model.processor
+    context = context_length(model.model.config)
+    asked = processor.encode(prompt.messages, add_generation_prompt=True)["input_ids"]
+    return (context or 0) - len(asked)
+
+
+def _reason(ticket: Ticket) -> str:
+    """An answer that the server cut off for its time is one that was too long."""
+    return "stop" if ticket.finish_reason == "stop" else "length"
+
+
+def _usage(tickets: list[Ticket]) -> dict[str, Any]:
+    prompt, answered = tickets[0].prompt_tokens, sum(ticket.completion_tokens for ticket in tickets)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answered,
+        "total_tokens": prompt + answered,
+        "prompt_tokens_details": {"cached_tokens": tickets[0].cached_tokens},
+    }
+
+
+def _too_late() -> ApiError:
+    return ApiError(503, "no answer began in time; try again later", code="timeout", headers={"Retry-After": "5"})
+
+
+def _sse(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"

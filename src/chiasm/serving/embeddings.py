@@ -1,0 +1,110 @@
+"""`POST /v1/embeddings`: texts and pictures of a late fusion model in one space."""
+
+import base64
+from typing import Annotated, Any
+
+import torch
+from fastapi import APIRouter, Body, Request, Response
+from fastapi.responses import JSONResponse
+
+from chiasm.serving.body import Lease, lease_of, limited_route
+from chiasm.serving.chat import GONE
+from chiasm.serving.errors import RESPONSES, ApiError, of_exception
+from chiasm.serving.prompt import image_of, read_pictures
+from chiasm.serving.schema import EmbeddingList, EmbeddingRequest, Part
+from chiasm.serving.served import EmbeddingModel, Shared
+from chiasm.serving.stream import Gone, while_there
+
+Item = str | list[int] | Part
+
+
+def router(shared: Shared) -> APIRouter:
+    """The route, on these models."""
+    routes = APIRouter(route_class=limited_route(shared.settings.limits))
+    described = {200: {"model": EmbeddingList}, **RESPONSES}
+
+    @routes.post("/v1/embeddings", responses=described, response_model=None, tags=["embeddings"])
+    async def create_embedding(request: Request, body: Annotated[EmbeddingRequest, Body()]) -> Response:
+        """A vector for every text and picture."""
+        try:
+            return JSONResponse(await while_there(request, _embed(shared, body, lease_of(request))))
+        except Gone:
+            shared.metrics.vanished.inc()
+            return Response(status_code=GONE)
+
+    return routes
+
+
+async def _embed(shared: Shared, body: EmbeddingRequest, lease: Lease) -> dict[str, Any]:
+    model = shared.embedding_model(body.model)
+    items = _items(body, shared.settings.limits.inputs)
+    texts = {number: _text(model, item) for number, item in enumerate(items) if not isinstance(item, Part)}
+    urls = {number: _url(item, number) for number, item in enumerate(items) if isinstance(item, Part)}
+    texts |= {number: text for number, (text, url) in urls.items() if text is not None}
+    shown = {number: url for number, (_, url) in urls.items() if url is not None}
+    async with shared.turn:
+        pictures = await read_pictures(shared, [(url, f"input[{number}]") for number, url in shown.items()], lease)
+    try:
+        async with model.turn:
+            rows, tokens = await shared.in_thread(_run, model, list(texts.values()), pictures)
+    except Exception as error:
+        raise of_exception(error) from error
+    vectors = dict(zip([*texts, *shown], rows, strict=True))
+    _check_width(body, next(iter(vectors.values())).shape[-1])
+    data = [_item(number, vectors[number], body.encoding_format == "base64") for number in range(len(items))]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": model.name, "usage": usage}
+
+
+def _items(body: EmbeddingRequest, most: int) -> list[Item]:
+    given: Any = body.input
+    if isinstance(given, list) and given and all(isinstance(item, int) for item in given):
+        given = [given]
+    items = given if isinstance(given, list) else [given]
+    if not items or any(item in ("", []) or isinstance(item, int) for item in items):
+        raise ApiError(400, "input is a text, a picture, or a list of them; none is empty.", param="input")
+    if len(items) > most:
+        raise ApiError(400, f"Too many inputs: {len(items)}, but a request may have {most}.", param="input")
+    return items
+
+
+def _text(model: EmbeddingModel, item: Any) -> str:
+    """A text, or the text of token ids."""
+    if isinstance(item, str):
+        return item
+    tokenizer = model.encoder.processor.tokenizer
+    if any(not 0 <= token < len(tokenizer) for token in item):
+        raise ApiError(400, f"a token id is outside of the vocabulary of {len(tokenizer)}.", param="input")
+    return str(tokenizer.decode(item))
+
+
+def _url(part: Part, number: int) -> tuple[str | None, str | None]:
+    image = image_of(part, f"input[{number}]")
+    return (part.text, None) if image is None else (None, image.url)
+
+
+def _run(model: EmbeddingModel, texts: list[str], pictures: list[Any]) -> tuple[list[torch.Tensor], int]:
+    """Vectors of the texts and then of the pictures, and how many tokens the texts have."""
+    encoder = model.encoder
+    rows: list[torch.Tensor] = []
+    tokens = 0
+    if texts:
+        rows += list(encoder.embed_texts(texts).float().cpu())
+        tokens = sum(len(ids) for ids in encoder.processor.tokenizer(texts)["input_ids"])
+    if pictures:
+        rows += [row[0] if row.ndim == 2 and len(row) == 1 else row for row in encoder.embed_images(pictures).float().cpu()]
+    return rows, tokens
+
+
+def _check_width(body: EmbeddingRequest, width: int) -> None:
+    if body.dimensions is not None and body.dimensions != width:
+        raise ApiError(
+            400, f"dimensions={body.dimensions}, but this model's vectors have {width}.", param="dimensions"
+        )
+
+
+def _item(number: int, vector: torch.Tensor, as_base64: bool) -> dict[str, Any]:
+    flat = vector.flatten().contiguous()
+    values: Any = base64.b64encode(flat.numpy().astype("<f4").tobytes()).decode() if as_base64 else flat.tolist()
+    shape = {} if vector.ndim == 1 else {"shape": list(vector.shape)}
+    return {"object": "embedding", "index": number, "embedding": values, **shape}

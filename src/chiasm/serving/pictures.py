@@ -1,0 +1,70 @@
+"""Pictures of requests: decoded only where their header names a raster format and a size within the limits."""
+
+import base64
+import binascii
+import warnings
+from io import BytesIO
+
+from PIL import Image
+
+from chiasm.serving.errors import ApiError
+from chiasm.serving.settings import Limits
+from chiasm.vision.pictures import to_rgb
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+BYTES_PER_PIXEL = 4
+
+
+def from_data_url(url: str, param: str) -> bytes:
+    """The bytes of `data:image/...;base64,...`."""
+    head, comma, data = url.partition(",")
+    if not comma or not head.lower().startswith("data:") or not head.lower().endswith(";base64"):
+        raise invalid("expected data:image/png;base64,... with the picture's bytes in base64", param)
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise invalid("its data is not base64", param) from None
+
+
+def pixels(data: bytes, limits: Limits, param: str) -> int:
+    """How many pixels a picture says that it has, without decoding any.
+
+    Raises:
+        ApiError: it is no picture, or has too many.
+    """
+    with _open(data, param) as picture:
+        width, height = picture.size
+    if width * height > limits.pixels:
+        raise invalid(f"{width} × {height} pixels are more than {limits.pixels:,}", param)
+    if max(width, height) > limits.side_ratio * max(1, min(width, height)):
+        raise invalid(f"{width} × {height}: one side is more than {limits.side_ratio} times the other", param)
+    return width * height
+
+
+def decode(data: bytes, param: str) -> Image.Image:
+    """The picture in RGB; of a moving one the first frame."""
+    with _open(data, param) as picture:
+        try:
+            rgb = to_rgb(picture)
+            rgb.load()
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise whatever they like on broken files
+            raise invalid(f"it is broken: {error}", param) from None
+    return Image.frombytes("RGB", rgb.size, rgb.tobytes())
+
+
+def _open(data: bytes, param: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise invalid("it has too many pixels", param) from None
+    except Exception:
+        known = ", ".join(FORMATS)
+        raise invalid(f"it is none of {known}; other formats, such as SVG or PDF, are not read", param) from None
+
+
+def invalid(reason: str, param: str) -> ApiError:
+    return ApiError(400, f"Invalid image: {reason}.", param=param, code="invalid_image")

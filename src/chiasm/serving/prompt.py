@@ -1,0 +1,125 @@
+"""A request's messages → Chiasm's: words without special tokens, and pictures fetched, checked and decoded."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from chiasm.data.chat import IMAGE_TOKEN, Message
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.serving import pictures
+from chiasm.serving.body import Lease
+from chiasm.serving.errors import ApiError
+from chiasm.serving.schema import ChatMessage, ImageUrl, Part
+from chiasm.serving.served import Shared
+
+ROLES = {"developer": "system"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    messages: list[Message]
+    images: list[Image.Image]
+
+
+async def read_prompt(shared: Shared, processor: ChiasmProcessor, given: list[ChatMessage], lease: Lease) -> Prompt:
+    """The conversation that a model can be asked.
+
+    Raises:
+        ApiError: a message without content, too many pictures, or one that cannot be had.
+    """
+    plain = Plain(processor)
+    messages: list[Message] = []
+    urls: list[tuple[str, str]] = []
+    for number, message in enumerate(given):
+        param = f"messages[{number}].content"
+        parts, found = _parts(message, param, plain)
+        if message.role != "user" and found:
+            raise ApiError(400, f"Invalid value for '{param}': only a user's message has images.", param=param)
+        urls += found
+        messages.append({"role": ROLES.get(message.role, message.role), "content": parts})
+    return Prompt(messages, await read_pictures(shared, urls, lease))
+
+
+def _parts(message: ChatMessage, param: str, plain: "Plain") -> tuple[Any, list[tuple[str, str]]]:
+    """A message's content for the chat template, and its pictures' addresses with their places in the request."""
+    if message.content is None:
+        raise ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    if isinstance(message.content, str):
+        return plain(message.content), []
+    parts: list[dict[str, str]] = []
+    urls: list[tuple[str, str]] = []
+    for place, part in enumerate(message.content):
+        where = f"{param}[{place}]"
+        if (image := image_of(part, where)) is not None:
+            parts.append({"type": "image"})
+            urls.append((image.url, f"{where}.image_url.url"))
+        else:
+            parts.append({"type": "text", "text": plain(part.text or "")})
+    return parts, urls
+
+
+def image_of(part: Part, param: str) -> ImageUrl | None:
+    """A part's picture; None for a text. Raises an ApiError where the part has not what its type says."""
+    value, other = (part.text, part.image_url) if part.type == "text" else (part.image_url, part.text)
+    if value is None or other is not None:
+        raise ApiError(
+            400,
+            f"Invalid value for '{param}': a part of type '{part.type}' has '{part.type}' and nothing else.",
+            param=f"{param}.{part.type}",
+            code="missing_required_parameter" if value is None else "invalid_value",
+        )
+    return part.image_url
+
+
+class Plain:
+    """Texts in which a model's special tokens are words like others: a space parts their first letter from the rest.
+
+    So nobody's words end a turn, take another role or stand for a picture.
+    """
+
+    def __init__(self, processor: ChiasmProcessor) -> None:
+        tokenizer = processor.tokenizer
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        marks = {*added, *tokenizer.all_special_tokens, IMAGE_TOKEN, processor.image_token}
+        longest = sorted((mark for mark in marks if len(mark) > 1), key=len, reverse=True)
+        self._marks = re.compile("|".join(map(re.escape, longest)))
+
+    def __call__(self, text: str) -> str:
+        return self._marks.sub(lambda mark: f"{mark[0][0]} {mark[0][1:]}", text)
+
+
+async def read_pictures(shared: Shared, urls: list[tuple[str, str]], lease: Lease) -> list[Image.Image]:
+    """Pictures by their addresses, each with its place in the request."""
+    limits = shared.settings.limits
+    if len(urls) > limits.images:
+        raise ApiError(
+            400,
+            f"Too many images: {len(urls)}, but a request may have {limits.images}.",
+            param=urls[limits.images][1],
+            code="too_many_images",
+        )
+    found = []
+    for url, param in urls:
+        data = await _bytes(shared, url, param, lease)
+        lease.take(pictures.BYTES_PER_PIXEL * await shared.in_thread(pictures.pixels, data, limits, param))
+        found.append(await shared.in_thread(pictures.decode, data, param))
+    return found
+
+
+async def _bytes(shared: Shared, url: str, param: str, lease: Lease) -> bytes:
+    if url[:5].lower() == "data:":
+        return await shared.in_thread(pictures.from_data_url, url, param)
+    if url.partition("://")[0].lower() not in ("http", "https"):
+        raise pictures.invalid("expected a data: URL with base64 data", param)
+    if not shared.settings.image_urls:
+        raise ApiError(
+            400,
+            "Invalid image: this server fetches no addresses; send a data: URL, or start it with --image-urls.",
+            param=param,
+            code="image_urls_not_allowed",
+        )
+    data = await shared.fetch(url, param)
+    lease.take(len(data))
+    return data

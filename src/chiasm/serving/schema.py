@@ -1,0 +1,262 @@
+"""The bodies of requests and answers: OpenAI's fields, and which of them mean something here."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+
+class Strict(BaseModel):
+    """A field that is not known is refused, as OpenAI does; a number is no text, and a text is no number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _unused(value: Any) -> None:
+    """A field of OpenAI's that changes nothing here when it is empty, and is refused when it is not."""
+    if value not in (None, [], {}, False, 0, "auto", "none", "default"):
+        raise PydanticCustomError("unsupported_parameter", "not supported")
+
+
+Unused = Annotated[None, BeforeValidator(_unused, json_schema_input_type=None)]
+Ignored = Any
+"""A field of OpenAI's that tells the service about the caller and does not change the answer."""
+
+
+class ImageUrl(Strict):
+    url: str = Field(min_length=1, description="data:image/...;base64,... or, where the server allows it, http(s)")
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class Part(Strict):
+    """`{"type": "text", "text": ...}` or `{"type": "image_url", "image_url": {"url": ...}}`."""
+
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageUrl | None = None
+
+
+def _shape(*tags: tuple[type, str]) -> Any:
+    """A discriminator by the JSON type of a value."""
+
+    def tag(value: Any) -> str | None:
+        return next((name for kind, name in tags if isinstance(value, kind)), None)
+
+    names = " or ".join(name.removeprefix("#") for _, name in tags)
+    return Discriminator(tag, "invalid_type", f"expected {names}")
+
+
+Content = Annotated[
+    Annotated[str, Tag("#text")] | Annotated[list[Part], Tag("#parts")], _shape((str, "#text"), (list, "#parts"))
+]
+
+
+class ChatMessage(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content | None = None
+    name: Ignored = None
+    refusal: Unused = None
+    annotations: Unused = None
+    audio: Unused = None
+    function_call: Unused = None
+    tool_calls: Unused = None
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class JsonSchema(Strict):
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+Stop = Annotated[
+    Annotated[str, Tag("#text")] | Annotated[list[str], Tag("#texts")], _shape((str, "#text"), (list, "#texts"))
+]
+
+
+class ChatRequest(Strict):
+    """`POST /v1/chat/completions`. `top_k`, `min_p` and `repetition_penalty` come on top of OpenAI's."""
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    n: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Unused = None
+    presence_penalty: Unused = None
+    logit_bias: Unused = None
+    tools: Unused = None
+    tool_choice: Unused = None
+    functions: Unused = None
+    function_call: Unused = None
+    audio: Unused = None
+    prediction: Unused = None
+    web_search_options: Unused = None
+    modalities: list[Literal["text"]] | None = None
+    parallel_tool_calls: Ignored = None
+    reasoning_effort: Ignored = None
+    verbosity: Ignored = None
+    service_tier: Ignored = None
+    store: Ignored = None
+    metadata: Ignored = None
+    user: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class PromptDetails(BaseModel):
+    cached_tokens: int = 0
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails = PromptDetails()
+
+
+class Answer(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    index: int
+    message: Answer
+    logprobs: Logprobs | None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    system_fingerprint: str
+
+
+EmbeddingInput = Annotated[
+    Annotated[str, Tag("#text")] | Annotated[Part, Tag("#part")] | Annotated[list[int], Tag("#tokens")],
+    _shape((str, "#text"), (dict, "#part"), (list, "#tokens")),
+]
+EmbeddingInputs = Annotated[
+    Annotated[str, Tag("#text")] | Annotated[Part, Tag("#part")] | Annotated[list[EmbeddingInput | int], Tag("#list")],
+    _shape((str, "#text"), (dict, "#part"), (list, "#list")),
+]
+
+
+class EmbeddingRequest(Strict):
+    """`POST /v1/embeddings`: texts as OpenAI has them; pictures as the parts of chat messages."""
+
+    model: str
+    input: EmbeddingInputs
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1)
+    user: Ignored = None
+
+
+class EmbeddingItem(BaseModel):
+    """`shape` is there where a picture has several vectors; they follow each other in `embedding`."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+    shape: list[int] | None = None
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[EmbeddingItem]
+    model: str
+    usage: EmbeddingUsage
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "chiasm"
+    kind: Literal["chat", "embedding"]
+    fusion: str
+    connector: str | None = None
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class AttentionRequest(Strict):
+    """`POST /api/attention`: a conversation whose last message is the answer that is looked at."""
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=2, max_length=1024)
+    image: int = Field(-1, description="which of the conversation's pictures; by default the last")
+
+
+class Word(BaseModel):
+    """A word of the answer, its place in it, and what it had of every patch, row by row."""
+
+    text: str
+    start: int
+    end: int
+    weights: list[float]
+
+
+class AttentionAnswer(BaseModel):
+    answer: str
+    picture: str
+    rows: int
+    columns: int
+    words: list[Word]
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+    models: list[str]

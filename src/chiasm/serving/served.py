@@ -1,0 +1,152 @@
+"""What a server holds: models by name, and what their requests share."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from chiasm.data.chat import Message
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.generation.decode import Decoding
+from chiasm.generation.engine import EngineStats, Ticket
+from chiasm.serving.body import Budget
+from chiasm.serving.errors import ApiError
+from chiasm.serving.fetch import Fetcher
+from chiasm.serving.metrics import Metrics
+from chiasm.serving.settings import Settings
+
+T = TypeVar("T")
+
+
+class Answering(Protocol):
+    """An engine."""
+
+    def submit(self, messages: list[Message], images: list[Any], decoding: Decoding) -> Ticket: ...
+    def stats(self) -> EngineStats: ...
+    def close(self, finish: bool = True) -> None: ...
+
+
+class Embedding(Protocol):
+    """A dual encoder."""
+
+    model: Any
+
+    @property
+    def processor(self) -> Any: ...
+    def embed_images(self, images: Any) -> Tensor: ...
+    def embed_texts(self, texts: str | Sequence[str]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A generative model, which an engine owns."""
+
+    name: str
+    model: Any
+    processor: ChiasmProcessor
+    engine: Answering
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    kind = "chat"
+
+    @property
+    def fingerprint(self) -> str:
+        return "fp_" + hashlib.sha256(self.model.config.to_json_string().encode()).hexdigest()[:10]
+
+    def describe(self) -> dict[str, Any]:
+        config = self.model.config
+        return {"fusion": config.fusion, "connector": config.connector["name"]}
+
+
+@dataclass(frozen=True)
+class EmbeddingModel:
+    """A retrieval model; its requests run one after the other."""
+
+    name: str
+    encoder: Embedding
+    created: int = field(default_factory=lambda: int(time.time()))
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    kind = "embedding"
+
+    def describe(self) -> dict[str, Any]:
+        return {"fusion": "late"}
+
+
+Served = ChatModel | EmbeddingModel
+
+
+class Shared:
+    """Models by name, settings, and the threads, memory and numbers that requests share."""
+
+    def __init__(self, models: Sequence[Served], settings: Settings, fetcher: Fetcher | None = None) -> None:
+        self.models = {model.name: model for model in models}
+        if len(self.models) < len(models):
+            names = [model.name for model in models]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"two models have the name {twice!r}; give them names: NAME=MODEL")
+        limits = settings.limits
+        self.settings = settings
+        self.budget = Budget(limits.memory_bytes)
+        self.fetch = fetcher or Fetcher(limits.body_bytes, limits.fetch_seconds)
+        self.metrics = Metrics({model.name: model.engine for model in models if isinstance(model, ChatModel)})
+        self.turn = asyncio.Semaphore(limits.pending)
+        self.looking = asyncio.Semaphore(1)
+        self._threads = ThreadPoolExecutor(limits.pending + 2, thread_name_prefix="chiasm-http")
+
+    def chat_model(self, name: str) -> ChatModel:
+        model = self.named(name)
+        if not isinstance(model, ChatModel):
+            raise ApiError(
+                400, f"The model '{name}' gives embeddings and no answers.", param="model", code="unsupported_model"
+            )
+        return model
+
+    def embedding_model(self, name: str) -> EmbeddingModel:
+        model = self.named(name)
+        if not isinstance(model, EmbeddingModel):
+            raise ApiError(
+                400, f"The model '{name}' gives answers and no embeddings.", param="model", code="unsupported_model"
+            )
+        return model
+
+    def named(self, name: str) -> Served:
+        if name not in self.models:
+            known = ", ".join(repr(known) for known in self.models)
+            raise ApiError(
+                404, f"The model '{name}' does not exist; there is {known}.", param="model", code="model_not_found"
+            )
+        return self.models[name]
+
+    async def in_thread(
+        self, function: Callable[..., T], *args: Any, abandoned: Callable[[T], object] | None = None
+    ) -> T:
+        """Runs what takes long beside the event loop.
+
+        Args:
+            abandoned: gets the result if nobody waits for it any more.
+        """
+        future = self._threads.submit(function, *args)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if abandoned is not None and not future.cancelled():
+                future.add_done_callback(lambda done: _give(done, abandoned))
+            raise
+
+    def close(self) -> None:
+        """Ends when every answer that has begun is there."""
+        for model in self.models.values():
+            if isinstance(model, ChatModel):
+                model.engine.close()
+        self._threads.shutdown()
+
+
+def _give(future: "Future[T]", abandoned: Callable[[T], object]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        abandoned(future.result())

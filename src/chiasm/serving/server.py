@@ -1,0 +1,123 @@
+"""The server around the application: slow clients, the end of its life, and its address."""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Callable
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from chiasm.serving.settings import Limits
+
+KEEP_ALIVE_SECONDS = 30
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address; port 0 is any free one.
+
+    Raises:
+        OSError: the address cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot listen on {host} port {port}: {reason}; choose another --host or --port") from error
+
+
+def address_of(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def run(app: FastAPI, listening: socket.socket, limits: Limits, ready: Callable[[], None] | None = None) -> None:
+    """Serves until SIGINT or SIGTERM, and then finishes the answers that have begun.
+
+    Args:
+        ready: called as soon as requests are answered.
+    """
+    server(app, limits, ready).run(sockets=[listening])
+
+
+def server(app: FastAPI, limits: Limits, ready: Callable[[], None] | None = None) -> uvicorn.Server:
+    """uvicorn, with these limits."""
+    config = uvicorn.Config(
+        app,
+        http=patient(limits),
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=limits.connections,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=limits.shutdown_seconds,
+    )
+    return _Server(config, ready)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self._ready is not None:
+            self._ready()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address reaches this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def patient(limits: Limits) -> type[asyncio.Protocol]:
+    """HTTP/1.1 that waits so long, and no longer, for a request's head and for a client to read."""
+
+    class PatientProtocol(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None
+        _stuck: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._wait_for_head()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.conn.their_state is h11.IDLE:
+                self._wait_for_head()
+            else:
+                self._timer = _stop(self._timer)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._stuck = self._stuck or self.loop.call_later(limits.write_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._stuck = _stop(self._stuck)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._timer, self._stuck = _stop(self._timer), _stop(self._stuck)
+            super().connection_lost(exc)
+            self._stuck = _stop(self._stuck)
+
+        def _wait_for_head(self) -> None:
+            self._timer = self._timer or self.loop.call_later(limits.header_seconds, self.transport.abort)
+
+    return PatientProtocol
+
+
+def _stop(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

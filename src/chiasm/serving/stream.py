@@ -1,0 +1,103 @@
+"""Answers on their way to a client: several tickets as one stream, clients that leave, and server-sent events."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from chiasm.generation.engine import Piece, Ticket
+
+T = TypeVar("T")
+PING_SECONDS = 15.0
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives; it is cancelled when the client leaves.
+
+    Raises:
+        Gone: it has left.
+    """
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_leaves(request))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        for one in (task, leaving):
+            one.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await one
+
+
+async def _leaves(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def pieces(tickets: Sequence[Ticket], seconds: float) -> AsyncIterator[tuple[int, Piece | None] | None]:
+    """Pieces of all answers as they come, each with the number of its answer; no piece is an answer's end.
+
+    None comes where nothing else did for a while. After so many seconds the answers are cut off.
+    """
+    queue: asyncio.Queue[tuple[int, Piece | None | BaseException]] = asyncio.Queue()
+
+    async def forward(number: int, ticket: Ticket) -> None:
+        try:
+            async for piece in ticket:
+                queue.put_nowait((number, piece))
+            queue.put_nowait((number, None))
+        except Exception as error:
+            queue.put_nowait((number, error))
+
+    tasks = [asyncio.create_task(forward(*numbered)) for numbered in enumerate(tickets)]
+    deadline = time.monotonic() + seconds
+    left = len(tickets)
+    try:
+        while left:
+            patience = min(PING_SECONDS, max(0.0, deadline - time.monotonic()))
+            try:
+                number, piece = await asyncio.wait_for(queue.get(), patience or PING_SECONDS)
+            except TimeoutError:
+                if time.monotonic() >= deadline:
+                    cancel(tickets)
+                yield None
+                continue
+            if isinstance(piece, BaseException):
+                raise piece
+            left -= piece is None
+            yield number, piece
+    finally:
+        cancel(tickets)
+        for task in tasks:
+            task.cancel()
+
+
+def cancel(tickets: Sequence[Ticket]) -> None:
+    for ticket in tickets:
+        ticket.cancel()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; `closed` is called when the last one is out or the client has left."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], closed: Callable[[], object]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._closed = closed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._closed()

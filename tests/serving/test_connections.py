@@ -1,0 +1,117 @@
+"""Clients on real connections: those that leave, dawdle or read nothing, and the end of the server's life."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from asking import CHAT, ask, data_url
+
+from chiasm.generation.decode import Decoding
+from chiasm.serving.app import create_app
+from chiasm.serving.server import address_of, listen, server
+from chiasm.serving.settings import Limits, Settings
+
+
+def connect(address: str) -> socket.socket:
+    parts = urlsplit(address)
+    return socket.create_connection((parts.hostname, parts.port), timeout=10)
+
+
+def head(body: bytes, length: int | None = None) -> bytes:
+    return (
+        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body) if length is None else length}\r\n\r\n"
+    ).encode()
+
+
+def until(condition: Callable[[], Any], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_stops_its_answer(address: Callable[..., str], metronome: Any, stream: bool) -> None:
+    model = metronome
+    url = address(model)
+    body = json.dumps(ask(data_url(), max_tokens=4000, stream=stream)).encode()
+    leaving = connect(url)
+    leaving.sendall(head(body) + body)
+    until(lambda: model.engine.stats().running == 1)
+    leaving.close()
+    until(lambda: model.engine.stats().running == 0)
+    assert model.engine.stats().generated_tokens < 4000
+    assert httpx.post(url + CHAT, json=ask(), timeout=30).status_code == 200
+    until(lambda: "chiasm_clients_vanished_total 1.0" in httpx.get(url + "/metrics").text)
+
+
+def test_slow_clients_are_left_and_harm_nobody(address: Callable[..., str]) -> None:
+    url = address(limits=Limits(header_seconds=0.5, body_seconds=0.5))
+    silent, slow_head, slow_body = connect(url), connect(url), connect(url)
+    slow_head.sendall(b"POST /v1/chat")
+    slow_body.sendall(head(b"", 1000) + b"{")
+    assert httpx.post(url + CHAT, json=ask(), timeout=30).status_code == 200
+    assert silent.recv(100) == b"" and slow_head.recv(100) == b""
+    answer = b"".join(iter(lambda: slow_body.recv(4000), b""))
+    assert answer.startswith(b"HTTP/1.1 408") and b"request_timeout" in answer
+
+
+def test_broken_http(address: Callable[..., str]) -> None:
+    url = address()
+    for words in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/9\r\n\r\n", b"GET /\x00 HTTP/1.1\r\n\r\n", b"A" * 100_000):
+        broken = connect(url)
+        broken.sendall(words)
+        broken.shutdown(socket.SHUT_WR)
+        broken.settimeout(10)
+        try:
+            assert broken.recv(4000)[:12] in (b"HTTP/1.1 400", b"")
+        except ConnectionError:
+            pass
+        broken.close()
+    assert httpx.get(url + "/health").status_code == 200
+
+
+def test_a_client_that_does_not_read_is_left(address: Callable[..., str], metronome: Any) -> None:
+    model = metronome
+    url = address(model, limits=Limits(write_seconds=0.5))
+    body = json.dumps(ask(max_tokens=4000, n=8, stream=True, logprobs=True, top_logprobs=20)).encode()
+    deaf = socket.socket()
+    deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    deaf.connect((urlsplit(url).hostname, urlsplit(url).port))
+    deaf.sendall(head(body) + body)
+    until(lambda: model.engine.stats().running > 0)
+    assert httpx.post(url + CHAT, json=ask(), timeout=60).status_code == 200
+    until(lambda: model.engine.stats().running == 0, 60)
+    assert model.engine.stats().generated_tokens < 8 * 4000
+    deaf.close()
+
+
+def test_a_stop_finishes_what_runs(chat_model: Any) -> None:
+    model, opened, listening = chat_model(), threading.Event(), listen("127.0.0.1", 0)
+    running = server(create_app([model], Settings()), Limits(), opened.set)
+    serving = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+    serving.start()
+    assert opened.wait(30)
+    url = address_of(listening)
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(url + CHAT, json=ask(max_tokens=120), timeout=60))
+    )
+    asking.start()
+    until(lambda: model.engine.stats().running == 1)
+    running.should_exit = True
+    asking.join(60)
+    serving.join(60)
+    assert answers[0].json()["usage"]["completion_tokens"] == 120 and not serving.is_alive()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url + "/health")
+    with pytest.raises(RuntimeError, match="closed"):
+        model.engine.submit(ask()["messages"], [], Decoding())
+

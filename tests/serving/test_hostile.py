@@ -1,0 +1,191 @@
+"""What clients send that they should not: every one of them gets one clear answer, and nobody else notices."""
+
+import base64
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
+from typing import Any
+
+import pytest
+import torch
+from asking import CHAT, ask, data_url
+from fastapi.testclient import TestClient
+from PIL import Image
+
+import tiny
+from chiasm.generation.decode import Decoding
+from chiasm.serving.settings import Limits
+
+LIMITS = Limits(body_bytes=200_000, pixels=10_000, images=3, body_seconds=2)
+
+
+@pytest.fixture
+def api(client: Callable[..., TestClient]) -> TestClient:
+    return client(limits=LIMITS)
+
+
+def code(response: Any, status: int = 400) -> str:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
+    return error["code"]
+
+
+def png(width: int, height: int, data: bytes = b"") -> bytes:
+    """A PNG that says it has this size, whatever its data is."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def pickled() -> bytes:
+    file = BytesIO()
+    torch.save({"a": torch.zeros(3)}, file)
+    return file.getvalue()
+
+
+NO_PICTURES = {
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'><rect width='9' height='9'/></svg>",
+    "html": b"<!doctype html><script>alert(1)</script>",
+    "pdf": b"%PDF-1.7\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>",
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n",
+    "empty": b"",
+    "noise": bytes(range(256)) * 8,
+    "pickle": pickled(),
+    "truncated": base64.b64decode(data_url().partition(",")[2])[:200],
+    "lying png": png(50, 50, zlib.compress(b"\0" * 9)),
+    "corrupt deflate": png(50, 50, b"\xff" * 60),
+    "truncated jpeg": base64.b64decode(data_url(kind="JPEG").partition(",")[2])[:300],
+}
+
+
+@pytest.mark.parametrize("name", NO_PICTURES)
+def test_what_is_no_picture_is_refused(api: TestClient, name: str) -> None:
+    assert code(api.post(CHAT, json=ask(data_url(NO_PICTURES[name])))) == "invalid_image"
+
+
+@pytest.mark.parametrize(
+    "url", ["", "cat.png", "file:///etc/passwd", "data:image/png,abc", "data:image/png;base64,@@@", "ftp://a/b.png"]
+)
+def test_what_is_no_data_url_is_refused(api: TestClient, url: str) -> None:
+    assert code(api.post(CHAT, json=ask(url))) in ("invalid_image", "invalid_value")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+def test_pictures_of_every_kind_are_seen(api: TestClient, kind: str, mode: str) -> None:
+    picture = tiny.picture().convert("RGB" if (kind, mode) in (("JPEG", "P"), ("WEBP", "1")) else mode)
+    assert api.post(CHAT, json=ask(data_url(picture, kind))).status_code == 200
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: Any) -> None:
+        raise AssertionError("decoded")
+
+    bomb = png(60_000, 60_000, zlib.compress(b"\0" * 1_000_000))
+    monkeypatch.setattr(Image.Image, "load", decode)
+    response = api.post(CHAT, json=ask(data_url(bomb)))
+    assert code(response) == "invalid_image" and "pixels" in response.json()["error"]["message"]
+    assert code(api.post(CHAT, json=ask(data_url(png(5000, 1))))) == "invalid_image"
+
+
+def test_limits_of_a_request(api: TestClient) -> None:
+    assert code(api.post(CHAT, json=ask(*[data_url()] * 4))) == "too_many_images"
+    big = api.post(CHAT, json=ask(text="a" * 300_000))
+    assert code(big, 413) == "request_too_large"
+    assert code(api.post(CHAT, content=b"x" * 2_000_000, headers={"content-type": "application/json"}), 413)
+    assert api.post(CHAT, json=ask(*[data_url()] * 3)).status_code == 200
+
+
+def test_memory_is_shared_and_given_back(client: Callable[..., TestClient]) -> None:
+    api = client(limits=replace(LIMITS, memory_bytes=12_000))
+    for _ in range(5):
+        assert api.post(CHAT, json=ask(text="a" * 9000, max_tokens=1)).status_code == 400  # longer than the context
+    assert code(api.post(CHAT, json=ask(text="a" * 20_000)), 413) == "too_large"
+    app: Any = api.app
+    assert next(m for m in app.user_middleware if "shared" in m.kwargs).kwargs["shared"].budget.used == 0
+
+
+BODIES: dict[str, tuple[bytes, str]] = {
+    "broken utf-8": (b'{"model": "\xff\xfe"}', "invalid_utf8"),
+    "half a surrogate": (json.dumps(ask(text="a\ud800b")).encode(), "invalid_unicode"),
+    "half a surrogate in a key": (b'{"\\ud800": 1}', "invalid_unicode"),
+    "no json": (b"{", "invalid_json"),
+    "nothing": (b"", "invalid_body"),
+    "a list": (b"[]", "invalid_body"),
+    "null": (b"null", "invalid_body"),
+    "nan": (b'{"temperature": NaN}', "invalid_json"),
+    "a long number": (b'{"seed": ' + b"9" * 9000 + b"}", "invalid_json"),
+    "deep": (b'{"model": ' + b"[" * 200 + b"]" * 200 + b"}", "too_deep"),
+    "deeper": (b"[" * 90_000 + b"]" * 90_000, "too_deep"),
+    "too many values": (b"[" + b"1," * 90_000 + b"1]", "too_many_values"),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_bodies_that_are_not_what_they_should_be(client: Callable[..., TestClient], name: str) -> None:
+    api = client(limits=replace(LIMITS, json_values=95_000 if name == "deeper" else 80_000))
+    body, expected = BODIES[name]
+    assert code(api.post(CHAT, content=body, headers={"content-type": "application/json"})) == expected
+
+
+def test_a_page_elsewhere_cannot_send_without_asking_first(api: TestClient) -> None:
+    body = json.dumps(ask())
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        assert code(api.post(CHAT, content=body, headers={"content-type": kind}), 415) == "unsupported_media_type"
+    preflight = api.options(CHAT, headers={"origin": "http://evil.example", "access-control-request-method": "POST"})
+    assert "access-control-allow-origin" not in preflight.headers
+
+
+def test_names_of_the_server(client: Callable[..., TestClient]) -> None:
+    api = client(hosts=("localhost", "127.0.0.1"))
+    assert api.get("/v1/models", headers={"host": "localhost:8000"}).status_code == 200
+    for host in ("evil.example", "localhost.evil.example", "", "[::1"):
+        assert code(api.get("/v1/models", headers={"host": host}), 403) == "host_not_allowed"
+
+
+def test_keys(client: Callable[..., TestClient]) -> None:
+    api = client(api_keys=("one-key", "other-key"))
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic one-key"}, {"authorization": "Bearer"}):
+        for path in ("/v1/models", "/metrics", "/v1/models/tiny"):
+            assert code(api.get(path, headers=headers), 401) == "invalid_api_key"
+        assert code(api.post(CHAT, json=ask(), headers=headers), 401) == "invalid_api_key"
+    for key in ("one-key", "other-key"):
+        assert api.post(CHAT, json=ask(), headers={"authorization": f"Bearer {key}"}).status_code == 200
+    assert api.get("/health").status_code == 200 and api.get("/").status_code == 200
+
+
+def test_a_full_line_says_when_to_come_back(client: Callable[..., TestClient], chat_model: Any) -> None:
+    model = chat_model(max_batch=1, max_waiting=1)
+    api = client(model)
+    tickets = [model.engine.submit(ask()["messages"], [], Decoding(max_new_tokens=900)) for _ in range(1)]
+    while model.engine.stats().waiting:
+        pass
+    tickets.append(model.engine.submit(ask()["messages"], [], Decoding(max_new_tokens=900)))
+    response = api.post(CHAT, json=ask())
+    assert code(response, 429) == "rate_limit_exceeded" and int(response.headers["retry-after"]) >= 1
+    assert response.json()["error"]["type"] == "rate_limit_error"
+    for ticket in tickets:
+        ticket.cancel()
+
+
+def test_an_answer_has_its_time(client: Callable[..., TestClient]) -> None:
+    api = client(limits=replace(LIMITS, request_seconds=0.3))
+    answer = api.post(CHAT, json=ask(max_tokens=900)).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] < 900
+
+
+def test_schemas_that_are_none(api: TestClient) -> None:
+    for schema in ({"type": "king"}, {"$ref": "#/nowhere"}, {"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1:1/x"}}}):
+        form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        assert api.post(CHAT, json=ask(response_format=form)).status_code in (200, 400)
+    huge = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(4000)}}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": huge}}
+    assert code(api.post(CHAT, json=ask(response_format=form)))

@@ -1,0 +1,216 @@
+"""The chat page in real Chromium: asking, comparing, looking, two languages, a phone's size."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+SHOTS = os.environ.get("CHIASM_SCREENSHOTS")
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as run:
+        browser = run.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens the page; a request that leaves the server, or an error in the page, fails the test."""
+    contexts, wrong = [], []
+
+    def visit(address: str, **options: Any) -> Any:
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, "locale": "en-GB", **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.on("request", lambda request: wrong.append(request.url) if not _own(request.url, address) else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda line: wrong.append(line.text) if "Content Security" in line.text else None)
+        page.goto(address)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def _own(url: str, address: str) -> bool:
+    return url.startswith((address, "data:", "blob:"))
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "noise.png"
+    tiny.picture().resize((300, 400)).save(path)
+    return path
+
+
+def shoot(page: Any, name: str) -> None:
+    if SHOTS:
+        page.screenshot(path=f"{SHOTS}/{name}.png")
+
+
+def ask(page: Any, text: str, picture: Path | None = None) -> None:
+    if picture is not None:
+        page.set_input_files("#file", picture)
+        page.wait_for_selector("#pictures img")
+    page.fill("#question", text)
+    page.press("#question", "Enter")
+
+
+def answered(page: Any, count: int) -> list[str]:
+    page.locator(".answer[aria-busy=false]").nth(count - 1).wait_for()
+    return page.locator(".answer .text").all_inner_texts()
+
+
+def test_a_question_its_answer_and_where_it_looked(
+    address: Callable[..., str], visit: Callable[..., Any], picture: Path
+) -> None:
+    page = visit(address())
+    shoot(page, "fresh")
+    page.evaluate("document.getElementById('length').value = 24")
+    ask(page, "What is it?", picture)
+    (text,) = answered(page, 1)
+    assert text.strip()
+    assert "token" in page.inner_text(".answer .note")
+    page.click(".look")
+    page.wait_for_selector(".seen canvas")
+    words = page.locator(".answer .word")
+    assert words.count() > 0
+    empty = page.evaluate("document.querySelector('.seen canvas').toDataURL()")
+    words.first.click()
+    assert words.first.get_attribute("aria-pressed") == "true"
+    assert "looked" in (page.get_attribute(".seen canvas", "aria-label") or "")
+    assert page.evaluate("document.querySelector('.seen canvas').toDataURL()") != empty or words.count() == 1
+    shoot(page, "looked")
+    ask(page, "Really?")
+    assert len(answered(page, 2)) == 2
+    assert page.locator(".turn .shown img").count() == 1
+    page.click("#new")
+    assert page.is_visible("#empty") and page.locator(".turn").count() == 0
+
+
+def test_two_models_side_by_side(
+    address: Callable[..., str], visit: Callable[..., Any], chat_model: Any, picture: Path
+) -> None:
+    page = visit(address(chat_model("mlp"), chat_model("q-former")))
+    page.click("#compare")
+    ask(page, "Which is it?", picture)
+    answered(page, 2)
+    assert page.locator(".answer h3").all_inner_texts() == ["mlp", "q-former"]
+    left, right = (page.locator(".answer").nth(n).bounding_box() for n in range(2))
+    assert left["y"] == right["y"] and right["x"] > left["x"] + left["width"] - 1
+    shoot(page, "compared")
+
+
+def test_a_phone_in_korean(
+    address: Callable[..., str], visit: Callable[..., Any], chat_model: Any, picture: Path
+) -> None:
+    page = visit(address(chat_model("mlp"), chat_model("q-former")), locale="ko-KR", color_scheme="dark", **PHONE)
+    assert page.inner_text("#empty h2") == "사진에 대해 물어보세요" and page.get_attribute("html", "lang") == "ko"
+    shoot(page, "phone-fresh")
+    page.tap("#compare")
+    page.set_input_files("#file", picture)
+    page.wait_for_selector("#pictures img")
+    page.fill("#question", "이게 뭐예요?")
+    page.tap("#send")
+    answered(page, 2)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    top, bottom = (page.locator(".answer").nth(n).bounding_box() for n in range(2))
+    assert bottom["y"] > top["y"]
+    for button in page.locator("header button:visible, #ask button:visible").all():
+        box = button.bounding_box()
+        assert box["height"] >= 40 and box["x"] >= 0 and box["x"] + box["width"] <= 390
+    shoot(page, "phone")
+    page.tap("#language")
+    assert page.get_attribute("#question", "placeholder") == "Ask about the picture…"
+
+
+def test_a_composed_letter_does_not_send(address: Callable[..., str], visit: Callable[..., Any]) -> None:
+    page = visit(address())
+    page.fill("#question", "안녕")
+    page.evaluate(
+        "document.getElementById('question').dispatchEvent("
+        "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true, cancelable: true}))"
+    )
+    assert page.locator(".turn").count() == 0 and page.input_value("#question") == "안녕"
+
+
+def test_dropping_stopping_and_removing(
+    address: Callable[..., str], visit: Callable[..., Any], metronome: Any
+) -> None:
+    page = visit(address(metronome))
+    page.evaluate(
+        """async () => {
+            const canvas = Object.assign(document.createElement('canvas'), {width: 3000, height: 900});
+            const blob = await new Promise((done) => canvas.toBlob(done));
+            const data = new DataTransfer();
+            data.items.add(new File([blob], 'wide.png', {type: 'image/png'}));
+            data.items.add(new File(['<svg/>'], 'no.txt', {type: 'text/plain'}));
+            for (const kind of ['dragenter', 'drop']) {
+                document.body.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}));
+            }
+        }"""
+    )
+    page.wait_for_selector("#pictures img")
+    page.wait_for_selector("#pictures .wrong")
+    size = page.evaluate("(() => { const i = document.querySelector('#pictures img'); return [i.naturalWidth, i.naturalHeight]; })()")
+    assert size == [2048, 614]
+    page.click("#pictures button")
+    assert page.locator("#pictures img").count() == 0
+    page.evaluate("document.getElementById('length').value = 4000")
+    ask(page, "Count")
+    playwright.expect(page.locator(".answer .text")).to_contain_text("aaaaa")
+    page.click("#stop")
+    answered(page, 1)
+    assert page.inner_text(".answer .note") == "stopped" and page.is_visible("#send")
+    page.wait_for_timeout(300)
+    assert metronome.engine.stats().running == 0
+
+
+def test_a_key_is_asked_for(address: Callable[..., str], visit: Callable[..., Any]) -> None:
+    page = visit(address(api_keys=("secret",)))
+    page.wait_for_selector("#settings[open]")
+    page.fill("#key", "secret")
+    page.click("#settings .primary")
+    playwright.expect(page.locator("#model-0")).to_have_value("tiny")
+    ask(page, "Hello")
+    assert re.search(r"\S", answered(page, 1)[0])
+
+
+def test_everything_has_a_name(address: Callable[..., str], visit: Callable[..., Any]) -> None:
+    page = visit(address())
+    unnamed = page.evaluate(
+        """[...document.querySelectorAll('button, select, textarea, input:not([hidden])')].filter((node) =>
+            !(node.getAttribute('aria-label') || node.textContent.trim() || node.labels?.length)).map((node) => node.outerHTML)"""
+    )
+    assert unnamed == []
+    for theme in ("light", "dark"):
+        page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+        assert page.evaluate(CONTRAST) == []
+
+
+CONTRAST = """(() => {
+  const light = (rgb) => { const [r, g, b] = rgb.match(/[\\d.]+/g).map((v) => { v /= 255; return v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; }); return .2126 * r + .7152 * g + .0722 * b; };
+  const behind = (node) => { for (; node; node = node.parentElement) { const c = getComputedStyle(node).backgroundColor; if (!/, 0\\)$|transparent/.test(c)) return c; } return 'rgb(255,255,255)'; };
+  return [...document.querySelectorAll('h1, h2, p, button, select, label, textarea')].filter((node) => node.checkVisibility() && node.textContent.trim()).filter((node) => {
+    const [a, b] = [light(getComputedStyle(node).color), light(behind(node))].sort((x, y) => y - x);
+    return (a + .05) / (b + .05) < 4.5;
+  }).map((node) => node.outerHTML.slice(0, 90));
+})()"""
