@@ -29,7 +29,7 @@ class ColourEncoder:
         return self._project(torch.tensor([COLOURS[name.split()[-1]] for name in names]).float())
 
     def _look(self, image: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.asarray(image)).float()
+        pixels = torch.from_numpy(np.array(image)).float()
         parts = pixels.chunk(self.several or 1)
         vectors = self._project(torch.stack([part.mean(dim=(0, 1)) for part in parts]))
         return vectors if self.several else vectors[0]

@@ -58,10 +58,7 @@ def test_what_is_there_is_not_looked_at_again(make: Any, tmp_path: Path) -> None
     rows = (photos / "metadata.jsonl").read_text().replace('"number": 5', '"number": 55')
     (photos / "metadata.jsonl").write_text(rows)
     report = index.add(read_pictures(photos))
-    assert (report.added, report.replaced) == (["008.png", "009.png"], ["005.png"]) or report.replaced == [
-        "000.png",
-        "005.png",
-    ]
+    assert report.added == ["008.png", "009.png"] and report.replaced == ["000.png", "005.png"]
     assert len(index) == 10
     assert index.search_images([files[5]], k=1)[0][0].metadata["number"] == 55
 

@@ -80,6 +80,7 @@ class FolderIndex(Index):
     def _open(self, verify: bool) -> None:
         self.state = self.store.snapshot(verify)
         self.live = torch.from_numpy(self.state.live)
+        self._metadata: list[dict[str, Any]] | None = None
         self._search: ExactScan | FaissSearch | None = None
 
     def _searcher(self) -> ExactScan | FaissSearch:
@@ -93,25 +94,26 @@ class FolderIndex(Index):
         """The rows that meet the conditions, None for all."""
         if not asked:
             return None
+        if self._metadata is None:
+            self._metadata = [record["metadata"] for record in self.state.records]
         for key in {one.key for one in asked}:
-            if self.state.records and not any(key in record["metadata"] for record in self.state.records):
-                known = sorted({name for record in self.state.records for name in record["metadata"]})
+            if self._metadata and not any(key in metadata for metadata in self._metadata):
+                known = sorted({name for metadata in self._metadata for name in metadata})
                 raise ValueError(f"no picture has the metadata {key!r}; there are {', '.join(known) or 'none'}")
-        held = [all(one.holds(record["metadata"]) for one in asked) for record in self.state.records]
+        held = [all(one.holds(metadata) for one in asked) for metadata in self._metadata]
         return torch.tensor(held, dtype=torch.bool)
 
     @contextmanager
     def _writing(self) -> Iterator[Known]:
         with self.store.writing():
             self.refresh()
-            live = zip(self.state.records, self.state.live, strict=True)
-            known = Known.of(record for record, alive in live if alive)
-            self._row_of = {
-                record["id"]: row for row, record in enumerate(self.state.records) if self.state.live[row]
-            }
+            rows = self.state.live.nonzero()[0].tolist()
+            self._row_of = {self.state.records[row]["id"]: row for row in rows}
             self._count = len(self.state)
-            yield known
-        self.refresh()
+            try:
+                yield Known.of(self.state.records[row] for row in rows)
+            finally:
+                self.refresh()
 
     def _append(self, records: list[dict[str, Any]], vectors: Float[Tensor, "rows K D"]) -> None:
         gone = [row for record in records if (row := self._row_of.get(record["id"])) is not None]

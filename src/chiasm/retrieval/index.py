@@ -2,6 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -32,17 +33,21 @@ class Known:
     """What an index holds, by id and by content, while it is written."""
 
     records: dict[str, dict[str, Any]]
-    keys: set[str]
+    keys: Counter[str]
 
     @classmethod
     def of(cls, records: Iterable[dict[str, Any]]) -> "Known":
         by_id = {record["id"]: record for record in records}
-        return cls(by_id, {record["key"] for record in by_id.values()})
+        return cls(by_id, Counter(record["key"] for record in by_id.values()))
 
     def note(self, record: dict[str, Any]) -> None:
-        self.keys.discard(self.records.get(record["id"], {}).get("key", ""))
+        if record["id"] in self.records:
+            old = self.records[record["id"]]["key"]
+            self.keys[old] -= 1
+            if not self.keys[old]:
+                del self.keys[old]
         self.records[record["id"]] = record
-        self.keys.add(record["key"])
+        self.keys[record["key"]] += 1
 
 
 @dataclass
@@ -277,9 +282,9 @@ class _Kind:
 
 def _kind(record: dict[str, Any], known: Known) -> _Kind:
     old = known.records.get(record["id"])
-    if record["key"] not in known.keys:
+    if record["key"] not in known.keys or (old is not None and old["key"] != record["key"]):
         return _Kind("added" if old is None else "replaced", True, True)
-    if old is None or old["key"] != record["key"] or old == record:
+    if old is None or old == record:
         return _Kind("unchanged", False, False)
     return _Kind("replaced", False, True)
 

@@ -13,6 +13,7 @@ leaves either the old state or the new one; what it wrote for a state that never
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,13 +28,39 @@ FLOAT = np.dtype("<f4")
 RETRIES = 5
 
 
+class Records(Sequence[dict[str, Any]]):
+    """Records of all segments, kept as the files' bytes and parsed when they are asked for."""
+
+    def __init__(self) -> None:
+        self.blobs: list[bytes] = []
+        self.ends: list[np.ndarray] = []
+        self.starts = [0]
+
+    def extend(self, blob: bytes) -> None:
+        """One more segment's lines."""
+        self.blobs.append(blob)
+        self.ends.append(np.flatnonzero(np.frombuffer(blob, np.uint8) == ord("\n")))
+        self.starts.append(len(self) + len(self.ends[-1]))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[one] for one in range(len(self))[row]]
+        row = range(len(self))[row]
+        segment = bisect_right(self.starts, row) - 1
+        place, ends = row - self.starts[segment], self.ends[segment]
+        return json.loads(self.blobs[segment][ends[place - 1] + 1 if place else 0 : ends[place]])
+
+
 class Snapshot:
     """One state of an index: its rows and records do not change, whatever is written meanwhile."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], verify: bool) -> None:
         self.manifest = manifest
         self.shape: tuple[int, int] = tuple(manifest["shape"] or (1, 0))  # type: ignore[assignment]
-        self.records: list[dict[str, Any]] = []
+        self.records = Records()
         self.parts: list[np.ndarray] = []
         gone: list[int] = []
         for segment in manifest["segments"]:
@@ -42,7 +69,7 @@ class Snapshot:
             for kind, path in files.items():
                 _check(path, segment["files"][kind], verify)
             rows = np.memmap(files["vectors"], FLOAT, "c", shape=(segment["items"], *self.shape))
-            self.records += map(json.loads, files["records"].read_text("utf-8").splitlines())
+            self.records.extend(files["records"].read_bytes())
             self.parts.append(np.asarray(rows))
             if "gone" in files:
                 gone += [base + row for row in json.loads(files["gone"].read_text())]

@@ -1,0 +1,96 @@
+"""`chiasm index` and `chiasm search`, end to end on a tiny retrieval model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import chiasm
+import tiny
+from chiasm.cli import main
+from chiasm.data.captions import CaptionProcessor
+from chiasm.fusion.qformer_retrieval import build_retrieval
+from pretend import paint
+from training import helpers
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs `chiasm ...` and returns exit code, standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["chiasm", *map(str, arguments)])
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return call
+
+
+def save_model(folder: Path, seed: int = 0) -> Path:
+    source = helpers.vlm(connector=tiny.connector("qformer"))
+    torch.manual_seed(seed)
+    model = build_retrieval(source.model, 261, space=16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    processor = CaptionProcessor(source.processor.image_processor, tiny.tokenizer())
+    chiasm.DualEncoder(model, processor).save_pretrained(folder)
+    return folder
+
+
+def test_index_and_search(run: Any, tmp_path: Path) -> None:
+    model, photos, index = save_model(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
+    files = paint(photos, 9)
+    code, out, err = run("index", model, photos, "-o", index)
+    assert code == 0, err
+    assert "9 added; search it: chiasm search" in out
+    code, out, err = run("search", index, "a red car", "-k", 3, "--where", "number<5", "--json", "--sheet", tmp_path / "s.png")
+    assert code == 0, err
+    assert len(json.loads(out)) == 3 and Image.open(tmp_path / "s.png").width > 600
+    code, out, err = run("search", index, "--image", files[4], "-k", 1)
+    assert code == 0 and out.strip().endswith("004.png") and out.split()[0] == "1.000"
+    code, out, err = run("search", index, "--image", files[4], "-k", 9, "--exclude-self", "--json")
+    assert len(json.loads(out)) == 8
+    paint(photos, 2, start=9)
+    (photos / "broken.png").write_bytes(b"no picture")
+    code, out, err = run("index", "--add", photos, "-o", index)
+    assert code == 2 and "broken.png" in err and "Traceback" not in err
+    code, out, err = run("index", "--add", photos, "-o", index, "--skip-bad")
+    assert code == 0 and "already there, 1 skipped" in out and "skipped: picture" in err
+    code, out, err = run("index", "-o", index, "--list", "--where", "colour=blue", "--json")
+    assert [row["id"] for row in json.loads(out)["pictures"]] == ["002.png", "006.png", "010.png"]
+    code, out, err = run("index", "-o", index, "--delete", "000.png", "--delete", "001.png")
+    assert code == 0 and "deleted 2; 9 pictures are left" in out
+    code, out, err = run("index", "-o", index, "--delete-where", "colour=blue", "--json")
+    assert json.loads(out)["pictures"] == 6
+    assert run("index", "-o", index, "--compact")[1].strip() == "6 pictures"
+
+
+def test_mistakes_are_one_line(run: Any, tmp_path: Path) -> None:
+    model, photos, index = save_model(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
+    paint(photos, 2)
+    assert run("index", model, photos, "-o", index)[0] == 0
+    other = save_model(tmp_path / "other", seed=1)
+    mistakes = {
+        ("index", other, photos, "-o", index): "was made by model",
+        ("index", "-o", index): "got nothing to do, expected one of MODEL IMAGES, --add",
+        ("index", model, "-o", index): "got MODEL alone",
+        ("index", "-o", index, "--list", "--compact"): "got --list and --compact",
+        ("search", tmp_path / "nowhere", "a"): "holds no index",
+        ("search", index): "give a text or --image",
+        ("search", index, "a", "--exclude-self"): "--exclude-self goes with --image",
+        ("search", index, "a", "--where", "red"): "condition 'red' is not understood",
+        ("search", index, "a", "--where", "color=red"): "no picture has the metadata 'color'",
+        ("search", index, "a", "--model", other): "was made by model",
+        ("index", "--add", tmp_path / "none", "-o", index): "no such file or folder",
+    }
+    for arguments, reason in mistakes.items():
+        code, out, err = run(*arguments)
+        assert code == 2 and reason in " ".join(err.split()) and "Traceback" not in err, (arguments, err)
