@@ -209,39 +209,3 @@ def _joined(sequences: list[Sequence]) -> list[KeysValues]:
             states.append(torch.cat([F.pad(row, (0, 0, 0, most - row.shape[2])) for row in rows]))
         joined.append((states[0], states[1]))
     return joined
-
-
-@torch.inference_mode()
-def make_slots(model: FusionModel, count: int) -> Slots | None:
-    """Slots for a model; None where requests of different lengths cannot share a forward, found out by comparing."""
-    language = model.language
-    if model.config.is_encoder_decoder or language.config._attn_implementation not in ("sdpa", "eager"):
-        return None
-    if isinstance(model, IntermediateFusionModel) and not model.cross_attention.settings.mask_attention:
-        return None
-    ids = torch.arange(2, 9, device=model.device)[None]
-    output = language(input_ids=ids, use_cache=True)
-    layers = getattr(output.cache, "layers", [])
-    shapes = {getattr(one, "keys", torch.empty(0)).shape for one in layers}
-    if not layers or len(shapes) != 1 or len(next(iter(shapes))) != 4 or layers[0].values.shape not in shapes:
-        return None
-    _, heads, _, size = layers[0].keys.shape
-    kind = (heads, size, layers[0].keys.dtype, layers[0].keys.device)
-    trial = BatchedDecoder(model, Slots(len(layers), 2, *kind), PictureCache(model, 0), PrefixCache(0))
-    return Slots(len(layers), count, *kind) if _agrees(trial, ids, output.logits) else None
-
-
-def _agrees(decoder: BatchedDecoder, ids: Int[Tensor, "1 S"], expected: Float[Tensor, "1 S V"]) -> bool:
-    """Whether two rows of different lengths, each taking one step, have the logits of a plain forward."""
-    embeddings, places = decoder.model.get_input_embeddings()(ids), torch.arange(ids.shape[1], device=ids.device)[None]
-    lengths = [ids.shape[1] - 1, 3]
-    try:
-        rows = [decoder.slots.take(ids.shape[1]) for _ in lengths]
-        for row, length in zip(rows, lengths, strict=True):
-            decoder.forward([row], embeddings[:, :length], places[:, :length], None)
-        steps = torch.cat([embeddings[:, length] for length in lengths])[:, None]
-        found = decoder.forward(rows, steps, torch.tensor(lengths, device=ids.device)[:, None], None)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
-        return False
-    tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1
-    return torch.allclose(found, expected[0, lengths], rtol=tolerance, atol=tolerance)

@@ -14,14 +14,13 @@ import torch
 from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
-from chiasm.generation.batched import BatchedDecoder, make_slots
 from chiasm.generation.constraint import Constraint
 from chiasm.generation.decode import Decoding, end_tokens, prepare
+from chiasm.generation.decoders import make_decoder
 from chiasm.generation.pictures import PictureCache
 from chiasm.generation.prefix_cache import PrefixCache
 from chiasm.generation.prompt import read_prompt
 from chiasm.generation.request import Request
-from chiasm.generation.sequential import SequentialDecoder
 from chiasm.generation.text import TextStream
 from chiasm.generation.ticket import Piece, Ticket
 from chiasm.language.adapter import vocabulary
@@ -72,6 +71,8 @@ class Engine:
         max_waiting: requests that may wait for that.
         image_cache_bytes: visual tokens of pictures seen before that are kept.
         prefix_cache_bytes: keys and values of prompts read before that are kept.
+        weights: `float32` gives the model's own tokens; `int8` and `int4` are packed copies, faster and a little off,
+            where the model is of a known shape and the machine has a C++ compiler.
     """
 
     def __init__(
@@ -83,14 +84,12 @@ class Engine:
         max_waiting: int = 64,
         image_cache_bytes: int = 256 << 20,
         prefix_cache_bytes: int = 512 << 20,
+        weights: str = "float32",
     ) -> None:
         self.model, self.processor = model.eval(), processor
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.pictures, self.prefixes = PictureCache(model, image_cache_bytes), PrefixCache(prefix_cache_bytes)
-        slots = make_slots(model, max_batch)
-        self.decoder: Any = SequentialDecoder(model, self.pictures)
-        if slots is not None:
-            self.decoder = BatchedDecoder(model, slots, self.pictures, self.prefixes)
+        self.decoder = make_decoder(model, max_batch, self.pictures, self.prefixes, weights)
         self._ends = end_tokens(model)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
