@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
@@ -156,19 +156,19 @@ class IntermediateFusionModel(FusionModel):
         if image_cache is None:
             pixel_values, image_features = _flat(pixel_values, 4), _flat(image_features, 3)
             tokens = self.visual_tokens(pixel_values, image_features, instruction_ids, instruction_mask)
-            image_cache = self._remember(tokens, placeholders, image_attention_mask)
+            image_cache = self.remember(tokens, placeholders, image_attention_mask)
         look = None
         if image_cache is not None:
             record = kwargs.pop("record", None)
             visible, image_cache = image_cache.read(placeholders, ends)
             visible = visible if image_attention_mask is None else image_attention_mask.bool()
-            look = _look(image_cache, visible, self.cross_attention.blocks, record)
+            look = self.look(image_cache, visible, record)
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         with looking(look):
             fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
         return IntermediateFusionOutput(**fields, visual_tokens=tokens, image_cache=image_cache)
 
-    def _remember(
+    def remember(
         self,
         tokens: Float[Tensor, "images T W"] | None,
         placeholders: Bool[Tensor, "B S"],
@@ -197,6 +197,11 @@ class IntermediateFusionModel(FusionModel):
             rows = _by_row(tokens, counts)
         keys_values = self.cross_attention.keys_values(rows.flatten(1, 2))
         return ImageCache(keys_values, rows.shape[2], torch.zeros_like(counts), torch.zeros_like(counts))
+
+    def look(self, cache: ImageCache, visible: Bool[Tensor, "B S I"], record: list[Tensor] | None = None) -> Look:
+        """What the blocks of one forward attend to."""
+        mask = visible.repeat_interleave(cache.tokens, dim=-1)[:, None]
+        return Look(cache.keys_values, mask, visible.any(dim=-1, keepdim=True), self.cross_attention.blocks, record)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -256,13 +261,6 @@ def _rows(pictures: Tensor, image_attention_mask: Tensor) -> Tensor:
             "given; pass the same number for every row, filled up with any that no token sees"
         )
     return pictures.unflatten(0, (rows, images))
-
-
-def _look(
-    cache: ImageCache, visible: Bool[Tensor, "B S I"], blocks: nn.ModuleList, record: list[Tensor] | None
-) -> Look:
-    mask = visible.repeat_interleave(cache.tokens, dim=-1)[:, None]
-    return Look(cache.keys_values, mask, visible.any(dim=-1, keepdim=True), blocks, record)
 
 
 def _by_row(tokens: Float[Tensor, "images T W"], counts: Int[Tensor, " B"]) -> Float[Tensor, "B I T W"]:

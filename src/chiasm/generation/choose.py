@@ -8,22 +8,19 @@ from chiasm.generation.decode import Decoding
 
 
 def adjusted(
-    logits: Float[Tensor, " V"], seen: Int[Tensor, " S"] | None, decoding: Decoding, forbidden: int | None = None
+    logits: Float[Tensor, " V"], seen: Int[Tensor, " S"] | None, decoding: Decoding
 ) -> Float[Tensor, " V"]:
-    """Logits after the repetition penalty; `forbidden` is never chosen.
+    """Logits after the repetition penalty.
 
     Args:
         seen: tokens of the prompt and the answer, which the penalty is for.
     """
     logits = logits.float()
-    if seen is not None and decoding.repetition_penalty != 1.0:
-        found = logits[seen]
-        logits = logits.clone()
-        logits[seen] = torch.where(found < 0, found * decoding.repetition_penalty, found / decoding.repetition_penalty)
-    if forbidden is not None and forbidden < logits.shape[0]:
-        logits = logits.clone()
-        logits[forbidden] = -torch.inf
-    return logits
+    if seen is None or decoding.repetition_penalty == 1.0:
+        return logits
+    seen = seen[seen < logits.shape[0]]  # a placeholder may lie beyond the vocabulary
+    found, penalty = logits[seen], decoding.repetition_penalty
+    return logits.index_put((seen,), torch.where(found < 0, found * penalty, found / penalty))
 
 
 def choose(logits: Float[Tensor, " V"], decoding: Decoding, generator: torch.Generator | None) -> int:

@@ -65,6 +65,11 @@ class Decoding:
         if self.choices and self.json_schema is not None:
             raise ValueError("choices and json_schema are both given; an answer can follow only one of them")
 
+    @property
+    def constrained(self) -> bool:
+        """Whether an answer must have a form."""
+        return bool(self.choices) or self.json_schema is not None
+
     def arguments(self) -> dict[str, Any]:
         """Arguments of `transformers.generate`."""
         self.check()
@@ -115,6 +120,12 @@ def stop_at_end_of_turn(model: PreTrainedModel, processor: ChiasmProcessor) -> N
     end = processor.end_of_turn_id()
     if end is not None and end not in known:
         model.generation_config.eos_token_id = [stop for stop in known if stop is not None] + [end]
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Tokens that end an answer."""
+    stops = model.generation_config.eos_token_id
+    return {stop for stop in (stops if isinstance(stops, list) else [stops]) if stop is not None}
 
 
 @torch.inference_mode()

@@ -1,4 +1,7 @@
-"""Many requests at once on one model: a thread owns it, requests wait in line, and answers come piece by piece."""
+"""Many requests at once on one model: a thread owns it, requests wait in line, and answers come piece by piece.
+
+Requests join and leave between two tokens (continuous batching, Orca; PagedAttention, arXiv 2309.06180).
+"""
 
 import threading
 import time
@@ -7,18 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
-from chiasm.generation.choose import adjusted, choose, logprobs
-from chiasm.generation.decode import Decoding, prepare
-from chiasm.generation.sequential import SequentialDecoder
+from chiasm.generation.constraint import Constraint
+from chiasm.generation.decode import Decoding, end_tokens, prepare
+from chiasm.generation.decoders import make_decoder
+from chiasm.generation.pictures import PictureCache
+from chiasm.generation.prefix_cache import PrefixCache
+from chiasm.generation.prompt import read_prompt
+from chiasm.generation.request import Request
 from chiasm.generation.text import TextStream
 from chiasm.generation.ticket import Piece, Ticket
+from chiasm.language.adapter import vocabulary
 
 __all__ = ["Engine", "EngineStats", "Piece", "QueueFull", "Ticket"]
+
+TURN = 256
+"""Tokens after which a request gives its place to one that waits."""
 
 
 class QueueFull(RuntimeError):
@@ -31,7 +41,11 @@ class QueueFull(RuntimeError):
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine does at this moment, and what it has done since its start."""
+    """What the engine does at this moment, and what it has done since its start.
+
+    Args:
+        prefix_hits: prompts of which the beginning was there; `prefix_tokens` counts the tokens.
+    """
 
     running: int
     waiting: int
@@ -47,29 +61,18 @@ class EngineStats:
     prefix_bytes: int
 
 
-@dataclass
-class Request:
-    """One request on its way."""
-
-    ticket: Ticket
-    inputs: dict[str, Tensor]
-    decoding: Decoding
-    text: TextStream
-    generator: torch.Generator | None
-    tokens: list[int]
-    sequence: Any = None
-    logits: Tensor | None = None
-    answered: int = 0
-
-
 class Engine:
-    """Answers requests in the order in which they come, up to `max_batch` of them in turns.
+    """Answers requests in the order in which they come, up to `max_batch` of them together.
+
+    A request that has had many tokens gives its place to one that waits, and goes on behind it.
 
     Args:
         max_batch: requests that are decoded at the same time.
         max_waiting: requests that may wait for that.
         image_cache_bytes: visual tokens of pictures seen before that are kept.
-        prefix_cache_bytes: keys and values of prompts seen before that are kept.
+        prefix_cache_bytes: keys and values of prompts read before that are kept.
+        weights: `float32` gives the model's own tokens; `int8` and `int4` are packed copies, faster and a little off,
+            where the model is of a known shape and the machine has a C++ compiler.
     """
 
     def __init__(
@@ -81,10 +84,13 @@ class Engine:
         max_waiting: int = 64,
         image_cache_bytes: int = 256 << 20,
         prefix_cache_bytes: int = 512 << 20,
+        weights: str = "float32",
     ) -> None:
-        self.model, self.processor = model, processor
+        self.model, self.processor = model.eval(), processor
         self.max_batch, self.max_waiting = max_batch, max_waiting
-        self.decoder = SequentialDecoder(model)
+        self.pictures, self.prefixes = PictureCache(model, image_cache_bytes), PrefixCache(prefix_cache_bytes)
+        self.decoder = make_decoder(model, max_batch, self.pictures, self.prefixes, weights)
+        self._ends = end_tokens(model)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._changed = threading.Condition()
@@ -92,8 +98,6 @@ class Engine:
         self._closed = self._aborted = False
         self._counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self._seconds = 1.0
-        stops = model.generation_config.eos_token_id
-        self._ends = set(stops if isinstance(stops, list) else [stops])
         self._thread = threading.Thread(target=self._run, name="chiasm-engine", daemon=True)
         self._thread.start()
 
@@ -107,45 +111,55 @@ class Engine:
         """
         decoding.check()
         if decoding.beams > 1:
-            raise ValueError(f"beams={decoding.beams}: the engine follows one; use generate for beams")
+            raise ValueError(f"beams={decoding.beams}: the engine follows one; use VLM.generate for more")
         with self._changed:
             self._admit()
         with self._preparing:
             inputs = prepare(self.model, self.processor, [messages], [images], decoding.max_new_tokens)
-        tokens = inputs["input_ids"][0].tolist()
+            constraint = self._constraint(decoding)
+        prompt = read_prompt(inputs)
         generator = None
         if decoding.seed is not None:
-            generator = torch.Generator().manual_seed(decoding.seed)
-        text = TextStream(self.processor.tokenizer, decoding.stop)
-        request = Request(Ticket(len(tokens)), inputs, decoding, text, generator, tokens)
+            generator = torch.Generator(self.model.device).manual_seed(decoding.seed)
+        tokens = prompt.tokens
+        if self.model.config.is_encoder_decoder:
+            tokens = [self.model.language.generation_config.decoder_start_token_id]
+        ticket, text = Ticket(len(prompt.tokens)), TextStream(self.processor.tokenizer, decoding.stop)
+        request = Request(ticket, prompt, decoding, text, generator, constraint, tokens)
         with self._changed:
             self._admit()
             self._waiting.append(request)
             self._counts["requests"] += 1
             self._changed.notify_all()
-        return request.ticket
+        return ticket
+
+    def _constraint(self, decoding: Decoding) -> Constraint | None:
+        if not decoding.constrained:
+            return None
+        return Constraint(self.processor.tokenizer, decoding, self._ends, vocabulary(self.model.language))
 
     def _admit(self) -> None:
         if self._closed:
             raise RuntimeError("the engine is closed and takes no more requests")
-        if len(self._waiting) >= self.max_waiting:
-            seconds = max(1.0, self._seconds * len(self._waiting) / self.max_batch)
-            raise QueueFull(len(self._waiting), seconds)
+        waiting = sum(request.sequence is None for request in self._waiting)
+        if waiting >= self.max_waiting:
+            raise QueueFull(waiting, max(1.0, self._seconds * waiting / self.max_batch))
 
     def stats(self) -> EngineStats:
         """Counts of this moment."""
+        images, prefixes = self.pictures.kept, self.prefixes
         with self._changed:
             return EngineStats(
                 running=len(self._running),
                 waiting=len(self._waiting),
                 **self._counts,
-                image_hits=0,
-                image_misses=0,
-                image_bytes=0,
-                prefix_hits=0,
-                prefix_misses=0,
-                prefix_tokens=0,
-                prefix_bytes=0,
+                image_hits=images.hits,
+                image_misses=images.misses,
+                image_bytes=images.bytes,
+                prefix_hits=prefixes.hits,
+                prefix_misses=prefixes.misses,
+                prefix_tokens=prefixes.tokens,
+                prefix_bytes=prefixes.bytes,
             )
 
     def close(self, finish: bool = True) -> None:
@@ -155,65 +169,88 @@ class Engine:
             self._changed.notify_all()
         self._thread.join()
 
+    @torch.inference_mode()
     def _run(self) -> None:
-        while self._next_round():
-            for request in list(self._running):
-                self._guarded(request)
+        while self._arrange():
+            reading = next((request for request in self._running if request.reading), None)
+            if reading is not None:
+                self._read(reading)
+            decoding = [request for request in self._running if not request.reading]
+            if decoding:
+                self._step(decoding)
 
-    def _next_round(self) -> bool:
-        """Waits for work and fills free places; False when the engine is closed and empty."""
+    def _arrange(self) -> bool:
+        """Waits for work, lets go who is cancelled, and fills free places; False when closed and empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
-            if self._aborted:
-                for request in (*self._running, *self._waiting):
-                    request.ticket.finish("cancelled")
-                self._running, self._waiting = [], deque()
+            for request in [*self._running, *self._waiting]:
+                if request.ticket.cancelled or self._aborted:
+                    self._leave(request, "cancelled")
+            wanted = len(self._waiting) - (self.max_batch - len(self._running))
+            for request in [one for one in self._running if one.turn >= TURN][: max(wanted, 0)]:
+                self._running.remove(request)
+                self.decoder.park(request.sequence)
+                request.turn, request.parked = 0, True
+                self._waiting.append(request)
             while self._waiting and len(self._running) < self.max_batch:
                 self._running.append(self._waiting.popleft())
             return bool(self._running) or not self._closed
 
-    @torch.inference_mode()
-    def _guarded(self, request: Request) -> None:
-        """One token of one request; what goes wrong with it harms no other."""
-        started = time.monotonic()
+    def _read(self, request: Request) -> None:
+        """The next piece of a prompt, and the first token of the answer behind the last one."""
         try:
-            if request.ticket.cancelled:
-                self._end(request, "cancelled")
-                return
             if request.sequence is None:
-                request.sequence, request.logits = self.decoder.start(request.inputs)
-                self._counts["prompt_tokens"] += len(request.tokens)
-            else:
-                request.logits = self.decoder.step(request.sequence, request.tokens[-1])
-            self._choose(request)
+                request.started = time.monotonic()
+                request.sequence = self.decoder.begin(request.prompt, request.room)
+                request.ticket.cached_tokens = request.sequence.cached
+            logits = self.decoder.read(request.sequence)
         except Exception as error:
-            request.ticket.finish("error", error)
-            self._end(request, "error")
-        self._seconds = 0.99 * self._seconds + 0.01 * (time.monotonic() - started) * request.decoding.max_new_tokens
+            self._leave(request, "error", error)
+            return
+        if logits is not None:
+            request.reading = False
+            self._counts["prompt_tokens"] += request.ticket.prompt_tokens
+            self._add([request], logits[None])
 
-    def _choose(self, request: Request) -> None:
-        decoding = request.decoding
-        assert request.logits is not None
-        seen = torch.tensor(request.tokens, device=request.logits.device) if decoding.repetition_penalty != 1 else None
-        logits = adjusted(request.logits, seen, decoding, self.model.config.image_token_id)
-        token = choose(logits, decoding, request.generator)
-        told = logprobs(logits, token, decoding.logprobs) if decoding.logprobs is not None else (None, None)
-        request.tokens.append(token)
-        request.answered += 1
-        self._counts["generated_tokens"] += 1
-        text = request.text.push(token)
-        reason = None
-        if token in self._ends or request.text.stopped:
-            reason = "stop"
-        elif request.answered >= decoding.max_new_tokens:
-            reason = "length"
-        if reason is not None:
-            text += request.text.finish()
-        request.ticket.put(Piece(text, token, *told))
-        if reason is not None:
-            self._end(request, reason)
+    def _step(self, requests: list[Request]) -> None:
+        """The next token of requests that have read their prompts; one that cannot go on is told apart and let go."""
+        try:
+            for request in requests:
+                if request.parked:
+                    self.decoder.resume(request.sequence)
+                    request.parked = False
+            last = [request.tokens[-1] for request in requests]
+            logits = self.decoder.step([request.sequence for request in requests], last)
+        except Exception as error:
+            if len(requests) == 1:
+                self._leave(requests[0], "error", error)
+            for request in requests if len(requests) > 1 else []:
+                self._step([request])
+            return
+        self._add(requests, logits)
 
-    def _end(self, request: Request, reason: str) -> None:
+    def _add(self, requests: list[Request], logits: torch.Tensor) -> None:
+        """Chooses a token for each request, and lets go those whose answers have ended."""
+        if self.model.config.image_token_id < logits.shape[1]:
+            logits[:, self.model.config.image_token_id] = -torch.inf
+        likeliest = logits.argmax(dim=1).tolist()
+        for request, row, best in zip(requests, logits, likeliest, strict=True):
+            try:
+                token, told = (best, (None, None)) if request.plain else request.choose(row)
+                reason = request.add(token, told, self._ends)
+            except Exception as error:
+                self._leave(request, "error", error)
+                continue
+            self._counts["generated_tokens"] += 1
+            if reason is not None:
+                self._leave(request, reason)
+
+    def _leave(self, request: Request, reason: str, failure: BaseException | None = None) -> None:
         with self._changed:
-            self._running.remove(request)
-            request.ticket.finish(reason)
+            for line in (self._running, self._waiting):
+                if request in line:
+                    line.remove(request)
+        if request.sequence is not None:
+            self.decoder.end(request.sequence)
+            self._seconds = 0.9 * self._seconds + 0.1 * (time.monotonic() - request.started)
+        request.ticket.finish(reason, failure)

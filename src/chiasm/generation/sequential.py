@@ -8,57 +8,82 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from chiasm.fusion.base import PICTURE_INPUTS, FusionModel
+from chiasm.fusion.base import FusionModel
+from chiasm.generation.pictures import PictureCache
+from chiasm.generation.prompt import Inputs, Prompt
 
 
-@dataclass
-class Sequence:
+@dataclass(eq=False)
+class OwnCache:
     """What decoding one request has to keep.
 
     Args:
+        prompt: until it is read.
         inputs: what every forward gets beside its token.
         length: tokens so far, where they count in the attention mask.
     """
 
-    inputs: dict[str, Any]
-    length: int
+    prompt: Prompt | None
+    inputs: Inputs
+    length: int = 0
+    cached: int = 0
 
 
 class SequentialDecoder:
-    """Prefill and steps of single requests through `model.forward`."""
+    """Steps of single requests through `model.forward`, for models whose requests cannot share one."""
 
-    def __init__(self, model: FusionModel) -> None:
-        self.model = model
+    def __init__(self, model: FusionModel, pictures: PictureCache) -> None:
+        self.model, self.pictures = model, pictures
         self.seq2seq = bool(model.config.is_encoder_decoder)
 
-    def start(self, inputs: dict[str, Any]) -> tuple[Sequence, Float[Tensor, " V"]]:
-        """Reads a prompt; also the logits of the first token of its answer."""
+    def begin(self, prompt: Prompt, room: int) -> OwnCache:
+        """A place for a prompt."""
+        return OwnCache(prompt, {})
+
+    def read(self, sequence: OwnCache) -> Float[Tensor, " V"]:
+        """Reads a prompt; the logits of the first token of its answer."""
+        prompt, sequence.prompt = sequence.prompt, None
+        assert prompt is not None
         if self.seq2seq:
-            return self._start_seq2seq(inputs)
-        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        kept = {"cache": output.cache}
+            return self._encode(sequence, prompt)
+        output = self.model(**prompt.inputs, use_cache=True, logits_to_keep=1)
+        sequence.inputs = {"cache": output.cache}
         if getattr(output, "image_cache", None) is not None:
-            kept["image_cache"] = output.image_cache
-        return Sequence(kept, inputs["input_ids"].shape[1]), output.logits[0, -1]
+            sequence.inputs["image_cache"] = output.image_cache
+        sequence.length = prompt.inputs["input_ids"].shape[1]
+        return output.logits[0, -1]
 
-    def _start_seq2seq(self, inputs: dict[str, Any]) -> tuple[Sequence, Float[Tensor, " V"]]:
-        pictures = {name: inputs[name] for name in PICTURE_INPUTS if name in inputs}
-        embeddings = self.model.embed(inputs["input_ids"], None, self.model.visual_tokens(**pictures))
-        language, mask = self.model.language, inputs["attention_mask"]
+    def _encode(self, sequence: OwnCache, prompt: Prompt) -> Float[Tensor, " V"]:
+        tokens = self.pictures.visual_tokens(prompt)
+        embeddings = self.model.embed(prompt.inputs["input_ids"], None, tokens)  # type: ignore[operator]
+        language, mask = self.model.language, prompt.inputs["attention_mask"]
         encoded = language.get_encoder()(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
-        state = Sequence({"encoder_outputs": BaseModelOutput(encoded), "attention_mask": mask}, 0)
-        return state, self.step(state, language.generation_config.decoder_start_token_id)
+        sequence.inputs = {"encoder_outputs": BaseModelOutput(encoded), "attention_mask": mask}
+        return self.step([sequence], [language.generation_config.decoder_start_token_id])[0]
 
-    def step(self, sequence: Sequence, token: int) -> Float[Tensor, " V"]:
-        """Logits of the token behind this one."""
+    def step(self, sequences: list[OwnCache], tokens: list[int]) -> Float[Tensor, "B V"]:
+        """Logits of the tokens behind these, one for each request."""
+        return torch.stack([self._step(*pair) for pair in zip(sequences, tokens, strict=True)])
+
+    def _step(self, sequence: OwnCache, token: int) -> Float[Tensor, " V"]:
         ids = torch.tensor([[token]], device=self.model.device)
         sequence.length += 1
         if self.seq2seq:
             output = self.model.language(decoder_input_ids=ids, use_cache=True, **sequence.inputs)
-            sequence.inputs["past_key_values"] = output.past_key_values
+            sequence.inputs["cache"] = output.cache
             return output.logits[0, -1]
         mask = torch.ones(1, sequence.length, dtype=torch.long, device=ids.device)
         output = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **sequence.inputs)
         if "image_cache" in sequence.inputs:
             sequence.inputs["image_cache"] = output.image_cache
         return output.logits[0, -1]
+
+    def end(self, sequence: OwnCache) -> None:
+        """Nothing to free: the cache goes with the request."""
+        sequence.inputs = {}
+
+    def park(self, sequence: OwnCache) -> None:
+        """Nothing to do: a request that waits keeps its cache."""
+
+    def resume(self, sequence: OwnCache) -> None:
+        """Nothing to do."""

@@ -1,0 +1,211 @@
+"""Requests with different pictures and lengths in one forward: a slot of a static KV cache for each of them.
+
+Prompts are read in pieces, and what was read before is taken from the prefix cache. Logits are those of a request alone.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from chiasm.fusion.base import FusionModel
+from chiasm.fusion.cross_attention import KeysValues, Look, looking
+from chiasm.fusion.intermediate import ImageCache, IntermediateFusionModel
+from chiasm.generation.masks import slot_masks
+from chiasm.generation.pictures import PictureCache
+from chiasm.generation.prefix_cache import PrefixCache
+from chiasm.generation.prompt import Prompt, word
+from chiasm.generation.slots import Slots, SlotView
+from chiasm.language.adapter import accepts
+
+CHUNK = 256
+"""Tokens of a prompt that are read between two tokens of the others."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request's place in the cache.
+
+    Args:
+        keys: what each token is known by, for the prefix cache.
+        length: tokens that are in the slot.
+        cached: of them, those that the prefix cache had.
+        room: tokens that it may grow to.
+        unread: embeddings of the rest of the prompt.
+        bidirectional: tokens at the beginning that see each other in both directions.
+        images: with intermediate fusion, what tokens look at.
+        visible: which picture each unread token sees.
+    """
+
+    slot: int
+    keys: list[bytes]
+    length: int
+    cached: int
+    room: int
+    unread: Float[Tensor, "1 S D_l"] | None = None
+    bidirectional: int = 0
+    images: ImageCache | None = None
+    visible: Bool[Tensor, "1 S I"] | None = None
+    parked: Tensor | None = field(default=None, repr=False)
+
+
+class BatchedDecoder:
+    """Reads prompts and takes steps of many requests; the language model's own forward does the work."""
+
+    def __init__(self, model: FusionModel, slots: Slots, pictures: PictureCache, prefixes: PrefixCache) -> None:
+        self.model, self.slots, self.pictures, self.prefixes = model, slots, pictures, prefixes
+        self.config = model.language.config.get_text_config()
+        self._joined: tuple[list[Sequence], list[KeysValues]] = ([], [])
+
+    def begin(self, prompt: Prompt, room: int) -> Sequence:
+        """A place for a prompt, with what the prefix cache has of it.
+
+        Args:
+            room: tokens of the prompt and the longest answer.
+        """
+        ids = prompt.inputs["input_ids"]
+        keys, bidirectional = prompt.keys(self.model.config.image_token_id), 0
+        if self.model.config.attention == "prefix" and "token_type_ids" in prompt.inputs:
+            bidirectional = int((prompt.inputs["token_type_ids"][0] == 0).sum())
+        known = None if bidirectional else self.prefixes.find(keys)
+        start = 0 if known is None else known.shape[-2]
+        sequence = Sequence(-1, keys, start, start, room, bidirectional=bidirectional)
+        if isinstance(self.model, IntermediateFusionModel):
+            self._show(self.model, sequence, prompt)
+        else:
+            rest = ids[:, start:]
+            seen = (rest == self.model.config.image_token_id).any()
+            tokens = self.pictures.visual_tokens(prompt) if seen else None
+            sequence.unread = self.model.embed(ids if seen else rest, None, tokens)[:, -rest.shape[1] :]
+        sequence.slot = self.slots.take(room)
+        if known is not None:
+            self.slots.write(sequence.slot, known)
+        return sequence
+
+    def _show(self, model: IntermediateFusionModel, sequence: Sequence, prompt: Prompt) -> None:
+        """Keys and values of the pictures, and which of them each token sees."""
+        ids = prompt.inputs["input_ids"]
+        placeholders = model.placeholders(ids, None)
+        sequence.unread = model.embed(ids, None, placeholders)[:, sequence.length :]
+        images = model.remember(self.pictures.visual_tokens(prompt), placeholders, None)
+        if images is not None:
+            ends = model.places(model.cross_attention.settings.end_of_text, ids, None)
+            visible, sequence.images = images.read(placeholders, ends)
+            sequence.visible = visible[:, sequence.length :]
+
+    def read(self, sequence: Sequence) -> Float[Tensor, " V"] | None:
+        """Reads the next piece of a prompt; the logits of the answer's first token when it was the last."""
+        assert sequence.unread is not None
+        size = min(sequence.unread.shape[1], CHUNK) if not sequence.bidirectional else sequence.unread.shape[1]
+        embeddings, sequence.unread = sequence.unread[:, :size], sequence.unread[:, size:]
+        look = None
+        if isinstance(self.model, IntermediateFusionModel) and sequence.images is not None:
+            assert sequence.visible is not None
+            look = self.model.look(sequence.images, sequence.visible[:, :size])
+            sequence.visible = sequence.visible[:, size:]
+        positions = torch.arange(sequence.length, sequence.length + size, device=embeddings.device)[None]
+        logits = self.forward([sequence.slot], embeddings, positions, look, sequence.bidirectional)
+        sequence.length += size
+        if sequence.unread.shape[1]:
+            return None
+        sequence.unread = None
+        if not sequence.bidirectional:
+            self._keep(sequence)
+        return logits[0]
+
+    def step(self, sequences: list[Sequence], tokens: list[int]) -> Float[Tensor, "B V"]:
+        """Logits of the tokens behind these, one for each request."""
+        ids = torch.tensor(tokens, device=self.model.device)[:, None]
+        positions = torch.tensor([[one.length] for one in sequences], device=ids.device)
+        if isinstance(self.model, IntermediateFusionModel):
+            embeddings = self.model.embed(ids, None, torch.zeros_like(ids, dtype=torch.bool))
+            look = self._look(self.model, sequences, ids)
+        else:
+            embeddings, look = self.model.embed(ids, None, None), None
+        logits = self.forward([one.slot for one in sequences], embeddings, positions, look)
+        for one, token in zip(sequences, tokens, strict=True):
+            one.keys.append(word(token))
+            one.length += 1
+        return logits
+
+    def forward(
+        self,
+        rows: list[int],
+        embeddings: Float[Tensor, "B S D_l"],
+        positions: Int[Tensor, "B S"],
+        look: Look | None,
+        bidirectional: int = 0,
+    ) -> Float[Tensor, "B V"]:
+        """Logits of each row's last token; keys and values of all of them go into the slots."""
+        view = SlotView(self.slots, rows, positions)
+        masks = slot_masks(self.config, positions, view.end, embeddings.dtype, bidirectional)
+        inputs: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": masks, "cache": view}
+        for name, value in (("position_ids", positions), ("logits_to_keep", 1)):
+            if accepts(self.model.language, name):
+                inputs[name] = value
+        with looking(look):
+            return self.model.language(**inputs, use_cache=True, return_dict=True).logits[:, -1]
+
+    def end(self, sequence: Sequence) -> None:
+        """Frees the slot; the answer stays in the prefix cache for the next turn of its conversation."""
+        if sequence.slot >= 0:
+            if sequence.unread is None and not sequence.bidirectional:
+                self._keep(sequence)
+            self.slots.leave(sequence.slot)
+        sequence.slot, sequence.parked = -1, None
+
+    def park(self, sequence: Sequence) -> None:
+        """Gives a slot up for another request; `resume` goes on from there."""
+        sequence.parked = self.slots.read(sequence.slot, 0, sequence.length)
+        self.slots.leave(sequence.slot)
+        sequence.slot = -1
+
+    def resume(self, sequence: Sequence) -> None:
+        assert sequence.parked is not None
+        sequence.slot = self.slots.take(sequence.room)
+        self.slots.write(sequence.slot, sequence.parked)
+        sequence.parked = None
+
+    def _keep(self, sequence: Sequence) -> None:
+        def read(start: int, stop: int) -> Tensor:
+            return self.slots.read(sequence.slot, start, stop)
+
+        self.prefixes.keep(sequence.keys[: sequence.length], read)
+
+    def _look(self, model: IntermediateFusionModel, sequences: list[Sequence], ids: Int[Tensor, "B 1"]) -> Look | None:
+        """What one new token of each request looks at; rows have as many pictures as the one with the most."""
+        images = [one.images for one in sequences if one.images is not None]
+        if not images:
+            return None
+        if self._joined[0] != sequences:
+            self._joined = (list(sequences), _joined(sequences))
+        none = ids.new_zeros(1)
+        seen, ended = (
+            torch.cat([none if one.images is None else getattr(one.images, name) for one in sequences])
+            for name in ("seen", "ended")
+        )
+        ends = model.places(model.cross_attention.settings.end_of_text, ids, None)
+        cache = ImageCache(self._joined[1], images[0].tokens, seen, ended)
+        visible, cache = cache.read(torch.zeros_like(ids, dtype=torch.bool), ends)
+        for row, one in enumerate(sequences):
+            if one.images is not None:
+                one.images = replace(one.images, seen=cache.seen[row : row + 1], ended=cache.ended[row : row + 1])
+        return model.look(cache, visible)
+
+
+def _joined(sequences: list[Sequence]) -> list[KeysValues]:
+    """Keys and values of all rows for each block, filled up with zeros, which no token sees."""
+    some = next(one.images for one in sequences if one.images is not None)
+    most = max(one.images.keys_values[0][0].shape[2] for one in sequences if one.images is not None)
+    joined = []
+    for block, pair in enumerate(some.keys_values):
+        states = []
+        for which in range(2):
+            blank = pair[which].new_zeros(1, pair[which].shape[1], 0, pair[which].shape[3])
+            rows = [blank if one.images is None else one.images.keys_values[block][which] for one in sequences]
+            states.append(torch.cat([F.pad(row, (0, 0, 0, most - row.shape[2])) for row in rows]))
+        joined.append((states[0], states[1]))
+    return joined

@@ -1,0 +1,90 @@
+"""Answers that are one of some texts, or JSON of a schema: tokens that lead elsewhere are never chosen (llguidance)."""
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
+
+from chiasm.generation.decode import Decoding
+
+
+class Constraint:
+    """What an answer may still become.
+
+    Raises:
+        ValueError: llguidance is not installed, or does not know the schema.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, decoding: Decoding, ends: set[int], vocabulary: int) -> None:
+        guidance = _guidance()
+        self.ends, self.words = ends, -(-vocabulary // 32)
+        reader = _token_reader(tokenizer, vocabulary, tokenizer.eos_token_id)
+        self.matcher = guidance.LLMatcher(reader, _grammar(guidance, decoding))
+        if self.matcher.is_error():
+            raise ValueError(f"the answer cannot be constrained so: {self.matcher.get_error()}")
+
+    def allowed(self, logits: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
+        """Logits of tokens that may come next; all the others are −inf."""
+        bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.int32)
+        flags = (bits[:, None] >> torch.arange(32)) & 1
+        open_ = torch.zeros(logits.shape[0], dtype=torch.bool)
+        flat = flags.flatten().bool()[: logits.shape[0]]
+        open_[: flat.shape[0]] = flat
+        if self.matcher.is_accepting():
+            open_[[end for end in self.ends if end < open_.shape[0]]] = True
+        return logits.masked_fill(~open_.to(logits.device), -torch.inf)
+
+    def complete(self, token: int) -> bool:
+        """Takes a chosen token in; whether nothing can come behind it."""
+        if token in self.ends:
+            return True
+        self.matcher.consume_token(token)
+        return self.matcher.is_stopped()
+
+
+class ConstraintProcessor(LogitsProcessor):
+    """The same for `transformers.generate`, one constraint for each row."""
+
+    def __init__(self, constraints: list[Constraint], ends: set[int]) -> None:
+        self.constraints, self.end = constraints, min(ends)
+        self.over = [False] * len(constraints)
+        self.length: int | None = None
+
+    def __call__(self, input_ids: Int[Tensor, "B S"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        if self.length is not None:
+            for row, (constraint, token) in enumerate(zip(self.constraints, input_ids[:, -1].tolist(), strict=True)):
+                self.over[row] = self.over[row] or constraint.complete(token)
+        self.length = input_ids.shape[1]
+        rows = []
+        for constraint, over, row in zip(self.constraints, self.over, scores, strict=True):
+            closed = torch.full_like(row, -torch.inf)
+            closed[self.end] = 0.0
+            rows.append(closed if over else constraint.allowed(row))
+        return torch.stack(rows)
+
+
+def _guidance() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise ValueError("choices and json_schema need llguidance; pip install 'chiasm[serve]'") from error
+    return llguidance
+
+
+def _grammar(guidance: Any, decoding: Decoding) -> str:
+    if decoding.json_schema is not None:
+        return guidance.LLMatcher.grammar_from_json_schema(json.dumps(dict(decoding.json_schema)))
+    texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in decoding.choices)
+    return guidance.LLMatcher.grammar_from_lark(f"start: {texts}")
+
+
+@lru_cache(maxsize=8)
+def _token_reader(tokenizer: PreTrainedTokenizerBase, vocabulary: int, end: int) -> Any:
+    """llguidance's view of a tokenizer, which takes a second to make."""
+    import llguidance.hf
+
+    return llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(vocabulary, len(tokenizer)), eos_token=end)

@@ -1,0 +1,120 @@
+"""Which decoder suits a model: found out by comparing its logits with the model's own, without a table of families."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from chiasm.fusion.base import FusionModel
+from chiasm.fusion.intermediate import IntermediateFusionModel
+from chiasm.generation.batched import BatchedDecoder
+from chiasm.generation.lean import lean_model
+from chiasm.generation.lean_decoder import LeanDecoder
+from chiasm.generation.native.build import library
+from chiasm.generation.native.step import NativeStep
+from chiasm.generation.packed import WEIGHTS
+from chiasm.generation.pictures import PictureCache
+from chiasm.generation.prefix_cache import PrefixCache
+from chiasm.generation.sequential import SequentialDecoder
+from chiasm.generation.slots import Slots
+from chiasm.language.adapter import vocabulary
+
+SHORT = {"float32": 8, "int8": 48, "int4": 48}
+"""Tokens of a prompt, by weights, that are read faster by the lean step than by the model."""
+SIMILAR = {"float32": 0.99999, "int8": 0.99, "int4": 0.9}
+"""How similar (cosine) a lean step's logits must be to the model's own."""
+FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
+"""What a forward raises that is not made for rows of different lengths."""
+
+
+@torch.inference_mode()
+def make_decoder(
+    model: FusionModel, count: int, pictures: PictureCache, prefixes: PrefixCache, weights: str = "float32"
+) -> Any:
+    """The fastest decoder whose logits are the model's.
+
+    Args:
+        count: requests that it takes together.
+        weights: one of `chiasm.generation.packed.WEIGHTS`.
+
+    Raises:
+        ValueError: unknown weights.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r}, expected one of {', '.join(WEIGHTS)}")
+    shape = _cache_shape(model)
+    if shape is None:
+        return SequentialDecoder(model, pictures)
+    layers, *kind, dtype = shape
+
+    def trial(decoder: type[BatchedDecoder], dtype: torch.dtype, *more: Any) -> Tensor | None:
+        slots = Slots(layers, 2, *kind, dtype, model.device)
+        return _steps(decoder(model, slots, PictureCache(model, 0), PrefixCache(0), *more))
+
+    expected = _expected(model)
+    step = _lean_step(model, weights, dtype)
+    if step is not None and _similar(trial(LeanDecoder, torch.float32, step, 1), expected, SIMILAR[weights]):
+        slots = Slots(layers, count, *kind, torch.float32, model.device)
+        return LeanDecoder(model, slots, pictures, prefixes, step, SHORT[weights])
+    if _similar(trial(BatchedDecoder, dtype), expected, SIMILAR["float32" if dtype == torch.float32 else "int8"]):
+        return BatchedDecoder(model, Slots(layers, count, *kind, dtype, model.device), pictures, prefixes)
+    return SequentialDecoder(model, pictures)
+
+
+def _lean_step(model: FusionModel, weights: str, dtype: torch.dtype) -> NativeStep | None:
+    """The compiled step, where machine and model have one; full precision is for models that are in float32 already."""
+    if model.device.type != "cpu" or (weights == "float32" and dtype != torch.float32):
+        return None
+    compiled = library()
+    lean = None if compiled is None else lean_model(model.language, weights)
+    return None if compiled is None or lean is None else NativeStep(lean, compiled)
+
+
+def _cache_shape(model: FusionModel) -> tuple[int, int, int, torch.dtype] | None:
+    """Layers, heads, head width and dtype of the language model's cache; None where slots cannot hold it."""
+    language = model.language
+    if model.config.is_encoder_decoder or language.config._attn_implementation not in ("sdpa", "eager"):
+        return None
+    if isinstance(model, IntermediateFusionModel) and not model.cross_attention.settings.mask_attention:
+        return None
+    output = language(input_ids=_tokens(model), use_cache=True)
+    layers = getattr(output.cache, "layers", [])
+    shapes = {getattr(layer, name, torch.empty(0)).shape for layer in layers for name in ("keys", "values")}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 4:
+        return None
+    _, heads, _, size = layers[0].keys.shape
+    return len(layers), heads, size, layers[0].keys.dtype
+
+
+def _tokens(model: FusionModel) -> Int[Tensor, "1 S"]:
+    size = vocabulary(model.language)
+    return torch.arange(size // 4, size // 4 + 7, device=model.device)[None]
+
+
+LENGTHS = (6, 3)
+"""Tokens that the rows of a trial have before their step."""
+
+
+def _expected(model: FusionModel) -> Float[Tensor, "rows V"]:
+    return model.language(input_ids=_tokens(model), use_cache=False).logits[0, list(LENGTHS)]
+
+
+def _steps(decoder: BatchedDecoder) -> Float[Tensor, "rows V"] | None:
+    """Logits of two rows of different lengths that take a step together; None where they cannot."""
+    ids = _tokens(decoder.model)
+    embeddings, places = decoder.model.get_input_embeddings()(ids), torch.arange(ids.shape[1], device=ids.device)[None]
+    try:
+        rows = [decoder.slots.take(ids.shape[1]) for _ in LENGTHS]
+        for row, length in zip(rows, LENGTHS, strict=True):
+            decoder.forward([row], embeddings[:, :length], places[:, :length], None)
+        steps = torch.cat([embeddings[:, length] for length in LENGTHS])[:, None]
+        return decoder.forward(rows, steps, torch.tensor(LENGTHS, device=ids.device)[:, None], None)
+    except FAILURES:
+        return None
+
+
+def _similar(found: Tensor | None, expected: Tensor, least: float) -> bool:
+    if found is None or found.shape != expected.shape:
+        return False
+    return bool((torch.cosine_similarity(found.float(), expected.float()) >= least).all())

@@ -1,0 +1,69 @@
+"""A request's prompt as decoders read it: tokens, pictures, and what both are known by."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chiasm.fusion.base import PICTURE_INPUTS
+from chiasm.fusion.pictures import real_pictures
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Model inputs of one conversation, and a name for each picture by its content.
+
+    Args:
+        inputs: as the processor makes them, of one row.
+        pictures: a hash over all that visual tokens depend on, for every picture.
+    """
+
+    inputs: Inputs
+    pictures: tuple[bytes, ...]
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.inputs["input_ids"][0].tolist()
+
+    def keys(self, image_token_id: int) -> list[bytes]:
+        """What each place of the sequence is known by: a word by its id, a placeholder by its picture."""
+        tokens = self.tokens
+        places = [index for index, token in enumerate(tokens) if token == image_token_id]
+        each = len(places) // len(self.pictures) if self.pictures else 1
+        number = {place: self.pictures[index // each] for index, place in enumerate(places) if self.pictures}
+        return [number.get(place) or word(token) for place, token in enumerate(tokens)]
+
+
+def word(token: int) -> bytes:
+    """What a token is known by."""
+    return token.to_bytes(8, "little")
+
+
+def read_prompt(inputs: Inputs) -> Prompt:
+    """A prompt with its pictures one after the other, and their hashes."""
+    if "pixel_values" in inputs:
+        pictures, masks = real_pictures(inputs["pixel_values"], inputs.get("pixel_attention_mask"))
+        inputs = inputs | {"pixel_values": pictures, "pixel_attention_mask": masks}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+    rows = [inputs[name] for name in PICTURE_INPUTS if name in inputs]
+    count = rows[0].shape[0] if rows else 0
+    return Prompt(inputs, tuple(_digest([row[index] for row in rows]) for index in range(count)))
+
+
+def _digest(parts: list[Tensor]) -> bytes:
+    known = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        known.update(f"{part.dtype}{tuple(part.shape)}".encode())
+        known.update(part.cpu().contiguous().view(torch.uint8).numpy())
+    return known.digest()
+
+
+def picture_inputs(inputs: Inputs, chosen: list[int]) -> Inputs:
+    """The inputs of some of the pictures."""
+    return {name: inputs[name][chosen] for name in PICTURE_INPUTS if name in inputs}
+
+

@@ -1,0 +1,83 @@
+"""One request's answer: from logits to a token, its text, and whether that was the end."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from chiasm.generation.choose import adjusted, choose, logprobs
+from chiasm.generation.constraint import Constraint
+from chiasm.generation.decode import Decoding
+from chiasm.generation.prompt import Prompt
+from chiasm.generation.text import TextStream
+from chiasm.generation.ticket import Piece, Ticket
+
+
+@dataclass(eq=False)
+class Request:
+    """A request on its way through the engine.
+
+    Args:
+        tokens: of the prompt and the answer so far.
+        sequence: its place with the decoder, once it has one.
+        reading: whether some of its prompt is still to be read.
+        parked: whether it gave its place to another one.
+        turn: tokens since it got its place.
+    """
+
+    ticket: Ticket
+    prompt: Prompt
+    decoding: Decoding
+    text: TextStream
+    generator: torch.Generator | None
+    constraint: Constraint | None
+    tokens: list[int]
+    sequence: Any = None
+    reading: bool = True
+    parked: bool = False
+    answered: int = 0
+    turn: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def room(self) -> int:
+        """Tokens of the prompt and the longest answer."""
+        return self.ticket.prompt_tokens + self.decoding.max_new_tokens
+
+    @property
+    def plain(self) -> bool:
+        """Whether its token is just the likeliest one."""
+        decoding = self.decoding
+        untouched = decoding.temperature == 0 and decoding.repetition_penalty == 1
+        return untouched and self.constraint is None and decoding.logprobs is None
+
+    def choose(self, logits: Float[Tensor, " V"]) -> tuple[int, tuple[Any, Any]]:
+        """The next token, and its log-probabilities where they are asked for."""
+        penalised = self.decoding.repetition_penalty != 1
+        seen = torch.tensor(self.tokens, device=logits.device) if penalised else None
+        logits = adjusted(logits, seen, self.decoding)
+        if self.constraint is not None:
+            logits = self.constraint.allowed(logits)
+        token = choose(logits, self.decoding, self.generator)
+        told = None if self.decoding.logprobs is None else logprobs(logits, token, self.decoding.logprobs)
+        return token, told or (None, None)
+
+    def add(self, token: int, told: tuple[Any, Any], ends: set[int]) -> str | None:
+        """Hands the token's piece to the caller; the reason if the answer ends with it."""
+        self.tokens.append(token)
+        self.answered += 1
+        self.turn += 1
+        text = self.text.push(token)
+        complete = self.constraint is not None and self.constraint.complete(token)
+        reason = None
+        if token in ends or self.text.stopped or complete:
+            reason = "stop"
+        elif self.answered >= self.decoding.max_new_tokens:
+            reason = "length"
+        if reason is not None:
+            text += self.text.finish()
+        self.ticket.put(Piece(text, token, *told))
+        return reason

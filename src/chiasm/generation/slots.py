@@ -1,0 +1,103 @@
+"""A static KV cache with one slot for each request, whose lengths differ; transformers' models write into it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+STEP = 256
+"""Capacity grows by multiples of so many tokens."""
+
+KeysValues = Float[Tensor, "layers 2 kv_heads length head_dim"]
+
+
+class Slots:
+    """Keys and values of all layers in one tensor, which grows when a longer request comes.
+
+    Args:
+        layers, kv_heads, head_dim: of the language model, the same in every layer.
+        count: slots.
+    """
+
+    def __init__(
+        self, layers: int, count: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.store = torch.zeros(layers, 2, count, kv_heads, 0, head_dim, dtype=dtype, device=device)
+        self.free = list(range(count - 1, -1, -1))
+
+    @property
+    def capacity(self) -> int:
+        return self.store.shape[-2]
+
+    def take(self, length: int) -> int:
+        """A free slot with room for so many tokens."""
+        if length > self.capacity:
+            old, shape = self.store, list(self.store.shape)
+            shape[-2] = -(-length // STEP) * STEP
+            self.store = old.new_zeros(shape)
+            self.store[..., : old.shape[-2], :] = old
+        return self.free.pop()
+
+    def leave(self, slot: int) -> None:
+        """Frees a slot; when all are free, so is the memory."""
+        self.free = sorted([*self.free, slot], reverse=True)
+        if len(self.free) == self.store.shape[2]:
+            self.store = self.store[..., :0, :].clone()
+
+    def read(self, slot: int, start: int, stop: int) -> KeysValues:
+        """A copy of a slot's keys and values."""
+        return self.store[:, :, slot, :, start:stop].clone()
+
+    def write(self, slot: int, keys_values: KeysValues) -> None:
+        """Puts a copy back, at the slot's beginning."""
+        self.store[:, :, slot, :, : keys_values.shape[-2]] = keys_values
+
+
+class SlotView(Cache):
+    """The cache of one forward: new tokens of some slots, each behind its own earlier ones."""
+
+    def __init__(self, slots: Slots, rows: Sequence[int], positions: Int[Tensor, "B S"]) -> None:
+        self.rows = slice(rows[0], rows[0] + len(rows)) if _consecutive(rows) else torch.tensor(rows)
+        self.places = (torch.tensor(rows)[:, None], positions.cpu())
+        self.end = int(positions.max()) + 1
+        super().__init__(layers=[_SlotLayer(pair, self) for pair in slots.store])  # type: ignore[list-item]
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+class _SlotLayer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, pair: Float[Tensor, "2 slots kv_heads capacity head_dim"], view: Any) -> None:
+        super().__init__()
+        self.pair, self.rows, self.places, self.end = pair, view.rows, view.places, view.end
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the store is there."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        rows, positions = self.places
+        for index, states in enumerate((key_states, value_states)):
+            self.pair[index][rows, :, positions] = states.transpose(1, 2).to(self.pair.dtype)
+        keys, values = self.pair[:, self.rows, :, : self.end].to(key_states.dtype)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.end - self.places[1].shape[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.end, 0
+
+    def get_max_length(self) -> int:
+        return self.pair.shape[-2]
+
+
+def _consecutive(rows: Sequence[int]) -> bool:
+    return list(rows) == list(range(rows[0], rows[0] + len(rows)))
