@@ -49,11 +49,7 @@ class EmojiNames(Sequence[Sample]):
         self.artwork = folder / "72x72" if (folder / "72x72").is_dir() else folder
         self.split, self.language = split, language
         known = {path.stem for path in self.artwork.glob("*.png")}
-        codes = [
-            code
-            for code in _names(language)
-            if code in known and (split == "all" or _is_test(code) == (split == "test"))
-        ]
+        codes = [code for code in _names(language) if code in known and split in ("all", _split_of(code))]
         self.codes = codes if size is None else [codes[i * len(codes) // size] for i in range(min(size, len(codes)))]
 
     def __len__(self) -> int:
@@ -101,5 +97,5 @@ def _names(language: str) -> dict[str, str]:
     return names
 
 
-def _is_test(code: str) -> bool:
-    return hashlib.sha256(code.encode()).digest()[0] % 10 == 0
+def _split_of(code: str) -> str:
+    return "test" if hashlib.sha256(code.encode()).digest()[0] % 10 == 0 else "train"

@@ -78,7 +78,7 @@ def recall(scores: Float[Tensor, "Q C"], right: Bool[Tensor, "Q C"], ks: Sequenc
 def found_within(
     scores: Float[Tensor, "Q C"], right: Bool[Tensor, "Q C"], ks: Sequence[int] = KS
 ) -> dict[int, Bool[Tensor, " Q"]]:
-    """For each k, which queries have a right candidate among the first k; of equal scores the wrong one counts first."""
+    """For each k, which queries have a right one among the first k; of equal scores the wrong one counts first."""
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     ahead = ((scores >= best) & ~right).sum(dim=1)
     return {k: ahead < k for k in ks}

@@ -15,6 +15,7 @@ from chiasm.language.next_token import IGNORE
 from chiasm.objectives import PAIR_OBJECTIVES
 from chiasm.objectives.late import answer_loss, pair_losses
 from chiasm.training.batches import seed_of
+from chiasm.training.log import Reporter
 from chiasm.training.schema import Captions, Stage
 from chiasm.training.stage_model import StageModel
 
@@ -48,10 +49,24 @@ class PairModel(StageModel):
         return pair_losses(self.model, inputs, self.objectives, num_samples, self.chunk, pooled)
 
     @torch.no_grad()
-    def prepare(self, samples: Sequence[Sample], indices: Sequence[int]) -> None:
+    def prepare(self, samples: Sequence[Sample], indices: Sequence[int], reporter: Reporter) -> None:
         """Vectors of all captions, similar lengths together: a function of the data alone, as a resumed run needs."""
         if any(parameter.requires_grad for parameter in self.model.language.parameters()):
             return
+        texts = self._texts(samples, indices)
+        order = sorted(texts, key=lambda text: (len(texts[text]), text))
+        vectors = []
+        with reporter.task("reading captions", len(order)) as task:
+            for start in range(0, len(order), TEXT_BATCH):
+                padded = self.processor.pad([texts[text] for text in order[start : start + TEXT_BATCH]])
+                inputs = {name: tensor.to(self.model.device) for name, tensor in padded.items()}
+                vectors.append(self.model.pooled_texts(**inputs).cpu())
+                task.advance(min(TEXT_BATCH, len(order) - start))
+        if vectors:
+            self.known, self.vectors = {text: row for row, text in enumerate(order)}, torch.cat(vectors)
+
+    def _texts(self, samples: Sequence[Sample], indices: Sequence[int]) -> dict[int, list[int]]:
+        """Tokens of the distinct captions by their number; none where they are too many to keep."""
         texts: dict[int, list[int]] = {}
         for index in indices:
             try:
@@ -60,14 +75,8 @@ class PairModel(StageModel):
                 continue
             texts.setdefault(text_id(tokens), tokens)
             if len(texts) > KEPT_TEXTS:
-                return
-        order = sorted(texts, key=lambda text: (len(texts[text]), text))
-        vectors = []
-        for start in range(0, len(order), TEXT_BATCH):
-            padded = self.processor.pad([texts[text] for text in order[start : start + TEXT_BATCH]])
-            vectors.append(self.model.pooled_texts(**{n: t.to(self.model.device) for n, t in padded.items()}).cpu())
-        if vectors:
-            self.known, self.vectors = {text: row for row, text in enumerate(order)}, torch.cat(vectors)
+                return {}
+        return texts
 
 
 class LateAnswerModel(StageModel):

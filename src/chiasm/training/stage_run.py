@@ -191,7 +191,7 @@ class StageRun:
             rows = self.features.fill(context.samples, self.order.visited(self.num_steps))
             self.features = self.features if rows is not None else None
         self.source = self._source(context.samples, rows)
-        self.learner.prepare(context.samples, self.order.visited(self.num_steps))
+        self.learner.prepare(context.samples, self.order.visited(self.num_steps), self.reporter)
         self.validator = None
         held_out = usable_samples(context.held_out, stage.validation.samples, stage.skip_bad)
         if stage.shows_one_picture:
