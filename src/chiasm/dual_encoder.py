@@ -104,7 +104,8 @@ class DualEncoder:
         if not isinstance(self.model, LateFusionModel) or self.model.config.answer_head is None:
             raise ValueError("this model has no answer head; train one: chiasm train late_vqa")
         known = self.model.config.answer_head["answers"]
-        return [known[label] for label in self.model.answers(patches, **tokens).argmax(dim=-1).tolist()]
+        scores = self.model.answers(patches, self.model.pooled_texts(**tokens))
+        return [known[label] for label in scores.argmax(dim=-1).tolist()]
 
     def generate(self, messages: list[list[Message]], images: list[list[Any]], **_: Any) -> list[str]:
         """An answer for each conversation of one picture: to its last question, as `VLM.generate` has it.

@@ -115,8 +115,8 @@ def test_answers_beyond_the_list_have_no_loss() -> None:
     made = model()
     made.add_answer_head(["red", "green", "blue"], combine="concat")
     inputs = batch(4) | {"labels": torch.tensor([0, 2, IGNORE, 1])}
-    plain = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    logits = made.answers(made.patches(inputs["pixel_values"]), **plain)
+    questions = made.pooled_texts(inputs["input_ids"], inputs["attention_mask"])
+    logits = made.answers(made.patches(inputs["pixel_values"]), questions)
     by_hand = -sum(logits[row].log_softmax(dim=0)[label] for row, label in ((0, 0), (1, 2), (3, 1)))
     torch.testing.assert_close(answer_loss(made, inputs), by_hand / 3, **CLOSE)
     assert answer_loss(made, inputs | {"labels": torch.full((4,), IGNORE)}).item() == 0
