@@ -81,6 +81,36 @@ def check_saved_equals_loaded(vlm: chiasm.VLM, inputs: dict[str, Tensor]) -> Non
         assert {n for n, _ in again.model.named_parameters()} == {n for n, _ in vlm.model.named_parameters()}
 
 
+def check_dual_encoder(encoder: chiasm.DualEncoder) -> None:
+    """Vectors have length 1 and are their input's alone, padding or not; the forward's logits are their cosines scaled;
+    a picture, a text and every part matter; saved equals loaded."""
+    pictures, texts = [tiny.picture(seed) for seed in range(3)], ["a cat", "two dogs and a bus", "b"]
+    images, words = encoder.embed_images(pictures), encoder.embed_texts(texts)
+    for vectors in (images, words):
+        torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(3), **TOLERANCE)
+        assert not torch.allclose(vectors[0], vectors[1])
+    torch.testing.assert_close(encoder.embed_texts(texts[0]), words[:1], **TOLERANCE)
+    torch.testing.assert_close(encoder.embed_images(pictures[:1]), images[:1], **TOLERANCE)
+    torch.testing.assert_close(encoder.score(pictures, texts), images @ words.T, **TOLERANCE)
+    model, inputs = encoder.model, encoder.processor(images=pictures, text=texts)
+    with torch.no_grad():
+        output = model(**inputs)
+        features = model.encode_images(inputs["pixel_values"])
+        cached = model(inputs["input_ids"], attention_mask=inputs["attention_mask"], image_features=features)
+    torch.testing.assert_close(output.logits_per_image, model.connector.logits(images @ words.T), **TOLERANCE)
+    assert torch.equal(cached.logits_per_image, output.logits_per_image)
+    model(**inputs, return_loss=True).loss.backward()
+    for part in ("vision", "language", "connector"):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.get_submodule(part).parameters()), part
+    model.zero_grad()
+    with tempfile.TemporaryDirectory() as folder:
+        encoder.save_pretrained(folder)
+        again = chiasm.load(folder)
+        assert isinstance(again, chiasm.DualEncoder)
+        torch.testing.assert_close(again.score(pictures, texts), images @ words.T, rtol=0, atol=1e-6)
+        assert again.processor.to_dict() == encoder.processor.to_dict()
+
+
 def check_part_dtypes_survive(vlm: chiasm.VLM, inputs: dict[str, Tensor]) -> None:
     """save → load → the same dtypes and logits, bit for bit; a dtype that is asked for is still for all parts."""
     model = vlm.model.eval()

@@ -101,6 +101,36 @@ def test_intermediate_fusion_from_end_to_end(run: Any, model: Path, data: Path, 
     assert run("chat", *asked, *shot)[1].strip() == answer
 
 
+def test_late_fusion_from_end_to_end(run: Any, data: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "vision", tmp_path / "language"
+    tiny.vision().save_pretrained(parts[0])
+    tiny.language().save_pretrained(parts[1])
+    tiny.tokenizer().save_pretrained(parts[1])
+    (parts[0] / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    folder = tmp_path / "two_towers"
+    towers = ["--vision", parts[0], "--language", parts[1]]
+    code, out, err = run("connect", *towers, "--fusion", "late", "--pooling", '{"text": "mean"}', "-o", folder)
+    assert code == 0, err
+    assert "late fusion" in out and "pooled by mean" in out and "train clip" in out
+    short = ["--set", "steps=2", "--set", "batch_size=4"]
+    code, out, err = run("train", "clip", "--model", folder, "--data", data, "-o", tmp_path / "run", *short, "--json")
+    assert code == 0, err
+    trained = json.loads(out)["model"]
+    for task, rows in (("retrieval", 6), ("zero-shot", 2)):
+        code, out, err = run("eval", trained, "--data", data, "--task", task, "--json")
+        assert code == 0, err
+        summary = json.loads(out)["summary"]
+        assert len(summary) == rows and summary[0]["n"] == summary[0]["control_n"] == 24
+    code, out, err = run(
+        "train", "late_vqa", "--model", trained, "--data", data, "-o", tmp_path / "vqa", *short, "--json"
+    )
+    assert code == 0, err
+    code, out, err = run("eval", json.loads(out)["model"], "--data", data, "--json")
+    assert code == 0 and json.loads(out)["summary"][-1]["metric"] == "exact_match", err
+    code, out, err = run("inspect", tmp_path / "vqa" / "model")
+    assert code == 0 and "3 answers" in out, err
+
+
 def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
     assert run("data", "check", data)[0] == 0
     (data.parent / "3.png").write_bytes((data.parent / "3.png").read_bytes()[:60])

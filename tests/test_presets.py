@@ -10,7 +10,7 @@ from chiasm.connectors import CONNECTORS
 from chiasm.presets import PRESETS, Preset
 
 
-def connect(vision: str = "clip", **options: Any) -> chiasm.VLM:
+def connect(vision: str = "clip", **options: Any) -> Any:
     return chiasm.connect(tiny.vision(vision), tiny.language(), tokenizer=tiny.tokenizer(), **options)
 
 
@@ -21,6 +21,10 @@ def connector_name(preset: Preset) -> str:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_connects(name: str) -> None:
     preset = PRESETS[name]
+    if preset.fusion == "late":
+        encoder = connect(preset=name)
+        assert isinstance(encoder, chiasm.DualEncoder) and encoder.score(tiny.picture(), "a cat").shape == (1, 1)
+        return
     if connector_name(preset) not in CONNECTORS:
         with pytest.raises(ValueError, match=f"connector '{connector_name(preset)}' is unknown"):
             connect(preset=name)

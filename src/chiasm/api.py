@@ -15,6 +15,8 @@ from chiasm.data.schema import Sample
 from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.evaluate import evaluate as evaluate_answers
+from chiasm.evaluation.retrieval import evaluate_retrieval
+from chiasm.evaluation.zero_shot import TEMPLATES, evaluate_zero_shot
 from chiasm.fusion.late import LateFusionModel
 from chiasm.training.preview import StagePreview
 from chiasm.training.preview import preview as preview_stages
@@ -22,7 +24,7 @@ from chiasm.training.recipe import load_recipe
 from chiasm.training.schema import Recipe
 from chiasm.training.trainer import TrainResult
 from chiasm.training.trainer import train as train_model
-from chiasm.vlm import VLM, best_device, load, load_vlm, ready_to_answer
+from chiasm.vlm import VLM, best_device, load, ready_to_answer
 
 Progress = Callable[[int, int], None]
 
@@ -79,9 +81,10 @@ def preview(
 
 
 def evaluate(
-    model: VLM | str | Path,
+    model: VLM | DualEncoder | str | Path,
     data: Any,
     *,
+    task: str | None = None,
     split: str | None = None,
     limit: int | None = None,
     batch_size: int = 16,
@@ -90,20 +93,34 @@ def evaluate(
     metric: str | None = None,
     shots: int = 0,
     shots_from: Any = None,
+    templates: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> EvalResult:
-    """Scores a model's answers per skill, beside the control that is shown another sample's picture.
+    """Scores a model's answers per skill, or how well it finds, beside the control that is shown another picture.
 
     Args:
+        task: of a `DualEncoder`: `retrieval` (recall@k in both directions), `zero-shot` (which of all captions it is)
+            or `answers`; by default `answers` where it has a head for them, else `retrieval`.
         split: `validation`, `test` or another split of the data; by default all of it.
         limit: at most so many samples, evenly spread.
         shots: solved examples in front of every question, of its skill and from other samples.
         shots_from: the data that they are drawn from; by default the train split where there is one.
+        templates: prompts for zero-shot classification, with `{}` where the label stands.
     """
     if shots_from is not None and not shots:
         raise ValueError("shots_from names the data of solved examples, but shots is 0; pass shots=4 or leave it out")
-    vlm = model if isinstance(model, VLM) else ready_to_answer(load_vlm(model))
+    vlm = model if isinstance(model, VLM | DualEncoder) else ready_to_answer(load(model))
     samples = spread(read(data, split=split), limit)
+    task = task or _task_of(vlm)
+    if task not in TASKS or (task != "answers" and isinstance(vlm, VLM)):
+        of = "answers" if isinstance(vlm, VLM) else ", ".join(TASKS)
+        raise ValueError(f"task {task!r} is not one of this model; choose of {of}")
+    if task == "retrieval":
+        found = evaluate_retrieval(vlm.model, vlm.processor, samples, control=control, progress=progress)
+        return found.evaluation(samples)
+    if task == "zero-shot":
+        prompts = tuple(templates) or TEMPLATES
+        return evaluate_zero_shot(vlm.model, vlm.processor, samples, prompts, control=control, progress=progress)
     examples = None
     if shots:
         pool = read(shots_from) if shots_from is not None else read_train(data)
@@ -114,6 +131,14 @@ def evaluate(
 
     asked: dict[str, Any] = {"batch_size": batch_size, "control": control, "metric": metric, "examples": examples}
     return evaluate_answers(generate, samples, progress=progress, **asked)
+
+
+TASKS = ("answers", "retrieval", "zero-shot")
+
+
+def _task_of(model: VLM | DualEncoder) -> str:
+    answers = isinstance(model, VLM) or getattr(model.model.config, "answer_head", None) is not None
+    return "answers" if answers else "retrieval"
 
 
 def spread(samples: Sequence[Sample], limit: int | None) -> Sequence[Sample]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from chiasm.data.captions import CaptionProcessor
 from chiasm.data.chat import Message
 from chiasm.data.schema import text_of
+from chiasm.evaluation.zero_shot import TEMPLATES, label_vectors
 from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
 
@@ -74,6 +75,22 @@ class DualEncoder:
         cosines = (self.model.embed_images(patches) * self.model.embed_texts(**tokens)).sum(dim=-1)
         return self.model.connector.logits(cosines[:, None])[:, 0].sigmoid()
 
+    def classify(self, images: Any, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[str]:
+        """Of each picture the label whose prompts lie nearest, without any training on the labels.
+
+        Args:
+            templates: prompts with `{}` where the label stands; a label's vector is their mean.
+        """
+        return [labels[index] for index in self.class_scores(images, labels, templates).argmax(dim=-1).tolist()]
+
+    @torch.inference_mode()
+    def class_scores(
+        self, images: Any, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
+    ) -> Float[Tensor, "images labels"]:
+        """The cosine of every picture and every label's prompts."""
+        vectors = label_vectors(self.model, self.processor, labels, templates)
+        return self.model.similarity(self.embed_images(images), vectors)
+
     @torch.inference_mode()
     def answer(self, images: Any, questions: str | Sequence[str]) -> list[str]:
         """The likeliest of the known answers to a question about each picture.
@@ -87,7 +104,8 @@ class DualEncoder:
         if not isinstance(self.model, LateFusionModel) or self.model.config.answer_head is None:
             raise ValueError("this model has no answer head; train one: chiasm train late_vqa")
         known = self.model.config.answer_head["answers"]
-        return [known[label] for label in self.model.answers(patches, **tokens).argmax(dim=-1).tolist()]
+        scores = self.model.answers(patches, self.model.pooled_texts(**tokens))
+        return [known[label] for label in scores.argmax(dim=-1).tolist()]
 
     def generate(self, messages: list[list[Message]], images: list[list[Any]], **_: Any) -> list[str]:
         """An answer for each conversation of one picture: to its last question, as `VLM.generate` has it.

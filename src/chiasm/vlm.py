@@ -280,7 +280,7 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def ready_to_answer(vlm: VLM) -> VLM:
+def ready_to_answer(vlm: VLM | DualEncoder) -> Any:
     """The model on the best device, in float32 where it is bfloat16 and the device computes that in software."""
     device = best_device()
     emulated = choose_dtype("auto", device) == torch.float32

@@ -1,12 +1,19 @@
 """Recall@k: by hand, by chance, and of a tiny model with and without the matching head."""
 
+from typing import Any
+
 import pytest
 import torch
 
+import chiasm
+import chiasm.api
 import tiny
 from chiasm.data.captions import CaptionProcessor
 from chiasm.evaluation.retrieval import chance, evaluate_retrieval, recall, same_pairs
+from chiasm.evaluation.skills import to_table
+from chiasm.evaluation.zero_shot import label_vectors
 from chiasm.fusion.qformer_retrieval import build_retrieval
+from chiasm.vision.image_processor import ChiasmImageProcessor
 from training import helpers
 
 
@@ -50,3 +57,86 @@ def test_a_model_is_scored_in_both_directions(rerank: int) -> None:
         scores = cosines + torch.stack(rows)
         assert result.image_to_text == recall(scores, right, (1, 10))
         assert result.text_to_image == recall(scores.T, right.T, (1, 10))
+
+
+def late() -> chiasm.DualEncoder:
+    pictures = ChiasmImageProcessor(30, [0.5] * 3, [0.5] * 3)
+    options = {"tokenizer": tiny.tokenizer(), "image_processor": pictures}
+    return chiasm.connect(tiny.vision(), tiny.language(), {"name": "linear", "space": 9}, "late", **options)
+
+
+def seeing(encoder: chiasm.DualEncoder) -> chiasm.DualEncoder:
+    """The encoder, whose vectors of the four colours' pictures and names are told apart perfectly."""
+    colours = list(helpers.COLOURS)
+    words = encoder.embed_texts(colours).clone()
+
+    def of_texts(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        said = encoder.processor.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        return torch.stack([words[next(i for i, c in enumerate(colours) if c in text)] for text in said])
+
+    def of_images(patches: torch.Tensor) -> torch.Tensor:
+        shown = [pixels.flatten(1).mean(dim=1) for pixels in patches]
+        return torch.stack([words[3 if s.max() - s.min() < 0.2 else int(s.argmax())] for s in shown])
+
+    model: Any = encoder.model
+    model.patches = lambda pixels=None, image_features=None: pixels if pixels is not None else image_features
+    model.encode_images, model.embed_images, model.embed_texts = (lambda pixels: pixels), of_images, of_texts
+    return encoder
+
+
+def test_two_towers_are_scored_beside_the_wrong_picture() -> None:
+    samples = [helpers.sample(index) for index in range(12)]
+    encoder = late()
+    result = evaluate_retrieval(encoder.model, encoder.processor, samples, ks=(1, 12))
+    with torch.no_grad():
+        scores = encoder.score([s.images[0].load() for s in samples], [s.answer for s in samples])
+    assert result.image_to_text == recall(scores, same_pairs(samples), (1, 12))
+    assert result.text_to_image == recall(scores.T, same_pairs(samples).T, (1, 12))
+    with pytest.raises(ValueError, match="rerank=3 needs a matching head"):
+        evaluate_retrieval(encoder.model, encoder.processor, samples, rerank=3)
+
+
+def test_seeing_beats_the_control() -> None:
+    samples = [helpers.sample(index) for index in range(12)]
+    found = chiasm.api.evaluate(seeing(late()), samples)
+    names = [row["skill"] for row in found.summary]
+    assert names == [f"{way}, recall@{k}" for way in ("image → text", "text → image") for k in (1, 5, 10)]
+    first = found.summary[0]
+    assert first["accuracy"] == 1.0 and first["low"] > 0.7 and first["control_accuracy"] < 0.5
+    assert first["control_n"] == first["n"] == 12 and found.rows[0]["image → text, recall@1"] is True
+    assert len(list(to_table(found.summary).rows)) == 6
+
+
+def test_zero_shot_classification_by_prompts() -> None:
+    samples = [helpers.sample(index) for index in range(12)]
+    encoder = seeing(late())
+    found = chiasm.api.evaluate(encoder, samples, task="zero-shot", templates=["{}", "the colour {}"])
+    assert [row["skill"] for row in found.summary] == ["accuracy@1", "accuracy@5"]
+    assert found.summary[0]["accuracy"] == 1.0 and found.summary[0]["control_accuracy"] < 0.5
+    assert found.summary[0]["chance"] == pytest.approx(0.25) and found.notes == ["4 labels, 2 prompt(s) each"]
+    assert encoder.classify([s.images[0].load() for s in samples[:4]], list(helpers.COLOURS)) == list(helpers.COLOURS)
+
+
+def test_a_labels_vector_is_the_mean_of_its_prompts() -> None:
+    encoder = late()
+    vectors = label_vectors(encoder.model, encoder.processor, ["cat", "dog"], ["{}", "a {}"])
+    by_hand = encoder.embed_texts(["cat", "a cat"]).mean(dim=0)
+    torch.testing.assert_close(vectors[0], by_hand / by_hand.norm(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"template 'a cat' has no \{\}"):
+        label_vectors(encoder.model, encoder.processor, ["cat"], ["a cat"])
+
+
+def test_tasks_that_a_model_does_not_have_are_refused() -> None:
+    samples = [helpers.sample(index) for index in range(4)]
+    with pytest.raises(ValueError, match="task 'retrieval' is not one of this model; choose of answers"):
+        chiasm.api.evaluate(helpers.vlm(), samples, task="retrieval")
+    with pytest.raises(ValueError, match="this model has no answer head"):
+        chiasm.api.evaluate(late(), samples, task="answers")
+
+
+def test_answers_of_two_towers_are_scored_per_skill() -> None:
+    encoder = late()
+    encoder.model.add_answer_head(list(helpers.COLOURS), combine="product", hidden=5)
+    found = chiasm.api.evaluate(encoder, [helpers.sample(index) for index in range(8)])
+    assert found.summary[-1]["n"] == 8 and found.summary[-1]["control_n"] == 8
+    assert {row["answer"] for row in found.rows} <= set(helpers.COLOURS)

@@ -1,4 +1,4 @@
-"""`eval`: how well a model answers."""
+"""`eval`: how well a model answers, or finds."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +12,9 @@ from chiasm.cli.app import Data, Json, Model, app, emit, err, example, out
 def evaluate(
     model: Model,
     data: Data,
+    task: Annotated[
+        str | None, typer.Option(help="Of a dual encoder: retrieval, zero-shot or answers; by default what it can.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="validation, test, ...; by default everything.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many samples, evenly spread.")] = None,
     output: Annotated[
@@ -25,9 +28,12 @@ def evaluate(
     shots_from: Annotated[
         str | None, typer.Option(help="Data that the examples are drawn from; by default the train split.")
     ] = None,
+    template: Annotated[
+        list[str], typer.Option(help="Zero-shot: a prompt with {} where the label stands; repeatable.")
+    ] = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Score a model's answers per skill, with intervals, beside the wrong-picture control."""
+    """Score a model's answers per skill, or what it finds, with intervals, beside the wrong-picture control."""
     from chiasm import api
     from chiasm.evaluation.skills import to_table
 
@@ -35,6 +41,7 @@ def evaluate(
         result = api.evaluate(
             model,
             data,
+            task=task,
             split=split,
             limit=limit,
             batch_size=batch_size,
@@ -43,6 +50,7 @@ def evaluate(
             metric=metric,
             shots=shots,
             shots_from=shots_from,
+            templates=template,
             progress=update,
         )
     if output is not None:

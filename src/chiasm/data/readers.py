@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.data import containers
+from chiasm.data.emoji_names import EmojiNames
 from chiasm.data.emoji_scenes import EmojiScenes
 from chiasm.data.rows import id_of, sample_of
 from chiasm.data.schema import MAX_PIXELS, ImageRef, Sample, Samples
 from chiasm.data.splits import SPLITS, Subset, hold_out, ids_of, stable_fraction
 
 EMOJI_SCENES = "emoji-scenes"
+EMOJI_NAMES = "emoji-names"
 UNDERSTOOD = (
     "a LLaVA JSON or JSONL file, a folder with metadata.jsonl, a Hugging Face dataset (in memory, saved to disk, "
     "parquet, or hf:owner/name), WebDataset .tar shards, a YAML mixture (a list of {path, weight}), "
-    "or emoji-scenes[:split[,size=N,...]]"
+    "emoji-scenes[:split[,size=N,...]], or emoji-names[:split[,language=ko]]"
 )
 
 
@@ -39,6 +41,10 @@ def read(source: Any, split: str | None = None, **options: Any) -> Samples:
         ValueError: a format that is not understood, an unknown option, or a split that the data does not have.
         SampleError (when a sample is taken): the sample is not usable.
     """
+    if isinstance(source, str) and source.partition(":")[0] == EMOJI_NAMES:
+        named, settings = _settings(source, split)
+        _refuse(settings | options, EmojiNames.OPTIONS)
+        return EmojiNames(split or named or "all", **settings | options)
     if isinstance(source, str) and source.partition(":")[0] == EMOJI_SCENES:
         return _emoji_scenes(source, split, options)
     _check_values(options)
@@ -179,20 +185,28 @@ def _divide(samples: Samples, split: str, division: dict[str, Any]) -> Samples:
 
 
 def _emoji_scenes(source: str, split: str | None, options: dict[str, Any]) -> EmojiScenes:
-    named, *settings = source.partition(":")[2].split(",")
-    if named and split and named != split:
-        raise ValueError(f"{source!r} names the split {named!r}, but {split!r} was asked for")
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"{source!r}: {setting!r} is not of the form name=value")
-        options[key] = int(value) if value.lstrip("-").isdigit() else value
+    named, settings = _settings(source, split)
+    options |= settings
     _refuse(options, EmojiScenes.OPTIONS)
     for key in ("size", "seed", "num_objects", "questions_per_scene", "shots"):
         needed = key in options and key in ("seed", "shots")
         if type(options.get(key)) not in ((int,) if needed else (int, type(None))):
             raise ValueError(f"{EMOJI_SCENES}: {key} is {options[key]!r}, expected a whole number")
     return EmojiScenes(split or named or "train", **options)
+
+
+def _settings(source: str, split: str | None) -> tuple[str, dict[str, Any]]:
+    """The split that built-in data is named with, and its settings: `emoji-scenes:train,size=9`."""
+    named, *settings = source.partition(":")[2].split(",")
+    if named and split and named != split:
+        raise ValueError(f"{source!r} names the split {named!r}, but {split!r} was asked for")
+    options: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{source!r}: {setting!r} is not of the form name=value")
+        options[key] = int(value) if value.lstrip("-").isdigit() else value
+    return named, options
 
 
 VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -1,10 +1,12 @@
 """Recall@k of a retrieval model: is a picture's caption among its first k candidates, and a caption's picture?
 
-The nearest candidates by cosine may be read again by the matching head, as BLIP-2 does (arXiv 2301.12597).
+The control takes another sample's picture for each: what is found then too, was not found by looking. The nearest
+candidates by cosine may be read again by a Q-Former's matching head, as BLIP-2 does (arXiv 2301.12597).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,29 +15,73 @@ from torch import Tensor
 from chiasm.data.captions import CaptionProcessor, caption_of, encode_caption
 from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Sample
-from chiasm.fusion.qformer_retrieval import QFormerRetrieval, query_similarity
+from chiasm.evaluation.evaluate import EvalResult, wrong_pictures
+from chiasm.evaluation.skills import Row, wilson
+from chiasm.fusion.late import LateFusionModel
+from chiasm.fusion.qformer_retrieval import QFormerRetrieval
 
 KS = (1, 5, 10)
 Recalls = dict[int, float]
+RetrievalModel = QFormerRetrieval | LateFusionModel
+TO_TEXT, TO_IMAGE = "image → text", "text → image"
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """Recalls by k in both directions. `chance` is that of a random order; `reranked` says if matching had its say."""
+    """Recalls by k in both directions. `chance` is that of a random order; `reranked` says if matching had its say.
+
+    `hits`: direction and k → for each query whether it found; `control`: the same with another sample's picture.
+    """
 
     image_to_text: Recalls
     text_to_image: Recalls
     chance: Recalls
     samples: int
     reranked: bool
+    hits: dict[tuple[str, int], list[bool]] = field(default_factory=dict)
+    control: dict[tuple[str, int], list[bool]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def evaluation(self, samples: Sequence[Sample]) -> EvalResult:
+        """As `chiasm eval` shows it: a line for each direction and k with its interval and the control's."""
+        summary = [
+            proportion(f"{direction}, recall@{k}", found, self.control.get((direction, k), []), self.chance[k])
+            for (direction, k), found in self.hits.items()
+        ]
+        rows = [
+            {"id": sample.id, "caption": caption_of(sample)}
+            | {f"{direction}, recall@{k}": found[index] for (direction, k), found in self.hits.items()}
+            for index, sample in enumerate(samples)
+        ]
+        return EvalResult(rows, summary, self.notes)
+
+
+def proportion(name: str, found: Sequence[bool], control: Sequence[bool], by_chance: float) -> Row:
+    """A summary row of a share with its interval, beside that of the control."""
+    row: dict[str, Any] = {"skill": name, "metric": "share", "n": len(found), "chance": by_chance}
+    for prefix, hits in (("", found), ("control_", control)):
+        low, high = wilson(sum(hits), len(hits)) if hits else (None, None)
+        row |= {
+            f"{prefix}accuracy": sum(hits) / len(hits) if hits else None,
+            f"{prefix}low": low,
+            f"{prefix}high": high,
+        }
+    return row | {"control_n": len(control)}
 
 
 def recall(scores: Float[Tensor, "Q C"], right: Bool[Tensor, "Q C"], ks: Sequence[int] = KS) -> Recalls:
     """Share of the queries with a right candidate among the first k; of equal scores the wrong one counts first."""
+    return {k: found.float().mean().item() for k, found in found_within(scores, right, ks).items()}
+
+
+def found_within(
+    scores: Float[Tensor, "Q C"], right: Bool[Tensor, "Q C"], ks: Sequence[int] = KS
+) -> dict[int, Bool[Tensor, " Q"]]:
+    """For each k, which queries have a right one among the first k; of equal scores the wrong one counts first."""
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     ahead = ((scores >= best) & ~right).sum(dim=1)
-    return {k: (ahead < k).float().mean().item() for k in ks}
+    return {k: ahead < k for k in ks}
 
 
 def chance(right: Bool[Tensor, "Q C"], ks: Sequence[int] = KS) -> Recalls:
@@ -52,11 +98,12 @@ def chance(right: Bool[Tensor, "Q C"], ks: Sequence[int] = KS) -> Recalls:
 
 @torch.no_grad()
 def evaluate_retrieval(
-    model: QFormerRetrieval,
+    model: RetrievalModel,
     processor: CaptionProcessor,
     samples: Sequence[Sample],
     *,
     rerank: int = 0,
+    control: bool = True,
     ks: Sequence[int] = KS,
     batch_size: int = 32,
     progress: Progress | None = None,
@@ -65,27 +112,43 @@ def evaluate_retrieval(
 
     Args:
         rerank: candidates of each query that the matching head reads too; 0 leaves the order by cosine.
+        control: also with another sample's picture in the place of each.
 
     Raises:
         SampleError: a sample has no caption, or not exactly one readable picture.
+        ValueError: no samples, or rerank with a model that has no matching head.
     """
+    if not samples:
+        raise ValueError("samples is empty: there is nothing to evaluate")
+    if rerank and not isinstance(model, QFormerRetrieval):
+        raise ValueError(f"rerank={rerank} needs a matching head, which a late-fusion model has not; leave it out")
     was_training = model.training
     model.eval()
     collection = _Collection(model, processor, samples, batch_size, progress)
-    by_cosine = query_similarity(collection.images.float(), collection.texts.float())
+    by_cosine = model.similarity(collection.images.float(), collection.texts.float())
     to_text, to_image = by_cosine, by_cosine.T
     if rerank:
         to_text = collection.rerank(by_cosine, rerank)
         to_image = collection.rerank(by_cosine.T, rerank, from_text=True)
     model.train(was_training)
-    right = same_pairs(samples)
-    return RetrievalResult(
-        recall(to_text.cpu(), right, ks),
-        recall(to_image.cpu(), right.T, ks),
-        chance(right, ks),
-        len(samples),
-        bool(rerank),
-    )
+    right, scores = same_pairs(samples), {TO_TEXT: to_text.cpu(), TO_IMAGE: to_image.cpu()}
+    hits = {(way, k): found.tolist() for way, s in scores.items() for k, found in found_within(s, right, ks).items()}
+    recalls = [{k: sum(hits[way, k]) / len(samples) for k in ks} for way in scores]
+    others, notes = _control(scores, right, samples, ks) if control else ({}, [])
+    return RetrievalResult(*recalls, chance(right, ks), len(samples), bool(rerank), hits, others, notes)
+
+
+def _control(
+    scores: dict[str, Tensor], right: Bool[Tensor, "M M"], samples: Sequence[Sample], ks: Sequence[int]
+) -> tuple[dict[tuple[str, int], list[bool]], list[str]]:
+    """What is found where another sample's picture stands in for each one's own."""
+    donors, notes = wrong_pictures(samples)
+    if not donors:
+        return {}, notes
+    asked, shown = list(donors), list(donors.values())
+    swapped = {TO_TEXT: (scores[TO_TEXT][shown], right[asked]), TO_IMAGE: (scores[TO_IMAGE][asked], right[shown])}
+    hits = {(way, k): found.tolist() for way, pair in swapped.items() for k, found in found_within(*pair, ks).items()}
+    return hits, notes
 
 
 def same_pairs(samples: Sequence[Sample]) -> Bool[Tensor, "M M"]:
@@ -99,7 +162,7 @@ class _Collection:
 
     def __init__(
         self,
-        model: QFormerRetrieval,
+        model: RetrievalModel,
         processor: CaptionProcessor,
         samples: Sequence[Sample],
         batch_size: int,
@@ -107,14 +170,14 @@ class _Collection:
     ) -> None:
         self.model, self.batch_size = model, batch_size
         padded = processor.pad([encode_caption(sample, processor)["input_ids"] for sample in samples])
-        self.ids, self.mask = (padded[name].to(model.device) for name in ("input_ids", "attention_mask"))
+        self.tokens = {name: tensor.to(model.device) for name, tensor in padded.items()}
         features, images, texts = [], [], []
         for start in range(0, len(samples), batch_size):
             rows = slice(start, start + batch_size)
             pixels = [load_pixels(samples[index], processor) for index in range(*rows.indices(len(samples)))]
             features.append(model.encode_images(torch.cat([p for p in pixels if p is not None]).to(model.device)))
             images.append(model.embed_images(model.patches(image_features=features[-1])))
-            texts.append(model.embed_texts(self.ids[rows], self.mask[rows]))
+            texts.append(model.embed_texts(**{name: tensor[rows] for name, tensor in self.tokens.items()}))
             if progress is not None:
                 progress(min(start + batch_size, len(samples)), len(samples))
         self.features, self.images, self.texts = torch.cat(features), torch.cat(images), torch.cat(texts)
@@ -130,8 +193,9 @@ class _Collection:
         return found.scatter(1, candidates, near + self._logits(pictures, texts).view_as(near))
 
     def _logits(self, pictures: Int[Tensor, " P"], texts: Int[Tensor, " P"]) -> Float[Tensor, " P"]:
+        model: Any = self.model
         logits = [
-            self.model.match(self.model.patches(image_features=self.features[p]), self.ids[t], self.mask[t])[:, 1]
-            for p, t in zip(pictures.split(self.batch_size), texts.split(self.batch_size), strict=True)
+            model.match(model.patches(image_features=self.features[p]), **{n: t[rows] for n, t in self.tokens.items()})
+            for p, rows in zip(pictures.split(self.batch_size), texts.split(self.batch_size), strict=True)
         ]
-        return torch.cat(logits)
+        return torch.cat(logits)[:, 1]

@@ -132,17 +132,16 @@ class LateFusionModel(PartDtypes):
     def answers(
         self,
         patches: Float[Tensor, "images N D_v"],
-        input_ids: Int[Tensor, "images L"],
-        attention_mask: Int[Tensor, "images L"] | None = None,
+        pooled_texts: Float[Tensor, "images D_l"],
     ) -> Float[Tensor, "images A"]:
-        """Scores of the known answers to a question about each picture.
+        """Scores of the known answers to a question about each picture, given by the text tower's vector.
 
         Raises:
             ValueError: the model has no answer head.
         """
         if self.config.answer_head is None:
             raise ValueError("this model has no answer head; train one: chiasm train late_vqa")
-        return self.answer_head(self.pooled_images(patches), self.pooled_texts(input_ids, attention_mask))
+        return self.answer_head(self.pooled_images(patches), pooled_texts)
 
     def add_answer_head(self, answers: list[str], **options: Any) -> None:
         """Gives the model a fresh head over a closed list of answers."""

@@ -91,7 +91,7 @@ def pool_text(
         inputs["use_cache"] = False
     outputs = tower(**inputs)
     if pooling == "own":
-        return outputs.pooler_output
+        return getattr(outputs, "pooler_output", None)  # None is what text_width refuses
     states = outputs.last_hidden_state
     if pooling == "cls":
         return states[:, 0]

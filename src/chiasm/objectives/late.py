@@ -80,14 +80,22 @@ def _same(inputs: dict[str, Tensor]) -> Bool[Tensor, "B M"]:
     return (pictures[:, None] == gather(pictures)[0]) | (texts[:, None] == gather(texts)[0])
 
 
-def answer_loss(model: LateFusionModel, inputs: dict[str, Tensor], num_answers: int | None = None) -> Tensor:
+def answer_loss(
+    model: LateFusionModel,
+    inputs: dict[str, Tensor],
+    num_answers: int | None = None,
+    pooled_texts: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy of the right answer among the known ones; an unknown one (`IGNORE`) teaches nothing.
 
     Args:
         num_answers: known ones of all batches of a step; those of this batch where it is None.
+        pooled_texts: the text tower's vectors, where they are known already.
     """
     patches = model.patches(inputs.get("pixel_values"), inputs.get("image_features"))
-    logits = model.answers(patches, inputs["input_ids"], inputs.get("attention_mask"))
+    if pooled_texts is None:
+        pooled_texts = model.pooled_texts(inputs["input_ids"], inputs.get("attention_mask"))
+    logits = model.answers(patches, pooled_texts)
     known = int((inputs["labels"] != IGNORE).sum())
     count = max(1, known if num_answers is None else num_answers)
     return F.cross_entropy(logits.float(), inputs["labels"], ignore_index=IGNORE, reduction="sum") / count

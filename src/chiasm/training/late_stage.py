@@ -15,6 +15,7 @@ from chiasm.language.next_token import IGNORE
 from chiasm.objectives import PAIR_OBJECTIVES
 from chiasm.objectives.late import answer_loss, pair_losses
 from chiasm.training.batches import seed_of
+from chiasm.training.log import Reporter
 from chiasm.training.schema import Captions, Stage
 from chiasm.training.stage_model import StageModel
 
@@ -23,35 +24,42 @@ TEXT_BATCH = 64
 HEAD_SALT = 77
 
 
-class PairModel(StageModel):
-    """Two towers, which learn from captions by `contrastive` or `sigmoid`.
+class TwoTowers(StageModel):
+    """What stages of late fusion share: a frozen text tower reads every text once, before the first step."""
 
-    A frozen text tower reads every caption once, before the first step.
-    """
-
-    def __init__(self, model: LateFusionModel, processor: CaptionProcessor, stage: Stage) -> None:
+    def __init__(self, model: LateFusionModel, processor: CaptionProcessor) -> None:
         super().__init__(model, processor)
-        self.objectives, self.chunk = stage.objectives, stage.chunk
         self.known: dict[int, int] = {}
         self.vectors = torch.empty(0)
-
-    def encode(self, sample: Sample) -> dict[str, list[int]]:
-        return encode_caption(sample, self.processor)
 
     def collate(self, items: Sequence[Item]) -> Batch:
         batch = collate_captions(items, self.processor)
         return replace(batch, inputs=batch.inputs | {"text_ids": text_ids(items)})
 
-    def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
+    def pooled_texts(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        """The text tower's vectors of a batch, where all of them are known."""
         rows = [self.known.get(text) for text in inputs["text_ids"].tolist()]
-        pooled = None if None in rows or not self.known else self.vectors[torch.tensor(rows)].to(self.model.device)
-        return pair_losses(self.model, inputs, self.objectives, num_samples, self.chunk, pooled)
+        return None if None in rows else self.vectors[torch.tensor(rows)].to(self.model.device)
 
     @torch.no_grad()
-    def prepare(self, samples: Sequence[Sample], indices: Sequence[int]) -> None:
-        """Vectors of all captions, similar lengths together: a function of the data alone, as a resumed run needs."""
+    def prepare(self, samples: Sequence[Sample], indices: Sequence[int], reporter: Reporter) -> None:
+        """Vectors of all texts, similar lengths together: a function of the data alone, as a resumed run needs."""
         if any(parameter.requires_grad for parameter in self.model.language.parameters()):
             return
+        texts = self._texts(samples, indices)
+        order = sorted(texts, key=lambda text: (len(texts[text]), text))
+        vectors = []
+        with reporter.task("reading texts", len(order)) as task:
+            for start in range(0, len(order), TEXT_BATCH):
+                padded = self.processor.pad([texts[text] for text in order[start : start + TEXT_BATCH]])
+                inputs = {name: tensor.to(self.model.device) for name, tensor in padded.items()}
+                vectors.append(self.model.pooled_texts(**inputs).cpu())
+                task.advance(min(TEXT_BATCH, len(order) - start))
+        if vectors:
+            self.known, self.vectors = {text: row for row, text in enumerate(order)}, torch.cat(vectors)
+
+    def _texts(self, samples: Sequence[Sample], indices: Sequence[int]) -> dict[int, list[int]]:
+        """Tokens of the distinct texts by their number; none where they are too many to keep."""
         texts: dict[int, list[int]] = {}
         for index in indices:
             try:
@@ -60,17 +68,26 @@ class PairModel(StageModel):
                 continue
             texts.setdefault(text_id(tokens), tokens)
             if len(texts) > KEPT_TEXTS:
-                return
-        order = sorted(texts, key=lambda text: (len(texts[text]), text))
-        vectors = []
-        for start in range(0, len(order), TEXT_BATCH):
-            padded = self.processor.pad([texts[text] for text in order[start : start + TEXT_BATCH]])
-            vectors.append(self.model.pooled_texts(**{n: t.to(self.model.device) for n, t in padded.items()}).cpu())
-        if vectors:
-            self.known, self.vectors = {text: row for row, text in enumerate(order)}, torch.cat(vectors)
+                return {}
+        return texts
 
 
-class LateAnswerModel(StageModel):
+class PairModel(TwoTowers):
+    """Two towers, which learn from captions by `contrastive` or `sigmoid`."""
+
+    def __init__(self, model: LateFusionModel, processor: CaptionProcessor, stage: Stage) -> None:
+        super().__init__(model, processor)
+        self.objectives, self.chunk = stage.objectives, stage.chunk
+
+    def encode(self, sample: Sample) -> dict[str, list[int]]:
+        return encode_caption(sample, self.processor)
+
+    def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
+        known = self.pooled_texts(inputs)
+        return pair_losses(self.model, inputs, self.objectives, num_samples, self.chunk, known)
+
+
+class LateAnswerModel(TwoTowers):
     """Two towers and a head, which learns a question's answer by `answers`."""
 
     answers = True
@@ -87,13 +104,13 @@ class LateAnswerModel(StageModel):
         return {"input_ids": self.processor.encode(sample.question), "labels": [label]}
 
     def collate(self, items: Sequence[Item]) -> Batch:
-        batch = collate_captions(items, self.processor)
+        batch = super().collate(items)
         labels = torch.tensor([item.tokens["labels"][0] for item in items])
         known = int((labels != IGNORE).sum())
         return replace(batch, inputs=batch.inputs | {"labels": labels}, supervised=known)
 
     def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
-        return {"answers": answer_loss(self.model, inputs, num_tokens)}
+        return {"answers": answer_loss(self.model, inputs, num_tokens, self.pooled_texts(inputs))}
 
 
 def late_stage_model(model: LateFusionModel, processor: CaptionProcessor, stage: Stage) -> StageModel:

@@ -24,6 +24,7 @@ from chiasm.fusion.qformer_retrieval import QFormerRetrieval, build_retrieval, t
 from chiasm.language.adapter import context_length, load_tokenizer
 from chiasm.objectives.captions import caption_losses
 from chiasm.training.batches import seed_of
+from chiasm.training.log import Reporter
 from chiasm.training.schema import Stage
 
 
@@ -43,7 +44,7 @@ class StageModel(ABC):
     def collate(self, items: Sequence[Item]) -> Batch:
         """Items as one batch."""
 
-    def prepare(self, samples: Sequence[Sample], indices: Sequence[int]) -> None:  # noqa: B027  (most need nothing)
+    def prepare(self, samples: Sequence[Sample], indices: Sequence[int], reporter: Reporter) -> None:  # noqa: B027  (most need nothing)
         """What can be computed before the first step of the samples that the stage will meet."""
 
     @abstractmethod

@@ -144,7 +144,7 @@ class StageRun:
             rows = self.features.fill(context.samples, self.order.visited(self.num_steps))
             self.features = self.features if rows is not None else None
         self.source = self._source(context.samples, rows)
-        self.learner.prepare(context.samples, self.order.visited(self.num_steps))
+        self.learner.prepare(context.samples, self.order.visited(self.num_steps), context.reporter)
         self.validator = self._validator()
 
     def _source(self, samples: Sequence[Sample], rows: Rows | None = None) -> Source:
