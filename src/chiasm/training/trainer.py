@@ -100,7 +100,7 @@ def train(
             context.probe = ForgettingProbe(recipe.forgetting, model, processor, [*held_out] or samples)
         if run.resumed is None:
             counts: dict[str, Any] = {"samples": len(found.usable), "held_out": len(held_out), "bad": found.bad}
-            run.log.write("start", **counts, **environment)
+            run.log.write("start", **counts, **environment, model=_described(model))
             if context.probe is not None:
                 run.log.write("forgetting", **context.probe.fields())
         else:
@@ -127,6 +127,17 @@ def _split(
         return hold_out(samples, max(HELD_OUT_SHARE, min(0.1, FEWEST_HELD_OUT / len(samples))))
     except SampleError as error:
         raise with_hint(error) from error
+
+
+def _described(model: PreTrainedModel) -> dict[str, Any]:
+    """What was connected, for the report."""
+    config = model.config
+    return {
+        "vision": config.vision_config.model_type,
+        "connector": config.connector["name"],
+        "language": config.get_text_config().model_type,
+        "fusion": config.fusion,
+    }
 
 
 def _processor_fingerprint(processor: ChiasmProcessor) -> str:
