@@ -1,7 +1,7 @@
 """`eval`: how well a model answers, or finds."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,33 +31,59 @@ def evaluate(
     template: Annotated[
         list[str], typer.Option(help="Zero-shot: a prompt with {} where the label stands; repeatable.")
     ] = [],  # noqa: B006
+    against: Annotated[
+        str | None,
+        typer.Option(help="Another model, or the -o folder of its evaluation, to compare with on the same questions."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score a model's answers per skill, or what it finds, with intervals, beside the wrong-picture control."""
     from chiasm import api
-    from chiasm.evaluation.skills import to_table
+    from chiasm.evaluation.evaluate import EvalResult
+    from chiasm.evaluation.skills import caption_lines, to_table
 
+    asked: dict[str, Any] = {
+        "split": split,
+        "limit": limit,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "metric": metric,
+        "shots": shots,
+        "shots_from": shots_from,
+        "task": task,
+        "templates": template,
+    }
     with api.progress_bar("answering", err) as update:
-        result = api.evaluate(
-            model,
-            data,
-            task=task,
-            split=split,
-            limit=limit,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            control=control,
-            metric=metric,
-            shots=shots,
-            shots_from=shots_from,
-            templates=template,
-            progress=update,
-        )
+        result = api.evaluate(model, data, control=control, progress=update, **asked)
     if output is not None:
         result.save(output)
+    other = None
+    if against is not None and (Path(against) / "results.jsonl").is_file():
+        other = EvalResult.load(against)
+    elif against is not None:
+        with api.progress_bar("answering, the other model", err) as update:
+            other = api.evaluate(against, data, control=False, progress=update, **asked)
+    compared = {} if other is None else _compare(result, other, model, str(against))
     if as_json:
-        return emit({"summary": result.summary, "notes": result.notes})
+        plain = {key: value for key, value in compared.items() if key != "table"}
+        return emit({"summary": result.summary, "notes": result.notes, **plain})
     out.print(to_table(result.summary))
-    for note in result.notes:
+    for note in (*caption_lines(result.summary), *result.notes):
         out.print(note, markup=False, soft_wrap=True)
+    if compared:
+        out.print(compared["table"])
+        out.print(compared["verdict"], markup=False, highlight=False, soft_wrap=True)
     return None
+
+
+def _compare(result: Any, other: Any, model: str, against: str) -> dict[str, Any]:
+    from chiasm.evaluation import paired
+
+    names = (model, against)
+    rows = paired.compare(result, other)
+    return {
+        "against": against,
+        "comparison": rows,
+        "verdict": paired.verdict(rows[-1], *names),
+        "table": paired.to_table(rows, *names),
+    }

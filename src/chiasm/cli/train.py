@@ -57,6 +57,28 @@ def _show_plan(stages: list[Any], as_json: bool) -> None:
         print_preview(stages, out)
 
 
+@app.command(epilog=example("chiasm report runs/a"))
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run: finished, stopped or going on.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The page; by default report.html in the run.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="The held-out data, for pictures beside answers.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="What chiasm eval -o wrote; by default evaluation in the run, if there.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a run: curves, gates, skills, forgetting, and answers as training went on."""
+    from chiasm.evaluation.run_report import report_run
+
+    page = report_run(run, output, data, evaluation)
+    if as_json:
+        emit({"report": str(page)})
+    else:
+        out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
 @data_app.command("check", epilog=example("chiasm data check data.json"))
 def data_check(
     data: Annotated[str, typer.Argument(help="LLaVA JSON, image folder, dataset folder, ...", show_default=False)],

@@ -17,6 +17,7 @@ from PIL import Image
 
 from chiasm.data.few_shot import put_first
 from chiasm.data.schema import Sample, text_of
+from chiasm.evaluation import captions
 from chiasm.evaluation.metrics import METRICS, anls, contains, token_f1, tokens
 from chiasm.evaluation.skills import ALL, Row, summarise
 
@@ -124,7 +125,7 @@ def evaluate(
     questions = [q for number, sample in enumerate(samples) for q in _questions(number, names[number], sample)]
     if examples is not None:
         questions = [replace(question, examples=tuple(examples[question.sample])) for question in questions]
-    donors, notes = wrong_pictures(samples, seed) if control else ({}, [])
+    donors, notes = wrong_pictures(samples, seed) if control else ({}, list[str]())
     controlled = [q for q in questions if q.num_images and q.sample in donors]
     total = len(questions) + len(controlled)
     own = {question.sample: question.sample for question in questions}
@@ -137,7 +138,13 @@ def evaluate(
         if question.place in others:
             row |= _control_row(row, others[question.place], samples[donors[question.sample]].id)
         rows.append(row)
-    return EvalResult(rows, summarise(rows, seed), notes)
+    summary = summarise(rows, seed)
+    if captions.has_captions(rows):
+        if captions.available():
+            summary = captions.add_caption_scores(summary, rows, seed)
+        else:
+            notes.append(captions.MISSING)
+    return EvalResult(rows, summary, notes)
 
 
 def _check(samples: Sequence[Sample], batch_size: int) -> None:

@@ -101,6 +101,32 @@ def gate_openness(moments: Sequence[dict[str, Any]], name: str) -> str | None:
     return _svg(figure, name, "How far the gates of every layer are open")
 
 
+def skill_curves(progress: dict[str, list[tuple[int, float, int]]], name: str = "progress") -> str | None:
+    """Per skill the share of right answers over the steps of the run, told apart by marker and dash.
+
+    Args:
+        progress: skill → step, share and number of answers, as `skill_progress` gives them.
+    """
+    if not progress:
+        return None
+    figure, axes = _canvas(2.65)
+    tones = [COLOURS["own"], COLOURS["control"], COLOURS["muted"]]
+    for index, (skill, moments) in enumerate(progress.items()):
+        style: dict[str, Any] = {"color": tones[index % 3], "marker": "oD^sv*"[index % 6], "markersize": 4}
+        style["linestyle"] = "-" if index % 2 == 0 else (0, (4, 2))
+        label = f"{skill if len(skill) <= 22 else skill[:21] + '…'} ({moments[-1][2]})"
+        axes.plot([m[0] for m in moments], [100 * m[1] for m in moments], label=label, linewidth=1.4, **style)
+    axes.set_ylim(-4, 104)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel("step of the run")
+    axes.set_ylabel("% of validation answers right")
+    axes.grid(axis="y", color=COLOURS["line"], linewidth=0.6)
+    legend = axes.legend(frameon=False, fontsize=_FONT_SIZE - 1, labelcolor=COLOURS["muted"], loc="upper left")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return _svg(figure, name, "Right answers per skill as training went on")
+
+
 def skill_intervals(summary: Sequence[dict[str, Any]], name: str = "skills") -> str | None:
     """Per skill the accuracy with its interval (disc), the control's (hollow diamond) and chance (bar), 0 to 100 %."""
     if not summary:

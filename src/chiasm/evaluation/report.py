@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.format import amount, clip, count, duration, percent, percent_range
-from chiasm.evaluation.plots import MAX_PICTURES, Pictures, gate_openness, loss_curves, skill_intervals, thumbnail
+from chiasm.evaluation.plots import MAX_PICTURES, Pictures, gate_openness, loss_curves, skill_curves, skill_intervals, thumbnail
+from chiasm.evaluation.progress import forgetting_table, skill_progress
 from chiasm.evaluation.skills import ALL, Row
 
 Event = Mapping[str, Any]
@@ -86,6 +87,8 @@ def write_report(
         plan=_plan(stages),
         learning=learning,
         costs=_costs(learning),
+        skills_over_time=Markup(skill_curves(skill_progress(log)) or ""),
+        forgotten=forgetting_table(log),
         summary=result.summary if result else [],
         total=result.summary[-1] if result and result.summary else None,
         verdict=_verdict(result.summary[-1]) if result and result.summary else None,

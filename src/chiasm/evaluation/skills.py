@@ -142,6 +142,16 @@ def cells(row: Row) -> tuple[str, ...]:
     return row["skill"], str(row["n"]), *own, *control, percent(row["chance"])
 
 
+def caption_lines(summary: Sequence[Row]) -> list[str]:
+    """For every skill that is captions a line with CIDEr, its interval, and BLEU."""
+    return [
+        f"{row['skill']}: CIDEr {row['cider']:.2f} ({row['cider_low']:.2f}–{row['cider_high']:.2f}), "
+        f"BLEU-4 {row['bleu']:.1f}"
+        for row in summary
+        if "cider" in row
+    ]
+
+
 def to_markdown(summary: Sequence[Row]) -> str:
     """The summary as a Markdown table."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]

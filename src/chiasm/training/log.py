@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,12 +15,15 @@ if sys.platform != "win32":
 
 import torch
 from rich.box import SIMPLE
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 
+from chiasm.training.live import Dashboard
 from chiasm.training.stages import FreezePlan
+from chiasm.training.trackers import EVENTS, Tracker, curves
 
 Show = Literal["auto", "bar", "plain", "quiet"]
 PLAIN_SECONDS = 20.0
@@ -29,9 +32,14 @@ PLAIN_SECONDS = 20.0
 class RunLog:
     """Appends one JSON object per line; a line is on its way to the disk when `write` returns."""
 
-    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
-        """Opens the log and cuts off what a killed run wrote after its last checkpoint."""
-        self.path = path
+    def __init__(self, path: Path, keep_bytes: int = 0, trackers: Sequence[Tracker] = ()) -> None:
+        """Opens the log and cuts off what a killed run wrote after its last checkpoint.
+
+        Args:
+            trackers: where the numbers go too.
+        """
+        self.path, self.trackers = path, trackers
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self._file = path.open("ab")
         if path.stat().st_size > keep_bytes:
             os.truncate(path, keep_bytes)
@@ -41,6 +49,12 @@ class RunLog:
         line = {"event": event, "time": round(time.time(), 3), **place, **fields}
         self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         self._file.flush()
+        for listen in self.listeners:
+            listen(line)
+        if event in EVENTS and stage is not None and step is not None:
+            numbers = {name if event == "step" else f"{event}/{name}": value for name, value in curves(fields).items()}
+            for tracker in self.trackers:
+                tracker.numbers(stage, step, numbers)
 
     def num_bytes(self) -> int:
         """Length so far: what a checkpoint remembers."""
@@ -48,6 +62,8 @@ class RunLog:
 
     def close(self) -> None:
         self._file.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 class Reporter:
@@ -56,6 +72,7 @@ class Reporter:
     def __init__(self, show: Show = "auto") -> None:
         self.console = Console(stderr=True)
         self.show = ("bar" if self.console.is_terminal else "plain") if show == "auto" else show
+        self.dashboard = Dashboard()
 
     def note(self, text: str) -> None:
         if self.show != "quiet":
@@ -80,7 +97,8 @@ class Reporter:
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
-        with Progress(*columns, console=self.console) as bar:
+        bar = Progress(*columns, console=self.console)
+        with Live(Group(bar, self.dashboard), console=self.console, refresh_per_second=4):
             yield Task(self, name, total, done, bar)
 
 

@@ -27,8 +27,9 @@ from chiasm.training.fingerprint import differences
 from chiasm.training.log import Reporter, RunLog
 from chiasm.training.recipe import to_yaml
 from chiasm.training.schema import WITHOUT_EFFECT, Recipe
+from chiasm.training.trackers import open_trackers, require_trackers
 
-RECIPE, LOG, MODEL, CHECKPOINTS = "recipe.yaml", "log.jsonl", "model", "checkpoints"
+RECIPE, LOG, MODEL, CHECKPOINTS, LOCK = "recipe.yaml", "log.jsonl", "model", "checkpoints", ".lock"
 
 
 @dataclass
@@ -89,8 +90,9 @@ def open_run(
     Raises:
         ValueError: the folder holds something else, a run of another recipe, model or data, or a run that is going on.
     """
+    require_trackers(recipe.logs)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -105,7 +107,9 @@ def open_run(
         else:
             _discard(folder, stages)
         whole_file(folder / RECIPE, to_yaml(recipe))
-        log = RunLog(folder / LOG, resumed.position.log_bytes if resumed is not None else 0)
+        trackers = open_trackers(recipe.logs, folder)
+        log = RunLog(folder / LOG, resumed.position.log_bytes if resumed is not None else 0, trackers)
+        log.listeners.append(reporter.dashboard.hear)
         try:
             run = Run(folder, stages, log, fingerprint, environment, resumed)
             _tell(run, notes, reporter)

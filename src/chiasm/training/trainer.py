@@ -102,7 +102,7 @@ def train(
             context.probe = ForgettingProbe(recipe.forgetting, model, processor, [*held_out] or samples)
         if run.resumed is None:
             counts: dict[str, Any] = {"samples": len(found.usable), "held_out": len(held_out), "bad": found.bad}
-            run.log.write("start", **counts, **environment)
+            run.log.write("start", **counts, **environment, model=_described(model))
             if context.probe is not None:
                 run.log.write("forgetting", **context.probe.fields())
         else:
@@ -134,7 +134,19 @@ def _split(
         raise with_hint(error) from error
 
 
+def _described(model: PreTrainedModel) -> dict[str, Any]:
+    """What was connected, for the report."""
+    config = model.config
+    connector = getattr(config, "connector", None)
+    return {
+        "vision": config.vision_config.model_type,
+        **({"connector": connector["name"]} if connector else {}),
+        "language": config.get_text_config().model_type,
+        "fusion": getattr(config, "fusion", "late"),
+    }
+
+
 def _processor_fingerprint(processor: ProcessorMixin) -> str:
     settings = [processor.image_processor.to_dict(), processor.tokenizer.chat_template, processor.num_image_tokens]
-    settings += [processor.regions] if processor.regions else []
+    settings += [processor.regions] if getattr(processor, "regions", None) else []
     return hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()

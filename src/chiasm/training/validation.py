@@ -84,6 +84,7 @@ class Validator:
                 "answer": answer,
                 "expected": sample.answer,
                 "correct": _plain(answer) == _plain(sample.answer),
+                **({"skill": sample.skill} if sample.skill else {}),
             }
             for sample, answer in zip(asked, given, strict=True)
         ]

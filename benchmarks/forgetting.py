@@ -1,0 +1,103 @@
+"""What finetuning costs: frozen, LoRA, and full finetuning at a low and at a high rate, side by side on real weights.
+
+All start from one connector that was trained with everything else frozen, and see the same samples in the same order.
+    python benchmarks/forgetting.py --steps 100
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import chiasm
+from chiasm import api
+from chiasm.data.emoji_scenes import EmojiScenes
+from chiasm.demo import CHAT_TEMPLATE, FEATURES, SKILLS, questions
+from chiasm.training.log import read_log
+
+CONNECTOR = {"tune": "full", "lr": 1e-4}
+
+
+def full(language: float, vision: float) -> dict[str, Any]:
+    """Everything learns."""
+    return {
+        "vision": {"tune": "full", "lr": vision},
+        "connector": CONNECTOR,
+        "language": {"tune": "full", "lr": language},
+    }
+
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "frozen": {"connector": CONNECTOR, "*": "frozen"},
+    "LoRA, 5e-4": {"vision": "frozen", "connector": CONNECTOR, "language": {"tune": "lora", "lr": 5e-4}},
+    "full, 2e-5 and 1e-5": full(2e-5, 1e-5),
+    "full, 1e-3 and 1e-3": full(1e-3, 1e-3),
+}
+"""Name → parts; the rates of full finetuning are the language model's and the vision encoder's."""
+
+
+def align(folder: Path, steps: int, seed: int) -> Path:
+    """The common start: a connector from closed form, tuned a little."""
+    vlm = chiasm.connect(features=FEATURES, chat_template=CHAT_TEMPLATE, dtype="float32", seed=seed)
+    captions = list(EmojiScenes("train", size=400, seed=seed + 1000, form="caption"))
+    parts = {"connector": CONNECTOR, "*": "frozen"}
+    recipe = {"stages": [{"name": "align", "steps": steps, "batch_size": 4, "init": "closed_form", "parts": parts}]}
+    return api.train(api.load_recipe(recipe), vlm, captions, folder / "align").model
+
+
+def measure(name: str, start: Path, folder: Path, steps: int, tests: int, seed: int) -> dict[str, Any]:
+    """One strategy: what it learned, and what it forgot since its start."""
+    stage = {"name": "tune", "steps": steps, "batch_size": 4, "parts": STRATEGIES[name]}
+    run = folder / name.replace(" ", "").replace(",", "-")
+    held_out = EmojiScenes("validation", size=64, seed=seed, weights=SKILLS)
+    data = questions(seed, 4 * steps)
+    result = api.train(api.load_recipe({"stages": [stage]}), str(start), data, run, validation_data=held_out)
+    log = read_log(result.log)
+    last = {event["event"]: event for event in log}
+    test = EmojiScenes("test", size=tests, seed=seed, weights=SKILLS)
+    answers = api.evaluate(str(result.model), test, batch_size=32, max_new_tokens=8, control=False)
+    total = answers.summary[-1]
+    return {
+        "strategy": name,
+        "loss": last["validation"]["loss"],
+        "accuracy": [total["accuracy"], total["low"], total["high"]],
+        "trainable": last["plan"]["trainable"],
+        **{key: last["forgetting"][key] for key in ("perplexity", "perplexity_change", "knn_overlap", "cka")},
+    }
+
+
+def row(result: dict[str, Any]) -> str:
+    """A line of the table."""
+    accuracy, low, high = (100 * value for value in result["accuracy"])
+    words = [
+        f"{value:.1f} ({result['perplexity_change'][text]:+.1f})" if result["perplexity_change"][text] else f"{value:.1f} (0)"
+        for text, value in result["perplexity"].items()
+    ]
+    seen = [f"{100 * result['knn_overlap']:.1f} %", f"{result['cka']:.4f}"]
+    learned = [f"{result['loss']:.3f}", f"{accuracy:.1f} % ({low:.0f}–{high:.0f})"]
+    return "| " + " | ".join([result["strategy"], *learned, *words, *seen]) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--align-steps", type=int, default=30)
+    parser.add_argument("--tests", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.output or Path(temporary)
+        start = align(folder, args.align_steps, args.seed)
+        results = []
+        print("| strategy | loss | right | English perplexity | Korean perplexity | neighbours kept | CKA |")
+        print("|---|---:|---:|---:|---:|---:|---:|")
+        for name in STRATEGIES:
+            results.append(measure(name, start, folder, args.steps, args.tests, args.seed))
+            print(row(results[-1]), flush=True)
+        print(json.dumps(results, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Where a run's numbers go beside `log.jsonl`: TensorBoard, Weights & Biases (offline by default) and trackio.
+
+The packages are extras, imported only when a recipe names them under `logs`.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+EVENTS = ("step", "validation", "forgetting")
+"""Events of the log whose numbers are drawn as curves."""
+NOT_CURVES = ("event", "time", "stage", "step", "seconds", "samples", "pictures")
+
+
+class Tracker(ABC):
+    """A place for numbers by name and step."""
+
+    package: str
+    """What must be installed."""
+    extra: str
+    """The extra of Chiasm that installs it."""
+
+    @abstractmethod
+    def __init__(self, folder: Path) -> None:
+        """Opens the place for the run in this folder; a run that goes on finds what it wrote before."""
+
+    @abstractmethod
+    def numbers(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Takes the numbers of one event."""
+
+    def close(self) -> None:
+        """Ends the run."""
+
+
+class TensorBoard(Tracker):
+    """Event files in RUN/tensorboard: `tensorboard --logdir RUN`."""
+
+    package, extra = "tensorboard", "tensorboard"
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def numbers(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(f"{stage}/{name}", value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb(Tracker):
+    """Weights & Biases in RUN/wandb, offline unless WANDB_MODE says otherwise: `wandb sync RUN/wandb/offline-run-*`."""
+
+    package, extra = "wandb", "wandb"
+
+    def __init__(self, folder: Path) -> None:
+        import wandb
+
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
+        project = os.environ.get("WANDB_PROJECT", "chiasm")
+        settings = wandb.Settings(silent=True, console="off")
+        self.run = wandb.init(project=project, name=folder.name, dir=str(folder), mode=mode, settings=settings)
+        self.stages: set[str] = set()
+
+    def numbers(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        if stage not in self.stages:
+            self.stages.add(stage)
+            self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        self.run.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": step})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackio(Tracker):
+    """trackio's database in its own cache (TRACKIO_DIR): `trackio show --project chiasm`."""
+
+    package, extra = "trackio", "trackio"
+
+    def __init__(self, folder: Path) -> None:
+        import trackio
+
+        project = os.environ.get("TRACKIO_PROJECT", "chiasm")
+        self.run: Any = trackio.init(project=project, name=folder.resolve().name, resume="allow", embed=False)
+
+    def numbers(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        self.run.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": float(step)})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuses a recipe whose trackers are not installed, before anything is opened.
+
+    Raises:
+        ValueError: a package is missing.
+    """
+    for name in names:
+        if find_spec(TRACKERS[name].package) is None:
+            extra = TRACKERS[name].extra
+            raise ValueError(
+                f"logs: {name} needs the package {TRACKERS[name].package}, which is not installed; "
+                f"pip install 'chiasm[{extra}]', or leave it out: log.jsonl is always written"
+            )
+
+
+def open_trackers(names: Sequence[str], folder: Path) -> list[Tracker]:
+    """The trackers of a recipe, open for the run in this folder."""
+    require_trackers(names)
+    return [TRACKERS[name](folder) for name in names]
+
+
+def curves(fields: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an event by name: `lr/connector`, `perplexity/english`; texts and lists are left out."""
+    return dict(_numbers({key: value for key, value in fields.items() if key not in NOT_CURVES}))
+
+
+def _numbers(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{key}", float(value)
