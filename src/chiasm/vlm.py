@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiasm import sources
 from chiasm.comparison.cost import Cost, cost
+from chiasm.connect_unified import connect_unified
 from chiasm.data.chat import Message, count_images, user_message
 from chiasm.data.few_shot import Example, as_list, put_first, solved
 from chiasm.data.instruction import InstructionProcessor
@@ -145,7 +146,7 @@ class VLM:
 
 def connect(
     vision: str | PreTrainedModel = DEFAULT_VISION,
-    language: str | PreTrainedModel = DEFAULT_LANGUAGE,
+    language: str | PreTrainedModel | dict[str, Any] = DEFAULT_LANGUAGE,
     connector: str | dict[str, Any] | None = None,
     fusion: str | None = None,
     *,
@@ -159,6 +160,9 @@ def connect(
     patch_positions: str = "auto",
     cross_attention: dict[str, Any] | None = None,
     attention: str = "causal",
+    image_input: str | dict[str, Any] | None = None,
+    positions: str | None = None,
+    unified: dict[str, Any] | None = None,
     dtype: torch.dtype | str = "auto",
     seed: int = 0,
 ) -> VLM:
@@ -166,7 +170,8 @@ def connect(
 
     Args:
         vision: hub id, local folder, alias, or a loaded transformers vision model.
-        language: hub id, local folder, alias, or a loaded causal language model.
+        language: hub id, local folder, alias, or a loaded causal language model; for unified fusion also a dictionary
+            with the sizes of a decoder that starts from nothing (fields of `UnifiedDecoderConfig`).
         connector: a name of `chiasm.connectors.CONNECTORS`, or `{"name": ..., option: ...}`; `mlp` where nothing says
             otherwise. A `qformer` may have `init_from`, a BERT-shaped encoder, and `tokenizer`, which reads the
             instruction.
@@ -181,8 +186,13 @@ def connect(
         patch_positions: `grid` appends 2-D coordinates to patch features, `none` does not, `auto` does for CNNs.
         cross_attention: for intermediate fusion, `{"every": n}` (a block in front of every n-th layer) and other fields
             of `chiasm.fusion.cross_attention_settings.CrossAttentionSettings`.
-        attention: for early fusion, `causal` or `prefix` (pictures and prompt are read in both directions, as in
-            PaliGemma).
+        attention: for early and unified fusion, `causal` or `prefix` (pictures and prompt are read in both directions,
+            as in PaliGemma).
+        image_input: for unified fusion, which takes no vision encoder: `patches` (raw pixels) or `vq` (codes of an
+            image tokenizer), or a dictionary with that `name` and options.
+        positions: for unified fusion, a word of `chiasm.positions.sequence.POSITIONS`: `raster` by default, `rope2d`,
+            `mrope`, each also with `+modality`.
+        unified: further options of unified fusion: `qk_norm`, `norm_order`, `rope_sections`, `z_loss`.
         dtype: of the weights; `auto` keeps each checkpoint's own.
         seed: of the new connector's weights.
     """
@@ -190,6 +200,22 @@ def connect(
     fusion = chosen.fusion if fusion is None else fusion
     if fusion not in FUSIONS:
         raise ValueError(f"fusion {fusion!r} is unknown; choose one of {', '.join(FUSIONS)}")
+    choices = {"image_input": image_input, "positions": positions, "unified": unified}
+    if fusion == "unified":
+        others = {"connector": connector, "features": features, "cross_attention": cross_attention}
+        others |= {"vision": None if vision == DEFAULT_VISION else vision}
+        _refuse_given(others, fusion, "it has no vision encoder and no connector")
+        if isinstance(language, str | Path):
+            language = sources.resolve(language)
+        words = _tokenizer_for(tokenizer, None if isinstance(language, dict) else language)
+        return VLM(
+            *connect_unified(language, words, choices, chat_template, attention=attention, seed=seed, dtype=dtype)
+        )
+    _refuse_given(choices, fusion, "it is for fusion 'unified'")
+    if isinstance(language, dict):
+        raise ValueError(
+            f"language={{...}} starts a decoder from nothing, which fusion {fusion!r} does not do; name one"
+        )
     start = start_of(chosen.connector if connector is None else connector)
     resize_mode = resize_mode or chosen.resize_mode
     vision_source = sources.resolve(vision) if isinstance(vision, str | Path) else vision
@@ -212,6 +238,12 @@ def connect(
         processor.num_image_tokens = model.num_image_tokens
         decode.stop_at_end_of_turn(model, processor)
     return VLM(model, processor)
+
+
+def _refuse_given(options: dict[str, Any], fusion: str, why: str) -> None:
+    given = next((name for name, value in options.items() if value is not None), None)
+    if given is not None:
+        raise ValueError(f"{given}= is not for fusion {fusion!r}: {why}")
 
 
 def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM | DualEncoder:
@@ -288,7 +320,7 @@ def _tokenizer_for(given: str | PreTrainedTokenizerBase | None, language: Any) -
         return found
     if given is not None:
         return given
-    name = language if isinstance(language, str) else language.name_or_path
+    name = language if isinstance(language, str) else getattr(language, "name_or_path", None)
     return load_tokenizer(name) if name else None
 
 
@@ -296,7 +328,7 @@ def _check_agreement(model: FusionModel, processor: ChiasmProcessor) -> None:
     pairs = {
         "num_image_tokens": (model.num_image_tokens, processor.num_image_tokens),
         "image_token_id": (model.config.image_token_id, processor.image_token_id),
-        "reads_instruction": (model.connector.reads_instruction, isinstance(processor, InstructionProcessor)),
+        "reads_instruction": (model.reads_instruction, isinstance(processor, InstructionProcessor)),
     }
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:

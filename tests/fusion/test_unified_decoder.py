@@ -73,7 +73,7 @@ def test_generation_is_the_language_models() -> None:
 
 
 def test_other_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="fusion 'unified' starts from Llama-shaped language models .* type 'gpt2'"):
+    with pytest.raises(ValueError, match=r"fusion 'unified' starts from Llama-shaped language models .* type 'gpt2'"):
         decoder_from(tiny.language("gpt2"), 300)
     config = MistralConfig(**SIZES, sliding_window=7)
     with pytest.raises(ValueError, match="of this mistral model is"):

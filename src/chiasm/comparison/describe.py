@@ -7,14 +7,17 @@ from rich.table import Table
 
 from chiasm.comparison.cost import cost, parts
 from chiasm.fusion.base import FusionModel
+from chiasm.fusion.unified import UnifiedModel
 
 
 def describe(model: FusionModel, images: int = 1, text_tokens: int = 64) -> dict[str, Any]:
     """JSON-able facts about a model."""
-    config = model.config
+    config, costs = model.config, cost(model, images=images, text_tokens=text_tokens)
+    unified = isinstance(model, UnifiedModel)
+    rows, columns = model.vision.grid
     kinds = {
         "vision": config.vision_config.model_type,
-        "connector": config.connector["name"],
+        "connector": None if unified else config.connector["name"],
         "language": config.text_config.model_type,
         "cross_attention": "gated blocks",
     }
@@ -24,11 +27,12 @@ def describe(model: FusionModel, images: int = 1, text_tokens: int = 64) -> dict
         "connector": config.connector,
         "features": config.features,
         "patch_positions": config.patch_positions,
-        "patches": model.vision.num_patches,
-        "tokens_per_image": model.connector.num_tokens,
+        "image_size": list(model.vision.image_size),
+        "patches": rows * columns if unified else model.vision.num_patches,
+        "tokens_per_image": rows * columns if unified else model.connector.num_tokens,
         "adapters": config.adapters or {},
         "prompt": {"images": images, "text_tokens": text_tokens},
-        "cost": cost(model, images=images, text_tokens=text_tokens).to_dict(),
+        "cost": costs.to_dict(),
     }
 
 
@@ -47,7 +51,7 @@ def print_description(description: dict[str, Any], console: Console) -> None:
     for part, facts in description["parts"].items():
         table.add_row(part, facts["kind"], f"{facts['parameters']:,}", f"{facts['trainable']:,}", facts["dtype"])
     console.print(table)
-    height, width = description["features"]["image_size"]
+    height, width = description["image_size"]
     costs, prompt = description["cost"], description["prompt"]
     console.print(
         f"{height}×{width} pixels → {description['patches']} patches → {description['tokens_per_image']} visual tokens"

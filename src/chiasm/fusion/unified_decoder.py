@@ -86,6 +86,16 @@ class UnifiedDecoderConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+class ModalityEmbeddings(nn.Embedding):
+    """Added to words and to patches; zero until it is trained."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(PATCH + 1, width)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
 class UnifiedPreTrained(PreTrainedModel):
     """What the decoder has in common with and without its head."""
 
@@ -107,9 +117,9 @@ class UnifiedPreTrained(PreTrainedModel):
             module.weight.fill_(1.0)
             if isinstance(module, HeadLayerNorm):
                 module.bias.zero_()
-        elif isinstance(module, UnifiedDecoder) and module.modality_embeddings is not None:
-            module.modality_embeddings.weight.zero_()
-        elif not (isinstance(module, nn.Embedding) and module.num_embeddings == PATCH + 1):
+        elif isinstance(module, ModalityEmbeddings):
+            module.reset_parameters()
+        else:
             super()._init_weights(module)
 
 
@@ -120,7 +130,7 @@ class UnifiedDecoder(UnifiedPreTrained):
         super().__init__(config)
         self.kind, modality = split_positions(config.positions)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.modality_embeddings = nn.Embedding(PATCH + 1, config.hidden_size) if modality else None
+        self.modality_embeddings = ModalityEmbeddings(config.hidden_size) if modality else None
         self.layers = nn.ModuleList([UnifiedLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.axes = axes_of(self.kind, int(config.head_dim or 0) // 2, config.rope_sections)

@@ -1,4 +1,4 @@
-"""What a unified decoder starts from: a Llama-shaped language model, whose weights it takes over exactly, or nothing."""
+"""What a unified decoder starts from: a Llama-shaped language model, whose weights it takes over, or nothing."""
 
 import copy
 from typing import Any

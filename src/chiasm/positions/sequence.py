@@ -1,8 +1,8 @@
 """Positions of a sequence that holds text, pictures and video frames: by one count, or by rows and columns too.
 
 `raster` counts every token (Fuyu, Chameleon). `rope2d` gives a patch its row and column, `mrope` its frame, row and
-column (M-RoPE, Qwen2-VL, arXiv 2409.12191); a picture starts behind the text before it, and the text after it behind the
-largest of its coordinates. Words have the same number on every axis, so that text alone is counted as by `raster`.
+column (M-RoPE, Qwen2-VL, arXiv 2409.12191); a picture starts behind the text before it, and the text after it behind
+the largest of its coordinates. Words have the same number on every axis, so that text alone is counted as by `raster`.
 """
 
 from collections.abc import Sequence
