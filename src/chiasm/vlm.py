@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from chiasm import sources
 from chiasm.comparison.cost import Cost, cost
 from chiasm.connect_late import connect_late
+from chiasm.connect_unified import connect_unified
 from chiasm.data.chat import Message, count_images, user_message
 from chiasm.data.few_shot import Example, as_list, put_first, solved
 from chiasm.data.instruction import InstructionProcessor
@@ -147,7 +148,7 @@ class VLM:
 
 def connect(
     vision: str | PreTrainedModel = DEFAULT_VISION,
-    language: str | PreTrainedModel | None = None,
+    language: str | PreTrainedModel | dict[str, Any] | None = None,
     connector: str | dict[str, Any] | None = None,
     fusion: str | None = None,
     *,
@@ -163,6 +164,9 @@ def connect(
     cross_attention: dict[str, Any] | None = None,
     attention: str = "causal",
     pooling: dict[str, str] | None = None,
+    image_input: str | dict[str, Any] | None = None,
+    positions: str | None = None,
+    unified: dict[str, Any] | None = None,
     dtype: torch.dtype | str = "auto",
     seed: int = 0,
 ) -> Any:
@@ -173,7 +177,8 @@ def connect(
     Args:
         vision: hub id, local folder, alias, or a loaded transformers vision model.
         language: hub id, local folder, alias, or a loaded causal language model; by default `DEFAULT_LANGUAGE`. For
-            late fusion any text encoder or causal language model, by default `DEFAULT_TEXT`.
+            late fusion any text encoder or causal language model, by default `DEFAULT_TEXT`. For unified fusion also a
+            dictionary with the sizes of a decoder that starts from nothing (fields of `UnifiedDecoderConfig`).
         connector: a name of `chiasm.connectors.CONNECTORS`, or `{"name": ..., option: ...}`; `mlp` where nothing says
             otherwise. A `qformer` may have `init_from`, a BERT-shaped encoder, and `tokenizer`, which reads the
             instruction. For late fusion `linear`, `mlp` or `none`, the projections into the shared space.
@@ -190,10 +195,15 @@ def connect(
             front of their visual tokens.
         cross_attention: for intermediate fusion, `{"every": n}` (a block in front of every n-th layer) and other fields
             of `chiasm.fusion.cross_attention_settings.CrossAttentionSettings`.
-        attention: for early fusion, `causal` or `prefix` (pictures and prompt are read in both directions, as in
-            PaliGemma).
+        attention: for early and unified fusion, `causal` or `prefix` (pictures and prompt are read in both directions,
+            as in PaliGemma).
         pooling: for late fusion, how a picture and a text become one vector: `{"vision": "mean" | "cls" | "own",
             "text": "mean" | "cls" | "last" | "own"}`; by default what suits the tower.
+        image_input: for unified fusion, which takes no vision encoder: `patches` (raw pixels) or `vq` (codes of an
+            image tokenizer), or a dictionary with that `name` and options.
+        positions: for unified fusion, a word of `chiasm.positions.sequence.POSITIONS`: `raster` by default, `rope2d`,
+            `mrope`, each also with `+modality`.
+        unified: further options of unified fusion: `qk_norm`, `norm_order`, `rope_sections`, `z_loss`.
         dtype: of the weights; `auto` keeps each checkpoint's own.
         seed: of the new connector's weights.
     """
@@ -201,12 +211,17 @@ def connect(
     fusion = chosen.fusion if fusion is None else fusion
     if fusion not in (*FUSIONS, "late"):
         raise ValueError(f"fusion {fusion!r} is unknown; choose one of {', '.join(FUSIONS)}, late")
+    _refuse_given({} if fusion == "late" else {"pooling": pooling}, fusion, "it is for fusion 'late'")
+    choices = {"image_input": image_input, "positions": positions, "unified": unified}
+    if fusion != "unified":
+        _refuse_given(choices, fusion, "it is for fusion 'unified'")
+        if isinstance(language, dict):
+            raise ValueError(
+                f"language={{...}} starts a decoder from nothing, which fusion {fusion!r} does not do; name one"
+            )
     if fusion == "late":
         foreign = {"cross_attention": cross_attention, "chat_template": chat_template}
-        if given := next((name for name, value in foreign.items() if value is not None), None):
-            raise ValueError(
-                f"{given}= is not for fusion='late', which has no language model that answers; leave it out"
-            )
+        _refuse_given(foreign, fusion, "it has no language model that answers")
         towers = [sources.resolve(s) if isinstance(s, str | Path) else s for s in (vision, language or DEFAULT_TEXT)]
         return connect_late(
             *towers,
@@ -220,9 +235,17 @@ def connect(
             dtype=dtype,
             seed=seed,
         )
-    if pooling is not None:
-        raise ValueError(f"pooling= is for fusion='late', got fusion={fusion!r}; leave it out")
     language = language or DEFAULT_LANGUAGE
+    if fusion == "unified":
+        others = {"connector": connector, "features": features, "cross_attention": cross_attention, "regions": regions}
+        others |= {"vision": None if vision == DEFAULT_VISION else vision}
+        _refuse_given(others, fusion, "it has no vision encoder and no connector")
+        if isinstance(language, str | Path):
+            language = sources.resolve(language)
+        words = _tokenizer_for(tokenizer, None if isinstance(language, dict) else language)
+        return VLM(
+            *connect_unified(language, words, choices, chat_template, attention=attention, seed=seed, dtype=dtype)
+        )
     start = start_of(chosen.connector if connector is None else connector)
     resize_mode = resize_mode or chosen.resize_mode
     vision_source = sources.resolve(vision) if isinstance(vision, str | Path) else vision
@@ -245,6 +268,12 @@ def connect(
         processor.num_image_tokens = model.num_image_tokens
         decode.stop_at_end_of_turn(model, processor)
     return VLM(model, processor)
+
+
+def _refuse_given(options: dict[str, Any], fusion: str, why: str) -> None:
+    given = next((name for name, value in options.items() if value is not None), None)
+    if given is not None:
+        raise ValueError(f"{given}= is not for fusion {fusion!r}: {why}")
 
 
 def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM | DualEncoder:
@@ -321,7 +350,7 @@ def _tokenizer_for(given: str | PreTrainedTokenizerBase | None, language: Any) -
         return found
     if given is not None:
         return given
-    name = language if isinstance(language, str) else language.name_or_path
+    name = language if isinstance(language, str) else getattr(language, "name_or_path", None)
     return load_tokenizer(name) if name else None
 
 
@@ -330,7 +359,7 @@ def _check_agreement(model: FusionModel, processor: ChiasmProcessor) -> None:
         "num_image_tokens": (model.num_image_tokens, processor.num_image_tokens),
         "image_token_id": (model.config.image_token_id, processor.image_token_id),
         "regions": (model.config.regions, processor.regions and list(processor.regions)),
-        "reads_instruction": (model.connector.reads_instruction, isinstance(processor, InstructionProcessor)),
+        "reads_instruction": (model.reads_instruction, isinstance(processor, InstructionProcessor)),
     }
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:

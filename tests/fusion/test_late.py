@@ -90,7 +90,7 @@ def test_what_a_sentence_encoder_says_of_its_pooling(tmp_path: Path) -> None:
         ({"connector": "qformer"}, "does not project into a shared space"),
         ({"connector": {"name": "linear", "depth": 2}}, "has no option 'depth'"),
         ({"connector": {"name": "none"}, "text": "llama"}, "'none' needs towers of one width"),
-        ({"cross_attention": {}}, "cross_attention= is not for fusion='late'"),
+        ({"cross_attention": {}}, "cross_attention= is not for fusion 'late'"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_line(options: dict[str, Any], told: str) -> None:

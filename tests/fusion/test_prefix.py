@@ -92,9 +92,9 @@ def test_the_answer_is_the_suffix_of_a_training_batch() -> None:
 def test_wrong_words_are_refused() -> None:
     with pytest.raises(ValueError, match="attention 'both' is unknown; choose one of causal, prefix"):
         connect(attention="both")
-    with pytest.raises(ValueError, match="attention 'prefix' is for fusion 'early', got fusion 'intermediate'"):
+    with pytest.raises(ValueError, match="attention 'prefix' is not for fusion 'intermediate'"):
         connect(fusion="intermediate")
-    with pytest.raises(ValueError, match="attention 'prefix' is for fusion 'early'"):
+    with pytest.raises(ValueError, match="attention 'prefix' is not for fusion 'intermediate'"):
         ChiasmConfig(fusion="intermediate", attention="prefix")
 
 

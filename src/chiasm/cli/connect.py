@@ -53,13 +53,16 @@ def connect(
     vision: Annotated[str, typer.Option(help="Vision encoder: alias, folder or hub id.")] = "efficientnet-lite0",
     language: Annotated[
         str | None,
-        typer.Option(help="Language model: alias, folder or hub id; else smollm2-135m-instruct, for late minilm-l6."),
+        typer.Option(
+            help="Language model: alias, folder or hub id, for unified fusion also sizes as JSON; "
+            "else smollm2-135m-instruct, for late minilm-l6."
+        ),
     ] = None,
     connector: Annotated[
         str | None, typer.Option(help='Connector: a name, or JSON such as \'{"name": "mlp", "depth": 3}\'; else mlp.')
     ] = None,
     fusion: Annotated[
-        str | None, typer.Option(help="Where the two meet: early, intermediate or late; else early.")
+        str | None, typer.Option(help="Where the two meet: early, intermediate, late or unified; else early.")
     ] = None,
     cross_attention: Annotated[
         str | None, typer.Option(help="Intermediate fusion's blocks as JSON, such as '{\"every\": 2}'.")
@@ -76,6 +79,16 @@ def connect(
     pooling: Annotated[
         str | None, typer.Option(help='Late fusion\'s pooling as JSON, such as \'{"text": "cls"}\'.')
     ] = None,
+    image_input: Annotated[
+        str | None, typer.Option(help="Unified fusion: patches or vq, or JSON with options; else patches.")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Unified fusion: raster, rope2d or mrope, each also with +modality; else raster.")
+    ] = None,
+    unified: Annotated[
+        str | None, typer.Option(help='Unified fusion\'s other options as JSON, such as \'{"qk_norm": "rms"}\'.')
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if not the language model's own.")] = None,
     resize_mode: Annotated[str | None, typer.Option(help="pad, squash or crop.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels, if not the encoder's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of the connector's weights.")] = 0,
@@ -87,7 +100,7 @@ def connect(
     refuse_to_overwrite(output)
     vlm = chiasm.connect(
         vision,
-        language,
+        name_or_json(language, "--language"),
         connector and name_or_json(connector, "--connector"),
         fusion,
         preset=preset,
@@ -95,6 +108,10 @@ def connect(
         features=json_option(features, "--features"),
         regions=_regions(regions),
         pooling=json_option(pooling, "--pooling"),
+        image_input=image_input and name_or_json(image_input, "--image-input"),
+        positions=positions,
+        unified=json_option(unified, "--unified"),
+        tokenizer=tokenizer,
         resize_mode=resize_mode,
         image_size=image_size,
         seed=seed,
@@ -102,10 +119,10 @@ def connect(
     vlm.save_pretrained(output)
     _show(vlm, as_json)
     if not as_json:
-        kinds = {"intermediate": "flamingo", "qformer": "blip2"}
+        kinds = {"intermediate": "flamingo", "unified": "unified", "qformer": "blip2"}
         if preset is None:
             kinds["late"] = "clip"
-        chosen = [vlm.model.config.fusion, vlm.model.config.connector["name"]]
+        chosen = [vlm.model.config.fusion, (vlm.model.config.connector or {}).get("name")]
         recipe = next((kinds[kind] for kind in chosen if kind in kinds), preset_named(preset).recipe)
         out.print(
             f"saved in {escape(str(output))}; "

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from chiasm.cli.app import Data, Json, app, argument, data_app, emit, err, example, out
+from chiasm.cli.app import Json, app, argument, data_app, emit, err, example, out
 
 
 @app.command(epilog=example("chiasm train llava --model models/mine --data data.json -o runs/a"))

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from chiasm.comparison.seq2seq_cost import LanguageCost, seq2seq_cost
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
+from chiasm.fusion.unified import UnifiedModel
 from chiasm.language.adapter import layers
 from chiasm.vision.encoder import VisionEncoder
 
@@ -44,23 +45,41 @@ def cost(model: FusionModel, images: int = 1, text_tokens: int = 64) -> Cost:
     if images < 0 or text_tokens < 1:
         raise ValueError(f"images={images}, text_tokens={text_tokens}; expected at least 0 and 1")
     seen = images or _blank_pictures(model)
-    visual = images * model.connector.num_tokens
-    sequence = images * model.num_image_tokens + text_tokens
+    picture = _picture(model)
+    sequence = images * picture.places + text_tokens
     if model.config.is_encoder_decoder:
         language = seq2seq_cost(model.language, sequence)
     else:
-        language = _decoder_cost(model, sequence, seen * model.connector.num_tokens)
+        language = _decoder_cost(model, sequence, seen * picture.tokens)
     return Cost(
         parameters={part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts(model)},
-        visual_tokens=visual,
+        visual_tokens=images * picture.tokens,
         sequence=sequence,
-        encode_flops=images * encode_flops(model.vision),
-        connect_flops=seen * model.connector.flops(),
+        encode_flops=images * picture.encode_flops,
+        connect_flops=seen * picture.connect_flops,
         prefill_flops=language.prefill_flops,
         decode_flops=language.decode_flops,
         kv_cache_bytes=language.cache_bytes,
         kv_cache_bytes_per_token=language.cache_bytes_per_token,
     )
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """Visual tokens of one picture, places that it takes in the sequence, and FLOPs until the decoder reads it."""
+
+    tokens: int
+    places: int
+    encode_flops: int
+    connect_flops: int
+
+
+def _picture(model: FusionModel) -> _Picture:
+    if isinstance(model, UnifiedModel):
+        rows, columns = model.vision.grid
+        return _Picture(rows * columns, model.picture_places(rows, columns), model.vision.flops(), 0)
+    connector = model.connector
+    return _Picture(connector.num_tokens, model.num_image_tokens, encode_flops(model.vision), connector.flops())
 
 
 def _blank_pictures(model: FusionModel) -> int:

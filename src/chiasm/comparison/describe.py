@@ -8,6 +8,7 @@ from rich.table import Table
 from chiasm.comparison.cost import cost, parts
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.late import LateFusionModel
+from chiasm.fusion.unified import UnifiedModel
 
 
 def describe(model: FusionModel | LateFusionModel, images: int = 1, text_tokens: int = 64) -> dict[str, Any]:
@@ -16,10 +17,12 @@ def describe(model: FusionModel | LateFusionModel, images: int = 1, text_tokens:
         return _describe_late(model)
     if not isinstance(model, FusionModel):
         raise ValueError(f"a {type(model).__name__} has no description; name a model that answers, or late fusion")
-    config = model.config
+    config, costs = model.config, cost(model, images=images, text_tokens=text_tokens)
+    unified = isinstance(model, UnifiedModel)
+    rows, columns = model.vision.grid
     kinds = {
         "vision": config.vision_config.model_type,
-        "connector": config.connector["name"],
+        "connector": None if unified else config.connector["name"],
         "language": config.text_config.model_type,
         "cross_attention": "gated blocks",
     }
@@ -30,11 +33,12 @@ def describe(model: FusionModel | LateFusionModel, images: int = 1, text_tokens:
         "features": config.features,
         "patch_positions": config.patch_positions,
         "regions": config.regions,
-        "patches": model.vision.num_patches,
-        "tokens_per_image": model.connector.num_tokens,
+        "image_size": list(model.vision.image_size),
+        "patches": rows * columns if unified else model.vision.num_patches,
+        "tokens_per_image": rows * columns if unified else model.connector.num_tokens,
         "adapters": config.adapters or {},
         "prompt": {"images": images, "text_tokens": text_tokens},
-        "cost": cost(model, images=images, text_tokens=text_tokens).to_dict(),
+        "cost": costs.to_dict(),
     }
 
 
@@ -53,6 +57,7 @@ def _describe_late(model: LateFusionModel) -> dict[str, Any]:
         "parts": {part: {"kind": kind, **_parameters(getattr(model, part))} for part, kind in kinds.items()},
         "connector": config.connector,
         "features": config.features,
+        "image_size": list(model.vision.image_size),
         "pooling": {"vision": config.vision_pooling, "text": config.text_pooling},
         "space": config.connector["space"] if config.connector["name"] != "none" else config.image_width,
         "logit_scale": model.connector.logit_scale.exp().item(),
@@ -76,7 +81,7 @@ def print_description(description: dict[str, Any], console: Console) -> None:
     for part, facts in description["parts"].items():
         table.add_row(part, facts["kind"], f"{facts['parameters']:,}", f"{facts['trainable']:,}", facts["dtype"])
     console.print(table)
-    height, width = description["features"]["image_size"]
+    height, width = description["image_size"]
     if description["fusion"] == "late":
         pooling = description["pooling"]
         console.print(

@@ -39,9 +39,12 @@ def encode_sample(sample: Sample, processor: ChiasmProcessor, max_length: int | 
         SampleError: the sample is not usable, or nothing supervised or not every picture is left within `max_length`.
     """
     try:
-        tokens = processor.encode(sample.messages, num_images=len(sample.images), supervise=True)
+        tiles = processor.tiles_of(sample.images)
+        tokens = processor.encode(sample.messages, num_images=len(sample.images), supervise=True, tiles=tiles)
     except SampleError:
         raise
+    except ImageError as error:
+        raise SampleError(sample.id, [Problem(error.kind, str(error), error.name)]) from error
     except ValueError as error:
         raise SampleError(sample.id, [Problem("placeholders", str(error))]) from error
     ids = tokens["input_ids"]

@@ -11,15 +11,21 @@ from transformers.image_utils import load_image
 
 @dataclass(frozen=True)
 class Pixels:
-    """`inputs`: `pixel_values` (I, 3, height, width), or (B, I, ...) with a mask. `tiles`: of each picture."""
+    """`inputs`: `pixel_values` (I, 3, height, width), or (B, I, ...) with a mask, or patches. `tiles`: of each
+    picture, a number, or frames, rows and columns."""
 
     inputs: dict[str, Tensor]
-    tiles: list[int]
+    tiles: list[Any]
 
 
 def keeps_sizes(image_processor: Any) -> bool:
     """Whether pictures keep their own sizes: they then come in rows, with a mask."""
     return "pixel_attention_mask" in image_processor.model_input_names
+
+
+def tells_grids(image_processor: Any) -> bool:
+    """Whether pictures become rows of patches, and a grid says how many are whose (Fuyu, Qwen2-VL)."""
+    return "image_grid_thw" in image_processor.model_input_names
 
 
 def read_pixels(image_processor: Any, flat: list[Any], counts: list[int], tiles: int | None) -> Pixels:
@@ -33,6 +39,10 @@ def read_pixels(image_processor: Any, flat: list[Any], counts: list[int], tiles:
         return Pixels({}, [])
     if keeps_sizes(image_processor):
         return Pixels(_rows(image_processor, flat, counts), [tiles or 1] * len(flat))
+    if tells_grids(image_processor):
+        made = image_processor([opened(item) for item in flat], return_tensors="pt")
+        named = {name: torch.as_tensor(made[name]) for name in ("pixel_values", "image_grid_thw")}
+        return Pixels(named, [tuple(grid) for grid in named["image_grid_thw"].tolist()])
     if tiles is not None:
         return Pixels({"pixel_values": image_processor(flat, return_tensors="pt")["pixel_values"]}, [tiles] * len(flat))
     made = image_processor([opened(item) for item in flat], crop_to_patches=True, return_tensors="pt")

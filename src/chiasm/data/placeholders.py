@@ -86,7 +86,7 @@ def deal_images(batch: list[list[Message]], total: int) -> list[int]:
     return counts
 
 
-def deal_tiles(tiles: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+def deal_tiles(tiles: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
     """Each picture's number of tiles, by conversation."""
     rest = iter(tiles)
     return [[next(rest) for _ in range(count)] for count in counts]

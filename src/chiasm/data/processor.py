@@ -17,6 +17,7 @@ from chiasm.data.placeholders import (
     flatten_images,
     region_words,
 )
+from chiasm.data.schema import ImageRef
 
 IGNORE = -100
 
@@ -52,6 +53,9 @@ class ChiasmProcessor(ProcessorMixin):
             many as suit a picture's shape (InternVL).
         regions: rows and columns of regions whose names ("top left") stand in front of their visual tokens.
     """
+
+    draws = False
+    """Whether pictures in answers are learned: their labels are their own placeholders."""
 
     def __init__(
         self,
@@ -158,7 +162,7 @@ class ChiasmProcessor(ProcessorMixin):
         num_images: int | None = None,
         supervise: bool = False,
         add_generation_prompt: bool = False,
-        tiles: Sequence[int] | None = None,
+        tiles: Sequence[Any] | None = None,
     ) -> dict[str, list[int]]:
         """Token ids of one conversation, and labels on the assistant's words and their end-of-turn mark.
 
@@ -184,7 +188,11 @@ class ChiasmProcessor(ProcessorMixin):
             raise ValueError("no token is supervised: the conversation has no answer by the assistant")
         return encoded
 
-    def encode_text(self, text: str, tiles: Sequence[int] | None = None) -> dict[str, list[int]]:
+    def tiles_of(self, images: Sequence[ImageRef]) -> Sequence[Any] | None:
+        """How each picture is cut, where its placeholders depend on it."""
+        return None
+
+    def encode_text(self, text: str, tiles: Sequence[Any] | None = None) -> dict[str, list[int]]:
         """Token ids of a rendered prompt, with the tokenizer's own special tokens unless the prompt has them."""
         text = apart(text) if self.image_space else text
         return self._tokenize(text, [], special=not self._has_bos(text), tiles=tiles)
@@ -209,7 +217,7 @@ class ChiasmProcessor(ProcessorMixin):
         answers: list[tuple[int, int]],
         special: bool = False,
         supervise: bool = False,
-        tiles: Sequence[int] | None = None,
+        tiles: Sequence[Any] | None = None,
     ) -> dict[str, list[int]]:
         plain = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, verbose=False)
         answered = self._supervised(plain["input_ids"], plain["offset_mapping"], answers)
@@ -223,7 +231,8 @@ class ChiasmProcessor(ProcessorMixin):
             written = placeholders.of(next(cut, self.image_tiles or 1), start == end) if picture else [token]
             end = stop if picture else None
             ids += written
-            labels += [token if learn and supervise and not picture else IGNORE] * len(written)
+            shown = learn and supervise and (self.draws or not picture)
+            labels += written if shown else [IGNORE] * len(written)
             types += [int(learn or 1 in types[-1:])] * len(written)
         return {"input_ids": ids, "labels": labels} | ({"token_type_ids": types} if self.token_types else {})
 

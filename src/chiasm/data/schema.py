@@ -275,7 +275,7 @@ def _order_problems(roles: list[str], answered: bool) -> Iterator[Problem]:
 def _empty_problems(messages: list[dict]) -> Iterator[Problem]:
     for number, message in enumerate(messages, 1):
         has_image = any(part["type"] == "image" for part in _parts([message]))
-        if text_of(message["content"]).strip() or (has_image and message["role"] == "user"):
+        if text_of(message["content"]).strip() or (has_image and message["role"] != "system"):
             continue
         if message["role"] == "assistant":
             yield Problem("no answer", f"message {number}, the assistant's, has no text")

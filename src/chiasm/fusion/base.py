@@ -67,12 +67,14 @@ class FusionModel(PartDtypes, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(
-        self, config: ChiasmConfig, vision: VisionEncoder | None = None, language: PreTrainedModel | None = None
-    ) -> None:
+    def __init__(self, config: ChiasmConfig, vision: Any = None, language: PreTrainedModel | None = None) -> None:
         """Parts that are not given are built from the configuration with fresh weights."""
         super().__init__(config)
         set_config_dtypes(config)
+        self.build_parts(config, vision, language)
+
+    def build_parts(self, config: ChiasmConfig, vision: Any, language: PreTrainedModel | None) -> None:
+        """Takes the given parts and makes the others."""
         features = VisionFeatures.from_dict(config.features)
         self.vision = vision or VisionEncoder.from_config(config.vision_config, features)
         self.language = language or build_language(config.text_config)
@@ -104,6 +106,11 @@ class FusionModel(PartDtypes, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.language.set_output_embeddings(value)
+
+    @property
+    def reads_instruction(self) -> bool:
+        """Whether the connector takes each picture's instruction."""
+        return self.connector.reads_instruction
 
     @property
     def num_image_tokens(self) -> int:
@@ -239,17 +246,27 @@ class FusionModel(PartDtypes, GenerationMixin):
         if labels is not None and not (return_logits if return_logits is not None else not self.training):
             inputs.pop("use_cache", None)
             rows, columns, targets = supervised_positions(labels)
-            logits = logits_at(self.language, inputs, rows, columns, self.config.direct_head)
-            return {"loss": next_token_loss(logits, targets, num_items_in_batch)}
+            logits = self.shown(logits_at(self.language, inputs, rows, columns, self.config.direct_head), True)
+            return {"loss": next_token_loss(logits, targets, num_items_in_batch, self.z_loss)}
         if accepts(self.language, "logits_to_keep"):
             inputs["logits_to_keep"] = logits_to_keep
         output = self.language(**inputs, cache=cache, return_dict=True)
+        logits = self.shown(output.logits, labels is not None)
         loss = None
         if labels is not None:
             rows, columns, targets = supervised_positions(labels)
-            loss = next_token_loss(output.logits[rows, columns], targets, num_items_in_batch)
-        fields = ("logits", "cache", "hidden_states", "attentions")
-        return {"loss": loss} | {name: getattr(output, name) for name in fields}
+            loss = next_token_loss(logits[rows, columns], targets, num_items_in_batch, self.z_loss)
+        fields = ("cache", "hidden_states", "attentions")
+        return {"loss": loss, "logits": logits} | {name: getattr(output, name) for name in fields}
+
+    def shown(self, logits: Float[Tensor, "... V"], learns: bool) -> Float[Tensor, "... V"]:
+        """Logits as the caller gets them; `learns` where labels are given."""
+        return logits
+
+    @property
+    def z_loss(self) -> float:
+        """Weight of the penalty on large logits."""
+        return 0.0
 
     @staticmethod
     def _positions(given: Tensor | None, attention_mask: Any, cache: Cache | None) -> Tensor | None:

@@ -16,10 +16,15 @@ from chiasm.fusion.cross_attention_settings import cross_attention_settings
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.fusion.early_seq2seq import EarlySeq2SeqModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
+from chiasm.fusion.unified import UnifiedModel
 from chiasm.language.adapter import embedding_scale, embedding_width, head_is_direct, layers, vocabulary
 from chiasm.vision.encoder import VisionEncoder
 
-FUSION_MODELS: dict[str, type[FusionModel]] = {"early": EarlyFusionModel, "intermediate": IntermediateFusionModel}
+FUSION_MODELS: dict[str, type[FusionModel]] = {
+    "early": EarlyFusionModel,
+    "intermediate": IntermediateFusionModel,
+    "unified": UnifiedModel,
+}
 """Where the modalities first meet → the generative model that meets there."""
 
 

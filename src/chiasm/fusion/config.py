@@ -5,9 +5,10 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-import chiasm.vision  # noqa: F401  (registers the encoders of our own with AutoConfig)
+import chiasm.fusion.unified_decoder
+import chiasm.vision  # noqa: F401  (both register models of our own with AutoConfig)
 
-FUSIONS = ("early", "intermediate")
+FUSIONS = ("early", "intermediate", "unified")
 PATCH_POSITIONS = ("none", "grid")
 ATTENTIONS = ("causal", "prefix")
 
@@ -24,12 +25,13 @@ class ChiasmConfig(PreTrainedConfig):
         patch_positions: `grid` appends 2-D coordinates to the patch features, `none` leaves them as they are.
         regions: of early fusion; rows and columns of regions by which visual tokens are ordered, because the processor
             writes each region's name in front of them; None leaves them row by row.
-        attention: of early fusion; `causal`, or `prefix`: tokens of type 0 (pictures and prompt, by `token_type_ids`)
-            see each other in both directions.
+        attention: of early and unified fusion; `causal`, or `prefix`: tokens of type 0 (pictures and prompt, by
+            `token_type_ids`) see each other in both directions.
         feature_scale: root mean square of the patch features, the amplitude of those coordinates.
         image_token_id: the placeholder that one visual token replaces; it may lie beyond the embedding table.
         direct_head: whether the language model's logits are its output embedding applied to the last hidden state.
         cross_attention: intermediate fusion's blocks (`chiasm.fusion.cross_attention_settings.CrossAttentionSettings`).
+        unified: the unified transformer's tokens (`chiasm.fusion.unified_settings.UnifiedSettings`).
         fresh_connector: whether nothing has trained the connector yet, so that a stage may choose what it starts from.
         adapters: part → LoRA settings, for parts that carry unmerged adapters.
         part_dtypes: part → dtype of its saved weights, such as `float32`; None where all have the model's `dtype`.
@@ -53,6 +55,7 @@ class ChiasmConfig(PreTrainedConfig):
     image_token_id: int | None = None
     direct_head: bool = False
     cross_attention: dict | None = None
+    unified: dict | None = None
     fresh_connector: bool = False
     adapters: dict | None = None
     part_dtypes: dict | None = None
@@ -67,8 +70,8 @@ class ChiasmConfig(PreTrainedConfig):
             )
         if self.attention not in ATTENTIONS:
             raise ValueError(f"attention {self.attention!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
-        if self.attention == "prefix" and self.fusion != "early":
-            raise ValueError(f"attention 'prefix' is for fusion 'early', got fusion {self.fusion!r}; use 'causal'")
+        if self.attention == "prefix" and self.fusion == "intermediate":
+            raise ValueError(f"attention 'prefix' is not for fusion {self.fusion!r}; use 'causal'")
         if self.regions is not None and self.fusion != "early":
             raise ValueError(f"regions are for fusion 'early', got fusion {self.fusion!r}; remove regions")
         super().__post_init__(**kwargs)

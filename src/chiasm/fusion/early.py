@@ -16,24 +16,24 @@ from chiasm.fusion.part_dtypes import cast_parts
 from chiasm.fusion.pictures import real_pictures
 from chiasm.fusion.prefix import prefix_mask, with_suffix
 from chiasm.fusion.splice import splice
-from chiasm.vision.encoder import VisionEncoder
 
 
 class EarlyFusionModel(FusionModel):
     """A picture takes T places in the sequence, and every layer of the language model reads them like words."""
 
-    def __init__(
-        self, config: ChiasmConfig, vision: VisionEncoder | None = None, language: PreTrainedModel | None = None
-    ) -> None:
+    def __init__(self, config: ChiasmConfig, vision: Any = None, language: PreTrainedModel | None = None) -> None:
         super().__init__(config, vision, language)
+        inject_adapters(self)
+        cast_parts(self)
+        self.post_init()
+
+    def build_parts(self, config: ChiasmConfig, vision: Any, language: PreTrainedModel | None) -> None:
+        super().build_parts(config, vision, language)
         if self.connector.width != self.connector.language_width:
             raise ValueError(
                 f"fusion early reads visual tokens of width {self.connector.language_width}, but connector "
                 f"{config.connector['name']} gives {self.connector.width}; remove project: false"
             )
-        inject_adapters(self)
-        cast_parts(self)
-        self.post_init()
 
     @property
     def num_image_tokens(self) -> int:

@@ -1,7 +1,6 @@
 """One answer at a time on the model as it is: a cache for each request, for any fusion and language model."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float

@@ -7,6 +7,7 @@ import torch
 from chiasm.data.captions import CaptionProcessor
 from chiasm.data.instruction import InstructionProcessor
 from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.unified import UnifiedProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.build import fusion_class
 from chiasm.fusion.config import ChiasmConfig
@@ -26,7 +27,8 @@ from chiasm.interop.parts import has_processor
 def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[FusionModel, ChiasmProcessor | None]:
     family = fusion_class(ChiasmConfig.from_pretrained(source))
     model = complete(family, source, dtype)
-    kind = InstructionProcessor if model.connector.reads_instruction else ChiasmProcessor
+    kind: Any = InstructionProcessor if model.reads_instruction else ChiasmProcessor
+    kind = UnifiedProcessor if model.config.fusion == "unified" else kind
     return model, kind.from_pretrained(source) if has_processor(source) else None
 
 

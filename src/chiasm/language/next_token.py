@@ -15,11 +15,18 @@ def supervised_positions(labels: Int[Tensor, "B S"]) -> tuple[Tensor, Tensor, Te
 
 
 def next_token_loss(
-    logits: Float[Tensor, "K V"], targets: Int[Tensor, " K"], num_items: Tensor | int | None = None
+    logits: Float[Tensor, "K V"],
+    targets: Int[Tensor, " K"],
+    num_items: Tensor | int | None = None,
+    z_loss: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Cross-entropy in float32, summed over K and divided by `num_items` (K itself when it is None).
 
-    A `num_items` for the whole accumulated batch makes many small steps equal one large one.
+    A `num_items` for the whole accumulated batch makes many small steps equal one large one. `z_loss` weighs the square
+    of the softmax's logarithmic normaliser, which keeps logits from drifting (PaLM, arXiv 2204.02311).
     """
     count = max(targets.numel(), 1) if num_items is None else num_items
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / count
+    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+    if z_loss:
+        loss = loss + z_loss * logits.float().logsumexp(dim=-1).square().sum()
+    return loss / count

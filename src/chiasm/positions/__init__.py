@@ -1,1 +1,1 @@
-"""Where a token stands: positions for patches and for sequences."""
+"""Where a token stands: coordinates for patches, positions and rotary embeddings for sequences."""

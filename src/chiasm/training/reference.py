@@ -102,7 +102,7 @@ def _type(kind: Any) -> str:
         return {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}.get(kind, kind.__name__)
     arguments = [argument for argument in get_args(kind) if argument is not type(None)]
     if get_origin(kind) is list:
-        return "list of " + (f"[stages](#of-a-stage)" if arguments == [Stage] else _type(arguments[0]))
+        return "list of " + ("[stages](#of-a-stage)" if arguments == [Stage] else _type(arguments[0]))
     if get_origin(kind) is dict:
         return "names → [plans](#of-a-part-or-pattern)"
     if get_origin(kind) is tuple:

@@ -1,0 +1,86 @@
+"""Conversations and pictures → inputs of the unified transformer: pictures of any shape in the text, and in answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from chiasm.data.pixels import tells_grids
+from chiasm.data.processor import OPTIONS, ChiasmProcessor
+from chiasm.data.schema import ImageRef
+
+ROW_TOKEN, BEGIN_TOKEN, END_TOKEN = "<row>", "<image_begin>", "<image_end>"
+MARKERS = (ROW_TOKEN, BEGIN_TOKEN, END_TOKEN)
+
+
+@dataclass(frozen=True)
+class GridPlaceholders:
+    """How a picture is written: row by row, each with its end (Fuyu), or in one run, between two marks.
+
+    Args:
+        token: of one patch or code.
+        grid: frames, rows and columns where a picture does not bring its own.
+        row: ends a row; None where rows have no end.
+        frame: none, or the two tokens that open and close a picture.
+    """
+
+    token: int
+    grid: tuple[int, int, int]
+    row: int | None = None
+    frame: tuple[int, ...] = ()
+
+    def of(self, grid: Any, follows_picture: bool) -> list[int]:
+        """Tokens of a picture with this grid."""
+        frames, rows, columns = grid if isinstance(grid, list | tuple) else self.grid
+        line = [self.token] * columns + ([] if self.row is None else [self.row])
+        return [*self.frame[:1], *line * rows * frames, *self.frame[1:]]
+
+
+class UnifiedProcessor(ChiasmProcessor):
+    """A processor whose pictures have rows and columns, and may be answers.
+
+    Args:
+        grid: rows and columns of every picture; None where each has its own, told by the image processor.
+        row_token: ends a row of patches; None for codes, whose grid is always the same.
+    """
+
+    draws = True
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        num_image_tokens: int = 1,
+        grid: Sequence[int] | None = None,
+        row_token: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.grid = None if grid is None else list(grid)
+        self.row_token = row_token
+        super().__init__(image_processor, tokenizer, num_image_tokens, **options)
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "UnifiedProcessor":
+        """A saved processor from its loaded parts and its own settings."""
+        names = ("num_image_tokens", "grid", "row_token", *OPTIONS)
+        return cls(*args, **{name: processor_dict[name] for name in names if name in processor_dict})
+
+    @property
+    def placeholders(self) -> Any:
+        frame = tuple(self.tokenizer.convert_tokens_to_ids(token) for token in self.image_boundary or ())
+        row = None if self.row_token is None else self.tokenizer.convert_tokens_to_ids(self.row_token)
+        rows, columns = self.grid or (1, 1)
+        return GridPlaceholders(self.image_token_id, (1, rows, columns), row, frame)
+
+    def tiles_of(self, images: Sequence[ImageRef]) -> list[Any] | None:
+        """Every picture's grid, for which it is opened; None where all have one."""
+        if self.grid is not None:
+            return None
+        size = self.image_processor.size
+        if size is not None and images:
+            return [self.image_processor.grid_of(images[0].load())] * len(images)
+        return [self.image_processor.grid_of(image.load()) for image in images]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        more = ["image_grid_thw"] if tells_grids(self.image_processor) else []
+        return [*super().model_input_names, *more]

@@ -1,0 +1,101 @@
+"""The unified decoder computes what Llama-shaped language models compute, and refuses the others."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import tiny
+from chiasm.fusion.unified_decoder import UnifiedDecoderConfig
+from chiasm.fusion.unified_start import decoder_from, new_decoder
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 53,
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama3": LlamaConfig(**SIZES, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 64}),
+    "tied": LlamaConfig(**SIZES, tie_word_embeddings=True, head_dim=10),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES, head_dim=8),
+}
+
+
+def _language(name: str) -> Any:
+    torch.manual_seed(3)
+    language = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    with torch.no_grad():
+        for parameter in language.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return language
+
+
+@pytest.mark.parametrize("positions", ["raster", "rope2d", "mrope+modality"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_the_language_models(name: str, positions: str) -> None:
+    language = _language(name)
+    ours = decoder_from(language, 60, positions=positions)
+    tokens = torch.randint(0, 53, (2, 11))
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    with torch.no_grad():
+        theirs = language(tokens, attention_mask=mask, position_ids=places).logits
+        assert torch.equal(ours(tokens, attention_mask=mask, position_ids=places).logits[..., :53], theirs)
+        spread = places.expand(3, -1, -1) if positions.startswith("mrope") else places
+        again = ours(tokens, attention_mask=mask, position_ids=spread).logits[..., :53]
+        assert torch.equal(again, theirs)
+
+
+def test_generation_is_the_language_models() -> None:
+    language = _language("llama")
+    ours = decoder_from(language, 53)
+    tokens = torch.randint(0, 53, (2, 5))
+    greedy = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(tokens, **greedy), language.generate(tokens, **greedy))
+    assert torch.equal(ours.generate(tokens, **greedy, use_cache=False), language.generate(tokens, **greedy))
+
+
+def test_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"fusion 'unified' starts from Llama-shaped language models .* type 'gpt2'"):
+        decoder_from(tiny.language("gpt2"), 300)
+    config = MistralConfig(**SIZES, sliding_window=7)
+    with pytest.raises(ValueError, match="of this mistral model is"):
+        decoder_from(AutoModelForCausalLM.from_config(config), 60)
+    with pytest.raises(ValueError, match="language setting 'depth' is unknown; known ones are bos_token_id"):
+        new_decoder({"depth": 3}, 60)
+
+
+@pytest.mark.parametrize("options", [{"qk_norm": "rms"}, {"qk_norm": "layer", "norm_order": "post"}])
+def test_norms_bound_what_attention_compares(options: dict[str, str]) -> None:
+    """However large the weights grow, normalised queries and keys keep their length."""
+    decoder = new_decoder({"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}, 50, **options)
+    attention = decoder.model.layers[0].self_attn
+    states = torch.randn(1, 5, 24)
+    before = attention(states, decoder.model._rotation(torch.arange(5)[None], states))[0]
+    with torch.no_grad():
+        attention.q_proj.weight.mul_(50.0)
+        attention.k_proj.weight.mul_(50.0)
+    after = attention(states, decoder.model._rotation(torch.arange(5)[None], states))[0]
+    torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-4)
+
+
+def test_unknown_words_are_refused() -> None:
+    with pytest.raises(ValueError, match="qk_norm 'l2' is unknown; choose one of none, rms, layer"):
+        UnifiedDecoderConfig(qk_norm="l2")
