@@ -79,27 +79,46 @@ def test_an_activation_that_cannot_pass_a_map_through_is_refused() -> None:
         connector.set_affine(torch.randn(36, 12), torch.randn(36), spread=1.0)
 
 
+@pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("name", ["linear", "mlp"])
-def test_closed_form_names_what_it_saw(name: str) -> None:
+def test_closed_form_names_what_it_saw(name: str, rounds: int) -> None:
     """Four kinds of thing, each with its own feature direction and word: new patches land nearest to their word."""
     kinds, width = torch.randn(4, 20), 36
     words = torch.nn.functional.normalize(torch.randn(4, width), dim=1) * 3.0
-    ridge = Ridge(20, width)
-    for _ in range(200):
-        present = torch.randperm(4)[:2]
-        patches = kinds[present].repeat_interleave(3, dim=0) + 0.3 * torch.randn(6, 20)
-        ridge.add(patches, words[present].mean(dim=0))
+    ridge = Ridge(20, 4)
+    present = [torch.randperm(4)[:2] for _ in range(200)]
+    pictures = [kinds[two].repeat_interleave(3, dim=0) + 0.3 * torch.randn(6, 20) for two in present]
+    for _ in range(rounds):
+        if ridge.count:
+            ridge.align()
+        for patches, two in zip(pictures, present, strict=True):
+            ridge.add(patches, two.tolist(), torch.ones(2))
     connector = build_connector(name, 20, width, (2, 3))
     scale = words.square().mean().sqrt().item()
-    initialise(connector, ridge, words.mean(dim=0), scale)
+    initialise(connector, ridge, words, words.mean(dim=0), scale)
     tokens = connector(kinds[None] + 0.1 * torch.randn(1, 4, 20))[0]
     assert (tokens @ words.T).argmax(dim=1).tolist() == [0, 1, 2, 3]
     assert 0.5 * scale < tokens.square().mean().sqrt().item() < 2.0 * scale
 
 
 def test_closed_form_refuses_captions_that_all_agree() -> None:
-    ridge = Ridge(8, 6)
+    ridge = Ridge(8, 2)
     for _ in range(5):
-        ridge.add(torch.randn(4, 8), torch.ones(6))
+        ridge.add(torch.randn(4, 8), [0, 1], torch.ones(2))
     with pytest.raises(ValueError, match="every caption has the same words"):
-        initialise(build_connector("linear", 8, 6, (2, 2)), ridge, torch.zeros(6), 1.0)
+        initialise(build_connector("linear", 8, 6, (2, 2)), ridge, torch.randn(2, 6), torch.zeros(6), 1.0)
+
+
+def test_alignment_tells_words_of_one_caption_apart() -> None:
+    """Two things that every other caption names together: after rounds, each patch is its own word's."""
+    kinds, words = torch.randn(3, 12), torch.eye(3)
+    ridge, apart = Ridge(12, 3), []
+    captions = [[0, 1], [0, 1], [0, 2], [1, 2]] * 30
+    pictures = [kinds[caption].repeat_interleave(2, dim=0) + 0.1 * torch.randn(4, 12) for caption in captions]
+    for _ in range(3):
+        for patches, caption in zip(pictures, captions, strict=True):
+            ridge.add(patches, caption, torch.ones(2))
+        shares = (kinds.double() - ridge.mean) @ ridge.solve() @ words.double()
+        apart.append((shares[0, 0] - shares[0, 1]).item())
+        ridge.align()
+    assert apart[0] < apart[1] < apart[2]

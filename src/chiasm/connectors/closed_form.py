@@ -1,9 +1,9 @@
 """A connector that names things before it is trained: ridge regression from patch features to word embeddings.
 
-Each patch of a picture is regressed on the mean embedding of the words in the picture's caption. What a patch shares
-with other pictures whose captions share a word survives the averaging, so the map sends it near that word. The solution
-is rescaled to the language model's embedding scale, because regression shrinks. A caption cannot tell where a patch
-stands, but its coordinates can: they are mapped to the words for places.
+Which of a caption's words a patch shows is found as words of two languages are aligned (IBM model 1, Brown 1993):
+at first every patch takes all of them, the rare ones most; then, round by round, those that the regression of the round
+before expects of it. The solution is rescaled to the language model's embedding scale, because regression shrinks. A
+caption cannot tell where a patch stands, but its coordinates can: they are mapped to the words for places.
 """
 
 import torch
@@ -14,27 +14,43 @@ from chiasm.connectors.base import AffineConnector
 
 PLACE_SHARE = 0.5
 """Loudness of where a patch stands beside what it shows."""
+SHARPNESS = 2.0
+"""Power of a word's expected share when patches choose among the words of their caption."""
 
 
 class Ridge:
-    """Running second moments of features and targets; memory does not grow with the data."""
+    """Running second moments of features and of the shares that words have in them; memory does not grow with data."""
 
-    def __init__(self, width: int, target_width: int) -> None:
+    def __init__(self, width: int, num_words: int) -> None:
         self.count = 0
         self.feature_sum = torch.zeros(width, dtype=torch.float64)
         self.feature_square = torch.zeros(width, width, dtype=torch.float64)
-        self.target_sum = torch.zeros(target_width, dtype=torch.float64)
-        self.cross = torch.zeros(width, target_width, dtype=torch.float64)
+        self.weight: Tensor | None = None
+        self._forget_words(num_words)
 
-    def add(self, features: Float[Tensor, "N D_v"], target: Float[Tensor, " D_l"]) -> None:
-        """One picture: its patches, and the embedding that its words have in the mean."""
-        features, target = features.float().cpu(), target.float().cpu()
-        total = features.sum(dim=0)
-        self.count += features.shape[0]
-        self.feature_sum += total
-        self.feature_square += features.T @ features
-        self.target_sum += features.shape[0] * target
-        self.cross += torch.outer(total, target)
+    def _forget_words(self, num_words: int) -> None:
+        self.word_sum = torch.zeros(num_words, dtype=torch.float64)
+        self.cross = torch.zeros(self.feature_sum.numel(), num_words, dtype=torch.float64)
+
+    def add(self, features: Float[Tensor, "N D_v"], words: list[int], rarity: Float[Tensor, " K"]) -> None:
+        """One picture: its patches, and the K words of its caption by number and by how much they tell."""
+        features = features.float().cpu()
+        if self.weight is None:
+            self.count += features.shape[0]
+            self.feature_sum += features.sum(dim=0)
+            self.feature_square += features.T @ features
+            shares = (rarity / rarity.sum()).expand(features.shape[0], -1)
+        else:
+            expected = (features.double() - self.mean) @ self.weight[:, words] + self.expected[words]
+            shares = expected.clamp(min=1e-4) ** SHARPNESS
+            shares = (shares / shares.sum(dim=1, keepdim=True)).float()
+        self.word_sum[words] += shares.sum(dim=0)
+        self.cross[:, words] += (features.T @ shares).double()
+
+    def align(self) -> None:
+        """Ends a round: in the next pass over the same pictures, patches take the words that this regression expects."""
+        self.weight, self.expected = self.solve(), self.word_sum / self.count
+        self._forget_words(self.word_sum.numel())
 
     @property
     def mean(self) -> Float[Tensor, " D_v"]:
@@ -44,17 +60,20 @@ class Ridge:
     def covariance(self) -> Float[Tensor, "D_v D_v"]:
         return self.feature_square / self.count - torch.outer(self.mean, self.mean)
 
-    def solve(self, penalty: float = 0.1) -> tuple[Float[Tensor, "D_l D_v"], float]:
-        """Weight of the centred regression, and the root mean square of what it predicts.
+    def solve(self, penalty: float = 0.1) -> Float[Tensor, "D_v words"]:
+        """Weight of the centred regression from features to words.
 
         Args:
             penalty: ridge strength as a share of the features' mean variance.
         """
         covariance = self.covariance
-        cross = self.cross / self.count - torch.outer(self.mean, self.target_sum / self.count)
+        cross = self.cross / self.count - torch.outer(self.mean, self.word_sum / self.count)
         ridge = penalty * covariance.diagonal().mean() * torch.eye(self.mean.numel(), dtype=torch.float64)
-        weight = torch.linalg.solve(covariance + ridge, cross).T
-        return weight, ((weight @ covariance) * weight).sum(dim=1).mean().clamp(min=0).sqrt().item()
+        return torch.linalg.solve(covariance + ridge, cross)
+
+    def loudness(self, weight: Float[Tensor, "D_l D_v"]) -> float:
+        """Root mean square of what a map makes of the centred features."""
+        return ((weight @ self.covariance) * weight).sum(dim=1).mean().clamp(min=0).sqrt().item()
 
     def spread(self) -> float:
         """Root mean square of the centred features."""
@@ -64,6 +83,7 @@ class Ridge:
 def initialise(
     connector: AffineConnector,
     ridge: Ridge,
+    embeddings: Float[Tensor, "words D_l"],
     embedding_mean: Float[Tensor, " D_l"],
     scale: float,
     coordinates: Float[Tensor, "N C"] | None = None,
@@ -73,6 +93,7 @@ def initialise(
 
     Args:
         ridge: moments of at least two pictures whose captions differ.
+        embeddings: of the words.
         embedding_mean: mean token embedding, where a patch that predicts nothing lands.
         scale: root mean square of the token embeddings.
         coordinates: the last C channels of the features, which are the same for every picture, where there are any.
@@ -81,7 +102,8 @@ def initialise(
     Raises:
         ValueError: the captions do not differ.
     """
-    weight, loudness = ridge.solve()
+    weight = (ridge.solve() @ embeddings.double()).T
+    loudness = ridge.loudness(weight)
     if not loudness > 1e-8 * scale:
         raise ValueError("init: closed_form found nothing to learn: every caption has the same words; use init: keep")
     weight *= scale / loudness

@@ -23,6 +23,8 @@ from chiasm.positions.grid import WIDTH
 WORD = re.compile(r"\w+")
 PLACES = (("top", "bottom"), ("left", "right"))
 
+ROUNDS = 4
+"""Passes over the captions, each of which aligns patches and words better."""
 CAPTION_WORDS = 5
 """Answers of at least so many words on average describe a picture; shorter ones leave most of it unsaid."""
 FEWEST_CAPTIONS = 50
@@ -87,12 +89,6 @@ class WordEmbeddings:
         ids = self.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
         return self.table(torch.tensor(ids, device=self.table.weight.device)).float().mean(dim=0).cpu()
 
-    def mean_of(self, words: Sequence[str], weights: Sequence[float]) -> Float[Tensor, " D_l"]:
-        """Weighted mean embedding of several words."""
-        stacked = torch.stack([self.of(word) for word in words])
-        share = torch.tensor(weights) / sum(weights)
-        return share @ stacked
-
 
 @torch.no_grad()
 def closed_form(
@@ -117,29 +113,31 @@ def closed_form(
             f"init: closed_form is for connectors linear and mlp, got {model.config.connector['name']}; use init: keep"
         )
     chosen = [sample for sample in samples if sample.images]
-    weights = rarity(chosen)
+    weights = {word: weight for word, weight in sorted(rarity(chosen).items()) if weight > 0}
+    number = {word: index for index, word in enumerate(weights)}
     embeddings = WordEmbeddings(model, tokenizer)
-    ridge: Ridge | None = None
-    pictures = 0
-    for sample in chosen:
-        for features, said in zip(
-            model.with_positions(features_of(sample).float()), words_by_picture(sample), strict=True
-        ):
-            words = sorted(word for word in said if weights[word] > 0)
-            if not words:
-                continue
-            target = embeddings.mean_of(words, [weights[word] for word in words])
-            ridge = ridge or Ridge(features.shape[-1], target.shape[-1])
-            ridge.add(features, target)
-            pictures += 1
+    ridge, pictures = None, 0
+    for _ in range(ROUNDS):
+        if ridge is not None:
+            ridge.align()
+        pictures = 0
+        for sample in chosen:
+            for features, said in zip(
+                model.with_positions(features_of(sample).float()), words_by_picture(sample), strict=True
+            ):
+                if words := sorted(said & weights.keys()):
+                    ridge = ridge or Ridge(features.shape[-1], len(number))
+                    ridge.add(features, [number[w] for w in words], torch.tensor([weights[w] for w in words]))
+                    pictures += 1
     if ridge is None:
         raise ValueError(
             "init: closed_form needs pictures with captions that differ; this data has none; use init: keep"
         )
+    vocabulary = torch.stack([embeddings.of(word) for word in number])
     every = torch.arange(embeddings.table.weight.shape[0], device=embeddings.table.weight.device)
     mean_embedding = embeddings.table(every).float().mean(dim=0)
     where = _places(model, embeddings) if model.config.patch_positions == "grid" else (None, None)
-    initialise(model.connector, ridge, mean_embedding, embedding_scale(model.language), *where)
+    initialise(model.connector, ridge, vocabulary, mean_embedding, embedding_scale(model.language), *where)
     return pictures
 
 
