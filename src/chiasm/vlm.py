@@ -202,8 +202,13 @@ def connect(
     if fusion not in (*FUSIONS, "late"):
         raise ValueError(f"fusion {fusion!r} is unknown; choose one of {', '.join(FUSIONS)}, late")
     if fusion == "late":
-        foreign = {"cross_attention": cross_attention, "chat_template": chat_template}
-        if given := next((name for name, value in foreign.items() if value is not None), None):
+        foreign = {
+            "cross_attention": cross_attention is not None,
+            "chat_template": chat_template is not None,
+            "patch_positions": patch_positions != "auto",
+            "attention": attention != "causal",
+        }
+        if given := next((name for name, is_given in foreign.items() if is_given), None):
             raise ValueError(
                 f"{given}= is not for fusion='late', which has no language model that answers; leave it out"
             )
