@@ -50,9 +50,7 @@ def train(
         validation_data: held-out data; by default 5 % of `data`, the same ones in every run.
         overrides: `key=value` changes to the recipe, such as `stages.align.lr=1e-3`.
     """
-    vlm = model if isinstance(model, VLM | DualEncoder) else load(model).to(best_device())
-    if isinstance(vlm, DualEncoder) and not isinstance(vlm.model, LateFusionModel):
-        raise ValueError(f"{model} is the retrieval model of a stage; train the model that the run left in RUN/model")
+    vlm = _trainable(model)
 
     def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:
         return vlm.generate(messages, images, max_new_tokens=32)
@@ -71,11 +69,23 @@ def train(
     )
 
 
+def _trainable(model: VLM | DualEncoder | str | Path) -> Any:
+    """The model, on the best device where it is loaded here."""
+    loaded: Any = model if isinstance(model, VLM | DualEncoder) else load(model).to(best_device())
+    if isinstance(loaded, DualEncoder) and not isinstance(loaded.model, LateFusionModel):
+        raise ValueError(f"{model} is the retrieval model of a stage; train the model that the run left in RUN/model")
+    return loaded
+
+
 def preview(
-    recipe: str | Path | Recipe, model: VLM | str | Path, data: Any = None, *, overrides: Sequence[str] = ()
+    recipe: str | Path | Recipe,
+    model: VLM | DualEncoder | str | Path,
+    data: Any = None,
+    *,
+    overrides: Sequence[str] = (),
 ) -> list[StagePreview]:
-    """What a recipe would train, hold and take, stage by stage; time and activations are measured where data is given."""
-    vlm = model if isinstance(model, VLM) else load_vlm(model).to(best_device())
+    """What a recipe would train, hold and take, by stage; time and activations are measured where data is given."""
+    vlm = _trainable(model)
     samples = None if data is None else read(data)
     return preview_stages(load_recipe(recipe, overrides), vlm.model, vlm.processor, samples)
 

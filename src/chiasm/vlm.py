@@ -220,7 +220,9 @@ def connect(
                 f"language={{...}} starts a decoder from nothing, which fusion {fusion!r} does not do; name one"
             )
     if fusion == "late":
-        foreign = {"cross_attention": cross_attention, "chat_template": chat_template}
+        foreign: dict[str, Any] = {"cross_attention": cross_attention, "chat_template": chat_template}
+        foreign |= {"patch_positions": None if patch_positions == "auto" else patch_positions, "regions": regions}
+        foreign |= {"attention": None if attention == "causal" else attention}
         _refuse_given(foreign, fusion, "it has no language model that answers")
         towers = [sources.resolve(s) if isinstance(s, str | Path) else s for s in (vision, language or DEFAULT_TEXT)]
         return connect_late(

@@ -34,9 +34,9 @@ def encoder(vision: str = "clip", text: str = "bert", connector: Any = "linear",
         "tokenizer": tiny.tokenizer(),
         "image_processor": ChiasmImageProcessor(size, [0.5] * 3, [0.5] * 3),
     }
-    return chiasm.connect(
-        tiny.vision(vision), TEXTS[text](), CONNECTORS.get(connector, connector), "late", **given, **options
-    )
+    if isinstance(connector, str):
+        connector = CONNECTORS.get(connector, connector)
+    return chiasm.connect(tiny.vision(vision), TEXTS[text](), connector, "late", **given, **options)
 
 
 @pytest.mark.parametrize(

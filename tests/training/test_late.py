@@ -9,6 +9,7 @@ import torch
 from test_resume import Killed
 
 import chiasm
+import chiasm.api
 import tiny
 from chiasm.data.schema import Sample
 from chiasm.training import stage_run
@@ -202,3 +203,15 @@ def test_the_shipped_recipes_run(recipe: str, tmp_path: Path) -> None:
     short = ["steps=2", "batch_size=4", "dtype=float32", "validation.samples=4"]
     result = helpers.run(tmp_path / "run", recipe, model, data(), overrides=short)
     assert chiasm.load(result.model).model.config.fusion == "late"
+
+
+@pytest.mark.parametrize("recipe", ["clip", "late_vqa"])
+def test_a_plan_is_shown_before_it_is_trained(recipe: str) -> None:
+    model = encoder()
+    before = helpers.weights(model)
+    stages = chiasm.api.preview(recipe, model, data(), overrides=["batch_size=4"])
+    assert all(stage.seconds is not None and stage.memory.optimizer > 0 for stage in stages)
+    assert model.model.config.answer_head is None and not moved(model, before)
+    if recipe == "late_vqa":
+        with pytest.raises(ValueError, match="takes its answers from the data; pass --data"):
+            chiasm.api.preview(recipe, model)

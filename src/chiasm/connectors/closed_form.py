@@ -48,7 +48,7 @@ class Ridge:
         self.cross[:, words] += (features.T @ shares).double()
 
     def align(self) -> None:
-        """Ends a round: in the next pass over the same pictures, patches take the words that this regression expects."""
+        """Ends a round: in the next pass over the same pictures, patches take the words that are expected of them."""
         self.weight, self.expected = self.solve(), self.word_sum / self.count
         self._forget_words(self.word_sum.numel())
 

@@ -72,7 +72,7 @@ def proportion(name: str, found: Sequence[bool], control: Sequence[bool], by_cha
 
 def recall(scores: Float[Tensor, "Q C"], right: Bool[Tensor, "Q C"], ks: Sequence[int] = KS) -> Recalls:
     """Share of the queries with a right candidate among the first k; of equal scores the wrong one counts first."""
-    return {k: found.float().mean().item() for k, found in found_within(scores, right, ks).items()}
+    return {k: found.sum().item() / len(found) for k, found in found_within(scores, right, ks).items()}
 
 
 def found_within(

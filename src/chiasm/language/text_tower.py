@@ -83,7 +83,11 @@ def pool_text(
     attention_mask: Int[Tensor, "B S"] | None = None,
     position_ids: Int[Tensor, "B S"] | None = None,
 ) -> Float[Tensor, "B D_l"]:
-    """One vector for every text; padding is on the right."""
+    """One vector for every text; padding is on the right.
+
+    Raises:
+        ValueError: the tower has no pooling of its own.
+    """
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     if position_ids is not None:
         inputs["position_ids"] = position_ids
@@ -91,7 +95,12 @@ def pool_text(
         inputs["use_cache"] = False
     outputs = tower(**inputs)
     if pooling == "own":
-        return getattr(outputs, "pooler_output", None)  # None is what text_width refuses
+        if getattr(outputs, "pooler_output", None) is None:
+            raise ValueError(
+                f"pooling 'own' is for text encoders that pool by themselves, a {tower.config.model_type} does not; "
+                "choose mean, cls or last"
+            )
+        return outputs.pooler_output
     states = outputs.last_hidden_state
     if pooling == "cls":
         return states[:, 0]
@@ -104,19 +113,9 @@ def pool_text(
 
 @torch.no_grad()
 def text_width(tower: PreTrainedModel, pooling: str) -> int:
-    """D_l: width of a text's vector.
-
-    Raises:
-        ValueError: the tower has no pooling of its own.
-    """
+    """D_l: width of a text's vector."""
     device = next(tower.parameters()).device
-    pooled = pool_text(tower, pooling, torch.zeros(1, 2, dtype=torch.long, device=device))
-    if pooled is None:
-        raise ValueError(
-            f"pooling 'own' is for text encoders that pool by themselves, a {tower.config.model_type} does not; "
-            "choose mean, cls or last"
-        )
-    return pooled.shape[-1]
+    return pool_text(tower, pooling, torch.zeros(1, 2, dtype=torch.long, device=device)).shape[-1]
 
 
 def _load(source: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, set[str]]:

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from chiasm.data.collation import load_pixels
 from chiasm.data.held_out import HELD_OUT_TEXTS
-from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import ImageError, Sample, SampleError
 from chiasm.language.adapter import context_length
 from chiasm.training.schema import Forgetting
@@ -41,13 +40,13 @@ class ForgettingProbe:
     """Compares a model with what it was when the probe was made."""
 
     def __init__(
-        self, settings: Forgetting, model: PreTrainedModel, processor: ChiasmProcessor, samples: Sequence[Sample]
+        self, settings: Forgetting, model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[Sample]
     ) -> None:
         """
         Args:
             samples: where the pictures come from.
         """
-        readable = settings.text and not model.config.is_encoder_decoder
+        readable = settings.text and isinstance(model, GenerationMixin) and not model.config.is_encoder_decoder
         self.model, self.tokenizer = model, processor.tokenizer
         self.texts = HELD_OUT_TEXTS if readable else {}
         self.pixels = _distinct_pictures(samples, processor, settings.pictures)
@@ -127,7 +126,7 @@ def _nearest(features: Tensor, k: int) -> Tensor:
     return likeness.topk(k, dim=1).indices
 
 
-def _distinct_pictures(samples: Iterable[Sample], processor: ChiasmProcessor, at_most: int) -> Tensor | None:
+def _distinct_pictures(samples: Iterable[Sample], processor: ProcessorMixin, at_most: int) -> Tensor | None:
     """Pixels of the first pictures that differ and can be read; None for fewer than `FEWEST_PICTURES`."""
     found: dict[str, Tensor] = {}
     for sample in samples:

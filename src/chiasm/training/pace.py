@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.collation import Batch, Item, load_pixels
-from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import Sample
 from chiasm.training.attention import fast_attention
 from chiasm.training.four_bit import four_bit_layers
+from chiasm.training.learner import learner_of
 from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.precision import autocast, choose_dtype, stage_precision
 from chiasm.training.schema import Stage
-from chiasm.training.stage_model import StageModel, stage_model
+from chiasm.training.stage_model import StageModel
 from chiasm.training.stages import enter
 
 BATCHES = 4
@@ -37,7 +37,7 @@ class Pace:
 
 
 def seconds_per_sample(
-    model: PreTrainedModel, processor: ChiasmProcessor, stage: Stage, samples: Sequence[Sample]
+    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, samples: Sequence[Sample]
 ) -> float:
     """Seconds that one sample takes: drawn or read, encoded once, and taken through one step. The model stays as it is."""
     pace = measure(model, processor, stage, samples)
@@ -45,7 +45,7 @@ def seconds_per_sample(
 
 
 def measure(
-    model: PreTrainedModel, processor: ChiasmProcessor, stage: Stage, samples: Sequence[Sample], number: int = 0
+    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, samples: Sequence[Sample], number: int = 0
 ) -> Pace:
     """Takes a copy of the model through a few steps of a stage.
 
@@ -53,7 +53,7 @@ def measure(
         samples: a few batches of what the stage will meet; the first batch is not timed if there are more.
         number: the stage's place in its recipe.
     """
-    learner = stage_model(copy.deepcopy(model), processor, stage, number)
+    learner = learner_of(copy.deepcopy(model), processor, stage, number, samples)
     model, size = learner.model, min(stage.batch_size, len(samples))
     dtype = choose_dtype(stage.dtype, model.device)
     plan = enter(model, stage)

@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
-from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import Sample
 from chiasm.data.splits import Subset
+from chiasm.training.learner import learner_of
 from chiasm.training.log import plan_fields, plan_table
 from chiasm.training.pace import BATCHES, Pace, measure
 from chiasm.training.precision import KEPT_PARTS, choose_dtype
 from chiasm.training.schema import Recipe, Stage
-from chiasm.training.stage_model import stage_model
 from chiasm.training.stages import ADAM_BYTES, GRADIENT_BYTES, FreezePlan, enter, weight_bytes
 
 
@@ -56,7 +55,7 @@ class StagePreview:
 
 
 def preview(
-    recipe: Recipe, model: PreTrainedModel, processor: ChiasmProcessor, samples: Sequence[Sample] | None = None
+    recipe: Recipe, model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[Sample] | None = None
 ) -> list[StagePreview]:
     """Every stage of a recipe.
 
@@ -70,11 +69,11 @@ def preview(
 
 
 def _preview(
-    stage: Stage, number: int, model: PreTrainedModel, processor: ChiasmProcessor, samples: Sequence[Sample] | None
+    stage: Stage, number: int, model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[Sample] | None
 ) -> StagePreview:
-    learner = stage_model(_same_weights(model), processor, stage, number)
+    learner = learner_of(_same_weights(model), processor, stage, number, samples)
     plan, dtype = enter(learner.model, stage), choose_dtype(stage.dtype, model.device)
-    if samples is not None and stage.reads_captions:
+    if samples is not None and stage.shows_one_picture:
         samples = Subset(samples, [index for index, sample in enumerate(samples) if len(sample.images) == 1])
     if not samples:
         return StagePreview(plan, _memory(learner.model, plan, dtype, None))

@@ -12,21 +12,20 @@ import torch
 
 from chiasm.data.collation import Batch
 from chiasm.data.schema import Sample, SampleError
-from chiasm.fusion.late import LateFusionModel
 from chiasm.training.attention import fast_attention
 from chiasm.training.batches import WORKERS, Order, prefetch, seed_of
 from chiasm.training.compiling import compiled_layers
 from chiasm.training.context import Context
 from chiasm.training.features import Rows, stage_features
 from chiasm.training.four_bit import four_bit_layers
-from chiasm.training.late_stage import give_answer_head, late_stage_model
+from chiasm.training.learner import learner_of
 from chiasm.training.optimization import Optimization, Taken
 from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.precision import choose_dtype, stage_precision
 from chiasm.training.schema import Stage
 from chiasm.training.source import Hope, Source, usable_samples
 from chiasm.training.stage_log import StageLog
-from chiasm.training.stage_model import StageModel, stage_model
+from chiasm.training.stage_model import StageModel
 from chiasm.training.stage_state import StageState
 from chiasm.training.stages import enter, set_modes
 from chiasm.training.starts import Start
@@ -62,12 +61,9 @@ class StageRun:
     def _learner(self, earlier: Sequence[Stage]) -> StageModel:
         """What the stage trains: the model itself, or a learner around it."""
         context, stage = self.context, self.stage
-        if isinstance(context.model, LateFusionModel):
-            if stage.objectives == ["answers"]:
-                give_answer_head(context.model, stage, context.samples, context.survey.usable)
-            return late_stage_model(context.model, context.processor, stage)
         taught = [context.run.folder / other.name for other in earlier if other.reads_captions]
-        return stage_model(context.model, context.processor, stage, self.number, taught[-1] if taught else None)
+        data = context.samples, context.survey.usable
+        return learner_of(context.model, context.processor, stage, self.number, *data, taught[-1] if taught else None)
 
     def run(self) -> None:
         began = time.monotonic()

@@ -76,3 +76,8 @@ def check_pooling(vision: VisionEncoder, pooling: str) -> None:
             f"vision_pooling 'own' reads all tokens of the last layer, got layers {layers}, prefix "
             f"{vision.features.prefix!r}; leave features out"
         )
+    if pooling == "own" and not getattr(vision.model, "use_head", True):
+        raise ValueError(
+            f"this {vision.model.config.model_type} encoder has no pooling head (vision_use_head: false in its "
+            "config.json), so vision_pooling cannot be 'own'; choose mean"
+        )
