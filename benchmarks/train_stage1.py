@@ -33,7 +33,7 @@ from transformers import (
 from chiasm.comparison.cost import encode_flops, language_flops
 from chiasm.data.collation import Batch
 from chiasm.data.processor import ChiasmProcessor
-from chiasm.data.schema import ImageRef, Sample
+from chiasm.data.schema import ImageRef, Sample, SampleError
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.interop.llava import from_llava
 from chiasm.training import trainer
@@ -178,11 +178,11 @@ class TimedRun(StageRun):
 
     def _optimize(self, step: int, batches: list[Batch]) -> Taken:
         self.gate.wait()
-        self.started = time.perf_counter()
+        self.batch, self.started = batches[0], time.perf_counter()
         return super()._optimize(step, batches)
 
-    def _log_step(self, step: int, batches: list[Batch], skipped: dict[str, str], taken: Taken, *rest: float) -> None:
-        super()._log_step(step, batches, skipped, taken, *rest)
+    def _log_step(self, step: int, skipped: dict[str, SampleError], taken: Taken, seconds: float) -> None:
+        super()._log_step(step, skipped, taken, seconds)
         seconds = time.perf_counter() - self.started + self.prepared[step]
         state = self.optimizer.state_dict()
         moment = torch.cat([state[f"exp_avg/{name}"].flatten() for name in self.optimizer.parameters])
@@ -190,8 +190,8 @@ class TimedRun(StageRun):
             seconds=seconds,
             loss=sum(taken.losses.values()),
             moment=moment.numpy(),
-            work=work(self.model, batches[0]),
-            **padding(batches[0]),
+            work=work(self.model, self.batch),
+            **padding(self.batch),
         )
 
     def _finish(self, seconds: float) -> None:

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 
 import chiasm
-from chiasm.training import checkpoint, stage_run
+from chiasm.training import stage_run, tensor_files
 from chiasm.training.checkpoint import TrainingError
 from chiasm.training.log import read_log
 
@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_a_run_that_goes_on(
     tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    save_file, written = checkpoint.save_file, 0
+    save_file, written = tensor_files.save_file, 0
 
     def full(tensors: dict, path: Path) -> None:
         nonlocal written
@@ -208,7 +208,7 @@ def test_a_full_disk_leaves_a_run_that_goes_on(
         save_file(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(tensor_files, "save_file", full)
         with pytest.raises(TrainingError, match="the disk is full"):
             helpers.run(tmp_path / "run", RECIPE)
     helpers.run(tmp_path / "run", RECIPE)

@@ -74,7 +74,7 @@ class FeatureCache:
         self._keys.touch()
         self._features.touch()
         prune(root, float(os.environ.get("CHIASM_FEATURE_CACHE_GB", DEFAULT_LIMIT_GB)), keep=self.folder)
-        self._refresh()
+        self.refresh()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -94,20 +94,20 @@ class FeatureCache:
         if tuple(features.shape) != (len(keys), *self.shape):
             raise ValueError(f"features are {tuple(features.shape)}, expected {(len(keys), *self.shape)}")
         with self._lock:
-            self._refresh()
+            self.refresh()
             new = {bytes.fromhex(key): place for place, key in enumerate(keys) if self.row(key) is None}
             if not new:
                 return
             rows = features.detach()[list(new.values())].to("cpu", self.dtype).contiguous()
             _write(self._features, len(self) * self.row_bytes, rows.view(-1).view(torch.uint8).numpy().data)
             _write(self._keys, len(self) * KEY_BYTES, b"".join(new))
-            self._refresh()
+            self.refresh()
 
     def room(self) -> int:
         """Rows that the disk still has space for, a gigabyte left free."""
         return max(0, shutil.disk_usage(self.folder).free - 1_000_000_000) // self.row_bytes
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Takes note of rows that are on disk, whoever wrote them."""
         count = min(self._keys.stat().st_size // KEY_BYTES, self._features.stat().st_size // self.row_bytes)
         known = len(self._rows)

@@ -14,7 +14,7 @@ from chiasm.objectives.contrastive import contrastive_loss, identical_pairs
 from chiasm.objectives.grounded_generation import decoder_inputs, grounded_generation_loss
 from chiasm.objectives.masks import multimodal_causal_mask
 from chiasm.objectives.matching import draw_negatives, matching_loss, pairs_to_match
-from chiasm.objectives.processes import gather
+from chiasm.objectives.processes import gather, gather_with_gradient
 
 
 def caption_losses(
@@ -48,8 +48,8 @@ def _comparisons(
     ids, mask, pictures = inputs["input_ids"], inputs["attention_mask"], inputs["picture_ids"]
     with torch.set_grad_enabled("contrastive" in objectives and torch.is_grad_enabled()):
         images, texts = model.embed_images(patches), model.embed_texts(ids, mask)
-        all_images, first = gather(images)
-        to_text = query_similarity(images, gather(texts)[0])
+        all_images, first = gather_with_gradient(images)
+        to_text = query_similarity(images, gather_with_gradient(texts)[0])
         to_image = query_similarity(all_images, texts).T
     all_ids, all_masks = _gather_texts(ids, mask, model)
     own = slice(first, first + len(ids))

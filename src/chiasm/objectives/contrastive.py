@@ -52,5 +52,7 @@ def identical_pairs(
         pictures: a number for each picture, equal where the pictures are.
         texts: padded token ids.
     """
-    same_text = torch.stack([(all_texts == text).all(dim=1) for text in texts])
+    same_text = torch.zeros(len(texts), len(all_texts), dtype=torch.bool, device=texts.device)
+    for row, text in enumerate(texts):
+        same_text[row] = (all_texts == text).all(dim=1)
     return same_text | (pictures[:, None] == all_pictures)

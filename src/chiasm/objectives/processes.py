@@ -1,10 +1,25 @@
 """A batch that is spread over processes, seen as one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While it lasts, a batch is this process's own: `gather` returns rows as they are."""
+    token = ALONE.set(True)
+    try:
+        yield
+    finally:
+        ALONE.reset(token)
 
 
 def gather(rows: Tensor) -> tuple[Tensor, int]:
@@ -12,7 +27,7 @@ def gather(rows: Tensor) -> tuple[Tensor, int]:
 
     Processes may have different numbers of rows. Without `torch.distributed` the rows are returned as they are.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _is_alone():
         return rows, 0
     count = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
@@ -32,9 +47,13 @@ def gather(rows: Tensor) -> tuple[Tensor, int]:
 def gather_with_gradient(rows: Tensor) -> tuple[Tensor, int]:
     """The same, and everyone's loss has a gradient for one's own rows: the sum over processes of the gradients is that
     of one process with the whole batch. All processes must call `backward` on what they made of it."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _is_alone():
         return rows, 0
     return _Gather.apply(rows)
+
+
+def _is_alone() -> bool:
+    return ALONE.get() or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
 
 class _Gather(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """Checkpoints that are whole or absent: written beside their place, flushed, renamed; safetensors and JSON only.
 
+Tensors that are sharded over processes are written by all of them (`chiasm.training.tensor_files`).
+
 A checkpoint holds the tensors that any stage has trained so far, the optimizer's moments, and the position. The order
 of samples, the learning rate and all random numbers are functions of the recipe and the step: nothing else is needed.
 """
@@ -10,26 +12,28 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from chiasm.training.errors import TrainingError
+from chiasm.training.sharding import is_sharded
+from chiasm.training.team import Stopped, Team
+from chiasm.training.tensor_files import names, read_into, write_shards, write_whole
+
+__all__ = ["Checkpoint", "Position", "Saved", "TrainingError", "newest_checkpoint", "save_checkpoint", "whole_folder"]
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-WEIGHTS = "weights.safetensors"
-OPTIMIZER = "optimizer.safetensors"
+WEIGHTS = "weights"
+OPTIMIZER = "optimizer"
 FORMAT = 1
 _UNFINISHED = ".partial-"
-
-
-class TrainingError(RuntimeError):
-    """A fault that stops a run, told in one line; what was saved before is intact."""
 
 
 @dataclass(frozen=True)
@@ -46,60 +50,112 @@ class Position:
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """What is to be kept."""
+
     position: Position
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, stages: list[str], keep: int) -> Path:
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint on disk."""
+
+    path: Path
+    position: Position
+
+    def names(self, kind: str) -> list[str]:
+        """Of the tensors that it holds: `kind` is `WEIGHTS` or `OPTIMIZER`."""
+        return names(self.path, kind)
+
+    def read_into(self, kind: str, tensors: dict[str, Tensor]) -> None:
+        """Fills tensors, whole ones or shards, by name."""
+        read_into(self.path, kind, tensors)
+
+
+def save_checkpoint(
+    folder: Path, checkpoint: Checkpoint, stages: list[str], keep: int, team: Team | None = None
+) -> Path:
     """Writes `<stage>-<step>` into the folder and removes all but the newest `keep`.
 
     Args:
         stages: names of the recipe's stages in order, which tells newer from older.
+        team: the run's processes, which all call this; the first writes what is not sharded.
 
     Raises:
         TrainingError: the disk is full or not writable; earlier checkpoints are still there.
     """
-    position = checkpoint.position
-    target = folder / f"{position.stage}-{position.step}"
-    with whole_folder(target) as place:
-        save_file(_contiguous(checkpoint.weights), place / WEIGHTS)
-        save_file(_contiguous(checkpoint.optimizer), place / OPTIMIZER)
-        (place / STATE).write_text(json.dumps({"format": FORMAT, **asdict(position)}))
-        files = {name: _describe(place / name) for name in (WEIGHTS, OPTIMIZER, STATE)}
-        (place / MANIFEST).write_text(json.dumps(files))
-    for old in _in_order(folder, stages)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    team = team or Team()
+    target = folder / f"{checkpoint.position.stage}-{checkpoint.position.step}"
+    if is_sharded(checkpoint.weights):
+        _save_shards(target, checkpoint, team)
+    else:
+        team.first_does(lambda: _save_whole(target, checkpoint))
+    if team.first:
+        for old in _in_order(folder, stages)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def newest_checkpoint(folder: Path, stages: list[str]) -> tuple[Checkpoint | None, list[str]]:
+def _save_whole(target: Path, checkpoint: Checkpoint) -> None:
+    with whole_folder(target) as place:
+        write_whole(place, WEIGHTS, checkpoint.weights)
+        write_whole(place, OPTIMIZER, checkpoint.optimizer)
+        _describe_all(place, checkpoint.position)
+
+
+def _save_shards(target: Path, checkpoint: Checkpoint, team: Team) -> None:
+    try:
+        with whole_folder(target) if team.first else nullcontext(_unfinished(target)) as place:
+            team.wait()
+            write_shards(place, WEIGHTS, checkpoint.weights)
+            write_shards(place, OPTIMIZER, checkpoint.optimizer)
+            if team.first:
+                _describe_all(place, checkpoint.position)
+    except (OSError, SafetensorError):
+        raise Stopped(1) from None  # the first process tells
+    team.wait()
+
+
+def _describe_all(place: Path, position: Position) -> None:
+    (place / STATE).write_text(json.dumps({"format": FORMAT, **asdict(position)}))
+    files = {path.relative_to(place).as_posix(): _describe(path) for path in sorted(place.rglob("*")) if path.is_file()}
+    (place / MANIFEST).write_text(json.dumps(files))
+
+
+def newest_checkpoint(folder: Path, stages: list[str]) -> tuple[Saved | None, list[str]]:
     """The newest whole checkpoint, and a note on each damaged one that was passed over."""
     notes: list[str] = []
     for path in reversed(_in_order(folder, stages)):
         damage = _damage(path)
         if damage is None:
-            state = json.loads((path / STATE).read_text())
-            if state.pop("format") != FORMAT:
-                raise TrainingError(f"{path} was written by another version of Chiasm; start anew without resuming")
-            return Checkpoint(Position(**state), load_file(path / WEIGHTS), load_file(path / OPTIMIZER)), notes
+            return open_checkpoint(path), notes
         notes.append(f"checkpoint {path.name} is ignored: {damage}")
     return None, notes
 
 
+def open_checkpoint(path: Path) -> Saved:
+    """A checkpoint that is known to be whole."""
+    state = json.loads((path / STATE).read_text())
+    if state.pop("format") != FORMAT:
+        raise TrainingError(f"{path} was written by another version of Chiasm; start anew without resuming")
+    return Saved(path, Position(**state))
+
+
 @torch.no_grad()
-def restore(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], originals: dict[str, Tensor]) -> None:
+def restore(parameters: dict[str, nn.Parameter], saved: Saved, originals: dict[str, Tensor]) -> None:
     """Puts a checkpoint's weights into a model's parameters, and into the originals of frozen copies.
 
     Raises:
         ValueError: the model has no weight of that name, or another shape.
     """
-    for name, tensor in weights.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            raise ValueError(f"the checkpoint's weight {name} {tuple(tensor.shape)} does not fit this model")
-        parameters[name].data.copy_(tensor)
-        if name in originals:
-            originals[name].copy_(tensor)
+    found = saved.names(WEIGHTS)
+    strange = [name for name in found if name not in parameters]
+    if strange:
+        raise ValueError(f"the checkpoint's weight {strange[0]} does not fit this model, which has none of that name")
+    saved.read_into(WEIGHTS, {name: originals.get(name, parameters[name].data) for name in found})
+    for name in set(found) & set(originals):
+        parameters[name].data.copy_(originals[name])
 
 
 @contextmanager
@@ -109,7 +165,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         TrainingError: the disk is full or not writable.
     """
-    place = target.parent / f"{_UNFINISHED}{target.name}"
+    place = _unfinished(target)
     try:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
@@ -134,6 +190,10 @@ def remove_unfinished(folder: Path) -> None:
     """Clears away what a killed run left half-written."""
     for path in folder.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _unfinished(target: Path) -> Path:
+    return target.parent / f"{_UNFINISHED}{target.name}"
 
 
 def _why(error: BaseException, target: Path) -> str:
@@ -168,10 +228,6 @@ def _damage(path: Path) -> str | None:
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def _flush(path: Path) -> None:

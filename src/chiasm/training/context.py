@@ -12,6 +12,7 @@ from chiasm.training.forgetting import ForgettingProbe
 from chiasm.training.log import Reporter
 from chiasm.training.run import Run
 from chiasm.training.source import Survey
+from chiasm.training.team import Team
 from chiasm.training.validation import Generate
 
 
@@ -29,5 +30,6 @@ class Context:
     generate: Generate | None
     closed_form: Callable[..., Any]
     cache_root: Path | None
+    team: Team = field(default_factory=Team)
     trained: set[str] = field(default_factory=set)
     probe: ForgettingProbe | None = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.data.schema import Sample
+from chiasm.training.sharding import local
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -16,9 +17,10 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def digest(tensor: Tensor) -> tuple[int, int]:
     """Two 64-bit sums over a tensor's bits, the second weighted by position; computed where the tensor is.
 
-    Fast rather than cryptographic: one pass at memory speed, to notice any change that training makes.
+    Fast rather than cryptographic: one pass at memory speed, to notice any change that training makes. Of a sharded
+    tensor this process's part counts.
     """
-    bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    bits = local(tensor.detach()).contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
     plain = weighted = 0
     for start in range(0, bits.numel(), 1 << 22):
         chunk = bits[start : start + (1 << 22)].long()

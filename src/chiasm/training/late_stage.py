@@ -17,7 +17,7 @@ from chiasm.objectives.late import answer_loss, pair_losses
 from chiasm.training.batches import seed_of
 from chiasm.training.log import Reporter
 from chiasm.training.schema import Captions, Stage
-from chiasm.training.stage_model import StageModel
+from chiasm.training.stage_model import StageModel, caption_filler
 
 KEPT_TEXTS = 200_000
 TEXT_BATCH = 64
@@ -36,10 +36,19 @@ class TwoTowers(StageModel):
         batch = collate_captions(items, self.processor)
         return replace(batch, inputs=batch.inputs | {"text_ids": text_ids(items)})
 
+    def filler(self) -> Batch:
+        batch = caption_filler(self.model)
+        nobody = torch.zeros(0, dtype=torch.long)
+        return replace(batch, inputs=batch.inputs | {"text_ids": nobody} | ({"labels": nobody} if self.answers else {}))
+
     def pooled_texts(self, inputs: dict[str, Tensor]) -> Tensor | None:
         """The text tower's vectors of a batch, where all of them are known."""
         rows = [self.known.get(text) for text in inputs["text_ids"].tolist()]
-        return None if None in rows else self.vectors[torch.tensor(rows)].to(self.model.device)
+        return (
+            None
+            if None in rows or not self.known
+            else self.vectors[torch.tensor(rows, dtype=torch.long)].to(self.model.device)
+        )
 
     @torch.no_grad()
     def prepare(self, samples: Sequence[Sample], indices: Sequence[int], reporter: Reporter) -> None:

@@ -7,22 +7,27 @@ import torch
 
 from chiasm.data.collation import Batch
 from chiasm.training.batches import seed_of
-from chiasm.training.checkpoint import TrainingError
+from chiasm.training.errors import TrainingError
 from chiasm.training.optimizer import StageOptimizer
+from chiasm.training.parallel import Engine
 from chiasm.training.precision import autocast
 from chiasm.training.schema import Stage
-from chiasm.training.stage_model import StageModel
 from chiasm.training.stages import FreezePlan, check_first_step, digests
+from chiasm.training.team import Team
 
 NAMED = 8
 
 
 @dataclass
 class Taken:
-    """What a step did: the loss of every objective, the norm of the gradient, and warnings about the first one."""
+    """What a step did in all processes: the loss of every objective, the norm of the gradient, counts, and warnings
+    about the first one."""
 
     losses: dict[str, float] = field(default_factory=dict)
     norm: float = 0.0
+    samples: int = 0
+    supervised: int = 0
+    tokens: int = 0
     warnings: list[str] = field(default_factory=list)
 
 
@@ -36,7 +41,8 @@ class Optimization:
 
     def __init__(
         self,
-        learner: StageModel,
+        engine: Engine,
+        team: Team,
         plan: FreezePlan,
         optimizer: StageOptimizer,
         stage: Stage,
@@ -44,46 +50,65 @@ class Optimization:
         first_step: int,
         dtype: torch.dtype,
     ) -> None:
-        self.learner, self.plan, self.optimizer, self.stage = learner, plan, optimizer, stage
+        self.engine, self.team, self.plan, self.optimizer, self.stage = engine, team, plan, optimizer, stage
         self.number, self.first_step, self.dtype = number, first_step, dtype
 
     def take(self, step: int, batches: list[Batch]) -> Taken:
         """One step over all batches of it, weighted by supervised tokens, or by samples where these are compared: k
-        small batches equal one large one, but for the number of candidates that a sample is compared with.
+        small batches equal one large one, but for the number of candidates that a sample is compared with. Every
+        process has its part of each batch, and all of them take the step that one process would take.
 
         Raises:
             TrainingError: the loss or the gradient is not finite.
         """
-        model, taken = self.learner.model, Taken()
-        torch.manual_seed(seed_of(self.stage.seed, self.number, step))
+        torch.manual_seed(seed_of(self.stage.seed, self.number, step, *([self.team.rank] if self.team.rank else [])))
         check = step == self.first_step
-        before = digests(model) if check else {}
-        samples, tokens = sum(len(batch.ids) for batch in batches), sum(batch.supervised for batch in batches)
-        for batch in batches:
-            self._backward(step, batch, samples, tokens, taken)
-        taken.norm = self.optimizer.step(step) if batches else 0.0
+        before = digests(self.engine.model) if check else {}
+        counts = [[len(batch.ids), batch.supervised, batch.tokens] for batch in batches]
+        totals = self.team.sums([sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0])
+        taken = Taken(samples=int(totals[0]), supervised=int(totals[1]), tokens=int(totals[2]))
+        if not taken.samples:
+            return taken
+        faulty = []
+        for number, batch in enumerate(batches, 1):
+            with self.engine.accumulate(last=number == len(batches)):
+                finite = self._backward(batch, taken)
+            faulty += [] if finite else [batch]
+        taken.losses = dict(zip(taken.losses, self.team.sums(list(taken.losses.values())), strict=True))
+        self._refuse_infinite("loss", sum(taken.losses.values()), step, faulty)
+        taken.norm = self.optimizer.step(step)
         self._refuse_infinite("gradient", taken.norm, step, batches)
-        if check and batches:
-            taken.warnings = check_first_step(model, self.plan, before, self.optimizer.factor(step))
+        if check:
+            factor = self.optimizer.factor(step)
+            taken.warnings = check_first_step(self.engine.model, self.plan, before, factor, self.stage.optimizer)
         self.optimizer.zero_grad()
         return taken
 
-    def _backward(self, step: int, batch: Batch, samples: int, tokens: int, taken: Taken) -> None:
-        device = self.learner.model.device
+    def _backward(self, batch: Batch, taken: Taken) -> bool:
+        """Adds a batch's gradients and losses. DDP and FSDP average over processes what is a sum here.
+
+        Returns:
+            Whether the loss is finite.
+        """
+        device = self.engine.model.device
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
         with autocast(device, self.dtype):
-            shares = self.learner.losses(inputs, samples, tokens)
+            shares = self.engine.losses(inputs, taken.samples, taken.supervised)
         for name, share in shares.items():
             taken.losses[name] = taken.losses.get(name, 0.0) + share.item()
-        self._refuse_infinite("loss", sum(taken.losses.values()), step, [batch])
-        torch.stack(list(shares.values())).sum().backward()
+        loss = torch.stack(list(shares.values())).sum()
+        (loss * self.team.size).backward()
+        return math.isfinite(loss.item())
 
     def _refuse_infinite(self, what: str, value: float, step: int, batches: list[Batch]) -> None:
+        """`batches`: this process's that may be at fault."""
         if math.isfinite(value):
             return
-        ids = [sample for batch in batches for sample in batch.ids]
+        ids = [sample for said in self.team.told([one for batch in batches for one in batch.ids]) for sample in said]
         listed = ", ".join(ids[:NAMED]) + (f" and {len(ids) - NAMED} more" if len(ids) > NAMED else "")
-        raise TrainingError(
-            f"stage {self.stage.name!r}, step {step + 1}: the {what} is {value} on the samples {listed}; "
-            "lower lr, or look at these samples"
+        self.team.stop_if_any(
+            TrainingError(
+                f"stage {self.stage.name!r}, step {step + 1}: the {what} is {value} on the samples {listed}; "
+                "lower lr, or look at these samples; the last checkpoint is intact"
+            )
         )

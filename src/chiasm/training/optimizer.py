@@ -1,12 +1,15 @@
-"""AdamW (arXiv 1711.05101) over a freeze plan: a rate for each part, weight decay on matrices, warm-up, cosine."""
+"""AdamW (arXiv 1711.05101), or plain SGD, over a freeze plan: a rate for each part, weight decay on matrices, warm-up,
+cosine."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from chiasm.training.schema import Settings
+from chiasm.training.sharding import whole
 from chiasm.training.stages import FreezePlan
 
 FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -24,13 +27,15 @@ class StageOptimizer:
         for name, parameter in self.parameters.items():
             decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
             groups.setdefault((plan.labels[name], plan.rates[name] or 0.0, decay), []).append(parameter)
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": tensors, "lr": rate, "weight_decay": decay, "part": part, "peak": rate}
-                for (part, rate, decay), tensors in groups.items()
-            ],
-            betas=settings.betas,
-            fused=all(p.device.type in FUSED_DEVICES for p in self.parameters.values()),
+        fused = all(p.device.type in FUSED_DEVICES for p in self.parameters.values())
+        members = [
+            {"params": tensors, "lr": rate, "weight_decay": decay, "part": part, "peak": rate}
+            for (part, rate, decay), tensors in groups.items()
+        ]
+        self.rule: torch.optim.Optimizer = (
+            torch.optim.SGD(members)
+            if settings.optimizer == "sgd"
+            else torch.optim.AdamW(members, betas=settings.betas, fused=fused)
         )
 
     def factor(self, step: int) -> float:
@@ -49,30 +54,42 @@ class StageOptimizer:
             The gradients' norm before clipping; without a step if it is not finite.
         """
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = whole(nn.utils.get_total_norm(gradients))
         if not torch.isfinite(norm):
             return norm.item()
         if self.settings.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.clip, norm)
-        for group in self.adamw.param_groups:
+        for group in self.rule.param_groups:
             group["lr"] = group["peak"] * self.factor(step)
-        self.adamw.step()
+        self.rule.step()
         return norm.item()
 
     def zero_grad(self) -> None:
-        self.adamw.zero_grad(set_to_none=True)
+        self.rule.zero_grad(set_to_none=True)
 
     def rates(self, step: int) -> dict[str, float]:
         """Learning rate of every trained part and pattern at a step."""
-        return {group["part"]: group["peak"] * self.factor(step) for group in self.adamw.param_groups}
+        return {group["part"]: group["peak"] * self.factor(step) for group in self.rule.param_groups}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments by parameter name: `exp_avg/connector.…`. Parameters that never had a gradient have none."""
         return {
-            f"{moment}/{name}": self.adamw.state[parameter][moment]
+            f"{moment}/{name}": self.rule.state[parameter][moment]
             for name, parameter in self.parameters.items()
-            if parameter in self.adamw.state
             for moment in MOMENTS
+            if parameter in self.rule.state and moment in self.rule.state[parameter]
+        }
+
+    def empty_state(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Moments of these names, to be filled with saved ones.
+
+        Raises:
+            ValueError: one belongs to no parameter that is trained here.
+        """
+        parameters = {name: self._parameter_of(name) for name in names}
+        return {
+            name: torch.zeros(()) if name.startswith("step/") else torch.zeros_like(parameter.data)
+            for name, parameter in parameters.items()
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
@@ -84,11 +101,15 @@ class StageOptimizer:
         state: dict[Any, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             moment, name = key.split("/", 1)
-            if name not in self.parameters or moment not in MOMENTS:
-                raise ValueError(f"the checkpoint has optimizer state for {name!r}, which this stage does not train")
-            parameter = self.parameters[name]
+            parameter = self._parameter_of(key)
             if moment != "step" and tensor.shape != parameter.shape:
                 raise ValueError(f"{name} is {tuple(parameter.shape)} but its saved state is {tuple(tensor.shape)}")
             device = tensor.device if moment == "step" and parameter.device.type == "cpu" else parameter.device
             state.setdefault(parameter, {})[moment] = tensor.to(device, copy=True)
-        self.adamw.state.update(state)
+        self.rule.state.update(state)
+
+    def _parameter_of(self, key: str) -> Tensor:
+        moment, name = key.split("/", 1)
+        if name not in self.parameters or moment not in MOMENTS:
+            raise ValueError(f"the checkpoint has optimizer state for {name!r}, which this stage does not train")
+        return self.parameters[name]

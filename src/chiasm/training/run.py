@@ -3,10 +3,11 @@
 RUN/recipe.yaml   log.jsonl   checkpoints/<stage>-<step>/   <stage>/ (a model)   model/ (the last stage's)
 """
 
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from transformers.utils import logging
 from chiasm.training.checkpoint import (
     Checkpoint,
     Position,
+    Saved,
     newest_checkpoint,
+    open_checkpoint,
     remove_unfinished,
     save_checkpoint,
     whole_folder,
@@ -27,6 +30,7 @@ from chiasm.training.fingerprint import differences
 from chiasm.training.log import Reporter, RunLog
 from chiasm.training.recipe import to_yaml
 from chiasm.training.schema import WITHOUT_EFFECT, Recipe
+from chiasm.training.team import Team
 from chiasm.training.trackers import open_trackers, require_trackers
 
 RECIPE, LOG, MODEL, CHECKPOINTS, LOCK = "recipe.yaml", "log.jsonl", "model", "checkpoints", ".lock"
@@ -34,14 +38,15 @@ RECIPE, LOG, MODEL, CHECKPOINTS, LOCK = "recipe.yaml", "log.jsonl", "model", "ch
 
 @dataclass
 class Run:
-    """An open run."""
+    """An open run, in one of its processes."""
 
     folder: Path
     stages: list[str]
     log: RunLog
     fingerprint: dict[str, Any]
     environment: dict[str, Any]
-    resumed: Checkpoint | None
+    resumed: Saved | None
+    team: Team = field(default_factory=Team)
 
     def is_done(self, stage: str) -> bool:
         """Whether the stage's weights are final in the checkpoint that the run goes on from."""
@@ -51,7 +56,7 @@ class Run:
         reached = self.stages.index(position.stage) + (1 if position.finished else 0)
         return self.stages.index(stage) < reached
 
-    def resumed_in(self, stage: str) -> Checkpoint | None:
+    def resumed_in(self, stage: str) -> Saved | None:
         """The checkpoint, if the run goes on within this stage."""
         if self.resumed is None or self.resumed.position.finished or self.resumed.position.stage != stage:
             return None
@@ -60,19 +65,24 @@ class Run:
     def save(
         self, stage: str, step: int, finished: bool, weights: dict[str, Tensor], moments: dict[str, Tensor], keep: int
     ) -> None:
-        """Writes a checkpoint."""
+        """Writes a checkpoint; all processes call this."""
         position = Position(stage, step, finished, self.log.num_bytes(), self.fingerprint, self.environment)
-        save_checkpoint(self.folder / CHECKPOINTS, Checkpoint(position, weights, moments), self.stages, keep)
+        checkpoint = Checkpoint(position, weights, moments)
+        save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.stages, keep, self.team)
         self.log.write("checkpoint", stage, step, finished=finished)
 
     def save_model(self, stage: str, model: PreTrainedModel, processor: ProcessorMixin) -> Path:
         """The finished stage as a model folder; that of the last stage is the run's result too."""
         names = [stage, MODEL] if stage == self.stages[-1] else [stage]
-        for name in names:
-            if not (self.folder / name).is_dir():
-                with whole_folder(self.folder / name) as place, without_progress_bars():
-                    model.save_pretrained(place)
-                    processor.save_pretrained(place)
+
+        def write() -> None:
+            for name in names:
+                if not (self.folder / name).is_dir():
+                    with whole_folder(self.folder / name) as place, without_progress_bars():
+                        model.save_pretrained(place)
+                        processor.save_pretrained(place)
+
+        self.team.first_does(write)
         return self.folder / names[-1]
 
 
@@ -84,13 +94,40 @@ def open_run(
     environment: dict[str, Any],
     resume: bool,
     reporter: Reporter,
+    team: Team | None = None,
 ) -> Iterator[Run]:
-    """Opens a folder for a new run, or goes on with the one that it holds.
+    """Opens a folder for a new run, or goes on with the one that it holds. Of several processes the first does so.
 
     Raises:
         ValueError: the folder holds something else, a run of another recipe, model or data, or a run that is going on.
     """
     require_trackers(recipe.logs)
+    team = team or Team()
+    with ExitStack() as opened:
+
+        def open_first() -> Run:
+            return opened.enter_context(_open(folder, recipe, fingerprint, environment, resume, reporter, team))
+
+        run = team.first_does(open_first)
+        going_on = team.told(run.resumed.path if run is not None and run.resumed is not None else None)[0]
+        if run is None:
+            stages = [stage.name for stage in recipe.stages]
+            resumed = open_checkpoint(going_on) if going_on is not None else None
+            log = RunLog(Path(os.devnull))
+            run = Run(folder, stages, log, fingerprint, environment, resumed, team)
+        yield run
+
+
+@contextmanager
+def _open(
+    folder: Path,
+    recipe: Recipe,
+    fingerprint: dict[str, Any],
+    environment: dict[str, Any],
+    resume: bool,
+    reporter: Reporter,
+    team: Team,
+) -> Iterator[Run]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -111,7 +148,7 @@ def open_run(
         log = RunLog(folder / LOG, resumed.position.log_bytes if resumed is not None else 0, trackers)
         log.listeners.append(reporter.dashboard.hear)
         try:
-            run = Run(folder, stages, log, fingerprint, environment, resumed)
+            run = Run(folder, stages, log, fingerprint, environment, resumed, team)
             _tell(run, notes, reporter)
             yield run
         except KeyboardInterrupt:

@@ -28,7 +28,7 @@ LENGTHS = ("epochs", "steps", "samples")
 EXACT_LENGTHS = ("steps", "samples")
 """Lengths beside which `min_steps` says nothing."""
 RESERVED_NAMES = ("checkpoints", "model")
-WITHOUT_EFFECT = ("validation", "checkpoint_every", "keep_checkpoints")
+WITHOUT_EFFECT = ("validation", "checkpoint_every", "keep_checkpoints", "parallel")
 """Settings that may differ between a run and its continuation: no weight depends on them."""
 
 ADAPTERS = ("lora", "dora", "rslora", "qlora")
@@ -83,7 +83,9 @@ class PartPlan(Strict):
         if self.tune == "frozen" and self.lr is not None:
             raise ValueError(f"a frozen part takes no lr (found {self.lr}); write tune: full or tune: lora")
         if self.tune == "frozen" and self.from_layer is not None:
-            raise ValueError("a frozen part takes no from_layer; write tune: full or tune: lora for the layers from it on")
+            raise ValueError(
+                "a frozen part takes no from_layer; write tune: full or tune: lora for the layers from it on"
+            )
         if self.only is not None and self.tune != "full":
             raise ValueError(f"only: {self.only} belongs to tune: full, not to tune: {self.tune}")
         if self.tune != "frozen" and self.lr is None:
@@ -139,10 +141,14 @@ class Settings(Strict):
     warmup: Annotated[float, Field(ge=0, le=1, description="share of the steps in which the rate rises")] = 0.03
     schedule: Literal["cosine", "constant"] = Field("cosine", description="of the rate after the warm-up")
     weight_decay: Annotated[float, Field(ge=0, description="AdamW's, on matrices only")] = 0.0
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or plain gradient descent")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's")
     clip: PositiveFloat | None = Field(1.0, description="largest norm of the gradient; null does not clip")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the arithmetic; weights learn in float32"
+    )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="under torchrun: a whole copy in every process (ddp, auto), or one sharded over all (fsdp)"
     )
     compile: bool = Field(False, description="compile the decoder's layers: 10 % faster on long runs")
     cache_features: Literal["auto"] | bool = Field("auto", description="keep a frozen encoder's features on disk")

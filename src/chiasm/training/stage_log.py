@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from chiasm.data.collation import Batch
 from chiasm.data.schema import SampleError
 from chiasm.training.forgetting import in_words
 from chiasm.training.log import Reporter, RunLog, Task, gate_fields, peak_memory, plan_fields
@@ -28,7 +27,6 @@ class StageLog:
     def step(
         self,
         done: int,
-        batches: list[Batch],
         skipped: dict[str, SampleError],
         taken: Taken,
         rates: dict[str, float],
@@ -37,25 +35,24 @@ class StageLog:
     ) -> None:
         """`done`: steps so far, this one included."""
         loss = sum(taken.losses.values())
-        samples, tokens = sum(len(b.ids) for b in batches), sum(b.tokens for b in batches)
         for sample, error in skipped.items():
             self.log.write("skipped", self.stage.name, done, id=sample, reason=str(error))
         self.log.write(
             "step",
             self.stage.name,
             done,
-            loss=loss if batches else None,
+            loss=loss if taken.samples else None,
             **by_objective(taken.losses),
             lr=rates,
             grad_norm=taken.norm,
-            samples=samples,
+            samples=taken.samples,
             skipped=len(skipped),
-            supervised_tokens=sum(b.supervised for b in batches),
-            samples_per_second=round(samples / seconds, 3),
-            tokens_per_second=round(tokens / seconds, 1),
+            supervised_tokens=taken.supervised,
+            samples_per_second=round(taken.samples / seconds, 3),
+            tokens_per_second=round(taken.tokens / seconds, 1),
             peak_memory_bytes=peak_memory(self.model.device),
         )
-        task.advance(1, f"loss {loss:.4f}, {samples / seconds:.1f} samples/s")
+        task.advance(1, f"loss {loss:.4f}, {taken.samples / seconds:.1f} samples/s")
 
     def validation(self, done: int, result: dict[str, Any], seconds: float) -> None:
         if "unanswered" in result:

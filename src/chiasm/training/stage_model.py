@@ -18,7 +18,7 @@ from chiasm import sources
 from chiasm.connectors.bert import initialise_from_bert, load_bert
 from chiasm.data.captions import CaptionProcessor, collate_captions, encode_caption
 from chiasm.data.collation import Batch, Item, collate, encode_sample
-from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.processor import IGNORE, ChiasmProcessor
 from chiasm.data.schema import Sample
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval, build_retrieval, take_own_weights
 from chiasm.language.adapter import context_length, load_tokenizer
@@ -48,6 +48,10 @@ class StageModel(ABC):
         """What can be computed before the first step of the samples that the stage will meet."""
 
     @abstractmethod
+    def filler(self) -> Batch:
+        """A batch without samples, whose loss is 0 and reaches every parameter: for a process without a share."""
+
+    @abstractmethod
     def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
         """Each objective's share of the loss of `num_samples` samples with `num_tokens` supervised tokens."""
 
@@ -67,6 +71,11 @@ class AnswerModel(StageModel):
     def collate(self, items: Sequence[Item]) -> Batch:
         return collate(items, self.processor)
 
+    def filler(self) -> Batch:
+        words = torch.full((1, 2), int(self.processor.image_token_id == 0))
+        labels = torch.full_like(words, IGNORE)
+        return Batch({"input_ids": words, "attention_mask": torch.ones_like(words), "labels": labels}, [], 0, 0)
+
     def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
         return {"next_token": self.model(**inputs, num_items_in_batch=num_tokens, return_logits=False).loss}
 
@@ -84,8 +93,22 @@ class CaptionModel(StageModel):
     def collate(self, items: Sequence[Item]) -> Batch:
         return collate_captions(items, self.processor)
 
+    def filler(self) -> Batch:
+        return caption_filler(self.model)
+
     def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
         return caption_losses(self.model, inputs, self.objectives, num_samples, num_tokens)
+
+
+def caption_filler(model: PreTrainedModel) -> Batch:
+    """A batch of no pictures and no texts."""
+    vision, words = model.vision, torch.zeros(0, 2, dtype=torch.long)
+    if any(parameter.requires_grad for parameter in vision.parameters()):
+        shown = {"pixel_values": torch.zeros(0, 3, *vision.image_size)}
+    else:
+        shown = {"image_features": torch.zeros(0, vision.num_patches, vision.width)}
+    texts = {"input_ids": words, "attention_mask": words, "picture_ids": words[:, 0]}
+    return Batch(texts | shown, [], 0, 0)
 
 
 def stage_model(

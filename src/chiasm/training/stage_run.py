@@ -21,6 +21,7 @@ from chiasm.training.four_bit import four_bit_layers
 from chiasm.training.learner import learner_of
 from chiasm.training.optimization import Optimization, Taken
 from chiasm.training.optimizer import StageOptimizer
+from chiasm.training.parallel import engine, on_cpu
 from chiasm.training.precision import choose_dtype, stage_precision
 from chiasm.training.schema import Stage
 from chiasm.training.source import Hope, Source, usable_samples
@@ -47,7 +48,8 @@ class StageRun:
         self.learner = self._learner(earlier)
         self.model = self.learner.model
         self.log = StageLog(context.run.log, context.reporter, stage, self.model)
-        self.dtype = choose_dtype(stage.dtype, self.model.device)
+        self.team, self.device = context.team, self.model.device
+        self.dtype = choose_dtype(stage.dtype, self.device)
         self.resumed = context.run.resumed_in(stage.name)
         self.first_step = self.resumed.position.step if self.resumed is not None else 0
         survey = context.survey.with_one_picture() if stage.shows_one_picture else context.survey
@@ -76,17 +78,29 @@ class StageRun:
         if self.resumed is None:
             Start(self.context, self.stage, self.plan, self.model, self._source, self.features).run()
         with ExitStack() as context:
+            if self.team.size > 1 and self.stage.parallel == "fsdp":
+                context.enter_context(on_cpu(self.model))
             originals = context.enter_context(stage_precision(self.model, self.dtype))
-            if "language" in self.plan.states:
-                context.enter_context(fast_attention(self.model.language, self.dtype))
-                context.enter_context(compiled_layers(self.model.language, self.stage.compile))
-            self.optimizer = StageOptimizer(self.model, self.plan, self.stage, self.num_steps)
             self.state = StageState(self.context, self.stage, self.learner, self.plan, originals)
             if self.resumed is not None:
-                self.state.restore(self.resumed, self.optimizer)
+                self.state.restore(self.resumed)
             context.enter_context(four_bit_layers(self.model, self.plan.four_bit, self.dtype, originals))
+            self.engine = context.enter_context(engine(self.learner, self.team, self.stage.parallel, self.device))
+            if "language" in self.plan.states:
+                context.enter_context(fast_attention(self.engine.model.language, self.dtype))
+                context.enter_context(compiled_layers(self.engine.model.language, self.stage.compile))
+            self.optimizer = StageOptimizer(self.engine.model, self.plan, self.stage, self.num_steps)
+            if self.resumed is not None:
+                self.state.restore_moments(self.resumed, self.optimizer)
             self.steps = Optimization(
-                self.learner, self.plan, self.optimizer, self.stage, self.number, self.first_step, self.dtype
+                self.engine,
+                self.team,
+                self.plan,
+                self.optimizer,
+                self.stage,
+                self.number,
+                self.first_step,
+                self.dtype,
             )
             self._loop()
         self._finish(time.monotonic() - began)
@@ -99,11 +113,13 @@ class StageRun:
             if self.first_step == 0 and self.new_objectives:
                 self._validate(0)
             started = saved = time.monotonic()
-            for step, (batches, skipped) in enumerate(ready, self.first_step):
+            for step in range(self.first_step, self.num_steps):
                 done = step + 1
+                batches, skipped = self.team.all_do(lambda: next(ready))
                 taken = self._optimize(step, batches)
-                self._log_step(step, batches, skipped, taken, time.monotonic() - started)
-                hope.after(done, bool(batches), skipped)
+                skipped = self._skipped_by_all(skipped)
+                self._log_step(step, skipped, taken, time.monotonic() - started)
+                hope.after(done, bool(taken.samples), skipped)
                 if done == self.num_steps or (self.stage.validation.every and done % self.stage.validation.every == 0):
                     self._validate(done)
                 if done < self.num_steps and self.stage.checkpoint_due(done, time.monotonic() - saved):
@@ -111,23 +127,29 @@ class StageRun:
                     saved = time.monotonic()
                 started = time.monotonic()
 
+    def _skipped_by_all(self, skipped: dict[str, SampleError]) -> dict[str, SampleError]:
+        if self.team.size == 1 or not self.team.sums([len(skipped)])[0]:
+            return skipped
+        return {name: error for part in self.team.told(skipped) for name, error in part.items()}
+
     def _optimize(self, step: int, batches: list[Batch]) -> Taken:
         return self.steps.take(step, batches)
 
-    def _log_step(
-        self, step: int, batches: list[Batch], skipped: dict[str, SampleError], taken: Taken, seconds: float
-    ) -> None:
+    def _log_step(self, step: int, skipped: dict[str, SampleError], taken: Taken, seconds: float) -> None:
         for warning in taken.warnings:
             self.log.warn(step + 1, warning)
-        self.log.step(step + 1, batches, skipped, taken, self.optimizer.rates(step), seconds, self.task)
+        self.log.step(step + 1, skipped, taken, self.optimizer.rates(step), seconds, self.task)
 
     def _prefetched(self) -> Generator[tuple[list[Batch], dict[str, SampleError]], None, None]:
         return prefetch(self._batches, self.first_step, self.num_steps)
 
     def _batches(self, step: int) -> tuple[list[Batch], dict[str, SampleError]]:
-        """A step's batches, and the samples that were left out; runs in another thread, ahead of the steps."""
-        made = [self.source.batch(indices, self.pool) for indices in self.order.step(step)]
+        """This process's part of a step's batches, and the samples that were left out; runs in another thread, ahead
+        of the steps. Where processes wait for each other, every one has as many batches."""
+        made = [self.source.batch(self.team.share(indices), self.pool) for indices in self.order.step(step)]
         skipped = {sample: reason for _, reasons in made for sample, reason in reasons.items()}
+        if self.team.size > 1:
+            return [self.learner.filler() if batch is None else batch for batch, _ in made], skipped
         return [batch for batch, _ in made if batch is not None], skipped
 
     def _prepare_data(self) -> None:
@@ -136,8 +158,12 @@ class StageRun:
             self.model, context.processor, stage, self.plan, self.dtype, context.reporter, context.cache_root
         )
         rows = None
-        if self.features is not None:
-            rows = self.features.fill(context.samples, self.order.visited(self.num_steps))
+        if (features := self.features) is not None:
+            visited = self.order.visited(self.num_steps)
+            if self.team.size > 1:
+                self.team.all_do(lambda: features.fill(context.samples, self.team.share(visited)))
+                features.cache.refresh()
+            rows = self.team.all_do(lambda: features.fill(context.samples, visited))
             self.features = self.features if rows is not None else None
         self.source = self._source(context.samples, rows)
         self.learner.prepare(context.samples, self.order.visited(self.num_steps), context.reporter)
@@ -169,9 +195,9 @@ class StageRun:
         if self.validator is None:
             return
         started = time.monotonic()
-        self.model.eval()
-        result = self.validator.run(self.dtype)
-        set_modes(self.model, self.plan)
+        self.engine.model.eval()
+        result = self.validator.run(self.dtype, self.engine, self.team)
+        set_modes(self.engine.model, self.plan)
         self.log.validation(done, result, time.monotonic() - started)
 
     def _finish(self, seconds: float) -> None:

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from chiasm.fusion.adapters import merge_adapters, plain_name
-from chiasm.training.checkpoint import Checkpoint, restore
+from chiasm.training.checkpoint import OPTIMIZER, Saved, restore
 from chiasm.training.context import Context
 from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.schema import Stage
@@ -23,15 +23,28 @@ class StageState:
     ) -> None:
         self.context, self.stage, self.learner, self.plan, self.originals = context, stage, learner, plan, originals
 
-    def restore(self, checkpoint: Checkpoint, optimizer: StageOptimizer) -> None:
-        """Goes on from a checkpoint of this stage."""
-        restore(self._parameters(), checkpoint.weights, self.originals)
-        optimizer.load_state_dict(checkpoint.optimizer)
+    def restore(self, saved: Saved) -> None:
+        """Goes on with the weights of a checkpoint of this stage."""
+        restore(self._parameters(), saved, self.originals)
+
+    def restore_moments(self, saved: Saved, optimizer: StageOptimizer) -> None:
+        """Goes on with the optimizer's moments."""
+        moments = optimizer.empty_state(saved.names(OPTIMIZER))
+        saved.read_into(OPTIMIZER, moments)
+        optimizer.load_state_dict(moments)
 
     def save(self, done: int, optimizer: StageOptimizer) -> None:
-        """A checkpoint after so many steps."""
+        """A checkpoint after so many steps: everything that this stage or an earlier one trains; of frozen weights the
+        originals, not the copies."""
+        weights = {
+            name: optimizer.parameters[name].data
+            if name in optimizer.parameters
+            else self.originals.get(name, parameter.data)
+            for name, parameter in self._parameters().items()
+            if name in self.plan.trainable or plain_name(name) in self.context.trained
+        }
         keep = self.stage.keep_checkpoints
-        self.context.run.save(self.stage.name, done, False, self._weights(), optimizer.state_dict(), keep)
+        self.context.run.save(self.stage.name, done, False, weights, optimizer.state_dict(), keep)
 
     def finish(self, num_steps: int) -> None:
         """Merges adapters, and writes the stage's last checkpoint and its model folder.
@@ -51,14 +64,6 @@ class StageState:
         run.save(self.stage.name, num_steps, True, final, {}, self.stage.keep_checkpoints)
         if not self.stage.reads_captions:
             run.save_model(self.stage.name, model, self.learner.processor)
-
-    def _weights(self) -> dict[str, Tensor]:
-        """Everything that this stage or an earlier one trains; of frozen weights the originals, not the copies."""
-        return {
-            name: self.originals.get(name, parameter.data)
-            for name, parameter in self._parameters().items()
-            if name in self.plan.trainable or plain_name(name) in self.context.trained
-        }
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """Of the generative model and of the stage's own, whose common ones are the same tensors."""

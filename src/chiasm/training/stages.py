@@ -13,6 +13,7 @@ from chiasm.training.fingerprint import digest
 from chiasm.training.four_bit import require_four_bit
 from chiasm.training.schema import Stage
 from chiasm.training.selection import Group, adapter_targets, groups_of, parts_of
+from chiasm.training.sharding import local
 
 __all__ = ["FreezePlan", "PlanRow", "check_first_step", "digests", "enter", "parts_of", "set_modes"]
 
@@ -131,7 +132,7 @@ def set_modes(model: nn.Module, table: FreezePlan) -> None:
 
 
 def check_first_step(
-    model: nn.Module, table: FreezePlan, before: dict[str, tuple[int, int]], factor: float
+    model: nn.Module, table: FreezePlan, before: dict[str, tuple[int, int]], factor: float, optimizer: str = "adamw"
 ) -> list[str]:
     """Holds the freeze plan against what the first step did; call it while the gradients are still there.
 
@@ -154,7 +155,7 @@ def check_first_step(
             continue
         if parameter.grad is None:
             unreached.append(name)
-        elif not moved and _visible(parameter, parameter.grad, rate * factor):
+        elif not moved and _visible(local(parameter), local(parameter.grad), rate * factor, optimizer):
             raise RuntimeError(f"stage {table.stage!r}: {name} is trainable and has a gradient but did not move")
     if not unreached:
         return []
@@ -167,12 +168,13 @@ def digests(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: digest(parameter) for name, parameter in model.named_parameters()}
 
 
-def _visible(parameter: Tensor, gradient: Tensor, rate: float) -> bool:
-    """Whether a step of AdamW, which is `rate` wherever the gradient is clearly not zero, survives float32 rounding.
+def _visible(parameter: Tensor, gradient: Tensor, rate: float, optimizer: str) -> bool:
+    """Whether a step survives float32 rounding; AdamW's is `rate` wherever the gradient is clearly not zero.
 
     LoRA's A has no gradient while B is zero, and a small step from a large value rounds away: neither is an error.
     """
-    return bool(((gradient.abs() > 1e-7) & (parameter.abs() * 1.2e-7 < rate)).any())
+    size = gradient.abs() if optimizer == "sgd" else (gradient.abs() > 1e-7).to(gradient.dtype)
+    return bool((parameter.abs() * 1.2e-7 < size * rate).any())
 
 
 def _adapted_weight(name: str) -> str:

@@ -19,7 +19,7 @@ from chiasm.data.schema import Sample, SampleError
 from chiasm.data.splits import hold_out
 from chiasm.fusion.adapters import plain_name
 from chiasm.fusion.late import LateFusionModel
-from chiasm.training.checkpoint import restore
+from chiasm.training.checkpoint import WEIGHTS, restore
 from chiasm.training.closed_form import closed_form as closed_form_start
 from chiasm.training.context import Context
 from chiasm.training.features import with_hint
@@ -33,6 +33,7 @@ from chiasm.training.run import LOG, MODEL, fingerprint_of, open_run
 from chiasm.training.schema import Recipe
 from chiasm.training.source import survey
 from chiasm.training.stage_run import StageRun
+from chiasm.training.team import Team, processes
 from chiasm.training.validation import Generate
 
 HELD_OUT_SHARE = 0.05
@@ -85,42 +86,73 @@ def train(
     was_training = model.training
     had_gradients = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     require_one_size(processor, model.vision.image_size)
-    reporter = Reporter("quiet" if quiet else "auto")
     validates = any(stage.validation.samples for stage in recipe.stages)
-    samples, held_out = _split(samples, validation_samples, validates)
-    found = survey(samples, processor.num_image_tokens, any(stage.skip_bad for stage in recipe.stages), reporter)
-    fingerprint = fingerprint_of(recipe, model_fingerprint(model), found.fingerprint, _processor_fingerprint(processor))
-    environment: dict[str, Any] = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": model.device.type,
-        "auto_dtype": str(choose_dtype("auto", model.device)),
-    }
-    with torch.random.fork_rng(), open_run(output, recipe, fingerprint, environment, resume, reporter) as run:
-        context = Context(model, processor, samples, found, held_out, run, reporter, generate, closed_form, cache_root)
-        if recipe.forgetting.measures:
-            context.probe = ForgettingProbe(recipe.forgetting, model, processor, [*held_out] or samples)
-        if run.resumed is None:
-            counts: dict[str, Any] = {"samples": len(found.usable), "held_out": len(held_out), "bad": found.bad}
-            run.log.write("start", **counts, **environment, model=_described(model))
-            if context.probe is not None:
-                run.log.write("forgetting", **context.probe.fields())
-        else:
-            context.trained = {plain_name(name) for name in run.resumed.weights}
-            if run.resumed.position.finished:
-                if isinstance(model, LateFusionModel) and any(n.startswith("answer_head.") for n in context.trained):
-                    taught = next(stage for stage in recipe.stages if stage.objectives == ["answers"])
-                    give_answer_head(model, taught, samples, found.usable)
-                restore(dict(model.named_parameters()), run.resumed.weights, {})
-                if not next(s for s in recipe.stages if s.name == run.resumed.position.stage).reads_captions:
-                    run.save_model(run.resumed.position.stage, model, processor)
-        for number, stage in enumerate(recipe.stages):
-            if not run.is_done(stage.name):
-                StageRun(context, number, stage, recipe.stages[:number]).run()
+    with processes(model.device) as team, torch.random.fork_rng():
+        reporter = Reporter("auto" if team.first and not quiet else "quiet")
+        samples, held_out = _split(samples, validation_samples, validates)
+        skip_bad = any(stage.skip_bad for stage in recipe.stages)
+        found = team.all_do(lambda: survey(samples, processor.num_image_tokens, skip_bad, reporter))
+        seen = fingerprint_of(recipe, model_fingerprint(model), found.fingerprint, _processor_fingerprint(processor))
+        _require_one_mind(team, seen)
+        environment = _environment(model, team)
+        with open_run(output, recipe, seen, environment, resume, reporter, team) as run:
+            context = Context(
+                model, processor, samples, found, held_out, run, reporter, generate, closed_form, cache_root, team
+            )
+            if recipe.forgetting.measures and team.first:
+                context.probe = ForgettingProbe(recipe.forgetting, model, processor, [*held_out] or samples)
+            _begin(context, recipe, environment)
+            for number, stage in enumerate(recipe.stages):
+                if not run.is_done(stage.name):
+                    StageRun(context, number, stage, recipe.stages[:number]).run()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in had_gradients)
     model.train(was_training)
     return TrainResult(output, output / MODEL, output / LOG, {s.name: output / s.name for s in recipe.stages})
+
+
+def _begin(context: Context, recipe: Recipe, environment: dict[str, Any]) -> None:
+    """The first line of the log, or the weights of a finished stage that the run goes on behind."""
+    run, model = context.run, context.model
+    if run.resumed is None:
+        bad = context.survey.bad
+        counts: dict[str, Any] = {"samples": len(context.survey.usable), "held_out": len(context.held_out), "bad": bad}
+        run.log.write("start", **counts, **environment, model=_described(model))
+        if context.probe is not None:
+            run.log.write("forgetting", **context.probe.fields())
+        return
+    context.trained = {plain_name(name) for name in run.resumed.names(WEIGHTS)}
+    position = run.resumed.position
+    if position.finished:
+        if isinstance(model, LateFusionModel) and any(name.startswith("answer_head.") for name in context.trained):
+            taught = next(stage for stage in recipe.stages if stage.objectives == ["answers"])
+            give_answer_head(model, taught, context.samples, context.survey.usable)
+        restore(dict(model.named_parameters()), run.resumed, {})
+        if not next(stage for stage in recipe.stages if stage.name == position.stage).reads_captions:
+            run.save_model(position.stage, model, context.processor)
+
+
+def _environment(model: PreTrainedModel, team: Team) -> dict[str, Any]:
+    """What results may depend on in their last bits."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": model.device.type,
+        "auto_dtype": str(choose_dtype("auto", model.device)),
+        "processes": team.size,
+    }
+
+
+def _require_one_mind(team: Team, seen: dict[str, Any]) -> None:
+    """Refuses processes that see another recipe, model or data than the first."""
+    said = team.told(seen)
+    other = next((rank for rank, one in enumerate(said) if one != said[0]), None)
+    if other is not None:
+        key = next(key for key in seen if said[other][key] != said[0][key])
+        fault = ValueError(
+            f"process {other} sees another {key.removesuffix('s')} than process 0; give every machine the same files"
+        )
+        team.stop_if_any(fault)
 
 
 def _split(

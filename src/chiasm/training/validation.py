@@ -11,9 +11,12 @@ from PIL import Image
 from chiasm.data.collation import Batch
 from chiasm.data.schema import ImageError, Sample
 from chiasm.language.adapter import ContextError
+from chiasm.objectives.processes import alone
+from chiasm.training.parallel import Engine
 from chiasm.training.precision import autocast
 from chiasm.training.source import Source
 from chiasm.training.stage_model import StageModel
+from chiasm.training.team import Team
 
 Generate = Callable[[list[list[dict]], list[list[Image.Image]]], list[str]]
 
@@ -49,13 +52,16 @@ class Validator:
         self.asked = list(samples[:num_answers])
         self.num_samples = len(samples)
 
-    def run(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The validation's fields in the log."""
-        right = mean_losses(self.learner, self.right, dtype)
-        wrong = mean_losses(self.learner, self.wrong, dtype) if self.controlled else {}
+    def run(self, dtype: torch.dtype, engine: Engine | None = None, team: Team | None = None) -> dict[str, Any]:
+        """The validation's fields in the log. Processes with whole models share the work; the first one answers."""
+        team, asked = team or Team(), self.learner if engine is None else engine.asked
+        right = mean_losses(asked, self.right, dtype, team)
+        wrong = mean_losses(asked, self.wrong, dtype, team) if self.controlled else {}
         result: dict[str, Any] = {"loss": sum(right.values()), "samples": self.num_samples}
         result["shuffled_loss"] = sum(wrong.values()) if wrong else None
         result |= by_objective(right) | by_objective(wrong, "shuffled_loss")
+        if isinstance(asked, Engine) or not team.first:
+            return result | {"answers": []}
         try:
             result["answers"] = self._answers(dtype)
         except ContextError as error:
@@ -91,7 +97,9 @@ class Validator:
 
 
 @torch.no_grad()
-def mean_losses(learner: StageModel, batches: Sequence[Batch], dtype: torch.dtype) -> dict[str, float]:
+def mean_losses(
+    learner: StageModel | Engine, batches: Sequence[Batch], dtype: torch.dtype, team: Team | None = None
+) -> dict[str, float]:
     """Each objective's loss, per supervised token or per sample, over all batches.
 
     Negatives are drawn alike each time: the trainer seeds its random numbers again before every step.
@@ -99,14 +107,16 @@ def mean_losses(learner: StageModel, batches: Sequence[Batch], dtype: torch.dtyp
     torch.manual_seed(0)
     device = learner.model.device
     samples, tokens = sum(len(batch.ids) for batch in batches), sum(batch.supervised for batch in batches)
+    team = Team() if team is None or isinstance(learner, Engine) else team
     losses: dict[str, float] = {}
-    for batch in batches:
+    for batch in batches[team.rank :: team.size]:
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-        with autocast(device, dtype):
+        with autocast(device, dtype), alone():
             shares = learner.losses(inputs, samples, tokens)
         for name, share in shares.items():
             losses[name] = losses.get(name, 0.0) + share.item()
-    return losses
+    parts = team.told(losses)
+    return {name: sum(part.get(name, 0.0) for part in parts) for part in parts for name in part}
 
 
 def by_objective(losses: dict[str, float], prefix: str = "loss") -> dict[str, float]:
