@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiasm import sources
@@ -24,6 +25,7 @@ from chiasm.fusion.start import start_of
 from chiasm.generation import decode
 from chiasm.generation.attention import Attention, look
 from chiasm.generation.decode import Decoding
+from chiasm.generation.draw import Brush, draw
 from chiasm.interop.loaders import LOADERS, RETRIEVAL_LOADERS
 from chiasm.language.adapter import load_language, load_tokenizer
 from chiasm.presets import Preset, preset_named
@@ -123,6 +125,14 @@ class VLM:
         """One answer for each conversation of a batch, each with its own list of pictures."""
         images = images if images is not None else [[] for _ in messages]
         return decode.generate(self.model, self.processor, messages, images, Decoding(**decoding))
+
+    def draw(self, prompt: str, **brush: Any) -> Image.Image:
+        """A picture of what the prompt says, by a unified model with the image input `vq`.
+
+        Args:
+            brush: fields of `Brush`: `temperature`, `top_k`, `guidance`, `seed`.
+        """
+        return draw(self.model, self.processor, [prompt], Brush(**brush))[0]
 
     def cost(self, images: int = 1, text_tokens: int = 64) -> Cost:
         """Parameters by part, visual tokens, FLOPs and KV-cache bytes in closed form."""

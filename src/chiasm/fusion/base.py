@@ -235,11 +235,13 @@ class FusionModel(PartDtypes, GenerationMixin):
         logits_to_keep: int | Tensor,
         num_items_in_batch: Tensor | int | None,
         return_logits: bool | None,
+        whole_vocabulary: bool = False,
     ) -> dict[str, Any]:
         """The language model's logits, and the loss where labels are given: fields of a `FusionOutput`.
 
         With labels, logits of the whole sequence are made in evaluation mode and not in training mode, where only
-        supervised positions meet the head; `return_logits` asks for one or the other.
+        supervised positions meet the head; `return_logits` asks for one or the other. `whole_vocabulary` shows logits
+        that are hidden from text.
         """
         if "position_ids" in inputs or accepts(self.language, "position_ids"):
             inputs["position_ids"] = self._positions(inputs.get("position_ids"), inputs.get("attention_mask"), cache)
@@ -251,7 +253,7 @@ class FusionModel(PartDtypes, GenerationMixin):
         if accepts(self.language, "logits_to_keep"):
             inputs["logits_to_keep"] = logits_to_keep
         output = self.language(**inputs, cache=cache, return_dict=True)
-        logits = self.shown(output.logits, labels is not None)
+        logits = self.shown(output.logits, whole_vocabulary or labels is not None)
         loss = None
         if labels is not None:
             rows, columns, targets = supervised_positions(labels)
@@ -260,7 +262,7 @@ class FusionModel(PartDtypes, GenerationMixin):
         return {"loss": loss, "logits": logits} | {name: getattr(output, name) for name in fields}
 
     def shown(self, logits: Float[Tensor, "... V"], learns: bool) -> Float[Tensor, "... V"]:
-        """Logits as the caller gets them; `learns` where labels are given."""
+        """Logits as the caller gets them; `learns` where the loss, or drawing, reads them."""
         return logits
 
     @property

@@ -147,6 +147,7 @@ class UnifiedModel(PositionedModel):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
+        codes: bool = False,
         **kwargs: Any,
     ) -> FusionOutput:
         """Next-token logits, and the loss where labels are given.
@@ -158,6 +159,7 @@ class UnifiedModel(PositionedModel):
             image_grid_thw: each picture's frames, rows and columns; needed for videos, otherwise told by the text.
             token_type_ids: with `attention: prefix`, 0 for the prefix, 1 for what is read causally.
             labels: tokens where they are supervised, −100 elsewhere; placeholders stand for the picture's own codes.
+            codes: whether logits of codes are shown without labels too: what drawing needs.
 
         Raises:
             ValueError: pictures and placeholders do not match; the message has both counts.
@@ -165,22 +167,23 @@ class UnifiedModel(PositionedModel):
         if self.vision.kind == "patches" and pixel_values is not None:
             pixel_values = pixel_values.flatten(0, -2)
         pictures, _ = (pixel_values, None) if self.vision.kind == "patches" else real_pictures(pixel_values, None)
-        tokens, codes = None, None
+        tokens, drawn = None, None
         if pictures is not None and self.vision.kind == "vq":
-            codes = self.code_tokens(pictures)
-            tokens = self.get_input_embeddings()(codes)
+            drawn = self.code_tokens(pictures)
+            tokens = self.get_input_embeddings()(drawn)
         elif pictures is not None:
             tokens = self.encode_images(pictures)
         embedded = self.embed(input_ids, inputs_embeds, tokens)
         if labels is not None:
-            labels = self._with_codes(labels, input_ids, codes)
+            labels = self._with_codes(labels, input_ids, drawn)
         position_ids, delta = self.positioned(
             position_ids, input_ids, inputs_embeds, attention_mask, cache, image_grid_thw
         )
         inputs: dict[str, Any] = {"inputs_embeds": embedded, "attention_mask": attention_mask}
         inputs |= {"position_ids": position_ids}
         inputs |= self._token_types(inputs, token_type_ids, cache)
-        fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
+        wanted = (labels, logits_to_keep, num_items_in_batch, return_logits)
+        fields = self.predict(inputs | kwargs, cache, *wanted, whole_vocabulary=codes)
         self.remember(fields.get("cache"), delta)
         return FusionOutput(**fields, visual_tokens=tokens)
 

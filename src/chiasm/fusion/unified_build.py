@@ -72,12 +72,13 @@ def build_unified(
     words = len(tokenizer) if tokenizer is not None else 0
     if isinstance(language, PreTrainedModel):
         words = max(words, language.config.get_text_config().vocab_size) if tokenizer is None else words
-    tokens = _token_ids(tokenizer, words)
+    vq = wanted["name"] == "vq"
+    tokens = _token_ids(tokenizer, words, [IMAGE_TOKEN, *(mark for mark in MARKERS if not (vq and mark == ROW_TOKEN))])
     table = language.config.get_text_config().vocab_size if isinstance(language, PreTrainedModel) else 0
     first_code = max(table, *(token + 1 for token in tokens.values()))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer_part = _image_tokenizer(wanted) if wanted["name"] == "vq" else None
+        tokenizer_part = _image_tokenizer(wanted) if vq else None
     codes = 0 if tokenizer_part is None else tokenizer_part.num_codes
     chosen: dict[str, Any] = {"positions": positions, **given}
     if isinstance(language, dict):
@@ -91,7 +92,6 @@ def build_unified(
         decoder = decoder_from(language, first_code + codes, seed, **chosen)
     decoder.to(dtype or decoder.dtype)
     vision = tokenizer_part or _patch_embedding(wanted, decoder, seed)
-    vq = wanted["name"] == "vq"
     settings = {
         "row_token_id": None if vq else tokens[ROW_TOKEN],
         "begin_token_id": tokens[BEGIN_TOKEN],
@@ -116,9 +116,8 @@ def build_unified(
     return model.eval(), None if tokenizer is None else _processor(wanted, model, tokenizer)
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase | None, words: int) -> dict[str, int]:
+def _token_ids(tokenizer: PreTrainedTokenizerBase | None, words: int, names: list[str]) -> dict[str, int]:
     """The placeholder and the marks of pictures, which are added to the tokenizer, or stand behind the words."""
-    names = [IMAGE_TOKEN, *MARKERS]
     if tokenizer is None:
         return {name: words + index for index, name in enumerate(names)}
     tokenizer.add_tokens(names, special_tokens=True)
