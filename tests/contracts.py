@@ -299,8 +299,12 @@ def _asked(prompt: str, images: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": prompt}]}]
 
 
-def check_engine_equals_generate(vlm: chiasm.VLM, **options: Any) -> None:
-    """Requests of different lengths and pictures, several at once, are answered with the tokens of `generate`."""
+def check_engine_equals_generate(vlm: chiasm.VLM, kind: type | None = None, **options: Any) -> None:
+    """Requests of different lengths and pictures, several at once, are answered with the tokens of `generate`.
+
+    Args:
+        kind: of the decoder that is expected.
+    """
     conversations = [
         (_asked("What?", 1), [tiny.picture(1)]),
         (_asked("And which of these two is it?", 2), [tiny.picture(2), tiny.picture(3)]),
@@ -309,12 +313,13 @@ def check_engine_equals_generate(vlm: chiasm.VLM, **options: Any) -> None:
     ]
     decoding = Decoding(max_new_tokens=7)
     engine = Engine(vlm.model, vlm.processor, max_batch=3, **options)
+    assert kind is None or type(engine.decoder) is kind
     tickets = [engine.submit(messages, images, decoding) for messages, images in conversations * 2]
     answers = [[piece.token for piece in ticket] for ticket in tickets]
     engine.close()
     for (messages, images), *found in zip(conversations, answers, answers[4:], strict=False):
         inputs = prepare(vlm.model, vlm.processor, [messages], [images], 7)
         tokens = vlm.model.generate(**inputs, pad_token_id=258, **decoding.arguments())[0]
-        start = 0 if vlm.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        start = 1 if vlm.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # behind the start token
         expected = tokens[start:].tolist()
         assert found == [expected, expected]

@@ -1,32 +1,202 @@
 """The engine answers as `transformers.generate` would, alone and together with others, and survives what callers do."""
 
+import asyncio
+import json
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    T5Config,
+)
 
 import chiasm
 import contracts
 import tiny
+from chiasm.fusion.adapters import add_adapter
+from chiasm.generation import engine as engine_module
+from chiasm.generation.batched import BatchedDecoder
 from chiasm.generation.decode import Decoding
 from chiasm.generation.engine import Engine, QueueFull
+from chiasm.generation.lean_decoder import LeanDecoder
+from chiasm.generation.sequential import SequentialDecoder
 from tiny import ask, picture
 
+TOKENS = {"vocab_size": 261, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+SHAPE = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 6}
 
-def connect(fusion: str, language: str = "llama", **options: Any) -> chiasm.VLM:
+
+def connect(fusion: str = "early", language: str = "llama", **options: Any) -> chiasm.VLM:
     vlm = chiasm.connect(tiny.vision(), tiny.language(language), fusion=fusion, tokenizer=tiny.tokenizer(), **options)
     contracts.open_gates(vlm.model, 1.0)
     return vlm
 
 
+def of(config: PreTrainedConfig, **options: Any) -> chiasm.VLM:
+    torch.manual_seed(5)
+    language = chiasm.language.adapter.build_language(config).eval()
+    return chiasm.connect(tiny.vision(), language, tokenizer=tiny.tokenizer(), **options)
+
+
+@pytest.mark.parametrize("native", ["1", "0"])
 @pytest.mark.parametrize("fusion", ["early", "intermediate"])
 @pytest.mark.parametrize("language", tiny.LANGUAGE_FAMILIES)
-def test_together_as_alone(fusion: str, language: str) -> None:
-    """Requests of different lengths and pictures at once give the tokens that each has alone."""
+def test_together_as_alone(fusion: str, language: str, native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of different lengths and pictures at once give the tokens that each has alone, compiled or not."""
+    monkeypatch.setenv("CHIASM_NATIVE", native)
     contracts.check_engine_equals_generate(connect(fusion, language))
 
 
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"attention": "prefix"}, LeanDecoder),
+        ({"fusion": "intermediate", "cross_attention": {"every": 2, "mask_feed_forward": False}}, LeanDecoder),
+        ({"fusion": "intermediate", "cross_attention": {"every": 1, "end_of_text": 97}}, LeanDecoder),
+        ({"fusion": "intermediate", "cross_attention": {"every": 1, "mask_attention": False}}, SequentialDecoder),
+        ({"connector": tiny.connector("qformer", instruction=True)}, LeanDecoder),
+    ],
+)
+def test_every_way_of_looking(options: dict[str, Any], kind: type) -> None:
+    contracts.check_engine_equals_generate(connect(**options), kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (Qwen3Config(**TOKENS, **SHAPE, head_dim=10, intermediate_size=44, num_key_value_heads=3), LeanDecoder),
+        (LlamaConfig(**TOKENS, **SHAPE, intermediate_size=44, mlp_bias=True, attention_bias=True), LeanDecoder),
+        (OPTConfig(**TOKENS, **SHAPE, ffn_dim=52, max_position_embeddings=299), BatchedDecoder),
+    ],
+)
+def test_other_language_models(config: PreTrainedConfig, kind: type) -> None:
+    contracts.check_engine_equals_generate(of(config), kind=kind)
+
+
+def test_adapters_are_part_of_the_weights() -> None:
+    vlm = connect()
+    add_adapter(vlm.model, "language", rank=2)
+    for name, parameter in vlm.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    contracts.check_engine_equals_generate(vlm, kind=LeanDecoder)
+
+
+def test_an_encoder_decoder_answers_too(tmp_path: Path) -> None:
+    text = T5Config(**TOKENS, d_model=36, d_ff=52, d_kv=7, num_layers=2, num_heads=5, decoder_start_token_id=258)
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision |= {"image_size": 30, "patch_size": 10}
+    qformer = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+    parts = {
+        "vision_config": Blip2VisionConfig(**vision).to_dict(),
+        "qformer_config": Blip2QFormerConfig(**qformer, vocab_size=41, encoder_hidden_size=24).to_dict(),
+    }
+    config = Blip2Config(**parts, text_config=text.to_dict(), num_query_tokens=5, image_token_index=260)
+    made = Blip2ForConditionalGeneration(config)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    made.save_pretrained(tmp_path)
+    processor = connect().processor
+    processor.num_image_tokens = 5
+    contracts.check_engine_equals_generate(chiasm.VLM(chiasm.load(tmp_path).model, processor), kind=SequentialDecoder)
+
+
+@pytest.mark.parametrize("fusion", ["early", "intermediate"])
+@pytest.mark.parametrize("native", ["1", "0"])
+def test_caches_change_no_answer(fusion: str, native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second question on a picture, and a second turn, take up what was read; tokens are those of a fresh engine."""
+    monkeypatch.setenv("CHIASM_NATIVE", native)
+    vlm = connect(fusion)
+    decoding = Decoding(max_new_tokens=20)
+    first = ask("A long question about this picture: what is it?")
+    second = ask("A long question about this picture: and where?")
+    turn = [*first, {"role": "assistant", "content": "x"}, {"role": "user", "content": "And why?"}]
+    asked = [(first, 1), (second, 1), (second, 2), (first, 1), (turn, 1)]
+    engine, found = Engine(vlm.model, vlm.processor), []
+    for messages, seed in asked:
+        found.append(engine.submit(messages, [picture(seed)], decoding))
+        tokens = [piece.token for piece in found[-1]]
+        fresh = Engine(vlm.model, vlm.processor, prefix_cache_bytes=0, image_cache_bytes=0)
+        assert tokens == [piece.token for piece in fresh.submit(messages, [picture(seed)], decoding)]
+        fresh.close()
+    cached = [ticket.cached_tokens for ticket in found]
+    assert cached[0] == 0 and cached[1] >= 32 and cached[2] <= 16 and cached[3] > cached[1] and cached[4] >= cached[1]
+    stats = engine.stats()
+    assert stats.prefix_hits >= 3 and stats.prefix_tokens == sum(cached) and stats.image_bytes > 0
+    assert stats.requests == 5 and stats.running == stats.waiting == 0
+    engine.close()
+
+
+def test_caches_keep_to_their_limits() -> None:
+    vlm = connect()
+    engine = Engine(vlm.model, vlm.processor, prefix_cache_bytes=200_000, image_cache_bytes=3_000)
+    for seed in range(12):
+        engine.submit(ask("What is this? " * 5), [picture(seed)], Decoding(max_new_tokens=3)).text()
+        stats = engine.stats()
+        assert stats.prefix_bytes <= 200_000 and stats.image_bytes <= 3_000
+    assert stats.prefix_bytes > 100_000 and stats.image_bytes > 1_000
+    engine.close()
+
+
+def test_many_callers_at_once() -> None:
+    """Sixteen threads with four pictures and a small cache: each gets its own answer."""
+    vlm = connect()
+    decoding = Decoding(max_new_tokens=12)
+    engine = Engine(vlm.model, vlm.processor, max_batch=4, prefix_cache_bytes=60_000, image_cache_bytes=3_000)
+    expected = {
+        seed: vlm.generate([ask(f"What is number {seed % 3}?")], [[picture(seed % 4)]], max_new_tokens=12)[0]
+        for seed in range(12)
+    }
+    wrong: list[int] = []
+
+    def call(start: int) -> None:
+        for seed in (start, start + 3, start + 7):
+            seed %= 12
+            said = engine.submit(ask(f"What is number {seed % 3}?"), [picture(seed % 4)], decoding).text().strip()
+            if said != expected[seed]:
+                wrong.append(seed)
+
+    callers = [threading.Thread(target=call, args=(start,)) for start in range(16)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong and engine.stats().requests == 48
+    engine.close()
+
+
+def test_long_prompts_and_answers_starve_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two places, two endless answers make room for a short one, and go on with the tokens they would have had."""
+    monkeypatch.setattr(engine_module, "TURN", 8)
+    vlm = connect()
+    engine = Engine(vlm.model, vlm.processor, max_batch=2)
+    vlm.model.generation_config.eos_token_id = 259
+    long = Decoding(max_new_tokens=400)
+    endless = [engine.submit(ask("a"), [picture(1)], long), engine.submit(ask("b" * 300), [picture(2)], long)]
+    short = engine.submit(ask("c"), [picture(3)], Decoding(max_new_tokens=4))
+    assert [piece.text for piece in short] and all(ticket.finish_reason is None for ticket in endless)
+    tokens = [piece.token for piece in endless[1]]
+    engine.close()
+    assert len(tokens) == 400
+    alone = Engine(vlm.model, vlm.processor)
+    assert tokens == [piece.token for piece in alone.submit(ask("b" * 300), [picture(2)], long)]
+    alone.close()
+
+
 def test_cancelled_requests_and_full_lines() -> None:
-    vlm = connect("early")
+    vlm = connect()
+    vlm.model.generation_config.eos_token_id = 259
     engine = Engine(vlm.model, vlm.processor, max_batch=1, max_waiting=1)
     long = Decoding(max_new_tokens=900)
     first = engine.submit(ask("a"), [picture()], long)
@@ -36,7 +206,112 @@ def test_cancelled_requests_and_full_lines() -> None:
         engine.submit(ask("c"), [picture()], long)
     assert full.value.retry_after >= 1
     first.cancel()
-    assert second.text() is not None and first.finish_reason == "cancelled"
+    assert len(list(second)) == 2 and first.finish_reason == "cancelled" and second.finish_reason == "length"
+    last = engine.submit(ask("d", 0), [], Decoding(max_new_tokens=3))
     engine.close()
+    assert last.finish_reason == "length" and last.completion_tokens == 3
     with pytest.raises(RuntimeError, match="closed"):
         engine.submit(ask("c"), [picture()], long)
+
+
+def test_closing_without_finishing() -> None:
+    vlm = connect()
+    vlm.model.generation_config.eos_token_id = 259
+    engine = Engine(vlm.model, vlm.processor, max_batch=1)
+    tickets = [engine.submit(ask("a"), [picture()], Decoding(max_new_tokens=900)) for _ in range(3)]
+    engine.close(finish=False)
+    assert {ticket.finish_reason for ticket in tickets} == {"cancelled"}
+
+
+def test_a_failure_is_the_callers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = connect()
+    vlm.model.generation_config.eos_token_id = 259
+    engine = Engine(vlm.model, vlm.processor)
+    good = engine.submit(ask("a"), [picture()], Decoding(max_new_tokens=300))
+    bad = engine.submit(ask("b"), [picture(2)], Decoding(max_new_tokens=30))
+    bad_text = engine._waiting[-1].text if engine._waiting else next(r.text for r in engine._running if r.ticket is bad)
+    monkeypatch.setattr(bad_text, "push", lambda token: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bad.text()
+    assert bad.finish_reason == "error" and len(list(good)) == 300
+    engine.close()
+
+
+def test_async_callers() -> None:
+    vlm = connect()
+    engine = Engine(vlm.model, vlm.processor)
+
+    async def one(seed: int) -> list[int]:
+        ticket = engine.submit(ask("What?"), [picture(seed)], Decoding(max_new_tokens=6))
+        return [piece.token async for piece in ticket]
+
+    async def all_() -> list[list[int]]:
+        return await asyncio.gather(*(one(seed) for seed in range(5)))
+
+    found = asyncio.run(all_())
+    assert found == [asyncio.run(one(seed)) for seed in range(5)]
+    engine.close()
+
+
+def test_how_tokens_are_chosen() -> None:
+    """Penalties, seeds, log-probabilities and stop strings; unsound values are refused by name."""
+    vlm = connect()
+    engine = Engine(vlm.model, vlm.processor)
+
+    def tokens(**options: Any) -> list[int]:
+        options = {"max_new_tokens": 8} | options
+        return [piece.token for piece in engine.submit(ask("What?"), [picture()], Decoding(**options))]
+
+    drawn = {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01}
+    assert tokens(**drawn, seed=3) == tokens(**drawn, seed=3) != tokens(**drawn, seed=4)
+    assert tokens(temperature=1.0, top_k=1) == tokens() == tokens(temperature=1.0, min_p=1.0)
+    penalised = engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=8, repetition_penalty=1.7)).text()
+    expected = vlm.generate([ask("What?")], [[picture()]], max_new_tokens=8, repetition_penalty=1.7)[0]
+    assert penalised.strip() == expected
+    for piece in engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=3, logprobs=4)):
+        assert piece.top is not None and len(piece.top) == 4 and piece.top[0] == (piece.token, piece.logprob)
+        assert piece.logprob is not None and piece.logprob < 0
+    for wrong in ({"beams": 2}, {"top_p": 0.0}, {"max_new_tokens": 0}, {"stop": ("",)}, {"min_p": 2.0}):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
+            tokens(**wrong)
+    engine.close()
+
+
+def test_answers_of_a_form() -> None:
+    """Choices and JSON schemas bind the engine and `generate`."""
+    vlm = connect()
+    engine = Engine(vlm.model, vlm.processor)
+    options = {"choices": ("red", "green", "dark blue"), "max_new_tokens": 30}
+    said = engine.submit(ask("What?"), [picture()], Decoding(**options)).text()
+    assert said in options["choices"]
+    assert vlm.chat(picture(), "What?", **options) in options["choices"]
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    ticket = engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=60, json_schema=schema, temperature=1.0))
+    assert json.loads(ticket.text())["n"] in (1, 2) and ticket.finish_reason == "stop"
+    with pytest.raises(ValueError, match="cannot be constrained"):
+        engine.submit(ask("What?", 0), [], Decoding(json_schema={"type": "nothing"}))
+    engine.close()
+
+
+def test_stop_strings_end_answers_everywhere() -> None:
+    vlm = connect()
+    whole = vlm.chat(picture(), "What?", max_new_tokens=30)
+    stop = next(
+        whole[n : n + 2] for n in range(3, 25) if whole[n : n + 2].isprintable() and "\ufffd" not in whole[n : n + 2]
+    )
+    before = whole[: whole.find(stop)].strip()
+    engine = Engine(vlm.model, vlm.processor)
+    ticket = engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=30, stop=(stop,)))
+    assert ticket.text().strip() == before and ticket.finish_reason == "stop"
+    engine.close()
+    assert vlm.chat(picture(), "What?", max_new_tokens=30, stop=(stop,)) == before
+    assert "".join(vlm.stream(picture(), "What?", max_new_tokens=30, stop=(stop,))).strip() == before
+
+
+def test_an_idle_engine_waits_quietly() -> None:
+    vlm = connect()
+    engine = Engine(vlm.model, vlm.processor)
+    used = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - used < 0.1
+    engine.close()

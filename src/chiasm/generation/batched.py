@@ -1,6 +1,6 @@
 """Requests with different pictures and lengths in one forward: a slot of a static KV cache for each of them.
 
-Prompts are read in pieces, and what was read before is taken from the prefix cache. Logits are those of a request alone.
+Prompts are read in pieces, and what was read before comes from the prefix cache. Logits are those of a request alone.
 """
 
 from dataclasses import dataclass, field, replace

@@ -4,12 +4,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from chiasm.generation.decode import Decoding
+from chiasm.generation.decoding import Decoding
 
 
-def adjusted(
-    logits: Float[Tensor, " V"], seen: Int[Tensor, " S"] | None, decoding: Decoding
-) -> Float[Tensor, " V"]:
+def adjusted(logits: Float[Tensor, " V"], seen: Int[Tensor, " S"] | None, decoding: Decoding) -> Float[Tensor, " V"]:
     """Logits after the repetition penalty.
 
     Args:

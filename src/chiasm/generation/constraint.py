@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from chiasm.generation.decode import Decoding
+from chiasm.generation.decoding import Decoding
 
 
 class Constraint:

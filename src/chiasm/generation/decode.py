@@ -1,91 +1,23 @@
 """Answers from a generative model: batches, streams, and prompts with any number of pictures."""
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TextIteratorStreamer
+from transformers import LogitsProcessorList, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
+from chiasm.generation.constraint import Constraint, ConstraintProcessor
+from chiasm.generation.decoding import Decoding
+from chiasm.generation.text import TextStream, before_stop
 from chiasm.language.adapter import ContextError, context_length
 
-
-@dataclass(frozen=True)
-class Decoding:
-    """How tokens are chosen.
-
-    Args:
-        temperature: 0 takes the likeliest token, above it samples within `top_k`, `top_p` and `min_p`.
-        top_k: the so many likeliest; 0 is all.
-        top_p: the likeliest that together have this share.
-        min_p: those with at least this share of the likeliest one's probability.
-        repetition_penalty: above 1, tokens of the prompt and the answer become less likely.
-        beams: hypotheses that are followed at once; 1 is none beside the answer.
-        stop: strings that end the answer and are not part of it.
-        seed: of the sampling; None takes a new one each time.
-        logprobs: log-probabilities of so many likeliest tokens beside the chosen one; None tells none.
-        choices: the answer is one of these texts.
-        json_schema: the answer is JSON of this schema.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    beams: int = 1
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    logprobs: int | None = None
-    choices: tuple[str, ...] = ()
-    json_schema: Mapping[str, Any] | None = None
-
-    def check(self) -> None:
-        """Raises a ValueError that names the first value out of its range."""
-        ranges: tuple[tuple[str, bool, str], ...] = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a finite number above"),
-            ("top_k", self.top_k >= 0, "0 (all) or a number of tokens"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number above 0"),
-            ("beams", self.beams >= 1, "at least 1"),
-            ("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of texts that are not empty"),
-            ("logprobs", self.logprobs is None or self.logprobs >= 0, "None or a number of tokens"),
-            ("choices", not isinstance(self.choices, str) and all(self.choices), "a tuple of texts that are not empty"),
-        )
-        for name, right, expected in ranges:
-            if not right:
-                raise ValueError(f"{name}={getattr(self, name)!r}, expected {expected}")
-        if self.choices and self.json_schema is not None:
-            raise ValueError("choices and json_schema are both given; an answer can follow only one of them")
-
-    @property
-    def constrained(self) -> bool:
-        """Whether an answer must have a form."""
-        return bool(self.choices) or self.json_schema is not None
-
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of `transformers.generate`."""
-        self.check()
-        chosen: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": self.temperature > 0,
-            "repetition_penalty": self.repetition_penalty,
-            "num_beams": self.beams,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
-        }
-        if self.temperature > 0:
-            chosen |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-            chosen |= {"min_p": self.min_p} if self.min_p else {}
-        return chosen
+__all__ = ["Decoding", "end_tokens", "generate", "prepare", "stop_at_end_of_turn", "stream"]
 
 
 def prepare(
@@ -142,10 +74,61 @@ def generate(
     if not messages:
         return []
     inputs = prepare(model, processor, messages, images, decoding.max_new_tokens)
-    tokens = model.generate(**inputs, pad_token_id=processor.tokenizer.pad_token_id, **decoding.arguments())
+    with _seeded(model, decoding):
+        tokens = model.generate(**inputs, **_arguments(model, processor, decoding, len(messages)))
     prompt = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     answers = processor.tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+    return [before_stop(answer, decoding.stop).strip() for answer in answers]
+
+
+def _arguments(model: PreTrainedModel, processor: ChiasmProcessor, decoding: Decoding, rows: int) -> dict[str, Any]:
+    """All that `transformers.generate` is told beside the inputs."""
+    arguments = {"pad_token_id": processor.tokenizer.pad_token_id, **decoding.arguments()}
+    if decoding.logprobs is not None:
+        raise ValueError(f"logprobs={decoding.logprobs}: log-probabilities are told by chiasm.generation.engine only")
+    if decoding.stop:
+        arguments |= {"stop_strings": list(decoding.stop), "tokenizer": processor.tokenizer}
+    if decoding.constrained:
+        ends, size = end_tokens(model), model.get_output_embeddings().weight.shape[0]
+        constraints = [Constraint(processor.tokenizer, decoding, ends, size) for _ in range(rows)]
+        arguments["logits_processor"] = LogitsProcessorList([ConstraintProcessor(constraints, ends)])
+    return arguments
+
+
+def _seeded(model: PreTrainedModel, decoding: Decoding) -> AbstractContextManager[Any]:
+    """With a seed, random numbers of its own, which leave the program's alone."""
+    if decoding.seed is None:
+        return nullcontext()
+    fork = torch.random.fork_rng([model.device] if model.device.type == "cuda" else [])
+    return _Seeded(fork, decoding.seed)
+
+
+class _Seeded(AbstractContextManager):
+    def __init__(self, fork: Any, seed: int) -> None:
+        self.fork, self.seed = fork, seed
+
+    def __enter__(self) -> None:
+        self.fork.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *error: Any) -> None:
+        self.fork.__exit__(*error)
+
+
+class _Pieces(BaseStreamer):
+    """What `generate` hands over: the prompt first, then a token at a time; as text in a queue, None at the end."""
+
+    def __init__(self, text: TextStream) -> None:
+        self.text, self.queue, self.started = text, SimpleQueue[str | None](), False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.started:
+            self.queue.put("".join(self.text.push(token) for token in value.flatten().tolist()))
+        self.started = True
+
+    def end(self) -> None:
+        self.queue.put(self.text.finish())
+        self.queue.put(None)
 
 
 def stream(
@@ -157,25 +140,21 @@ def stream(
 ) -> Iterator[str]:
     """Pieces of one answer as they are decoded; an error in decoding is raised here."""
     inputs = prepare(model, processor, [messages], [images], decoding.max_new_tokens)
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    arguments = _arguments(model, processor, decoding, 1)
+    streamer = _Pieces(TextStream(processor.tokenizer, decoding.stop))
     failure: list[BaseException] = []
 
     def decode() -> None:
         try:
-            with torch.inference_mode():
-                model.generate(
-                    **inputs,
-                    streamer=streamer,
-                    pad_token_id=processor.tokenizer.pad_token_id,
-                    **decoding.arguments(),
-                )
+            with torch.inference_mode(), _seeded(model, decoding):
+                model.generate(**inputs, streamer=streamer, **arguments)
         except BaseException as error:
             failure.append(error)
             streamer.end()
 
     thread = Thread(target=decode, daemon=True)
     thread.start()
-    yield from (piece for piece in streamer if piece)
+    yield from (piece for piece in iter(streamer.queue.get, None) if piece)
     thread.join()
     if failure:
         raise failure[0]

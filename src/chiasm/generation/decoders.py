@@ -1,5 +1,6 @@
 """Which decoder suits a model: found out by comparing its logits with the model's own, without a table of families."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from chiasm.generation.packed import WEIGHTS
 from chiasm.generation.pictures import PictureCache
 from chiasm.generation.prefix_cache import PrefixCache
 from chiasm.generation.sequential import SequentialDecoder
-from chiasm.generation.slots import Slots
+from chiasm.generation.slots import CacheShape, Slots
+from chiasm.generation.torch_step import TorchStep
 from chiasm.language.adapter import vocabulary
 
 SHORT = {"float32": 8, "int8": 48, "int4": 48}
-"""Tokens of a prompt, by weights, that are read faster by the lean step than by the model."""
+"""Tokens of a prompt, by weights, that are read faster by the compiled step than by the model."""
 SIMILAR = {"float32": 0.99999, "int8": 0.99, "int4": 0.9}
 """How similar (cosine) a lean step's logits must be to the model's own."""
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
@@ -46,33 +48,32 @@ def make_decoder(
     shape = _cache_shape(model)
     if shape is None:
         return SequentialDecoder(model, pictures)
-    layers, *kind, dtype = shape
-
-    def trial(decoder: type[BatchedDecoder], dtype: torch.dtype, *more: Any) -> Tensor | None:
-        slots = Slots(layers, 2, *kind, dtype, model.device)
-        return _steps(decoder(model, slots, PictureCache(model, 0), PrefixCache(0), *more))
-
-    expected = _expected(model)
-    step = _lean_step(model, weights, dtype)
-    if step is not None and _similar(trial(LeanDecoder, torch.float32, step, 1), expected, SIMILAR[weights]):
-        slots = Slots(layers, count, *kind, torch.float32, model.device)
-        return LeanDecoder(model, slots, pictures, prefixes, step, SHORT[weights])
-    if _similar(trial(BatchedDecoder, dtype), expected, SIMILAR["float32" if dtype == torch.float32 else "int8"]):
-        return BatchedDecoder(model, Slots(layers, count, *kind, dtype, model.device), pictures, prefixes)
+    expected, caches = _expected(model), (pictures, prefixes)
+    none = (PictureCache(model, 0), PrefixCache(0))
+    step, exact = _lean_step(model, weights, shape.dtype), replace(shape, dtype=torch.float32)
+    if step is not None:
+        found = _steps(LeanDecoder(model, Slots(exact, 2), *none, step, 1))
+        if _similar(found, expected, SIMILAR[weights]):
+            short = SHORT[weights] if isinstance(step, NativeStep) else 1
+            return LeanDecoder(model, Slots(exact, count), *caches, step, short)
+    found = _steps(BatchedDecoder(model, Slots(shape, 2), *none))
+    if _similar(found, expected, SIMILAR["float32" if shape.dtype == torch.float32 else "int8"]):
+        return BatchedDecoder(model, Slots(shape, count), *caches)
     return SequentialDecoder(model, pictures)
 
 
-def _lean_step(model: FusionModel, weights: str, dtype: torch.dtype) -> NativeStep | None:
-    """The compiled step, where machine and model have one; full precision is for models that are in float32 already."""
+def _lean_step(model: FusionModel, weights: str, dtype: torch.dtype) -> NativeStep | TorchStep | None:
+    """A step on bare tensors, where the model has such a shape; in full precision only if it is float32 already."""
     if model.device.type != "cpu" or (weights == "float32" and dtype != torch.float32):
         return None
-    compiled = library()
-    lean = None if compiled is None else lean_model(model.language, weights)
-    return None if compiled is None or lean is None else NativeStep(lean, compiled)
+    compiled, lean = library(), lean_model(model.language, weights)
+    if lean is None:
+        return None
+    return TorchStep(lean) if compiled is None else NativeStep(lean, compiled)
 
 
-def _cache_shape(model: FusionModel) -> tuple[int, int, int, torch.dtype] | None:
-    """Layers, heads, head width and dtype of the language model's cache; None where slots cannot hold it."""
+def _cache_shape(model: FusionModel) -> CacheShape | None:
+    """The shape of the language model's cache; None where slots cannot hold it."""
     language = model.language
     if model.config.is_encoder_decoder or language.config._attn_implementation not in ("sdpa", "eager"):
         return None
@@ -84,7 +85,7 @@ def _cache_shape(model: FusionModel) -> tuple[int, int, int, torch.dtype] | None
     if len(shapes) != 1 or len(next(iter(shapes))) != 4:
         return None
     _, heads, _, size = layers[0].keys.shape
-    return len(layers), heads, size, layers[0].keys.dtype
+    return CacheShape(len(layers), heads, size, layers[0].keys.dtype, model.device)
 
 
 def _tokens(model: FusionModel) -> Int[Tensor, "1 S"]:

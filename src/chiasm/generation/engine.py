@@ -159,7 +159,7 @@ class Engine:
                 prefix_hits=prefixes.hits,
                 prefix_misses=prefixes.misses,
                 prefix_tokens=prefixes.tokens,
-                prefix_bytes=prefixes.bytes,
+                prefix_bytes=prefixes.blocks.bytes,
             )
 
     def close(self, finish: bool = True) -> None:

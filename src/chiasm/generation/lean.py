@@ -161,7 +161,7 @@ def _weights(linear: Any) -> tuple[Tensor, Tensor | None]:
     return weight, base.bias
 
 
-def _norm(norm: nn.Module, family: Family) -> Tensor:
+def _norm(norm: Any, family: Family) -> Tensor:
     return (norm.weight.detach().float() + family.norm_offset).contiguous()
 
 
@@ -172,7 +172,7 @@ def _rotations(config: PreTrainedConfig) -> set[str]:
     return {one.get("rope_type", "none") for one in settings} or {"none"}
 
 
-def _rotation(rotary: nn.Module, by_kind: bool) -> Callable[[str, int], Tensor]:
+def _rotation(rotary: Any, by_kind: bool) -> Callable[[str, int], Tensor]:
     def table(kind: str, length: int) -> Float[Tensor, "length head_dim"]:
         like = torch.zeros(1)
         places = torch.arange(length)[None]

@@ -13,6 +13,7 @@ from chiasm.generation.pictures import PictureCache
 from chiasm.generation.prefix_cache import PrefixCache
 from chiasm.generation.slots import Slots
 
+
 class LeanDecoder(BatchedDecoder):
     """A batched decoder whose short forwards skip the modules.
 
@@ -58,4 +59,4 @@ class LeanDecoder(BatchedDecoder):
 
     def _blocks(self, look: Look | None) -> list[int]:
         """Layers that have a block of cross-attention in front of them."""
-        return [] if look is None else self.model.cross_attention.settings.layers  # type: ignore[union-attr]
+        return [] if look is None else self.model.cross_attention.settings.layers

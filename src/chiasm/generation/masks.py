@@ -26,9 +26,7 @@ def slot_masks(
     }
 
 
-def _mask(
-    positions: Int[Tensor, "B S"], keys: int, dtype: torch.dtype, prefix: int, window: int | None
-) -> Tensor:
+def _mask(positions: Int[Tensor, "B S"], keys: int, dtype: torch.dtype, prefix: int, window: int | None) -> Tensor:
     places, now = torch.arange(keys, device=positions.device), positions[:, None, :, None]
     seen = places <= now
     if window is not None:

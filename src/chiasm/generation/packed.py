@@ -20,7 +20,7 @@ class Packed:
 
     Args:
         kind: one of `WEIGHTS`.
-        data: float32; int8 `(rows, groups, 32)`; or uint8 `(rows, groups, 16)`, whose byte i holds weights i and i + 16.
+        data: float32; int8 `(rows, groups, 32)`; uint8 `(rows, groups, 16)`, whose byte i holds weights i and i + 16.
         scales, minima: `(rows, groups)` in float16.
     """
 

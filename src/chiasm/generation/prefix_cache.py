@@ -28,10 +28,6 @@ class PrefixCache:
         self.blocks = ByteCache(limit)
         self.hits = self.misses = self.tokens = 0
 
-    @property
-    def bytes(self) -> int:
-        return self.blocks.bytes
-
     def find(self, keys: Sequence[bytes]) -> Float[Tensor, "layers 2 kv_heads length head_dim"] | None:
         """Keys and values of the longest known beginning, which leaves at least one token of the prompt to be read."""
         found = []

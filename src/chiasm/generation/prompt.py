@@ -58,12 +58,10 @@ def _digest(parts: list[Tensor]) -> bytes:
     known = hashlib.blake2b(digest_size=16)
     for part in parts:
         known.update(f"{part.dtype}{tuple(part.shape)}".encode())
-        known.update(part.cpu().contiguous().view(torch.uint8).numpy())
+        known.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
     return known.digest()
 
 
 def picture_inputs(inputs: Inputs, chosen: list[int]) -> Inputs:
     """The inputs of some of the pictures."""
     return {name: inputs[name][chosen] for name in PICTURE_INPUTS if name in inputs}
-
-

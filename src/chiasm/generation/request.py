@@ -10,7 +10,7 @@ from torch import Tensor
 
 from chiasm.generation.choose import adjusted, choose, logprobs
 from chiasm.generation.constraint import Constraint
-from chiasm.generation.decode import Decoding
+from chiasm.generation.decoding import Decoding
 from chiasm.generation.prompt import Prompt
 from chiasm.generation.text import TextStream
 from chiasm.generation.ticket import Piece, Ticket

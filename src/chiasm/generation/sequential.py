@@ -54,7 +54,7 @@ class SequentialDecoder:
 
     def _encode(self, sequence: OwnCache, prompt: Prompt) -> Float[Tensor, " V"]:
         tokens = self.pictures.visual_tokens(prompt)
-        embeddings = self.model.embed(prompt.inputs["input_ids"], None, tokens)  # type: ignore[operator]
+        embeddings = self.model.embed(prompt.inputs["input_ids"], None, tokens)
         language, mask = self.model.language, prompt.inputs["attention_mask"]
         encoded = language.get_encoder()(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
         sequence.inputs = {"encoder_outputs": BaseModelOutput(encoded), "attention_mask": mask}

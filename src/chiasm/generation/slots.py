@@ -1,6 +1,7 @@
 """A static KV cache with one slot for each request, whose lengths differ; transformers' models write into it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,18 +16,24 @@ STEP = 256
 KeysValues = Float[Tensor, "layers 2 kv_heads length head_dim"]
 
 
+@dataclass(frozen=True)
+class CacheShape:
+    """A language model's cache of keys and values, which is the same in every layer."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+
+
 class Slots:
-    """Keys and values of all layers in one tensor, which grows when a longer request comes.
+    """Keys and values of all layers in one tensor `(layers, 2, slots, kv_heads, capacity, head_dim)`, which grows when
+    a longer request comes."""
 
-    Args:
-        layers, kv_heads, head_dim: of the language model, the same in every layer.
-        count: slots.
-    """
-
-    def __init__(
-        self, layers: int, count: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.store = torch.zeros(layers, 2, count, kv_heads, 0, head_dim, dtype=dtype, device=device)
+    def __init__(self, shape: CacheShape, count: int) -> None:
+        sizes = (shape.layers, 2, count, shape.kv_heads, 0, shape.head_dim)
+        self.store = torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
         self.free = list(range(count - 1, -1, -1))
 
     @property
@@ -64,7 +71,7 @@ class SlotView(Cache):
         self.rows = slice(rows[0], rows[0] + len(rows)) if _consecutive(rows) else torch.tensor(rows)
         self.places = (torch.tensor(rows)[:, None], positions.cpu())
         self.end = int(positions.max()) + 1
-        super().__init__(layers=[_SlotLayer(pair, self) for pair in slots.store])  # type: ignore[list-item]
+        super().__init__(layers=[_SlotLayer(pair, self) for pair in slots.store])
 
     @property
     def is_compileable(self) -> bool:

@@ -40,14 +40,16 @@ class TextStream:
         text = self.tokenizer.decode(self._tokens[self._done :], skip_special_tokens=True)
         rest = self._held + text[len(self._shown) :]
         self._held, self._shown = "", text
-        return "" if self.stopped else rest
+        return "" if self.stopped else before_stop(rest, self.stop)
 
     def _release(self, new: str) -> str:
+        if self.stopped:
+            return ""
         text = self._held + new
-        ends = [text.find(stop) for stop in self.stop if stop in text]
-        if ends:
+        before = before_stop(text, self.stop)
+        if len(before) < len(text):
             self.stopped, self._held = True, ""
-            return text[: min(ends)]
+            return before
         kept = max((_overlap(text, stop) for stop in self.stop), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
@@ -56,3 +58,8 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of a text are the beginning of a stop string."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def before_stop(text: str, stop: tuple[str, ...]) -> str:
+    """A text up to the first stop string in it."""
+    return text[: min((text.find(one) for one in stop if one in text), default=len(text))]

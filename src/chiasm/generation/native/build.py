@@ -17,11 +17,15 @@ FLAGS = ["-O3", "-march=native", "-ffast-math", "-std=c++17", "-fopenmp", "-fPIC
 TIMEOUT = 120
 
 
-@cache
 def library() -> ctypes.CDLL | None:
     """The compiled step; None without a working compiler, or where `CHIASM_NATIVE=0` asks for none."""
+    return None if os.environ.get("CHIASM_NATIVE") == "0" else _compiled()
+
+
+@cache
+def _compiled() -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if os.environ.get("CHIASM_NATIVE") == "0" or compiler is None:
+    if compiler is None:
         return None
     known = hashlib.sha256("\0".join([SOURCE.read_text(), compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
     path = cache_folder() / "native" / f"step-{known}.so"
@@ -38,7 +42,10 @@ def _build(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, linked = Path(folder) / "step.o", Path(folder) / "step.so"
-        for command in ([*FLAGS, "-c", str(SOURCE), "-o", str(made)], ["-shared", "-fopenmp", str(made), "-o", str(linked)]):
+        for command in (
+            [*FLAGS, "-c", str(SOURCE), "-o", str(made)],
+            ["-shared", "-fopenmp", str(made), "-o", str(linked)],
+        ):
             subprocess.run([compiler, *command], check=True, capture_output=True, timeout=TIMEOUT)
         os.replace(linked, path)
 

@@ -102,7 +102,9 @@ class NativeStep:
     def _bind(self, slots: Slots) -> None:
         """Where keys, values and rotations are, after the slots have grown."""
         store = slots.store
-        self._rotations = {kind: self.lean.rotation(kind, slots.capacity) for kind in {x.kind for x in self.lean.layers}}
+        self._rotations = {
+            kind: self.lean.rotation(kind, slots.capacity) for kind in {x.kind for x in self.lean.layers}
+        }
         self._model.slot_stride, self._model.head_stride = store.stride(2), store.stride(3)
         for layer, lean, (keys, values) in zip(self._layers, self.lean.layers, store, strict=True):
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()

