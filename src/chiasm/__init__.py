@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chiasm.api import train
+    from chiasm.connecting.connect import connect
     from chiasm.dual_encoder import DualEncoder
-    from chiasm.vlm import VLM, connect, load
+    from chiasm.vlm import VLM, load
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "VLM": "chiasm.vlm",
     "DualEncoder": "chiasm.dual_encoder",
-    "connect": "chiasm.vlm",
+    "connect": "chiasm.connecting.connect",
     "load": "chiasm.vlm",
     "train": "chiasm.api",
 }

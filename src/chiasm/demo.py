@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from chiasm import api, sources, vlm
 from chiasm.comparison.cost import cost
+from chiasm.connecting.connect import DEFAULT_LANGUAGE, DEFAULT_VISION, connect
 from chiasm.data.emoji_scenes import EmojiScenes
 from chiasm.data.schema import Sample
 from chiasm.evaluation.evaluate import EvalResult
@@ -52,11 +53,11 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, console: Console 
     console = console or Console()
     seconds: dict[str, float] = {}
     with _phase("fetch", seconds, console):
-        for alias in (vlm.DEFAULT_VISION, vlm.DEFAULT_LANGUAGE, "twemoji"):
+        for alias in (DEFAULT_VISION, DEFAULT_LANGUAGE, "twemoji"):
             sources.pull(alias)
     with _phase("connect", seconds, console):
         device = vlm.best_device()
-        model = vlm.connect(features=FEATURES, chat_template=CHAT_TEMPLATE, dtype=_weights(device), seed=seed)
+        model = connect(features=FEATURES, chat_template=CHAT_TEMPLATE, dtype=_weights(device), seed=seed)
         model.to(device)
     share = 0.02 if quick else 1.0
     held_out = EmojiScenes("validation", size=max(20, int(100 * share)), seed=seed, weights=SKILLS)
@@ -120,9 +121,9 @@ def _report(output: Path, model: vlm.VLM, result: EvalResult, shown: list[Sample
     costs = cost(model.model)
     info = {
         "title": "Chiasm demo",
-        "vision": vlm.DEFAULT_VISION,
+        "vision": DEFAULT_VISION,
         "connector": model.model.config.connector["name"],
-        "language": vlm.DEFAULT_LANGUAGE,
+        "language": DEFAULT_LANGUAGE,
         "fusion": model.model.config.fusion,
         "parameters": costs.parameters,
         "visual_tokens": costs.visual_tokens,

@@ -1,0 +1,66 @@
+"""`connect` for early and intermediate fusion: a vision encoder, a new connector, a language model that answers."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.fusion.base import FusionModel
+from chiasm.fusion.build import CONVOLUTIONAL, build_fusion
+from chiasm.fusion.start import start_of
+from chiasm.generation import decode
+from chiasm.language.adapter import load_language
+from chiasm.presets import Preset
+from chiasm.vision.encoder import load_vision
+from chiasm.vision.image_processor import ChiasmImageProcessor, image_processor_for
+from chiasm.vlm import read_config
+
+
+def connect_generative(
+    vision: str | PreTrainedModel,
+    language: str | PreTrainedModel,
+    words: PreTrainedTokenizerBase | None,
+    chosen: Preset,
+    connector: str | dict[str, Any] | None,
+    fusion: str,
+    *,
+    image_processor: ChiasmImageProcessor | None,
+    chat_template: str | None,
+    features: dict[str, Any] | None,
+    image_size: int | tuple[int, int] | None,
+    resize_mode: str | None,
+    patch_positions: str,
+    regions: tuple[int, int] | None,
+    cross_attention: dict[str, Any] | None,
+    attention: str,
+    dtype: torch.dtype | str,
+    seed: int,
+) -> tuple[FusionModel, ChiasmProcessor | None]:
+    """Model and processor; arguments are those of `chiasm.connect`, its names resolved."""
+    start = start_of(chosen.connector if connector is None else connector)
+    features = features or _preset_features(chosen, vision)
+    encoder = load_vision(vision, features=features, image_size=image_size, dtype=dtype)
+    language_model = load_language(language, dtype=dtype)
+    processor = None
+    image_token_id = language_model.config.get_text_config().vocab_size
+    if words is not None:
+        words.chat_template = chat_template or words.chat_template
+        pictures = image_processor or image_processor_for(vision, encoder, resize_mode=resize_mode)
+        processor = start.processor(pictures, words, token_types=attention == "prefix", regions=regions)
+        image_token_id = processor.image_token_id
+    new: dict[str, Any] = {"patch_positions": patch_positions, "seed": seed, "cross_attention": cross_attention}
+    new |= {"attention": attention, "regions": regions, "initialise": start.initialise}
+    model = build_fusion(encoder, language_model, start.settings, image_token_id, fusion, **new)
+    if processor is not None:
+        processor.num_image_tokens = model.num_image_tokens
+        decode.stop_at_end_of_turn(model, processor)
+    return model, processor
+
+
+def _preset_features(preset: Preset, vision: Any) -> dict[str, Any] | None:
+    """A preset's layers are those of a ViT; the grids of a convolutional encoder are another matter."""
+    if preset.features is None:
+        return None
+    kind = read_config(vision)["model_type"] if isinstance(vision, str) else vision.config.model_type
+    return None if kind in CONVOLUTIONAL else preset.features
