@@ -358,3 +358,19 @@ def test_a_stage_that_tunes_the_encoder_has_no_cache(tmp_path: Path) -> None:
         helpers.run(tmp_path / "run", recipe)
     helpers.run(tmp_path / "other", recipe, overrides=["cache_features=auto"])
     assert not (tmp_path / "features").exists()
+
+
+def test_a_stage_reads_its_kind_of_samples(tmp_path: Path) -> None:
+    """Captions in one stage, questions in the next; a kind that the data lacks is named."""
+    questions = [helpers.sample(index) for index in range(10)]
+    caption = {"role": "assistant", "content": "All of this picture has one colour."}
+    captions = [replace(s, id=f"caption of {s.id}", messages=[s.messages[0], caption]) for s in questions[:6]]
+    stages = [
+        {"name": kind, "data": kind, "epochs": 1, **helpers.SETTINGS, "parts": FULL}
+        for kind in ("captions", "questions")
+    ]
+    result = helpers.run(tmp_path / "run", {"stages": stages}, data=[*captions, *questions])
+    seen = {s["name"]: sum(e["samples"] for e in events(result, "step") if e["stage"] == s["name"]) for s in stages}
+    assert seen == {"captions": 6, "questions": 10}
+    with pytest.raises(ValueError, match="stage 'captions' reads captions, and the data has no such sample"):
+        helpers.run(tmp_path / "other", {"stages": stages}, data=questions)

@@ -36,11 +36,12 @@ def caption_indices(samples: Sequence[Sample], indices: Sequence[int]) -> list[i
 
     What an answer leaves out is taken for absent, so "two" about a picture of eight things would teach what is wrong.
     """
-    described = [index for index in indices if _describes(samples[index])]
+    described = [index for index in indices if describes(samples[index])]
     return described if len(described) >= FEWEST_CAPTIONS else list(indices)
 
 
-def _describes(sample: Sample) -> bool:
+def describes(sample: Sample) -> bool:
+    """Whether a sample's answers are sentences about its pictures."""
     answers = [m["content"] for m in flatten(sample.messages) if m["role"] == "assistant"]
     words = sum(len(WORD.findall(answer)) for answer in answers)
     return bool(sample.images) and words >= CAPTION_WORDS * len(answers)

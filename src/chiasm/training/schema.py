@@ -174,6 +174,9 @@ class Settings(Strict):
         None, description="late fusion: pairs in the towers at once; larger batches are computed twice (GradCache)"
     )
     max_length: PositiveInt | None = Field(None, description="tokens of a sample; by default the model's context")
+    data: Literal["all", "captions", "questions"] = Field(
+        "all", description="which samples: `captions` describe their pictures in sentences, `questions` are all others"
+    )
     group_by_length: bool = Field(True, description="batches of samples of similar length, to pad less")
 
     @field_validator("objectives")

@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import compress
 
 from torch import Tensor
 
 from chiasm.data.collation import Batch, Item, load_pixels
 from chiasm.data.schema import Sample, SampleError, text_of
+from chiasm.training.closed_form import describes
 from chiasm.training.features import Rows, with_hint
 from chiasm.training.fingerprint import sample_fingerprint
 from chiasm.training.log import Reporter
@@ -31,9 +33,15 @@ class Survey:
 
     def with_one_picture(self) -> "Survey":
         """The samples that a caption objective can use."""
-        kept = [place for place, count in enumerate(self.pictures) if count == 1]
-        usable, lengths = [self.usable[place] for place in kept], [self.lengths[place] for place in kept]
-        return replace(self, usable=usable, lengths=lengths, pictures=[1] * len(kept))
+        return self._kept([count == 1 for count in self.pictures])
+
+    def of_kind(self, samples: Sequence[Sample], captions: bool) -> "Survey":
+        """The samples that describe their pictures, or all others."""
+        return self._kept([describes(samples[index]) == captions for index in self.usable])
+
+    def _kept(self, keep: list[bool]) -> "Survey":
+        columns = {name: list(compress(getattr(self, name), keep)) for name in ("usable", "lengths", "pictures")}
+        return replace(self, **columns)
 
 
 def survey(samples: Sequence[Sample], tokens_per_image: int, skip_bad: bool, reporter: Reporter) -> Survey:

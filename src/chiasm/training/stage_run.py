@@ -53,11 +53,14 @@ class StageRun:
         self.resumed = context.run.resumed_in(stage.name)
         self.first_step = self.resumed.position.step if self.resumed is not None else 0
         survey = context.survey.with_one_picture() if stage.shows_one_picture else context.survey
-        self.order = Order(survey.usable, survey.lengths if stage.group_by_length else None, stage, number)
         self.left_out = len(context.survey.usable) - len(survey.usable)
+        if stage.data != "all":
+            survey = survey.of_kind(context.samples, captions=stage.data == "captions")
+        self.order = Order(survey.usable, survey.lengths if stage.group_by_length else None, stage, number)
         if not survey.usable:
-            what = "captions" if stage.reads_captions else "questions"
-            raise ValueError(f"stage {stage.name!r} reads {what} of one picture each, and the data has no such sample")
+            what = ("captions" if stage.reads_captions else "questions") if stage.data == "all" else stage.data
+            count = " of one picture each" if stage.shows_one_picture else ""
+            raise ValueError(f"stage {stage.name!r} reads {what}{count}, and the data has no such sample")
         self.num_steps = stage.num_steps(len(survey.usable))
 
     def _learner(self, earlier: Sequence[Stage]) -> StageModel:
