@@ -113,7 +113,7 @@ def test_vectors_of_a_frozen_text_tower_change_nothing(tmp_path: Path, monkeypat
 
 TWO = {
     "stages": [
-        stage(parts=LIT, steps=3),
+        stage(parts={**LIT, "vision": {"tune": "full", "lr": 1e-3}}, steps=3),
         stage(name="answer", objectives=["answers"], parts=HEAD, steps=3, answer_head={"hidden": 9}),
     ]
 }

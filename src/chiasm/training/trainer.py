@@ -112,7 +112,7 @@ def train(
 
 
 def _begin(context: Context, recipe: Recipe, environment: dict[str, Any]) -> None:
-    """The first line of the log, or the weights of a finished stage that the run goes on behind."""
+    """The first line of the log, or the weights that the run goes on with."""
     run, model = context.run, context.model
     if run.resumed is None:
         bad = context.survey.bad
@@ -130,6 +130,11 @@ def _begin(context: Context, recipe: Recipe, environment: dict[str, Any]) -> Non
         restore(dict(model.named_parameters()), run.resumed, {})
         if not next(stage for stage in recipe.stages if stage.name == position.stage).reads_captions:
             run.save_model(position.stage, model, context.processor)
+        return
+    # Features of a frozen part are made before the stage's first step, from what earlier stages have made of it.
+    known = {name: parameter.data for name, parameter in model.named_parameters()}
+    names = {name: plain_name(name) for name in run.resumed.names(WEIGHTS)}
+    run.resumed.read_into(WEIGHTS, {name: known[plain] for name, plain in names.items() if plain in known})
 
 
 def _environment(model: PreTrainedModel, team: Team) -> dict[str, Any]:
