@@ -29,7 +29,7 @@ OURS, PLAIN, BLAS = "chiasm", "faiss.IndexFlatIP", "faiss.IndexFlatIP, matrix pr
 SIDES = (OURS, PLAIN, BLAS)
 K, QUERIES = 10, 256
 HEADER = """\
-| vectors | threads | queries at once | side | ms a query | queries/s | Chiasm is faster | recall@10 | own memory, MB | of files, MB |
+| vectors | threads | at once | side | ms a query | queries/s | Chiasm is faster | recall@10 | own MB | file MB |
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
@@ -127,9 +127,7 @@ def main() -> None:
             for threads in options.threads:
                 for batch in options.batches:
                     workers = {
-                        one: Worker(
-                            side, one, folder, kind, options.width, batch, options.seconds, threads=threads
-                        )
+                        one: Worker(side, one, folder, kind, options.width, batch, options.seconds, threads=threads)
                         for one in SIDES
                     }
                     blocks = in_turns(workers, options.rounds)

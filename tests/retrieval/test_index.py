@@ -11,7 +11,7 @@ from PIL import Image
 
 from chiasm.data.schema import ImageError, ImageRef
 from chiasm.retrieval import Index, Item, contact_sheet, read_pictures
-from pretend import COLOURS, ColourEncoder, paint
+from retrieval.pretend import COLOURS, ColourEncoder, paint
 
 
 @pytest.fixture(params=["folder", "qdrant"])

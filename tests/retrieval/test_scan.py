@@ -63,12 +63,13 @@ def test_codes_find_what_float32_finds(tmp_path: Path, kind: str, several: int) 
 @pytest.mark.parametrize("kind", ["random", "decaying", "outlying", "clustered"])
 def test_no_code_is_off_by_more_than_the_bound(tmp_path: Path, kind: str) -> None:
     vectors, queries = rows(kind, ROWS)[:, 0], rows(kind, 4)[:, 0]
-    coded = codes.Codes([vectors], ROWS, WIDTH, vectors.mean(0))
+    coded = codes.Codes([vectors[:, None]], ROWS, (1, WIDTH), vectors.mean(0))
     found = coded.scan(queries)
-    products = found.values[:, :ROWS] * found.factor[:, None] + found.constant[:, None]
+    values = torch.cat([tile.flatten(1) for tile in found.tiles], dim=1)
+    products = values[:, :ROWS] * found.factor[:, None] + found.constant[:, None]
     off = (products - queries @ vectors.T).abs().amax(dim=1)
     assert (off <= found.bound * found.factor).all()
-    assert torch.isinf(found.values[:, ROWS:]).all()
+    assert torch.isinf(values[:, ROWS:]).all()
 
 
 def test_many_queries_are_coded_by_themselves_and_few_rows_are_not(tmp_path: Path) -> None:

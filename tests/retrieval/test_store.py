@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import killing
 from chiasm.retrieval.store import Store
+from retrieval import killing
 
 
 def filled(folder: Path, segments: int = 2) -> Store:

@@ -13,7 +13,7 @@ import tiny
 from chiasm.cli import main
 from chiasm.data.captions import CaptionProcessor
 from chiasm.fusion.qformer_retrieval import build_retrieval
-from pretend import paint
+from retrieval.pretend import paint
 from training import helpers
 
 
@@ -51,7 +51,9 @@ def test_index_and_search(run: Any, tmp_path: Path) -> None:
     code, out, err = run("index", model, photos, "-o", index)
     assert code == 0, err
     assert "9 added; search it: chiasm search" in out
-    code, out, err = run("search", index, "a red car", "-k", 3, "--where", "number<5", "--json", "--sheet", tmp_path / "s.png")
+    code, out, err = run(
+        "search", index, "a red car", "-k", 3, "--where", "number<5", "--json", "--sheet", tmp_path / "s.png"
+    )
     assert code == 0, err
     assert len(json.loads(out)) == 3 and Image.open(tmp_path / "s.png").width > 600
     code, out, err = run("search", index, "--image", files[4], "-k", 1)
@@ -92,5 +94,5 @@ def test_mistakes_are_one_line(run: Any, tmp_path: Path) -> None:
         ("index", "--add", tmp_path / "none", "-o", index): "no such file or folder",
     }
     for arguments, reason in mistakes.items():
-        code, out, err = run(*arguments)
+        code, _, err = run(*arguments)
         assert code == 2 and reason in " ".join(err.split()) and "Traceback" not in err, (arguments, err)

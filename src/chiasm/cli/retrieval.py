@@ -18,12 +18,15 @@ OtherModel = Annotated[
 
 @app.command(epilog=example("chiasm index models/clip photos -o photos.index"))
 def index(
-    model: Annotated[str | None, typer.Argument(help="A retrieval model's folder or hub id.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A retrieval model's folder or hub id.", show_default=False)
+    ] = None,
     images: Annotated[
         str | None, typer.Argument(help="A folder of pictures, a quoted pattern, or a data set.", show_default=False)
     ] = None,
     location: Annotated[
-        str, typer.Option("-o", "--index", help="The index: a folder, or http://host:6333/collection.", show_default=False)
+        str,
+        typer.Option("-o", "--index", help="The index: a folder, or http://host:6333/collection.", show_default=False),
     ] = ...,  # type: ignore[assignment]
     add: Annotated[str | None, typer.Option(help="Add these pictures by the index's own model.")] = None,
     metadata: Annotated[
@@ -128,7 +131,9 @@ def _add(opened: Any, images: str, metadata: Path | None, skip_bad: bool, batch_
 
         report = opened.add(items, skip_bad=skip_bad, batch_size=batch_size, progress=progress)
     if as_json:
-        return emit({"added": report.added, "replaced": report.replaced, "unchanged": report.unchanged, "bad": report.bad})
+        return emit(
+            {"added": report.added, "replaced": report.replaced, "unchanged": report.unchanged, "bad": report.bad}
+        )
     for reason in report.bad.values():
         err.print(f"skipped: {escape(reason)}", soft_wrap=True, highlight=False)
     search = f"chiasm search {argument(Path(opened.location))} 'a red car'"

@@ -1,4 +1,4 @@
-"""Search by faiss where an exact scan is too slow: inverted lists of 8-bit codes, then float32 products of what they find.
+"""Search by faiss where an exact scan is too slow: lists of 8-bit codes, then float32 products of what they find.
 
 What faiss built is kept beside the segments, so it is trained once; rows that came later are added to it.
 """

@@ -66,7 +66,11 @@ class FolderIndex(Index):
         keep = self._keep(conditions(where))
         if len(self) and vectors.shape[1] != self.state.shape[1]:
             raise ValueError(f"vectors are {vectors.shape[1]} wide, the index holds {self.state.shape[1]}")
-        found = self._searcher().search(vectors, k, keep) if len(self) else [(torch.empty(0), torch.empty(0))] * len(vectors)
+        found = (
+            self._searcher().search(vectors, k, keep)
+            if len(self)
+            else [(torch.empty(0), torch.empty(0))] * len(vectors)
+        )
         return [
             [Hit.of(self.state.records[row], score) for row, score in zip(rows.tolist(), scores.tolist(), strict=True)]
             for rows, scores in found

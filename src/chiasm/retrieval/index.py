@@ -104,12 +104,14 @@ class Index(ABC):
         return FolderIndex.make(Path(location), encoder, model)
 
     @staticmethod
-    def open(location: str | Path, encoder: Encoder | None = None, *, way: str = "auto", verify: bool = True) -> "Index":
+    def open(
+        location: str | Path, encoder: Encoder | None = None, *, way: str = "auto", verify: bool = True
+    ) -> "Index":
         """An index as it is now.
 
         Args:
             encoder: the model that made it; without one, only vectors can be searched for.
-            way: of a folder: `exact`, `faiss`, or `auto`: exact up to 200,000 vectors, then faiss where it is installed.
+            way: of a folder: `exact`, `faiss`, or `auto`: exact up to 200,000 vectors, then faiss if it is installed.
             verify: of a folder: compare every file with its checksum, not with its size alone.
 
         Raises:
@@ -123,7 +125,12 @@ class Index(ABC):
         return FolderIndex(Path(location), encoder, way, verify)
 
     def add(
-        self, items: Iterable[Item | SampleError], *, skip_bad: bool = False, batch_size: int = 32, progress: Progress | None = None
+        self,
+        items: Iterable[Item | SampleError],
+        *,
+        skip_bad: bool = False,
+        batch_size: int = 32,
+        progress: Progress | None = None,
     ) -> Added:
         """Adds pictures; those whose content is there already are not looked at again.
 
@@ -198,7 +205,9 @@ class Index(ABC):
     def encoder(self) -> Encoder:
         """The model. Raises ValueError where the index was opened without one."""
         if self._encoder is None:
-            raise ValueError(f"index {self.location} was opened without a model; attach(chiasm.load(index.model['source']))")
+            raise ValueError(
+                f"index {self.location} was opened without a model; attach(chiasm.load(index.model['source']))"
+            )
         return self._encoder
 
     @property

@@ -27,7 +27,7 @@ def is_qdrant(location: str | Path) -> bool:
 
 
 class QdrantIndex(Index):
-    """A collection. Its metadata hold the model, a point's payload the record; `QDRANT_API_KEY` is sent if it is set."""
+    """A collection: its metadata hold the model, a payload a record. `QDRANT_API_KEY` is sent if it is set."""
 
     def __init__(self, location: str, encoder: Encoder | None, client: Any = None) -> None:
         self.client, self.collection = (client, _address(location)[1]) if client else _connect(location)

@@ -72,7 +72,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Added:
-    """What an addition did: ids that are new or took the place of an older picture, that were there, and that failed."""
+    """What an addition did: ids that are new, took the place of an older picture, were there, or failed."""
 
     added: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)

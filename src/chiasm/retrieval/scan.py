@@ -20,7 +20,9 @@ CODES_FROM_QUERIES = 128
 BATCH = 64
 FEW = 1 / 16
 """Below this share of the rows they are picked out and multiplied alone."""
-PAIRS = 8_192
+PIECE = 8_192
+SORTED = 1_024
+"""So many scores are sorted without picking first."""
 
 Found = list[tuple[Int[Tensor, " found"], Float[Tensor, " found"]]]
 """For each query the rows and their scores, best first; of equal scores the older row first."""
@@ -41,8 +43,7 @@ class ExactScan:
             K, D = self.state.shape
             total = sum((part.sum(axis=(0, 1), dtype=np.float64) for part in self.state.parts), np.zeros(D))
             mean = torch.from_numpy(total / (len(self.state) * K)).float()
-            pieces = (part.flatten(0, 1) for part in self._parts())
-            self.codes = codes.Codes(pieces, len(self.state) * K, D, mean)
+            self.codes = codes.Codes(self._parts(), len(self.state), self.state.shape, mean)
 
     def search(self, queries: Float[Tensor, "B D"], k: int, keep: Bool[Tensor, " rows"] | None = None) -> Found:
         """The k nearest live rows of each query.
@@ -62,7 +63,7 @@ class ExactScan:
         for batch in queries.float().split(BATCH):
             if count < FEW * len(keep):
                 found += self._among(batch, k, keep.nonzero()[:, 0])
-            elif self.codes is not None and k * codes.GROUP * self.state.shape[0] <= len(keep):
+            elif self.codes is not None and k * codes.GROUP <= len(keep):
                 found += self._coded(batch, k, None if count == len(keep) else keep)
             else:
                 found += self._plain(batch, k, keep)
@@ -73,7 +74,9 @@ class ExactScan:
 
     def _plain(self, queries: Float[Tensor, "B D"], k: int, keep: Bool[Tensor, " rows"]) -> Found:
         """Every row in float32."""
-        scores = torch.cat([(part.flatten(0, 1) @ queries.T).view(*part.shape[:2], -1).amax(1) for part in self._parts()])
+        scores = torch.cat(
+            [(part.flatten(0, 1) @ queries.T).view(*part.shape[:2], -1).amax(1) for part in self._parts()]
+        )
         scores = scores.T.masked_fill(~keep, -torch.inf)
         return [best(torch.arange(len(keep)), row, k) for row in scores]
 
@@ -90,50 +93,30 @@ class ExactScan:
         exceed. Every row whose code may reach it, by the bound, is multiplied exactly too.
         """
         assert self.codes is not None
-        coded = self.codes.scan(queries)
-        scores, K = coded.values, self.state.shape[0]
-        if K > 1:
-            scores = _padded(scores[:, : len(self.live) * K].unflatten(1, (-1, K)).amax(2))
-        if keep is not None:
-            scores[:, : len(keep)].masked_fill_(~keep, -torch.inf)
-        first = _leaders(scores, k)
-        query = torch.arange(len(queries)).repeat_interleave(k)
-        floor = self._exact(queries, query, first.flatten()).view(-1, k).amin(dim=1)
-        flat = torch.from_numpy(np.flatnonzero((scores >= coded.least(floor)[:, None]).numpy()))
-        query, rows = flat // scores.shape[1], flat % scores.shape[1]
-        exact = self._exact(queries, query, rows)
-        ends = torch.bincount(query, minlength=len(queries)).tolist()
-        return [best(r, s, k) for r, s in zip(rows.split(ends), exact.split(ends), strict=True)]
+        coded = self.codes.scan(queries, keep)
+        first = coded.leaders(k)
+        known = self._exact(queries, [k] * len(queries), first.flatten())
+        floor = torch.stack([scores.amin() for scores in known])
+        query, rows = coded.reaching(floor)
+        counts = torch.bincount(query, minlength=len(queries)).tolist()
+        exact = self._exact(queries, counts, rows)
+        return [best(r, s, k) for r, s in zip(rows.split(counts), exact, strict=True)]
 
     def _exact(
-        self, queries: Float[Tensor, "B D"], query: Int[Tensor, " pairs"], rows: Int[Tensor, " pairs"]
-    ) -> Float[Tensor, " pairs"]:
-        """Scores in float32 of pairs of a query and a row."""
-        scores = [
-            torch.einsum("pkd,pd->pk", torch.from_numpy(self.state.take(r.numpy())), queries[q]).amax(1)
-            for q, r in zip(query.split(PAIRS), rows.split(PAIRS), strict=True)
-        ]
-        return torch.cat(scores)
-
-
-def _leaders(scores: Float[Tensor, "B rows"], k: int) -> Int[Tensor, "B k"]:
-    """The k rows with the highest scores, by way of the k groups with the highest ones."""
-    groups = scores.shape[1] // codes.GROUP
-    members = scores.unflatten(1, (codes.GROUP, groups))
-    best = members.amax(dim=1).topk(k, dim=1).indices
-    inside = members.gather(2, best[:, None].expand(-1, codes.GROUP, -1)).flatten(1)
-    place = inside.topk(k, dim=1).indices
-    return place // k * groups + best.gather(1, place % k)
-
-
-def _padded(scores: Float[Tensor, "B rows"]) -> Float[Tensor, "B padded"]:
-    return torch.nn.functional.pad(scores, (0, -scores.shape[1] % codes.GROUP), value=-torch.inf)
+        self, queries: Float[Tensor, "B D"], counts: list[int], rows: Int[Tensor, " pairs"]
+    ) -> list[Float[Tensor, " rows"]]:
+        """Scores in float32 of so many rows for each query."""
+        found = []
+        for query, mine in zip(queries, rows.split(counts), strict=True):
+            pieces = [torch.from_numpy(self.state.take(piece.numpy())) @ query for piece in mine.split(PIECE)]
+            found.append(torch.cat(pieces).amax(dim=1))
+        return found
 
 
 def best(rows: Int[Tensor, " rows"], scores: Float[Tensor, " rows"], k: int) -> tuple[Tensor, Tensor]:
     """The k best, by score and then by age: `topk` alone breaks ties as it likes."""
-    if len(scores) > 4 * k:
-        near = (scores >= scores.topk(k).values[-1]).nonzero()[:, 0]
+    if len(scores) > SORTED:
+        near = (scores >= scores.topk(min(k, len(scores))).values[-1]).nonzero()[:, 0]
         rows, scores = rows[near], scores[near]
     order = scores.sort(descending=True, stable=True).indices[:k]
     return rows[order], scores[order]
