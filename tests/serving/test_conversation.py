@@ -27,7 +27,9 @@ def talk(vlm: chiasm.VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
 
     def say(*lines: str, images: list[Path] | None = None, colours: bool = False) -> str:
         said: Iterator[str] = iter(lines)
-        console = Console(file=StringIO(), force_terminal=colours, width=100, color_system="truecolor" if colours else None)
+        console = Console(
+            file=StringIO(), force_terminal=colours, width=100, color_system="truecolor" if colours else None
+        )
         monkeypatch.setattr(console, "input", lambda *_: next(said))
         converse(vlm, images or [], {"max_new_tokens": 4, "temperature": 0.0}, console)
         return console.file.getvalue()  # type: ignore[attr-defined]
@@ -46,7 +48,9 @@ def test_answers_are_those_of_the_model(talk: Callable[..., str], vlm: chiasm.VL
 
 
 def test_mistakes_are_one_line_each(talk: Callable[..., str]) -> None:
-    out = talk("/image none.png", "/save", "/save x.json", "/image 'a", "/dance", "a" * 3000, "/help", "/history", "/exit")
+    out = talk(
+        "/image none.png", "/save", "/save x.json", "/image 'a", "/dance", "a" * 3000, "/help", "/history", "/exit"
+    )
     for words in ("no such picture: none.png", "/save needs a file", "nothing to save", "No closing quotation",
                   "no such command: /dance", "context is 1024", "/reset"):  # fmt: skip
         assert words in out
@@ -76,7 +80,8 @@ def test_an_answer_is_stopped(talk: Callable[..., str], monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("environment", "how"),
-    [({"TERM": "xterm-kitty"}, "kitty"), ({"KITTY_WINDOW_ID": "1", "TMUX": "x"}, "blocks"), ({"TERM": "xterm"}, "blocks"),
+    [({"TERM": "xterm-kitty"}, "kitty"), ({"KITTY_WINDOW_ID": "1", "TMUX": "x"}, "blocks"),
+     ({"TERM": "xterm"}, "blocks"),
      ({"TERM_PROGRAM": "iTerm.app"}, "iterm"), ({"TERM_PROGRAM": "ghostty"}, "kitty"), ({}, "blocks")],
 )  # fmt: skip
 def test_terminals(environment: dict[str, str], how: str) -> None:

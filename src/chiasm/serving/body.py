@@ -137,7 +137,9 @@ def parse(body: bytes, limits: Limits) -> Any:
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ApiError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_utf8") from None
+        raise ApiError(
+            400, f"the body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_utf8"
+        ) from None
     if sum(text.count(mark) for mark in ",[{") > limits.json_values:
         raise ApiError(400, f"the body has more than {limits.json_values:,} JSON values", code="too_many_values")
     try:

@@ -92,15 +92,15 @@ def _run(model: EmbeddingModel, texts: list[str], pictures: list[Any]) -> tuple[
         rows += list(encoder.embed_texts(texts).float().cpu())
         tokens = sum(len(ids) for ids in encoder.processor.tokenizer(texts)["input_ids"])
     if pictures:
-        rows += [row[0] if row.ndim == 2 and len(row) == 1 else row for row in encoder.embed_images(pictures).float().cpu()]
+        rows += [
+            row[0] if row.ndim == 2 and len(row) == 1 else row for row in encoder.embed_images(pictures).float().cpu()
+        ]
     return rows, tokens
 
 
 def _check_width(body: EmbeddingRequest, width: int) -> None:
     if body.dimensions is not None and body.dimensions != width:
-        raise ApiError(
-            400, f"dimensions={body.dimensions}, but this model's vectors have {width}.", param="dimensions"
-        )
+        raise ApiError(400, f"dimensions={body.dimensions}, but this model's vectors have {width}.", param="dimensions")
 
 
 def _item(number: int, vector: torch.Tensor, as_base64: bool) -> dict[str, Any]:
