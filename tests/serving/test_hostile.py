@@ -99,6 +99,7 @@ def test_limits_of_a_request(api: TestClient) -> None:
     assert code(api.post(CHAT, json=ask(*[data_url()] * 4))) == "too_many_images"
     big = api.post(CHAT, json=ask(text="a" * 300_000))
     assert code(big, 413) == "request_too_large"
+    assert code(api.post(CHAT, json=ask(text="a" * 100_000))) == "context_length_exceeded"
     assert code(api.post(CHAT, content=b"x" * 2_000_000, headers={"content-type": "application/json"}), 413)
     assert api.post(CHAT, json=ask(*[data_url()] * 3)).status_code == 200
 

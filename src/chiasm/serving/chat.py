@@ -65,8 +65,8 @@ class Answering:
 
     async def response(self, lease: Lease) -> Response:
         """The whole answer, or its stream from the first piece on, so that what fails before has its own status."""
+        prompt = await read_prompt(self.shared, self.model, self.body.messages, lease)
         async with self.shared.turn:
-            prompt = await read_prompt(self.shared, self.model.processor, self.body.messages, lease)
             tickets = await self._submit(prompt)
         seconds = self.shared.settings.limits.request_seconds
         try:
