@@ -13,6 +13,7 @@ import chiasm
 import chiasm.vlm
 import tiny
 from chiasm.cli import main
+from chiasm.generation.engine import Engine, Piece
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
 
@@ -227,7 +228,7 @@ def test_strange_values_are_one_line_and_exit_2(
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("verb", ["pull", "connect", "inspect", "chat", "train", "eval", "demo"])
+@pytest.mark.parametrize("verb", ["pull", "connect", "inspect", "chat", "train", "eval", "demo", "serve"])
 def test_every_verb_has_an_example(run: Any, verb: str) -> None:
     code, out, _ = run(verb, "--help")
     assert code == 0
@@ -255,12 +256,13 @@ def test_brackets_are_printed_as_they_are(run: Any, model: Path, data: Path, mon
     lines = iter(["/image [x].jpg", "[bold]What[/bold]?", "And [/red] now?", "/quit"])
     monkeypatch.setattr("rich.console.Console.input", lambda *_: next(lines))
 
-    def stream(self: chiasm.VLM, images: Any, prompt: str, **_: Any) -> Any:
+    def submit(self: Engine, messages: Any, *_: Any) -> Any:
+        prompt = messages[-1]["content"][-1]["text"]
         if "[/red]" in prompt:
             raise ValueError(f"a mistake in {prompt}")
-        yield from ("[bold]", "[/red] ", prompt)
+        return [Piece(text, 0) for text in ("[bold]", "[/red] ", prompt)]
 
-    monkeypatch.setattr(chiasm.VLM, "stream", stream)
+    monkeypatch.setattr(Engine, "submit", submit)
     code, out, err = run("chat", folder)
     assert code == 0, err
     for line in ("no such picture: [x].jpg", "[bold][/red] [bold]What[/bold]?", "a mistake in And [/red] now?"):

@@ -1,64 +1,173 @@
 """A conversation about pictures in the terminal."""
 
+import json
+import os
+import shlex
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from chiasm.data.chat import user_message
+from chiasm import terminal
+from chiasm.data.chat import Message, user_message
+from chiasm.data.few_shot import put_first, solved
+from chiasm.generation.decode import Decoding
+from chiasm.generation.engine import Engine
+from chiasm.sources.cache import cache_folder
+from chiasm.vision.pictures import to_rgb
 from chiasm.vlm import VLM
 
-HELP = "/image PATH adds a picture to the next question, /new starts over, /quit leaves"
+COMMANDS = {
+    "/image PATH...": "adds pictures to the next question; quote names with spaces",
+    "/history": "shows the conversation so far",
+    "/save FILE": "writes it as JSON, with its pictures' paths, which `chiasm train --data` reads",
+    "/reset": "starts over",
+    "/help": "shows this",
+    "/quit": "leaves, and so does Ctrl-D; Ctrl-C stops an answer",
+}
+HISTORY_LINES = 1000
 
 
 def converse(vlm: VLM, images: list[Path], options: dict[str, Any], console: Console) -> None:
     """Questions and streamed answers until the end of input; earlier turns stay in the prompt.
 
     Args:
-        options: of `VLM.stream`: decoding, and solved examples that every prompt starts with.
+        options: fields of `Decoding`, and `examples`: solved ones that every prompt starts with.
     """
-    console.print(f"[dim]{HELP}[/dim]")
-    history: list[dict[str, Any]] = []
-    shown: list[Path] = []
-    waiting = list(images)
-    while True:
-        try:
-            line = console.input("[bold cyan]>[/bold cyan] ").strip()
-        except (EOFError, KeyboardInterrupt):
-            console.print()
-            return
-        command, _, rest = line.partition(" ")
-        if command == "/quit":
-            return
-        if command == "/new":
-            history, shown, waiting = [], [], []
-        elif command == "/image":
-            path = Path(rest.strip()).expanduser()
-            if path.is_file():
-                waiting.append(path)
-            else:
-                console.print(f"[red]no such picture:[/red] {escape(str(path))}", soft_wrap=True)
-        elif command.startswith("/"):
-            console.print(f"[dim]{HELP}[/dim]")
-        elif line:
-            pictures = [*shown, *waiting]
+    engine = Engine(vlm.model, vlm.processor, max_batch=1)
+    try:
+        with _typed_lines():
+            Conversation(engine, options, console, images).run()
+    finally:
+        engine.close(finish=False)
+
+
+class Conversation:
+    """What was said and shown, and what the commands do with it.
+
+    Args:
+        images: pictures for the first question.
+    """
+
+    def __init__(self, engine: Engine, options: dict[str, Any], console: Console, images: list[Path]) -> None:
+        self.engine, self.console = engine, console
+        decoding = dict(options)
+        self.turns, self.examples = solved(decoding.pop("examples", ()))
+        self.decoding = Decoding(**decoding)
+        self.history: list[Message] = []
+        self.shown: list[Path] = []
+        self.waiting: list[Path] = []
+        self.protocol = terminal.protocol(os.environ)
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/image": self.add,
+            "/history": self.recall,
+            "/save": self.save,
+            "/reset": self.reset,
+            "/new": self.reset,
+            "/help": self.help,
+        }
+        self.add(shlex.join(map(str, images)))
+
+    def run(self) -> None:
+        self.console.print("[dim]/help shows the commands[/dim]")
+        while True:
             try:
-                answer = _answer(vlm, pictures, line, history, options, console)
+                line = self.console.input("[bold cyan]>[/bold cyan] ").strip()
+            except (EOFError, KeyboardInterrupt):
+                self.console.print()
+                return
+            command, _, rest = line.partition(" ")
+            if command in ("/quit", "/exit"):
+                return
+            try:
+                if command in self.commands:
+                    self.commands[command](rest.strip())
+                elif command.startswith("/"):
+                    self._complain(f"no such command: {command}; /help shows those that there are")
+                elif line:
+                    self.ask(line)
             except (ValueError, OSError) as error:
-                console.print(f"[red]{escape(str(error))}[/red]", soft_wrap=True)
-                waiting = []
+                self._complain(str(error))
+
+    def ask(self, line: str) -> None:
+        """One question with the pictures that wait for it, and its answer as it comes."""
+        asked = [*self.history, *user_message(line, len(self.waiting))]
+        pictures, self.waiting = [*self.shown, *self.waiting], []
+        ticket = self.engine.submit(put_first(self.turns, asked), [*self.examples, *pictures], self.decoding)
+        pieces: list[str] = []
+        try:
+            for piece in ticket:
+                pieces.append(piece.text if pieces else piece.text.lstrip())
+                self.console.print(pieces[-1], end="", markup=False, highlight=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            ticket.cancel()
+        self.console.print()
+        self.history = [*asked, {"role": "assistant", "content": "".join(pieces).strip()}]
+        self.shown = pictures
+
+    def add(self, rest: str) -> None:
+        """Shows pictures, and keeps them for the next question."""
+        for name in shlex.split(rest):
+            path = Path(name).expanduser()
+            if not path.is_file():
+                self._complain(f"no such picture: {path}")
                 continue
-            history += [*user_message(line, len(waiting)), {"role": "assistant", "content": answer}]
-            shown, waiting = pictures, []
+            terminal.show(to_rgb(path), self.console, self.protocol)
+            self.console.print(f"[dim]{escape(str(path))}[/dim]", soft_wrap=True, highlight=False)
+            self.waiting.append(path)
+
+    def recall(self, _: str) -> None:
+        pictures = iter(self.shown)
+        for message in self.history:
+            parts = message["content"]
+            if isinstance(parts, str):
+                self.console.print(parts, markup=False, highlight=False, soft_wrap=True)
+                continue
+            for part in parts:
+                text = f"[dim]{escape(str(next(pictures)))}[/dim]" if part["type"] == "image" else escape(part["text"])
+                self.console.print(f"[bold cyan]>[/bold cyan] {text}", highlight=False, soft_wrap=True)
+
+    def save(self, rest: str) -> None:
+        if not rest:
+            raise ValueError("/save needs a file: /save talk.json")
+        if not self.history:
+            raise ValueError("there is nothing to save yet; ask something first")
+        path = Path(shlex.split(rest)[0]).expanduser()
+        if path.exists():
+            raise FileExistsError(f"{path} exists; choose another name")
+        sample = {"messages": self.history, "images": [str(picture.resolve()) for picture in self.shown]}
+        path.write_text(json.dumps([sample], ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        self.console.print(f"[dim]saved in {escape(str(path))}[/dim]", soft_wrap=True, highlight=False)
+
+    def reset(self, _: str) -> None:
+        self.history, self.shown, self.waiting = [], [], []
+
+    def help(self, _: str) -> None:
+        for command, meaning in COMMANDS.items():
+            self.console.print(f"[bold]{escape(command):16}[/bold] [dim]{escape(meaning)}[/dim]", highlight=False)
+
+    def _complain(self, text: str) -> None:
+        self.console.print(f"[red]{escape(' '.join(text.split()))}[/red]", soft_wrap=True, highlight=False)
 
 
-def _answer(
-    vlm: VLM, pictures: list[Path], line: str, history: list[dict[str, Any]], options: dict[str, Any], console: Console
-) -> str:
-    pieces = []
-    for piece in vlm.stream(pictures, line, history=history, **options):
-        pieces.append(piece)
-        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-    console.print()
-    return "".join(pieces).strip()
+class _typed_lines:
+    """Arrow keys and earlier questions, also those of earlier conversations, where Python has readline."""
+
+    def __enter__(self) -> None:
+        self.file = cache_folder() / "chat_history"
+        with suppress(ImportError, OSError):
+            import readline
+
+            readline.set_history_length(HISTORY_LINES)
+            readline.read_history_file(self.file)
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ImportError, OSError):
+            import readline
+
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.touch(mode=0o600)
+            readline.write_history_file(self.file)

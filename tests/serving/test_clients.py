@@ -86,12 +86,17 @@ const client = new OpenAI({ baseURL: url, apiKey: "-", maxRetries: 0 });
 const request = JSON.parse(body);
 const whole = await client.chat.completions.create(request);
 let text = "", usage = null;
-for await (const chunk of await client.chat.completions.create({ ...request, stream: true, stream_options: { include_usage: true } })) {
+const asStream = { ...request, stream: true, stream_options: { include_usage: true } };
+for await (const chunk of await client.chat.completions.create(asStream)) {
   text += chunk.choices[0]?.delta?.content ?? "";
   usage = chunk.usage ?? usage;
 }
 let code = null;
-try { await client.chat.completions.create({ ...request, model: "other" }); } catch (error) { code = [error.status, error.code]; }
+try {
+  await client.chat.completions.create({ ...request, model: "other" });
+} catch (error) {
+  code = [error.status, error.code];
+}
 const models = []; for await (const model of client.models.list()) models.push(model.id);
 console.log(JSON.stringify({ whole: whole.choices[0].message.content, text: text.trim(), usage, code, models }));
 """

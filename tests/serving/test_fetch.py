@@ -104,7 +104,9 @@ def test_a_picture_is_fetched_and_seen(client: Callable[..., TestClient], site: 
     url = f"http://pictures.example:{site.server_port}"
     answer = api.post(CHAT, json=ask(f"{url}/picture.png"))
     assert answer.status_code == 200, answer.text
-    assert answer.json()["choices"][0]["message"] == api.post(CHAT, json=ask(data_url())).json()["choices"][0]["message"]
+    assert (
+        answer.json()["choices"][0]["message"] == api.post(CHAT, json=ask(data_url())).json()["choices"][0]["message"]
+    )
     assert Site.asked == [f"pictures.example:{site.server_port}"] and names.calls == 1
 
 

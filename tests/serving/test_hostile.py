@@ -99,6 +99,7 @@ def test_limits_of_a_request(api: TestClient) -> None:
     assert code(api.post(CHAT, json=ask(*[data_url()] * 4))) == "too_many_images"
     big = api.post(CHAT, json=ask(text="a" * 300_000))
     assert code(big, 413) == "request_too_large"
+    assert code(api.post(CHAT, json=ask(text="a" * 100_000))) == "context_length_exceeded"
     assert code(api.post(CHAT, content=b"x" * 2_000_000, headers={"content-type": "application/json"}), 413)
     assert api.post(CHAT, json=ask(*[data_url()] * 3)).status_code == 200
 
@@ -152,7 +153,12 @@ def test_names_of_the_server(client: Callable[..., TestClient]) -> None:
 
 def test_keys(client: Callable[..., TestClient]) -> None:
     api = client(api_keys=("one-key", "other-key"))
-    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic one-key"}, {"authorization": "Bearer"}):
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "Basic one-key"},
+        {"authorization": "Bearer"},
+    ):
         for path in ("/v1/models", "/metrics", "/v1/models/tiny"):
             assert code(api.get(path, headers=headers), 401) == "invalid_api_key"
         assert code(api.post(CHAT, json=ask(), headers=headers), 401) == "invalid_api_key"
@@ -183,7 +189,11 @@ def test_an_answer_has_its_time(client: Callable[..., TestClient]) -> None:
 
 
 def test_schemas_that_are_none(api: TestClient) -> None:
-    for schema in ({"type": "king"}, {"$ref": "#/nowhere"}, {"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1:1/x"}}}):
+    for schema in (
+        {"type": "king"},
+        {"$ref": "#/nowhere"},
+        {"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1:1/x"}}},
+    ):
         form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
         assert api.post(CHAT, json=ask(response_format=form)).status_code in (200, 400)
     huge = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(4000)}}

@@ -13,7 +13,13 @@ import tiny
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SHOTS = os.environ.get("CHIASM_SCREENSHOTS")
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
 
@@ -152,9 +158,7 @@ def test_a_composed_letter_does_not_send(address: Callable[..., str], visit: Cal
     assert page.locator(".turn").count() == 0 and page.input_value("#question") == "안녕"
 
 
-def test_dropping_stopping_and_removing(
-    address: Callable[..., str], visit: Callable[..., Any], metronome: Any
-) -> None:
+def test_dropping_stopping_and_removing(address: Callable[..., str], visit: Callable[..., Any], metronome: Any) -> None:
     page = visit(address(metronome))
     page.evaluate(
         """async () => {
@@ -170,7 +174,9 @@ def test_dropping_stopping_and_removing(
     )
     page.wait_for_selector("#pictures img")
     page.wait_for_selector("#pictures .wrong")
-    size = page.evaluate("(() => { const i = document.querySelector('#pictures img'); return [i.naturalWidth, i.naturalHeight]; })()")
+    size = page.evaluate(
+        "(() => { const i = document.querySelector('#pictures img'); return [i.naturalWidth, i.naturalHeight]; })()"
+    )
     assert size == [2048, 614]
     page.click("#pictures button")
     assert page.locator("#pictures img").count() == 0
@@ -196,21 +202,33 @@ def test_a_key_is_asked_for(address: Callable[..., str], visit: Callable[..., An
 
 def test_everything_has_a_name(address: Callable[..., str], visit: Callable[..., Any]) -> None:
     page = visit(address())
-    unnamed = page.evaluate(
-        """[...document.querySelectorAll('button, select, textarea, input:not([hidden])')].filter((node) =>
-            !(node.getAttribute('aria-label') || node.textContent.trim() || node.labels?.length)).map((node) => node.outerHTML)"""
-    )
-    assert unnamed == []
+    assert page.evaluate(UNNAMED) == []
     for theme in ("light", "dark"):
         page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
         assert page.evaluate(CONTRAST) == []
 
 
 CONTRAST = """(() => {
-  const light = (rgb) => { const [r, g, b] = rgb.match(/[\\d.]+/g).map((v) => { v /= 255; return v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; }); return .2126 * r + .7152 * g + .0722 * b; };
-  const behind = (node) => { for (; node; node = node.parentElement) { const c = getComputedStyle(node).backgroundColor; if (!/, 0\\)$|transparent/.test(c)) return c; } return 'rgb(255,255,255)'; };
-  return [...document.querySelectorAll('h1, h2, p, button, select, label, textarea')].filter((node) => node.checkVisibility() && node.textContent.trim()).filter((node) => {
+  const linear = (v) => v / 255 <= .04045 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
+  const light = (colour) => {
+    const [r, g, b] = colour.match(/[\\d.]+/g).map((v) => linear(Number(v)));
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const behind = (node) => {
+    for (; node; node = node.parentElement) {
+      const colour = getComputedStyle(node).backgroundColor;
+      if (!/, 0\\)$|transparent/.test(colour)) return colour;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  const contrast = (node) => {
     const [a, b] = [light(getComputedStyle(node).color), light(behind(node))].sort((x, y) => y - x);
-    return (a + .05) / (b + .05) < 4.5;
-  }).map((node) => node.outerHTML.slice(0, 90));
+    return (a + .05) / (b + .05);
+  };
+  return [...document.querySelectorAll('h1, h2, p, button, select, label, textarea')]
+    .filter((node) => node.checkVisibility() && node.textContent.trim() && contrast(node) < 4.5)
+    .map((node) => node.outerHTML.slice(0, 90));
 })()"""
+UNNAMED = """[...document.querySelectorAll('button, select, textarea, input:not([hidden])')]
+  .filter((node) => !(node.getAttribute('aria-label') || node.textContent.trim() || node.labels?.length))
+  .map((node) => node.outerHTML)"""

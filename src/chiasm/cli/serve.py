@@ -38,6 +38,9 @@ def serve(
     max_body: Annotated[int, typer.Option(help="Of a request, in MiB.")] = 32,
     max_batch: Annotated[int, typer.Option(help="Requests answered at the same time, by each model.")] = 8,
     max_waiting: Annotated[int, typer.Option(help="Requests in line, for each model; more get status 429.")] = 64,
+    weights: Annotated[
+        str, typer.Option(help="float32 gives the model's own tokens; int8 and int4 are faster.")
+    ] = "float32",
     request_seconds: Annotated[float, typer.Option(help="For an answer, at most.")] = 300,
     as_json: Json = False,
 ) -> None:
@@ -65,7 +68,7 @@ def serve(
             f"[yellow]anyone who reaches {escape(host)} can use this server; give it keys with --api-key-file[/yellow]"
         )
     with listen(host, port) as listening:
-        served = [_load(text, max_batch, max_waiting) for text in models]
+        served = [_load(text, max_batch, max_waiting, weights) for text in models]
         api = create_app(served, settings)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
@@ -90,7 +93,7 @@ def read_keys(file: Path | None, variable: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(keys))
 
 
-def _load(text: str, max_batch: int, max_waiting: int) -> Any:
+def _load(text: str, max_batch: int, max_waiting: int, weights: str) -> Any:
     import chiasm
     from chiasm.generation.engine import Engine
     from chiasm.serving.served import ChatModel, EmbeddingModel
@@ -102,7 +105,7 @@ def _load(text: str, max_batch: int, max_waiting: int) -> Any:
         if not isinstance(loaded, chiasm.VLM):
             return EmbeddingModel(name, loaded.to(best_device()))
         vlm = ready_to_answer(loaded)
-        engine = Engine(vlm.model, vlm.processor, max_batch=max_batch, max_waiting=max_waiting)
+        engine = Engine(vlm.model, vlm.processor, max_batch=max_batch, max_waiting=max_waiting, weights=weights)
     return ChatModel(name, vlm.model, vlm.processor, engine)
 
 

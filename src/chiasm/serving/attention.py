@@ -43,8 +43,7 @@ async def _explain(shared: Shared, body: AttentionRequest, lease: Lease) -> dict
     *asked, answer = body.messages
     if answer.role != "assistant" or not isinstance(answer.content, str) or not answer.content.strip():
         raise ApiError(400, "the last message must be the assistant's answer, as a text", param="messages")
-    async with shared.turn:
-        prompt = await read_prompt(shared, model.processor, asked, lease)
+    prompt = await read_prompt(shared, model, asked, lease)
     if not -len(prompt.images) <= body.image < len(prompt.images):
         raise ApiError(400, f"image {body.image}, but the conversation has {len(prompt.images)}", param="image")
     async with shared.looking:

@@ -137,7 +137,9 @@ def parse(body: bytes, limits: Limits) -> Any:
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ApiError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_utf8") from None
+        raise ApiError(
+            400, f"the body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_utf8"
+        ) from None
     if sum(text.count(mark) for mark in ",[{") > limits.json_values:
         raise ApiError(400, f"the body has more than {limits.json_values:,} JSON values", code="too_many_values")
     try:
@@ -164,8 +166,15 @@ def _check(value: Any, limits: Limits) -> None:
             rest += [(member, depth + 1) for member in item.values()]
         elif isinstance(item, list):
             rest += [(member, depth + 1) for member in item]
-        elif isinstance(item, str) and not item.isascii() and any("\ud800" <= letter <= "\udfff" for letter in item):
-            raise ApiError(400, "a text of the body holds half of a surrogate pair", code="invalid_unicode")
+        elif isinstance(item, str) and not item.isascii():
+            _check_text(item)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "a text of the body holds half of a surrogate pair", code="invalid_unicode") from None
 
 
 def _too_deep(limits: Limits) -> ApiError:

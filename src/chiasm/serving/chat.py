@@ -65,8 +65,8 @@ class Answering:
 
     async def response(self, lease: Lease) -> Response:
         """The whole answer, or its stream from the first piece on, so that what fails before has its own status."""
+        prompt = await read_prompt(self.shared, self.model, self.body.messages, lease)
         async with self.shared.turn:
-            prompt = await read_prompt(self.shared, self.model.processor, self.body.messages, lease)
             tickets = await self._submit(prompt)
         seconds = self.shared.settings.limits.request_seconds
         try:
@@ -76,7 +76,9 @@ class Answering:
             first = await anext(coming)
         except BaseException as error:
             cancel(tickets)
-            raise of_exception(error) from error if isinstance(error, Exception) else error
+            if isinstance(error, Exception):
+                raise of_exception(error) from error
+            raise
         return EventStream(self._events(tickets, first, coming), lambda: self._closed(tickets))
 
     async def _submit(self, prompt: Prompt) -> list[Ticket]:
@@ -234,7 +236,9 @@ def _json_schema(body: ChatRequest, most: int) -> dict[str, Any] | None:
         param = "response_format.json_schema"
         raise ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if len(json.dumps(form.json_schema.schema_)) > most:
-        raise ApiError(400, f"the JSON schema is larger than {most:,} bytes", param="response_format.json_schema.schema")
+        raise ApiError(
+            400, f"the JSON schema is larger than {most:,} bytes", param="response_format.json_schema.schema"
+        )
     return form.json_schema.schema_
 
 

@@ -37,13 +37,13 @@ def router(shared: Shared) -> APIRouter:
 
 async def _embed(shared: Shared, body: EmbeddingRequest, lease: Lease) -> dict[str, Any]:
     model = shared.embedding_model(body.model)
-    items = _items(body, shared.settings.limits.inputs)
+    limits = shared.settings.limits
+    items = _items(body, limits.inputs, limits.input_characters)
     texts = {number: _text(model, item) for number, item in enumerate(items) if not isinstance(item, Part)}
     urls = {number: _url(item, number) for number, item in enumerate(items) if isinstance(item, Part)}
     texts |= {number: text for number, (text, url) in urls.items() if text is not None}
     shown = {number: url for number, (_, url) in urls.items() if url is not None}
-    async with shared.turn:
-        pictures = await read_pictures(shared, [(url, f"input[{number}]") for number, url in shown.items()], lease)
+    pictures = await read_pictures(shared, [(url, f"input[{number}]") for number, url in shown.items()], lease)
     try:
         async with model.turn:
             rows, tokens = await shared.in_thread(_run, model, list(texts.values()), pictures)
@@ -56,13 +56,16 @@ async def _embed(shared: Shared, body: EmbeddingRequest, lease: Lease) -> dict[s
     return {"object": "list", "data": data, "model": model.name, "usage": usage}
 
 
-def _items(body: EmbeddingRequest, most: int) -> list[Item]:
+def _items(body: EmbeddingRequest, most: int, characters: int) -> list[Item]:
     given: Any = body.input
     if isinstance(given, list) and given and all(isinstance(item, int) for item in given):
         given = [given]
     items = given if isinstance(given, list) else [given]
     if not items or any(item in ("", []) or isinstance(item, int) for item in items):
         raise ApiError(400, "input is a text, a picture, or a list of them; none is empty.", param="input")
+    texts = [item.text or "" if isinstance(item, Part) else item for item in items]
+    if sum(map(len, texts)) > characters:
+        raise ApiError(400, f"input has more than {characters:,} characters.", param="input")
     if len(items) > most:
         raise ApiError(400, f"Too many inputs: {len(items)}, but a request may have {most}.", param="input")
     return items
@@ -92,15 +95,15 @@ def _run(model: EmbeddingModel, texts: list[str], pictures: list[Any]) -> tuple[
         rows += list(encoder.embed_texts(texts).float().cpu())
         tokens = sum(len(ids) for ids in encoder.processor.tokenizer(texts)["input_ids"])
     if pictures:
-        rows += [row[0] if row.ndim == 2 and len(row) == 1 else row for row in encoder.embed_images(pictures).float().cpu()]
+        rows += [
+            row[0] if row.ndim == 2 and len(row) == 1 else row for row in encoder.embed_images(pictures).float().cpu()
+        ]
     return rows, tokens
 
 
 def _check_width(body: EmbeddingRequest, width: int) -> None:
     if body.dimensions is not None and body.dimensions != width:
-        raise ApiError(
-            400, f"dimensions={body.dimensions}, but this model's vectors have {width}.", param="dimensions"
-        )
+        raise ApiError(400, f"dimensions={body.dimensions}, but this model's vectors have {width}.", param="dimensions")
 
 
 def _item(number: int, vector: torch.Tensor, as_base64: bool) -> dict[str, Any]:

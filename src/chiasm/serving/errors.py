@@ -130,7 +130,7 @@ def install(app: FastAPI) -> None:
         Exception: fault,
     }
     for kind, handler in handlers.items():
-        app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
+        app.add_exception_handler(kind, handler)
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {

@@ -29,7 +29,7 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the open Internet: not private, loopback, link-local, shared, multicast, reserved."""
+    """Whether an address is on the open Internet: not private, loopback, link-local, shared, multicast, reserved."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
@@ -128,7 +128,10 @@ class Fetcher:
             if event is h11.NEED_DATA:
                 connection.receive_data(await reader.read(CHUNK))
             elif isinstance(event, h11.Response):
-                status, answered = event.status_code, {key.decode(): value.decode("latin-1") for key, value in event.headers}
+                status, answered = (
+                    event.status_code,
+                    {key.decode(): value.decode("latin-1") for key, value in event.headers},
+                )
             elif isinstance(event, h11.Data):
                 body += event.data
                 if len(body) > self.most:
@@ -138,4 +141,6 @@ class Fetcher:
 
 
 def _ascii(target: str) -> str:
-    return "".join(letter if "!" <= letter <= "~" else "".join(f"%{b:02X}" for b in letter.encode()) for letter in target)
+    return "".join(
+        letter if "!" <= letter <= "~" else "".join(f"%{b:02X}" for b in letter.encode()) for letter in target
+    )

@@ -1,4 +1,4 @@
-"""What every request passes first: the Host name, the API key, its share of memory, and the numbers it leaves behind."""
+"""What every request passes first: Host name, API key, its share of memory, and the numbers it leaves behind."""
 
 import hmac
 import time
@@ -67,7 +67,9 @@ class Gate:
         known = [hmac.compare_digest(given.strip(), key) for key in self._keys]
         if scheme.lower() == b"bearer" and any(known):
             return None
-        message = "Incorrect API key provided." if given else "You didn't provide an API key: Authorization: Bearer KEY."
+        message = (
+            "Incorrect API key provided." if given else "You didn't provide an API key: Authorization: Bearer KEY."
+        )
         return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 

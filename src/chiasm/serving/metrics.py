@@ -31,7 +31,7 @@ class Metrics:
             "chiasm_first_token_seconds", "Time to an answer's first token.", ("model",), buckets=SECONDS, **new
         )
         self.vanished = Counter("chiasm_clients_vanished", "Clients that left before their answer.", **new)
-        self.registry.register(_Engines(engines))  # type: ignore[arg-type]
+        self.registry.register(_Engines(engines))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

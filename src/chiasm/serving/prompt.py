@@ -12,7 +12,7 @@ from chiasm.serving import pictures
 from chiasm.serving.body import Lease
 from chiasm.serving.errors import ApiError
 from chiasm.serving.schema import ChatMessage, ImageUrl, Part
-from chiasm.serving.served import Shared
+from chiasm.serving.served import ChatModel, Shared
 
 ROLES = {"developer": "system"}
 
@@ -23,13 +23,14 @@ class Prompt:
     images: list[Image.Image]
 
 
-async def read_prompt(shared: Shared, processor: ChiasmProcessor, given: list[ChatMessage], lease: Lease) -> Prompt:
+async def read_prompt(shared: Shared, model: ChatModel, given: list[ChatMessage], lease: Lease) -> Prompt:
     """The conversation that a model can be asked.
 
     Raises:
-        ApiError: a message without content, too many pictures, or one that cannot be had.
+        ApiError: a message without content, too long a text, too many pictures, or one that cannot be had.
     """
-    plain = Plain(processor)
+    _check_length(given, model.characters)
+    plain = Plain(model.processor)
     messages: list[Message] = []
     urls: list[tuple[str, str]] = []
     for number, message in enumerate(given):
@@ -40,6 +41,16 @@ async def read_prompt(shared: Shared, processor: ChiasmProcessor, given: list[Ch
         urls += found
         messages.append({"role": ROLES.get(message.role, message.role), "content": parts})
     return Prompt(messages, await read_pictures(shared, urls, lease))
+
+
+def _check_length(given: list[ChatMessage], most: int) -> None:
+    """Refuses what no context holds before anything goes through its letters."""
+    contents = [message.content or "" for message in given]
+    texts = [text for text in contents if isinstance(text, str)]
+    texts += [part.text or "" for parts in contents if not isinstance(parts, str) for part in parts]
+    if (length := sum(map(len, texts))) > most:
+        message = f"a conversation of {length:,} characters is longer than the model's context; {most:,} could fit"
+        raise ApiError(400, message, param="messages", code="context_length_exceeded")
 
 
 def _parts(message: ChatMessage, param: str, plain: "Plain") -> tuple[Any, list[tuple[str, str]]]:
@@ -100,17 +111,21 @@ async def read_pictures(shared: Shared, urls: list[tuple[str, str]], lease: Leas
             param=urls[limits.images][1],
             code="too_many_images",
         )
+    fetched = [await _bytes(shared, url, param, lease) for url, param in urls]
     found = []
-    for url, param in urls:
-        data = await _bytes(shared, url, param, lease)
-        lease.take(pictures.BYTES_PER_PIXEL * await shared.in_thread(pictures.pixels, data, limits, param))
-        found.append(await shared.in_thread(pictures.decode, data, param))
+    for data, (url, param) in zip(fetched, urls, strict=True):
+        async with shared.turn:
+            if data is None:
+                data = await shared.in_thread(pictures.from_data_url, url, param)
+            lease.take(pictures.BYTES_PER_PIXEL * await shared.in_thread(pictures.pixels, data, limits, param))
+            found.append(await shared.in_thread(pictures.decode, data, param))
     return found
 
 
-async def _bytes(shared: Shared, url: str, param: str, lease: Lease) -> bytes:
+async def _bytes(shared: Shared, url: str, param: str, lease: Lease) -> bytes | None:
+    """What another server sends; None for a data URL. Nobody else waits meanwhile."""
     if url[:5].lower() == "data:":
-        return await shared.in_thread(pictures.from_data_url, url, param)
+        return None
     if url.partition("://")[0].lower() not in ("http", "https"):
         raise pictures.invalid("expected a data: URL with base64 data", param)
     if not shared.settings.image_urls:

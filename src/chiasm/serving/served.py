@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.generation.decode import Decoding
 from chiasm.generation.engine import EngineStats, Ticket
+from chiasm.language.adapter import context_length
 from chiasm.serving.body import Budget
 from chiasm.serving.errors import ApiError
 from chiasm.serving.fetch import Fetcher
@@ -21,6 +22,9 @@ from chiasm.serving.metrics import Metrics
 from chiasm.serving.settings import Settings
 
 T = TypeVar("T")
+CHARACTERS_PER_TOKEN = 64
+UNBOUNDED_CONTEXT = 32_768
+"""For language models that name no context: T5 and its kin."""
 
 
 class Answering(Protocol):
@@ -52,7 +56,12 @@ class ChatModel:
     engine: Answering
     created: int = field(default_factory=lambda: int(time.time()))
 
-    kind = "chat"
+    kind: ClassVar[Literal["chat"]] = "chat"
+
+    @property
+    def characters(self) -> int:
+        """More than these fit into no prompt."""
+        return CHARACTERS_PER_TOKEN * (context_length(self.model.config) or UNBOUNDED_CONTEXT)
 
     @property
     def fingerprint(self) -> str:
@@ -72,7 +81,7 @@ class EmbeddingModel:
     created: int = field(default_factory=lambda: int(time.time()))
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    kind = "embedding"
+    kind: ClassVar[Literal["embedding"]] = "embedding"
 
     def describe(self) -> dict[str, Any]:
         return {"fusion": "late"}

@@ -97,7 +97,8 @@ def patient(limits: Limits) -> type[asyncio.Protocol]:
             if self.conn.their_state is h11.IDLE:
                 self._wait_for_head()
             else:
-                self._timer = _stop(self._timer)
+                _stop(self._timer)
+                self._timer = None
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -105,12 +106,12 @@ def patient(limits: Limits) -> type[asyncio.Protocol]:
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._stuck = _stop(self._stuck)
+            _stop(self._stuck)
+            self._stuck = None
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._timer, self._stuck = _stop(self._timer), _stop(self._stuck)
             super().connection_lost(exc)
-            self._stuck = _stop(self._stuck)
+            _stop(self._timer, self._stuck)
 
         def _wait_for_head(self) -> None:
             self._timer = self._timer or self.loop.call_later(limits.header_seconds, self.transport.abort)
@@ -118,6 +119,7 @@ def patient(limits: Limits) -> type[asyncio.Protocol]:
     return PatientProtocol
 
 
-def _stop(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+def _stop(*timers: asyncio.TimerHandle | None) -> None:
+    for timer in timers:
+        if timer is not None:
+            timer.cancel()

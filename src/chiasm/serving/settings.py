@@ -18,7 +18,7 @@ class Limits:
         tokens: of an answer; more is refused.
         default_tokens: of an answer whose request names no number.
         choices: `n` of a request.
-        inputs: of an embedding request.
+        inputs, input_characters: of an embedding request.
         json_depth, json_values: of a body; deeper or more is refused before it is used.
         schema_bytes: of a JSON schema that an answer shall follow.
         attention_bytes: of all attention weights that one look at an answer keeps.
@@ -40,6 +40,7 @@ class Limits:
     default_tokens: int = 512
     choices: int = 8
     inputs: int = 256
+    input_characters: int = 1_000_000
     json_depth: int = 64
     json_values: int = 200_000
     schema_bytes: int = 65_536
@@ -50,7 +51,7 @@ class Limits:
     request_seconds: float = 300
     fetch_seconds: float = 10
     shutdown_seconds: int = 120
-    connections: int = 1024
+    connections: int = 512
     pending: int = 4
 
 

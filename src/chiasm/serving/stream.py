@@ -49,7 +49,7 @@ async def pieces(tickets: Sequence[Ticket], seconds: float) -> AsyncIterator[tup
 
     None comes where nothing else did for a while. After so many seconds the answers are cut off.
     """
-    queue: asyncio.Queue[tuple[int, Piece | None | BaseException]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
 
     async def forward(number: int, ticket: Ticket) -> None:
         try:
