@@ -15,6 +15,7 @@ from chiasm import api
 from chiasm.data.emoji_scenes import EmojiScenes
 from chiasm.demo import CHAT_TEMPLATE, FEATURES, SKILLS, questions
 from chiasm.training.log import read_log
+from chiasm.training.recipe import load_recipe
 
 CONNECTOR = {"tune": "full", "lr": 1e-4}
 
@@ -43,7 +44,7 @@ def align(folder: Path, steps: int, seed: int) -> Path:
     captions = list(EmojiScenes("train", size=400, seed=seed + 1000, form="caption"))
     parts = {"connector": CONNECTOR, "*": "frozen"}
     recipe = {"stages": [{"name": "align", "steps": steps, "batch_size": 4, "init": "closed_form", "parts": parts}]}
-    return api.train(api.load_recipe(recipe), vlm, captions, folder / "align").model
+    return api.train(load_recipe(recipe), vlm, captions, folder / "align").model
 
 
 def measure(name: str, start: Path, folder: Path, steps: int, tests: int, seed: int) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def measure(name: str, start: Path, folder: Path, steps: int, tests: int, seed: 
     run = folder / name.replace(" ", "").replace(",", "-")
     held_out = EmojiScenes("validation", size=64, seed=seed, weights=SKILLS)
     data = questions(seed, 4 * steps)
-    result = api.train(api.load_recipe({"stages": [stage]}), str(start), data, run, validation_data=held_out)
+    result = api.train(load_recipe({"stages": [stage]}), str(start), data, run, validation_data=held_out)
     log = read_log(result.log)
     last = {event["event"]: event for event in log}
     test = EmojiScenes("test", size=tests, seed=seed, weights=SKILLS)

@@ -37,7 +37,7 @@ def test_the_newest_events_are_drawn() -> None:
 
 def test_curves_fall_and_stay_flat() -> None:
     assert curve_of([3.0, 2.0, 1.0]) == "█▄▁" or curve_of([3.0, 2.0, 1.0]) == "█▅▁"
-    assert curve_of([1.0] * 500) == "▁" * 40 and curve_of([]) == ""
+    assert curve_of([1.0] * 500) == "▁" * 32 and curve_of([]) == ""
 
 
 def test_a_run_on_a_terminal_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
