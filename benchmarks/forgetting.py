@@ -71,10 +71,10 @@ def measure(name: str, start: Path, folder: Path, steps: int, tests: int, seed: 
 def row(result: dict[str, Any]) -> str:
     """A line of the table."""
     accuracy, low, high = (100 * value for value in result["accuracy"])
-    words = [
-        f"{value:.1f} ({result['perplexity_change'][text]:+.1f})" if result["perplexity_change"][text] else f"{value:.1f} (0)"
-        for text, value in result["perplexity"].items()
-    ]
+    words = []
+    for text, value in result["perplexity"].items():
+        change = result["perplexity_change"][text]
+        words.append(f"{value:.1f} ({change:+.1f})" if change else f"{value:.1f} (0)")
     seen = [f"{100 * result['knn_overlap']:.1f} %", f"{result['cka']:.4f}"]
     learned = [f"{result['loss']:.3f}", f"{accuracy:.1f} % ({low:.0f}–{high:.0f})"]
     return "| " + " | ".join([result["strategy"], *learned, *words, *seen]) + " |"

@@ -30,7 +30,12 @@ class Chiasm(lmms):
     is_simple = False
 
     def __init__(
-        self, pretrained: str, batch_size: int | str = 1, device: str | None = None, max_new_tokens: int = LONGEST, **more: Any
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_new_tokens: int = LONGEST,
+        **more: Any,
     ) -> None:
         super().__init__()
         unknown = [key for key in more if key != "max_batch_size"]
@@ -87,7 +92,9 @@ class Chiasm(lmms):
         raise NotImplementedError("tasks of output_type loglikelihood are not for chat models; take generate_until")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("tasks of several rounds are not supported; take a task of output_type generate_until")
+        raise NotImplementedError(
+            "tasks of several rounds are not supported; take one of output_type generate_until"
+        )
 
 
 def _picture(source: Image.Image | str) -> Image.Image:

@@ -38,7 +38,8 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
     most = max(map(len, references))
     columns = [[_words(texts[i]) if i < len(texts) else None for texts in references] for i in range(most)]
-    return float(sacrebleu.corpus_bleu([_words(answer) for answer in answers], columns, tokenize="none", force=True).score)
+    given = [_words(answer) for answer in answers]
+    return float(sacrebleu.corpus_bleu(given, columns, tokenize="none", force=True).score)
 
 
 def add_caption_scores(summary: Sequence[Row], rows: Sequence[Row], seed: int = 0) -> list[Row]:
