@@ -78,7 +78,7 @@ def _cell(field: FieldInfo) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+    value = field.get_default(call_default_factory=True)
     if value is None or isinstance(value, BaseModel) or value in ({}, []):
         return "–"
     return f"`{json.dumps(list(value) if isinstance(value, tuple) else value)}`"
