@@ -44,7 +44,7 @@ class Team:
     def sums(self, values: Sequence[int | float]) -> list[float]:
         """Each number, summed over the processes."""
         if self.size == 1:
-            return list(values)
+            return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
