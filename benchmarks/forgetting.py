@@ -100,11 +100,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a model whose connector is trained; by default one is made first")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.output or Path(temporary)
-        start = align(folder, args.align_steps, args.seed)
+        start = args.start or align(folder, args.align_steps, args.seed)
         results = []
         print("| strategy | loss | right | English perplexity | Korean perplexity | neighbours kept | CKA |")
         print("|---|---:|---:|---:|---:|---:|---:|")
