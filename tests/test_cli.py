@@ -277,3 +277,43 @@ def test_bfloat16_in_software_is_left_to_others(monkeypatch: pytest.MonkeyPatch)
         ready = chiasm.vlm.ready_to_answer(model)
         assert ready.model.language.dtype == expected
         assert isinstance(ready.chat(tiny.picture(), "What?", max_new_tokens=2), str)
+
+
+def test_plan_only_trains_nothing_and_shows_the_table(run: Any, model: Path, data: Path, tmp_path: Path) -> None:
+    options = ["--model", model, "--set", "batch_size=4", "--plan-only"]
+    code, out, err = run("train", "connector", *options)
+    assert code == 0, err
+    assert "language" in out and "frozen" in out and "pass --data to have them measured" in " ".join(out.split())
+    code, out, err = run("train", "lora", *options, "--data", data, "--json")
+    assert code == 0, err
+    align, lora = json.loads(out)["stages"]
+    assert (align["stage"], lora["stage"]) == ("align", "lora") and lora["parts"]["vision"] == "lora, rank 8, lr 0.0001"
+    assert lora["memory"]["activations"] > 0 and lora["seconds"] > 0 and lora["trainable"] > align["trainable"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["model"]
+    code, _, err = run("train", "lora", *options, "--set", "stages.lora.parts.vision.targets=[qkv]")
+    assert code == 2 and "'qkv' is no linear layer of part 'vision'" in " ".join(err.split())
+    code, _, err = run("train", "connector", "--model", model)
+    assert code == 2 and "--data is missing" in err
+
+
+def test_a_run_is_reported_and_compared(run: Any, model: Path, data: Path, tmp_path: Path) -> None:
+    made = tmp_path / "run"
+    few = ["--set", "steps=2", "--set", "batch_size=4", "--set", "validation.answers=1"]
+    assert run("train", "connector", "--model", model, "--data", data, "-o", made, *few)[0] == 0
+    code, out, err = run("report", made, "--data", data, "--json")
+    assert code == 0, err
+    page = Path(json.loads(out)["report"]).read_text()
+    assert "finished" in page and "What it cost what was there before" in page
+    asked = ["--data", data, "--limit", 6, "--max-new-tokens", 2, "--no-control"]
+    code, out, err = run("eval", made / "model", *asked, "--against", model, "-o", tmp_path / "scores", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["comparison"][-1]["n"] == 6 and result["verdict"].startswith("No evidence that")
+    code, out, err = run("eval", model, *asked, "--against", tmp_path / "scores")
+    assert code == 0 and "McNemar p = 1" in " ".join(out.split()), err
+
+
+def test_the_recipe_schema_is_printed(run: Any) -> None:
+    code, out, _ = run("recipe", "schema")
+    assert code == 0 and "stages" in json.loads(out)["properties"]
+    assert run("recipe", "docs")[1].startswith("# Every key of a recipe")

@@ -24,7 +24,7 @@ from chiasm.training.recipe import load_recipe
 from chiasm.training.schema import Recipe
 from chiasm.training.trainer import TrainResult
 from chiasm.training.trainer import train as train_model
-from chiasm.vlm import VLM, best_device, load, load_vlm, ready_to_answer
+from chiasm.vlm import VLM, best_device, load, ready_to_answer
 
 Progress = Callable[[int, int], None]
 

@@ -8,7 +8,11 @@ from chiasm.evaluation import captions
 from chiasm.evaluation.evaluate import evaluate
 from chiasm.evaluation.skills import caption_lines
 
-REFERENCES = [["a red ball lies on the green grass", "the ball is red"], ["두 사람이 강가를 걷는다"], ["three birds on a wire"]]
+REFERENCES = [
+    ["a red ball lies on the green grass", "the ball is red"],
+    ["두 사람이 강가를 걷는다"],
+    ["three birds on a wire"],
+]
 
 
 def described(count: int = 4) -> list[Sample]:

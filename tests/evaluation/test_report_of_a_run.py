@@ -16,7 +16,13 @@ from chiasm.training.log import read_log
 def run_folder(folder: Path, finished: bool = True) -> Path:
     """A run of two stages with answers about two skills, as it lies on the disk."""
     log: list[dict[str, Any]] = [
-        {"event": "start", "samples": 40, "device": "cpu", "torch": "2", "model": {"vision": "clip", "language": "llama"}},
+        {
+            "event": "start",
+            "samples": 40,
+            "device": "cpu",
+            "torch": "2",
+            "model": {"vision": "clip", "language": "llama"},
+        },
         {"event": "forgetting", **forgetting(0.0, 1.0)},
     ]
     for stage in ("align", "instruct"):

@@ -20,7 +20,7 @@ PARTS: dict[str, dict[str, Any]] = {
 
 
 def measured(folder: Path, kind: str, dtype: str = "float32", **more: Any) -> list[dict[str, Any]]:
-    parts = {**helpers.LORA, **{"language": "frozen"}, **PARTS[kind]}
+    parts = {**helpers.LORA, "language": "frozen", **PARTS[kind]}
     recipe = {"stages": [helpers.stage(parts=parts, steps=6, dtype=dtype)], **more}
     result = helpers.run(folder / kind, recipe, data=helpers.samples(24))
     return [event for event in read_log(result.log) if event["event"] == "forgetting"]

@@ -28,7 +28,9 @@ def plan_of(language: str = "llama", parts: Any = None, patterns: Any = None, vi
 
 def test_from_a_layer_on() -> None:
     trained = plan_of(parts={"vision": {**FULL, "from_layer": 2}}).trainable
-    assert trained and all(n.startswith(("vision.model.encoder.layers.2.", "vision.model.post_layernorm.")) for n in trained)
+    assert trained and all(
+        n.startswith(("vision.model.encoder.layers.2.", "vision.model.post_layernorm.")) for n in trained
+    )
     trained = plan_of(vision="convnext", parts={"vision": {**FULL, "from_layer": 3}}).trainable
     assert trained and all(n.startswith(("vision.model.encoder.stages.3.", "vision.model.layernorm.")) for n in trained)
     trained = plan_of("qwen2", parts={"language": {**FULL, "from_layer": 1}}).trainable
@@ -66,7 +68,7 @@ def test_every_kind_of_lora_trains_and_is_merged(tmp_path: Path, part: str, meth
     after = helpers.weights(chiasm.load(tmp_path / "run" / "model"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys()
-    assert moved and all(name.startswith(part) and name.endswith("proj.weight") or ".fc" in name for name in moved)
+    assert moved and all((name.startswith(part) and name.endswith("proj.weight")) or ".fc" in name for name in moved)
 
 
 def test_several_adapters_in_one_part_are_saved_and_loaded(tmp_path: Path) -> None:

@@ -213,3 +213,23 @@ def test_a_full_disk_leaves_a_run_that_goes_on(
             helpers.run(tmp_path / "run", RECIPE)
     helpers.run(tmp_path / "run", RECIPE)
     assert_same(tmp_path / "run", reference)
+
+
+def test_the_same_command_passes_over_finished_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    start = stage_run.StageRun.run
+
+    def noted(self: Any) -> None:
+        ran.append(self.stage.name)
+        if self.stage.name == "instruct" and ran.count("instruct") == 1:
+            raise Killed
+        start(self)
+
+    monkeypatch.setattr(stage_run.StageRun, "run", noted)
+    with pytest.raises(Killed):
+        helpers.run(tmp_path / "run", helpers.TWO_STAGES)
+    for _ in range(2):
+        result = helpers.run(tmp_path / "run", helpers.TWO_STAGES)
+    assert ran == ["align", "instruct", "instruct"]
+    forgetting = [event.get("stage") for event in read_log(result.log) if event["event"] == "forgetting"]
+    assert forgetting == [None, "align", "instruct"]

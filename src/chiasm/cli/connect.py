@@ -100,7 +100,7 @@ def connect(
     refuse_to_overwrite(output)
     vlm = chiasm.connect(
         vision,
-        name_or_json(language, "--language"),
+        language and name_or_json(language, "--language"),
         connector and name_or_json(connector, "--connector"),
         fusion,
         preset=preset,

@@ -25,7 +25,8 @@ def train(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and count samples that cannot be used.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = True,
     plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="Show what would be trained, its memory and its time, and train nothing.")
+        bool,
+        typer.Option("--plan-only", help="Show what would be trained, its memory and time, and stop."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -36,7 +37,9 @@ def train(
     if plan_only:
         return _show_plan(api.preview(recipe, model, data, overrides=overrides), as_json)
     if data is None or output is None:
-        raise ValueError(f"{'--data' if data is None else '-o'} is missing: it says what to train on and where to write")
+        raise ValueError(
+            f"{'--data' if data is None else '-o'} is missing: what to train on and where to write"
+        )
     result = api.train(
         recipe, model, data, output, validation_data=validation_data, overrides=overrides, resume=resume, quiet=as_json
     )

@@ -7,6 +7,7 @@ They judge a corpus, not an answer: both are pycocoevalcap's and sacrebleu's own
 from collections.abc import Sequence
 from importlib.util import find_spec
 from statistics import fmean
+from typing import Any
 
 from chiasm.evaluation.metrics import tokens
 from chiasm.evaluation.skills import ALL, Row, bootstrap
@@ -37,8 +38,9 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     import sacrebleu
 
     most = max(map(len, references))
-    columns = [[_words(texts[i]) if i < len(texts) else None for texts in references] for i in range(most)]
-    return float(sacrebleu.corpus_bleu([_words(answer) for answer in answers], columns, tokenize="none", force=True).score)
+    columns: Any = [[_words(texts[i]) if i < len(texts) else None for texts in references] for i in range(most)]
+    given = [_words(answer) for answer in answers]
+    return float(sacrebleu.corpus_bleu(given, columns, tokenize="none", force=True).score)
 
 
 def add_caption_scores(summary: Sequence[Row], rows: Sequence[Row], seed: int = 0) -> list[Row]:

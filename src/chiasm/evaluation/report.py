@@ -16,7 +16,15 @@ from markupsafe import Markup
 
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.format import amount, clip, count, duration, percent, percent_range
-from chiasm.evaluation.plots import MAX_PICTURES, Pictures, gate_openness, loss_curves, skill_curves, skill_intervals, thumbnail
+from chiasm.evaluation.plots import (
+    MAX_PICTURES,
+    Pictures,
+    gate_openness,
+    loss_curves,
+    skill_curves,
+    skill_intervals,
+    thumbnail,
+)
 from chiasm.evaluation.progress import forgetting_table, skill_progress
 from chiasm.evaluation.skills import ALL, Row
 

@@ -44,7 +44,7 @@ def add_adapter(
         pattern: names one of several adapters in a part.
 
     Raises:
-        ValueError: the part has that adapter already, a target is no linear layer of the part, or the method is unknown.
+        ValueError: the part has that adapter already, a target is no linear layer of it, or the method is unknown.
     """
     adapters, key = dict(model.config.adapters or {}), part if pattern is None else f"{part}/{pattern}"
     if key in adapters:

@@ -48,7 +48,9 @@ def four_bit_layers(
         name, layer = f"{path}.base_layer.weight", model.get_submodule(path)
         linear: Any = layer.base_layer
         if not isinstance(linear, nn.Linear):
-            raise ValueError(f"{path} is a {type(linear).__name__}: only nn.Linear layers have a 4-bit form; use tune: lora")
+            raise ValueError(
+                f"{path} is a {type(linear).__name__}: only nn.Linear layers have a 4-bit form; use tune: lora"
+            )
         device, now = linear.weight.device, linear.weight.data
         layer.base_layer = _four_bit(linear, dtype)
         held[path] = linear, now.cpu(), device

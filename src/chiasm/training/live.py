@@ -1,13 +1,13 @@
 """What a terminal shows under a stage's bar while it trains: the loss as a curve, rates, the last validation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
 BARS = "▁▂▃▄▅▆▇█"
-WIDTH = 40
+WIDTH = 32
 """Characters of the curve, each the mean of as many steps as it takes."""
 ANSWERS = 3
 
@@ -35,7 +35,7 @@ class Dashboard:
         elif event["event"] == "forgetting":
             self.forgetting = event
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         if self.step:
             rates = ", ".join(f"{name} {rate:.1e}" for name, rate in self.step["lr"].items())
             memory = f"   memory {self.step['peak_memory_bytes'] / 1e9:.2f} GB"
@@ -68,7 +68,7 @@ def curve_of(values: list[float], width: int = WIDTH) -> str:
 
 def _line(name: str, text: str) -> Text:
     line = Text(no_wrap=True, overflow="ellipsis")
-    line.append(f"  {name:<16}" if name else " " * 18, style="dim")
+    line.append(f"  {name:<18}" if name else " " * 20, style="dim")
     return line.append(text)
 
 

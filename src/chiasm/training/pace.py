@@ -39,7 +39,7 @@ class Pace:
 def seconds_per_sample(
     model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, samples: Sequence[Sample]
 ) -> float:
-    """Seconds that one sample takes: drawn or read, encoded once, and taken through one step. The model stays as it is."""
+    """Seconds that one sample takes: read, encoded once, and taken through one step. The model stays as it is."""
     pace = measure(model, processor, stage, samples)
     return pace.encode_seconds + pace.step_seconds
 

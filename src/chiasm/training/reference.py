@@ -6,17 +6,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from chiasm.training.schema import (
-    OTHER_PARTS,
-    PARTS,
-    Captions,
-    Forgetting,
-    PartPlan,
-    Recipe,
-    Settings,
-    Stage,
-    Validation,
-)
+from chiasm.training.recipe import NESTED
+from chiasm.training.schema import OTHER_PARTS, PARTS, PartPlan, Recipe, Settings, Stage
 
 TUNES = list(get_args(PartPlan.model_fields["tune"].annotation))
 
@@ -30,17 +21,15 @@ SECTIONS: list[tuple[str, str, type[BaseModel], type[BaseModel] | None]] = [
         PartPlan,
         None,
     ),
-    ("Of `validation`", "", Validation, None),
-    ("Of `captions`", "", Captions, None),
-    ("Of `forgetting`", "", Forgetting, None),
+    *((f"Of `{name}`", "", model, None) for name, model in NESTED.items()),
 ]
 
 INTRODUCTION = """\
 # Every key of a recipe
 
-A recipe is a YAML file with a list of `stages`. `chiasm train RECIPE` runs them in order; the same command goes on with a
-run that was stopped, and passes over stages that are finished. `chiasm train RECIPE --model DIR --plan-only` shows what would be
-trained. An unknown key or a wrong value is refused with file and line.
+A recipe is a YAML file with a list of `stages`. `chiasm train RECIPE` runs them in order; the same command goes on with
+a run that was stopped, and passes over stages that are finished. `chiasm train RECIPE --model DIR --plan-only` shows
+what would be trained. An unknown key or a wrong value is refused with file and line.
 
 Any key can be changed on the command line: `--set batch_size=4` for every stage, `--set stages.align.lr=1e-3` for one,
 `--set stages.align.parts.vision.tune=full` for a part. What to freeze, and what it costs: [training.md](training.md).
@@ -73,7 +62,10 @@ def markdown() -> str:
     for title, words, model, inherited in SECTIONS:
         known = inherited.model_fields if inherited is not None else {}
         fields = {name: field for name, field in model.model_fields.items() if name not in known}
-        rows = [f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(field)} |" for name, field in fields.items()]
+        rows = [
+            f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(field)} |"
+            for name, field in fields.items()
+        ]
         head = "| key | value | default | what it is |\n|---|---|---|---|\n"
         parts.append(f"\n## {title}\n\n{words}{chr(10) * 2 if words else ''}{head}" + "\n".join(rows) + "\n")
     return "".join(parts)
@@ -86,7 +78,7 @@ def _cell(field: FieldInfo) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+    value = field.get_default(call_default_factory=True)
     if value is None or isinstance(value, BaseModel) or value in ({}, []):
         return "–"
     return f"`{json.dumps(list(value) if isinstance(value, tuple) else value)}`"

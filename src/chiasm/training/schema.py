@@ -48,8 +48,8 @@ class PartPlan(Strict):
     """What a stage does with one part or pattern. The bare word of `tune` will do where nothing else is said."""
 
     tune: Literal["frozen", "full", "lora", "dora", "rslora", "qlora"] = Field(
-        description="`frozen`; `full`: the weights themselves; `lora` (arXiv 2106.09685), `dora` (2402.09353), `rslora` "
-        "(2312.03732): a low-rank update beside them; `qlora` (2305.14314): LoRA beside weights in 4 bits"
+        description="`frozen`; `full`: the weights themselves; `lora` (arXiv 2106.09685), `dora` (2402.09353), "
+        "`rslora` (2312.03732): a low-rank update beside them; `qlora` (2305.14314): LoRA beside weights in 4 bits"
     )
     lr: PositiveFloat | None = Field(None, description="peak learning rate; by default the stage's `lr`")
     from_layer: NonNegativeInt | None = Field(
@@ -260,8 +260,8 @@ class Stage(Settings):
     )
     patterns: dict[str, PartPlan] = Field(
         default_factory=dict,
-        description="parameters by name, which win over their part: a glob such as `language.*.self_attn.*`, or the path "
-        "of a module or parameter",
+        description="parameters by name, which win over their part: a glob such as `language.*.self_attn.*`, or the "
+        "path of a module or parameter",
     )
     init: Literal["keep", "closed_form", "auto"] = Field(
         "keep",
@@ -294,8 +294,8 @@ class Stage(Settings):
         for part in self.parts:
             if part not in (*PARTS, OTHER_PARTS):
                 raise ValueError(
-                    f"{part!r} is no part; parts are {', '.join(PARTS)}, and {OTHER_PARTS!r} for all others; parameters "
-                    "by name belong under patterns"
+                    f"{part!r} is no part; parts are {', '.join(PARTS)}, and {OTHER_PARTS!r} for all others; "
+                    "parameters by name belong under patterns"
                 )
         for pattern, plan in self.patterns.items():
             if plan.from_layer is not None:

@@ -101,7 +101,12 @@ def norm_parameters(module: nn.Module) -> set[str]:
     found = set()
     for path, member in module.named_modules():
         own = dict(member.named_parameters(recurse=False))
-        if "weight" in own and own.keys() <= {"weight", "bias"} and own["weight"].ndim == 1 and not _has_children(member):
+        if (
+            "weight" in own
+            and own.keys() <= {"weight", "bias"}
+            and own["weight"].ndim == 1
+            and not _has_children(member)
+        ):
             found |= {f"{path}.{name}".lstrip(".") for name in own}
     return found
 
@@ -153,7 +158,9 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _paths(names: list[str]) -> list[str]:
-    return sorted({name[:end] for name in names for end in range(len(name) + 1) if end == len(name) or name[end] == "."})
+    return sorted(
+        {name[:end] for name in names for end in range(len(name) + 1) if end == len(name) or name[end] == "."}
+    )
 
 
 def _in_words(plan: PartPlan) -> str:

@@ -25,12 +25,13 @@ class Tracker(ABC):
 
     @abstractmethod
     def __init__(self, folder: Path) -> None:
-        """Opens the place for the run in this folder; a run that goes on finds what it wrote before."""
+        """Opens the place for the run in this folder; a run that goes on adds to it."""
 
     @abstractmethod
     def numbers(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Takes the numbers of one event."""
 
+    @abstractmethod
     def close(self) -> None:
         """Ends the run."""
 

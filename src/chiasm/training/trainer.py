@@ -100,7 +100,8 @@ def train(
                 model, processor, samples, found, held_out, run, reporter, generate, closed_form, cache_root, team
             )
             if recipe.forgetting.measures and team.first:
-                context.probe = ForgettingProbe(recipe.forgetting, model, processor, [*held_out] or samples)
+                shown = held_out if len(held_out) else samples
+                context.probe = ForgettingProbe(recipe.forgetting, model, processor, shown)
             _begin(context, recipe, environment)
             for number, stage in enumerate(recipe.stages):
                 if not run.is_done(stage.name):
