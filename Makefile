@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 READY  := .venv/.ready
 
-.PHONY: demo test test-weights check format bench install clean
+.PHONY: demo test test-weights check format bench docs install clean
 
 demo: install            ## the main job: real weights, both stages, report, about ten minutes on two cores
 	$(BIN)/chiasm demo -o demo
@@ -29,6 +29,10 @@ format: install
 
 bench: install           ## every benchmark, one after the other; rows for benchmarks/README.md
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+docs: install            ## the documentation as a site in build/site
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 install: $(READY)
 

@@ -21,12 +21,35 @@ from chiasm.fusion.late import LateFusionModel
 from chiasm.training.preview import StagePreview
 from chiasm.training.preview import preview as preview_stages
 from chiasm.training.recipe import load_recipe
+from chiasm.interop.convert import Converted
+from chiasm.interop.convert import convert as convert_model
 from chiasm.training.schema import Recipe
 from chiasm.training.trainer import TrainResult
 from chiasm.training.trainer import train as train_model
 from chiasm.vlm import VLM, best_device, load, ready_to_answer
 
 Progress = Callable[[int, int], None]
+
+
+def convert(
+    model: VLM | DualEncoder | str | Path,
+    to: str,
+    output: str | Path,
+    *,
+    quantize: str | None = None,
+    check: bool = True,
+) -> Converted:
+    """Writes a model as another tool's checkpoint (`chiasm.interop.convert`).
+
+    Args:
+        model: a loaded one, or its folder or hub id.
+        to: `transformers`, `gguf` or `onnx`.
+        output: a new folder.
+        quantize: of GGUF files, such as `q8_0`.
+        check: whether the result is loaded again and compared with the model.
+    """
+    loaded = load(model) if isinstance(model, str | Path) else model
+    return convert_model(loaded.model, loaded._processor, to, output, quantize=quantize, check=check)
 
 
 def train(

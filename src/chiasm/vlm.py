@@ -1,11 +1,13 @@
 """`load` and `VLM`: a vision encoder and a language model as one thing that one can talk to."""
 
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 
 from chiasm import sources
@@ -23,6 +25,7 @@ from chiasm.generation.draw import Brush, draw
 from chiasm.interop.loaders import LOADERS, RETRIEVAL_LOADERS
 from chiasm.sources.errors import readable_weights
 from chiasm.sources.files import find_file
+from chiasm.training.card import write_card
 from chiasm.training.precision import choose_dtype
 
 
@@ -130,16 +133,31 @@ class VLM:
         return self
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Writes weights (safetensors), configuration and processor files."""
+        """Writes weights (safetensors), configuration, processor files and a model card."""
         self.model.save_pretrained(folder, **kwargs)
         if self._processor is not None:
             self._processor.save_pretrained(folder)
+        write_card(Path(folder), self.model)
 
-    def push_to_hub(self, repository: str, **kwargs: Any) -> None:
-        """Uploads what `save_pretrained` writes."""
-        self.model.push_to_hub(repository, **kwargs)
-        if self._processor is not None:
-            self._processor.push_to_hub(repository, **kwargs)
+    @classmethod
+    def from_pretrained(cls, source: str | Path, dtype: torch.dtype | str = "auto") -> "VLM":
+        """What `chiasm.load` gives of a generative model's folder or hub id."""
+        return load_vlm(source, dtype)
+
+    def push_to_hub(self, repository: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
+        """Uploads what `save_pretrained` writes, in one commit; returns the repository's address.
+
+        Args:
+            repository: `name/model`; made where it is not there.
+            **kwargs: of `save_pretrained`, and `commit_message`.
+        """
+        message = kwargs.pop("commit_message", "Upload a Chiasm model")
+        hub = HfApi(token=token)
+        address = str(hub.create_repo(repository, private=private, exist_ok=True))
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        return address
 
 
 def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM | DualEncoder:

@@ -12,8 +12,11 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.fusion.base import FusionModel
+from chiasm.fusion.late import LateFusionModel
+from chiasm.interop.clip import export_late
 from chiasm.interop.export.blip2 import export_blip2
-from chiasm.interop.export.check import check_folder
+from chiasm.interop.export.check import check_folder, check_onnx
+from chiasm.interop.export.gguf import export_gguf
 from chiasm.interop.export.idefics import export_idefics
 from chiasm.interop.export.idefics2 import export_idefics2
 from chiasm.interop.export.internvl import export_internvl
@@ -126,7 +129,7 @@ def route(model: PreTrainedModel) -> str:
         ValueError: none.
     """
     config = model.config
-    key = (config.fusion, config.attention, config.connector["name"])
+    key = (config.fusion, config.attention, (config.connector or {}).get("name"))
     if key not in ROUTES:
         fitting = sorted({connector for fusion, _, connector in ROUTES if fusion == config.fusion})
         raise ValueError(
@@ -140,7 +143,14 @@ def route(model: PreTrainedModel) -> str:
 def to_transformers(
     model: PreTrainedModel, processor: Any, folder: Path, quantize: str | None = None, check: bool = True
 ) -> Converted:
-    """A folder that `AutoModelForImageTextToText` and `AutoProcessor` load without Chiasm."""
+    """A folder that `AutoModelForImageTextToText` and `AutoProcessor` load without Chiasm, or `AutoModel` for retrieval."""
+    if isinstance(model, LateFusionModel):
+        return to_late(model, processor, folder)
+    if not isinstance(model, FusionModel):
+        raise ValueError(
+            f"transformers has no counterpart of a {model.config.model_type!r} model; it has BLIP-2 for retrieval, CLIP "
+            "and SigLIP, which chiasm.load reads"
+        )
     kind = route(model)
     exported = KINDS[kind].export(model, processor)
     exported.model.save_pretrained(folder)
@@ -153,7 +163,42 @@ def to_transformers(
     return Converted(exported.model.config.model_type, folder, _files(folder), difference, notes)
 
 
-TARGETS: dict[str, Callable[..., Converted]] = {"transformers": to_transformers}
+def to_late(model: LateFusionModel, processor: Any, folder: Path) -> Converted:
+    """A CLIP or SigLIP folder of transformers."""
+    theirs = export_late(model, processor, folder)
+    return Converted(theirs.config.model_type, folder, _files(folder))
+
+
+def to_gguf(
+    model: PreTrainedModel, processor: Any, folder: Path, quantize: str | None = None, check: bool = True
+) -> Converted:
+    """`model.gguf` and `mmproj.gguf` for llama.cpp."""
+    _require_generative(model, "GGUF")
+    notes = export_gguf(model, processor, folder, quantize)
+    return Converted("gguf", folder, _files(folder), None, notes)
+
+
+def to_onnx(
+    model: PreTrainedModel, processor: Any, folder: Path, quantize: str | None = None, check: bool = True
+) -> Converted:
+    """Graphs for ONNX Runtime."""
+    _require_generative(model, "ONNX")
+    try:
+        import onnxscript  # noqa: F401
+
+        from chiasm.interop.export.onnx import export_onnx
+    except ImportError as error:
+        raise ValueError("the ONNX exporter is not installed; pip install 'chiasm[onnx]'") from error
+    notes = export_onnx(model, processor, folder)
+    return Converted("onnx", folder, _files(folder), check_onnx(folder, model) if check else None, notes)
+
+
+TARGETS: dict[str, Callable[..., Converted]] = {"transformers": to_transformers, "gguf": to_gguf, "onnx": to_onnx}
+
+
+def _require_generative(model: PreTrainedModel, target: str) -> None:
+    if not isinstance(model, FusionModel):
+        raise ValueError(f"{target} files are for models that answer, and this is a retrieval model; --to transformers")
 
 
 def _files(folder: Path) -> list[str]:

@@ -30,7 +30,8 @@ def language_table(text_config: PreTrainedConfig, decoder: str, head: str) -> di
         language = AutoModelForCausalLM.from_config(text_config)
     output = language.get_output_embeddings()
     path = next(name for name, module in language.named_modules() if module is output)
-    return {decoder: f"language.{language.base_model_prefix}", head: f"language.{path}"}
+    inner = {decoder: f"language.{language.base_model_prefix}", head: f"language.{path}"}
+    return inner | {"language_model.model": inner[decoder], "language_model.lm_head": inner[head]}
 
 
 def text_settings(config: PreTrainedConfig) -> dict[str, Any]:

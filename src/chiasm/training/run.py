@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
+from chiasm.training.card import write_card
 from chiasm.training.checkpoint import (
     Checkpoint,
     Position,
@@ -81,6 +82,7 @@ class Run:
                     with whole_folder(self.folder / name) as place, without_progress_bars():
                         model.save_pretrained(place)
                         processor.save_pretrained(place)
+                        write_card(place, model, self.folder)
 
         self.team.first_does(write)
         return self.folder / names[-1]

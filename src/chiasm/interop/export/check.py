@@ -64,6 +64,24 @@ def _more(model: FusionModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return more
 
 
+def check_onnx(folder: Path, model: FusionModel) -> float:
+    """The largest difference between the logits of a model and those of its graphs, as a share of their spread.
+
+    Raises:
+        ValueError: they are not the same.
+    """
+    from chiasm.interop.onnx_model import OnnxModel
+
+    inputs = blank_inputs(model)
+    found, _ = OnnxModel(folder).forward({name: tensor.cpu().numpy() for name, tensor in inputs.items()})
+    with torch.no_grad():
+        ours = model(**inputs).logits.cpu()
+    difference = float(((ours - torch.from_numpy(found)).abs().max() / ours.std().clamp(min=1e-6)).item())
+    if not difference <= 1e-3:
+        raise ValueError(f"the graphs in {folder} give other logits than the model, by {difference:.2g} of their spread")
+    return difference
+
+
 def probe_picture(model: FusionModel) -> Image.Image:
     """Noise of the encoder's size but for one side, so that cropping and padding show."""
     height, width = model.vision.image_size

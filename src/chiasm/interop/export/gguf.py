@@ -19,7 +19,7 @@ from chiasm.interop.export.gguf_language import (
 from chiasm.interop.export.gguf_tokenizer import write_tokenizer
 from chiasm.interop.export.gguf_vision import depth, projector, write_vision
 from chiasm.interop.export.parts import require, require_plain, rows, weights
-from chiasm.interop.export.prompts import portable_template
+from chiasm.interop.export.prompts import marked_template
 from chiasm.vision.image_processor import ChiasmImageProcessor
 
 LANGUAGE, VISION = "model.gguf", "mmproj.gguf"
@@ -59,7 +59,7 @@ def _write_language(model: FusionModel, processor: ChiasmProcessor, path: Path, 
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     words, count = processor.tokenizer, rows(model)
     adds = processor.add_special_tokens and words("a")["input_ids"][:1] == [words.bos_token_id]
-    write_tokenizer(writer, words, count, adds, portable_template(processor))
+    write_tokenizer(writer, words, count, adds, marked_template(processor))
     state = weights(model)
     parts = {name.removeprefix("language."): tensor for name, tensor in state.items() if name.startswith("language.")}
     write_language(writer, config, parts, count, quantization)
@@ -83,6 +83,11 @@ def _close(writer: GGUFWriter) -> None:
 
 def _notes(model: FusionModel, processor: ChiasmProcessor) -> list[str]:
     notes = []
+    if model.config.vision_config.model_type == "clip_vision_model":
+        notes.append(
+            "llama.cpp misplaces the class token of CLIP encoders (its issue 25814, not repaired in the builds of 2026-10 "
+            "that this was tried with), so answers about pictures differ from Chiasm's there; SigLIP has no such token"
+        )
     images = processor.image_processor
     if isinstance(images, ChiasmImageProcessor) and images.resize_mode != "pad":
         notes.append(

@@ -24,6 +24,10 @@ PRE_TOKENIZERS = {
 """How a text is cut before merges → llama.cpp's name of it."""
 
 
+NO_MERGE = "\u00ad \u00ad"
+"""A merge without a token, which changes nothing: llama.cpp does not take an empty list."""
+
+
 def write_tokenizer(writer: GGUFWriter, words: PreTrainedTokenizerBase, rows: int, add_bos: bool, template: str) -> None:
     """Writes a tokenizer for an embedding table of so many rows.
 
@@ -42,7 +46,8 @@ def write_tokenizer(writer: GGUFWriter, words: PreTrainedTokenizerBase, rows: in
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(names)
     writer.add_token_types(kinds)
-    writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in backend["model"]["merges"]])
+    merges = [one if isinstance(one, str) else " ".join(one) for one in backend["model"]["merges"]]
+    writer.add_token_merges(merges or [NO_MERGE])
     for field, token in (("bos", words.bos_token_id), ("eos", words.eos_token_id), ("pad", words.pad_token_id)):
         if token is not None:
             getattr(writer, f"add_{field}_token_id")(token)

@@ -123,6 +123,12 @@ def require_plain(model: FusionModel, kind: str, attention: str = "causal", own_
     """
     config = model.config
     require(
+        config.regions is None,
+        f"this model writes the names of {config.regions} regions between its visual tokens, which a {kind} checkpoint "
+        "cannot hold",
+        "connect without regions",
+    )
+    require(
         config.patch_positions == "none",
         f"this model appends coordinates to its patches (patch_positions: {config.patch_positions}), which a {kind} "
         "checkpoint cannot hold",

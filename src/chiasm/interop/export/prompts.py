@@ -33,6 +33,23 @@ _USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text":
 _ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
 _MORE = {"role": "user", "content": [{"type": "text", "text": "Sure?"}]}
 
+GATHER_MARKED = (
+    "{%- set gathered = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set words = namespace(text='') -%}"
+    "{%- if message['content'] is string -%}{%- set words.text = message['content'] -%}"
+    "{%- else -%}{%- for part in message['content'] -%}{%- set words.text = words.text + part['text'] -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- if '<__media_' in words.text -%}{%- set words.text = words.text | replace('__>', '__>\n') -%}"
+    "{%- if words.text.endswith('__>\n') -%}{%- set words.text = words.text[:-1] -%}{%- endif -%}{%- endif -%}"
+    "{%- set gathered.messages = gathered.messages + [dict(message, content=CONTENT)] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = gathered.messages -%}{{ '' }}"
+)
+"""The same for llama.cpp, which gives a text with a mark of its own, `<__media_...__>`, where a picture stands."""
+
+MARK = "<__media_0__>"
+
 PROBES: tuple[list[dict[str, Any]], ...] = ([_USER], [_MORE], [_USER, _ANSWER, _MORE])
 
 
@@ -46,12 +63,36 @@ def portable_template(processor: ChiasmProcessor) -> str:
     own = words.get_chat_template() if words.chat_template else PLAIN_TEMPLATE
     for template in (own, *(GATHER.replace("CONTENT", content) + own for content in CONTENTS)):
         template = template.replace(IMAGE_TOKEN, processor.image_token)
-        if all(_render(words, template, probe) == _expected(processor, probe) for probe in PROBES):
+        if all(_render(words, template, parts(probe)) == _expected(processor, probe) for probe in PROBES):
             return template
     raise ValueError(
         "the chat template writes a picture in a way that no template for transformers' processors was found for; "
         f"give the tokenizer a chat_template that writes {IMAGE_TOKEN} for image parts"
     )
+
+
+def marked_template(processor: ChiasmProcessor) -> str:
+    """A chat template for llama.cpp that writes what Chiasm writes.
+
+    Raises:
+        ValueError: none was found.
+    """
+    words = processor.tokenizer
+    own = words.get_chat_template() if words.chat_template else PLAIN_TEMPLATE
+    marked = [[{**message, "content": _marked(message["content"])} for message in probe] for probe in PROBES]
+    wanted = [_expected(processor, probe).replace(processor.image_token, MARK) for probe in PROBES]
+    for content in CONTENTS:
+        template = GATHER_MARKED.replace("CONTENT", content) + own
+        if [_render(words, template, probe) for probe in marked] == wanted:
+            return template
+    raise ValueError(
+        "the chat template writes a picture in a way that no template for llama.cpp was found for; "
+        f"give the tokenizer a chat_template for texts, in which {IMAGE_TOKEN} and a line break stand for a picture"
+    )
+
+
+def _marked(content: list[dict[str, str]]) -> str:
+    return "".join(MARK if part["type"] == "image" else part["text"] for part in content)
 
 
 def portable_tokenizer(processor: ChiasmProcessor) -> PreTrainedTokenizerBase:
@@ -72,7 +113,7 @@ def _expected(processor: ChiasmProcessor, messages: list[dict[str, Any]]) -> str
 def _render(words: PreTrainedTokenizerBase, template: str, messages: list[dict[str, Any]]) -> str | None:
     try:
         rendered, _ = render_jinja_template(
-            [parts(messages)], chat_template=template, add_generation_prompt=True, **words.special_tokens_map
+            [messages], chat_template=template, add_generation_prompt=True, **words.special_tokens_map
         )
     except Exception:  # templates raise whatever they like
         return None
@@ -82,7 +123,7 @@ def _render(words: PreTrainedTokenizerBase, template: str, messages: list[dict[s
 def writes(processor: ChiasmProcessor, template: str) -> bool:
     """Whether a processor's prompts of one turn are what a template writes of parts."""
     words = processor.tokenizer
-    return all(_render(words, template, probe) == _expected(processor, probe) for probe in PROBES[:2])
+    return all(_render(words, template, parts(probe)) == _expected(processor, probe) for probe in PROBES[:2])
 
 
 def pictures_first(processor: ChiasmProcessor) -> str:

@@ -1,0 +1,29 @@
+"""Chiasm's classes for transformers' Auto classes: `import chiasm.interop.auto`, then `AutoModelForImageTextToText`.
+
+`import chiasm` alone stays light and registers nothing.
+"""
+
+from typing import Any
+
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from chiasm.data.captions import CaptionProcessor
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.fusion.config import ChiasmConfig
+from chiasm.fusion.early import EarlyFusionModel
+from chiasm.fusion.early_seq2seq import EarlySeq2SeqModel
+from chiasm.fusion.intermediate import IntermediateFusionModel
+from chiasm.fusion.late import LateFusionModel
+from chiasm.fusion.qformer_retrieval import QFormerRetrieval
+from chiasm.fusion.unified import UnifiedModel
+
+GENERATIVE: Any = (EarlyFusionModel, EarlySeq2SeqModel, IntermediateFusionModel, UnifiedModel)
+"""One of these is taken by the name in the configuration's `architectures`."""
+
+RETRIEVAL: tuple[Any, ...] = (LateFusionModel, QFormerRetrieval)
+
+AutoModelForImageTextToText.register(ChiasmConfig, GENERATIVE, exist_ok=True)
+AutoProcessor.register(ChiasmConfig, ChiasmProcessor, exist_ok=True)
+for _kind in RETRIEVAL:
+    AutoModel.register(_kind.config_class, _kind, exist_ok=True)
+    AutoProcessor.register(_kind.config_class, CaptionProcessor, exist_ok=True)

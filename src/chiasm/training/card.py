@@ -1,0 +1,108 @@
+"""The model card, `README.md` of a model's folder: what was connected, how it was trained, what it scores, what it cost."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from chiasm.training.log import read_log
+
+CARD = "README.md"
+
+
+def write_card(folder: Path, model: PreTrainedModel, run: Path | None = None, facts: dict[str, str] | None = None) -> None:
+    """Writes the card of a model, and of the run that trained it; a card that came with the model is kept.
+
+    Args:
+        folder: where the model was saved.
+        run: the run's folder, with its recipe and log.
+        facts: more rows about the model, such as its cost.
+    """
+    source = Path(model.name_or_path or "", CARD)
+    if run is None and model.name_or_path and source.is_file():
+        text = source.read_text(encoding="utf-8")
+    else:
+        text = model_card(model, _history(run), facts or {})
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def model_card(model: PreTrainedModel, history: list[str], facts: dict[str, str]) -> str:
+    """The card's text."""
+    config = model.config
+    connector = (config.connector or {}).get("name", "none")
+    rows = {
+        "vision encoder": _named(config.vision_config),
+        "language model": _named(config.text_config),
+        "fusion": getattr(config, "fusion", config.model_type),
+        "connector": connector,
+        **{f"parameters, {part}": f"{_size(module):,}" for part, module in model.named_children() if _size(module)},
+        **facts,
+    }
+    task = "image-text-to-text" if model.can_generate() else "zero-shot-image-classification"
+    lines = [
+        "---",
+        "library_name: chiasm",
+        f"pipeline_tag: {task}",
+        "tags: [chiasm, vision-language]",
+        "---",
+        "",
+        f"# A vision-language model: {_named(config.vision_config)} + {_named(config.text_config)}",
+        "",
+        "Connected and trained with Chiasm. `chiasm.load(\"this folder or hub id\")` reads it.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+        *history,
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _history(run: Path | None) -> list[str]:
+    """The sections of a run: recipe, data, freeze plan, scores, cost."""
+    if run is None or not (run / "log.jsonl").is_file():
+        return []
+    events = read_log(run / "log.jsonl")
+    lines = ["## Data", "", *_data(events), "", "## Stages", ""]
+    lines += ["| stage | steps | objectives | what was trained | validation loss, with a wrong picture | time |"]
+    lines += ["|---|---|---|---|---|---|"]
+    lines += [_stage(events, plan) for plan in _last(events, "plan").values()]
+    peak = max((event.get("peak_memory_bytes") or 0 for event in events), default=0)
+    lines += ["", f"Peak memory of training: {peak / 2**20:,.0f} MiB." if peak else "", "", "## Recipe", "", "```yaml"]
+    return [*lines, (run / "recipe.yaml").read_text(encoding="utf-8").strip(), "```"]
+
+
+def _data(events: list[dict[str, Any]]) -> list[str]:
+    start = next((event for event in events if event["event"] == "start"), {})
+    shown = {name: start[name] for name in ("samples", "held_out", "bad") if name in start}
+    return [f"{name.replace('_', ' ')}: {value:,}  " for name, value in shown.items() if isinstance(value, int)]
+
+
+def _stage(events: list[dict[str, Any]], plan: dict[str, Any]) -> str:
+    stage = plan["stage"]
+    check, end = _last(events, "validation").get(stage, {}), _last(events, "stage_end").get(stage, {})
+    parts = "; ".join(f"{part}: {state}" for part, state in plan["parts"].items())
+    losses = ", ".join(f"{check[name]:.4f}" for name in ("loss", "shuffled_loss") if check.get(name) is not None)
+    seconds = end.get("seconds")
+    took = "" if seconds is None else f"{seconds / 60:.1f} min"
+    return f"| {stage} | {plan['steps']} | {plan['objectives']} | {parts} | {losses} | {took} |"
+
+
+def _last(events: list[dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
+    """The last event of a kind in every stage."""
+    return {event["stage"]: event for event in events if event["event"] == kind and "stage" in event}
+
+
+def _named(config: Any) -> str:
+    if config is None:
+        return "none"
+    name = getattr(config, "_name_or_path", "") or ""
+    short = Path(name).name if name.startswith("/") else name
+    return f"{short} ({config.model_type})" if short else str(config.model_type)
+
+
+def _size(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+

@@ -1,0 +1,161 @@
+"""Chiasm models become checkpoints that transformers loads by itself, with the same inputs, logits and weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, pipeline
+
+import chiasm
+import test_blip2
+import test_idefics
+import test_idefics2
+import test_internvl
+import test_llava
+import test_paligemma
+import tiny
+from chiasm.fusion.adapters import add_adapter
+from chiasm.interop.convert import KINDS, ROUTES, convert
+from chiasm.interop.export.check import QUESTION, probe_picture
+from chiasm.interop.export.prompts import portable_template
+
+REFERENCES: dict[str, Any] = {
+    "blip2": lambda folder: test_blip2.reference(folder, "blip2", "opt"),
+    "blip2 t5": lambda folder: test_blip2.reference(folder, "blip2", "t5"),
+    "instructblip": lambda folder: test_blip2.reference(folder, "instructblip", "llama"),
+    "idefics": lambda folder: test_idefics.reference(folder, **test_idefics.CASES["resampler, scalar gates"]),
+    "idefics patches": lambda folder: test_idefics.reference(
+        folder, **test_idefics.CASES["patches, vector gates, qk norms"]
+    ),
+    "idefics2": test_idefics2.reference,
+    "internvl": test_internvl.reference,
+    "paligemma": test_paligemma.reference,
+    "llava": lambda folder: (test_llava.reference(folder), test_llava.theirs(folder)),
+    "llava tied": lambda folder: test_llava.reference(folder, "siglip", tie_word_embeddings=True),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_round_trip_is_exact(name: str, tmp_path: Path) -> None:
+    REFERENCES[name](tmp_path / "first")
+    vlm = chiasm.load(tmp_path / "first")
+    done = convert(vlm.model, vlm._processor, "transformers", tmp_path / "out")
+    assert done.difference is not None and done.difference < 1e-4
+    before, after = vlm.model.state_dict(), chiasm.load(tmp_path / "out").model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+CONNECTED: dict[str, dict[str, Any]] = {
+    "clip": {"connector": "mlp"},
+    "clip, all layers, class token": {"connector": "mlp", "features": {"layers": [1, -2], "prefix": "keep"}},
+    "siglip": {"vision": "siglip", "connector": {"name": "mlp", "width": 20, "activation": "silu"}},
+    "siglip, linear": {"vision": "siglip", "language": "qwen2", "connector": "linear"},
+    "no bias": {"connector": {"name": "linear", "bias": False}, "language": "gemma3"},
+    "gpt2": {"connector": {"name": "mlp", "bias": False}, "language": "gpt2"},
+    "padded": {"connector": "mlp", "resize_mode": "pad"},
+    "dinov2": {"vision": "dinov2", "connector": "mlp", "features": {"layers": [-2]}},
+}
+
+
+def connected(vision: str = "clip", language: str = "llama", **options: Any) -> chiasm.VLM:
+    return chiasm.connect(tiny.vision(vision), tiny.language(language), tokenizer=tiny.tokenizer(), **options)
+
+
+@pytest.mark.parametrize("name", CONNECTED)
+def test_a_connected_model_becomes_llava(name: str, tmp_path: Path) -> None:
+    vlm = connected(**CONNECTED[name])
+    done = convert(vlm.model, vlm.processor, "transformers", tmp_path)
+    assert done.kind == "llava" and done.difference is not None and done.difference < 1e-4
+    again = chiasm.load(tmp_path)
+    inputs = vlm.processor(messages=QUESTION, images=probe_picture(vlm.model))
+    found = again.processor(messages=QUESTION, images=probe_picture(vlm.model))
+    assert all(torch.equal(found[key], inputs[key]) for key in inputs)
+    with torch.no_grad():
+        expected = vlm.model(**inputs).logits
+        torch.testing.assert_close(again.model(**inputs).logits[..., :261], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_placeholder_beyond_the_table_gets_a_row_that_is_never_chosen(tmp_path: Path) -> None:
+    config = tiny.language().config
+    config.vocab_size = 260
+    vlm = chiasm.connect(tiny.vision(), type(tiny.language())(config), "mlp", tokenizer=tiny.tokenizer())
+    assert vlm.model.config.image_token_id == 260
+    convert(vlm.model, vlm.processor, "transformers", tmp_path)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert theirs.get_input_embeddings().weight.shape[0] == 261
+    inputs = vlm.processor(messages=QUESTION, images=tiny.picture())
+    logits = theirs(**inputs).logits
+    assert bool((logits[..., 260] < logits[..., :260].amax(dim=-1)).all())
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(theirs.generate(**inputs, **greedy), vlm.model.generate(**inputs, **greedy))
+
+
+def test_the_pipeline_answers_as_chat_does(tmp_path: Path) -> None:
+    vlm = connected(connector="mlp")
+    convert(vlm.model, vlm.processor, "transformers", tmp_path)
+    ask = pipeline("image-text-to-text", model=str(tmp_path))
+    message = {"role": "user", "content": [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "What?"}]}
+    answer = ask(text=[message], max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert answer.strip() == vlm.chat(tiny.picture(), "What?", max_new_tokens=6).strip()
+
+
+def test_a_prefix_model_becomes_paligemma(tmp_path: Path) -> None:
+    from chiasm.interop.paligemma import TEMPLATE
+
+    vlm = connected("siglip", connector="linear", attention="prefix", chat_template=TEMPLATE)
+    done = convert(vlm.model, vlm.processor, "transformers", tmp_path)
+    assert done.kind == "paligemma" and done.difference is not None and done.difference < 1e-4
+    other = connected("siglip", connector="linear", attention="prefix")
+    with pytest.raises(ValueError, match="prompts are not PaliGemma's"):
+        convert(other.model, other.processor, "transformers", tmp_path / "other")
+
+
+def test_internvl_keeps_its_processor(tmp_path: Path) -> None:
+    """Its class needs torchvision, so that the files are compared here, not loaded."""
+    test_internvl.with_processor(tmp_path)
+    vlm = chiasm.load(tmp_path)
+    assert "<IMG_CONTEXT>" in portable_template(vlm.processor)
+    convert(vlm.model, None, "transformers", tmp_path / "out")
+
+
+def test_adapters_are_merged_in_a_copy(tmp_path: Path) -> None:
+    vlm = connected(connector="mlp")
+    add_adapter(vlm.model, "language", rank=2)
+    for name, parameter in vlm.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    done = convert(vlm.model, vlm.processor, "transformers", tmp_path)
+    assert done.difference is not None and done.difference < 1e-4 and vlm.model.config.adapters
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "coordinates": ({"vision": "convnext", "connector": "mlp"}, "appends coordinates .* patch_positions='none'"),
+    "no counterpart": ({"connector": tiny.connector("c_abstractor")}, "connector 'c_abstractor'; with this fusion"),
+    "depth": ({"connector": {"name": "mlp", "depth": 3}}, "has depth 3, LLaVA's projector has 2"),
+    "width": ({"connector": {"name": "mlp", "width": 99}}, "inner width of 99"),
+    "encoder": ({"connector": "pixel_shuffle"}, "InternVL has an encoder of its own"),
+    "queries": ({"connector": tiny.connector("qformer")}, "BLIP-2 has an encoder of its own"),
+    "regions": ({"connector": "mlp", "regions": (3, 3)}, "names of"),
+    "blocks": ({"fusion": "intermediate", "connector": tiny.connector("perceiver_resampler", project=False)}, "Idefics"),
+    "prefix tokens": ({"vision": "dinov2", "connector": "mlp"}, "LLaVA cannot read the features"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_counterpart_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    options, message = REFUSED[name]
+    vlm = connected(**options)
+    with pytest.raises(ValueError, match=message) as refusal:
+        convert(vlm.model, vlm.processor, "transformers", tmp_path / "out")
+    assert "\n" not in str(refusal.value) and not (tmp_path / "out").exists()
+
+
+def test_every_route_leads_to_a_kind() -> None:
+    assert set(ROUTES.values()) == set(KINDS)
+    vlm = connected(connector="mlp")
+    with pytest.raises(ValueError, match="--to 'ollama' is unknown"):
+        convert(vlm.model, vlm.processor, "ollama", Path("nowhere"))
+    with pytest.raises(ValueError, match="--quantize is for --to gguf"):
+        convert(vlm.model, vlm.processor, "onnx", Path("nowhere"), quantize="q8_0")

@@ -1,0 +1,105 @@
+"""GGUF files answer in llama.cpp what Chiasm answers."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+from PIL import Image
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, SiglipVisionConfig, SiglipVisionModel
+
+import chiasm
+import tiny
+from chiasm.interop.convert import convert
+
+FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+def model(family: str = "llama", connector: Any = "mlp", tied: bool = False, size: int = 64) -> chiasm.VLM:
+    """Sizes are multiples of 32, which quantised rows need."""
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=size, patch_size=size // (24 if size > 64 else 4)))
+    for parameter in vision.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    tokens = {"vocab_size": 261, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    text = {"num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.3, "tie_word_embeddings": tied}
+    config = FAMILIES[family](**sizes, **tokens, **text, max_position_embeddings=2048)
+    language = AutoModelForCausalLM.from_config(config)
+    vlm = chiasm.connect(vision.eval(), language.eval(), connector, tokenizer=tiny.tokenizer())
+    vlm.model.connector.output.weight.data.mul_(2)
+    return vlm
+
+
+def llama_cpp(folder: Path) -> Any:
+    """llama.cpp's server in this process, in float32 and on one thread."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.mmproj.path = str(folder / "model.gguf"), str(folder / "mmproj.gguf")
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = 2048, 1, 0
+    params.warmup = params.mmproj_use_gpu = params.fit_params = False
+    params.cpuparams.n_threads = 1
+    params.verbosity = 0
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return xllamacpp.Server(params)
+
+
+def answer(server: Any, picture: Image.Image | None, prompt: str, tokens: int) -> str:
+    content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
+    if picture is not None:
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    asked = {"messages": [{"role": "user", "content": content}], "max_tokens": tokens, "temperature": 0}
+    return server.handle_chat_completions(asked)["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("family", "connector", "tied", "size"),
+    [("llama", "mlp", False, 64), ("qwen2", "linear", True, 64), ("qwen3", "mlp", False, 64), ("llama", "ldp", False, 336)],
+)
+def test_llama_cpp_gives_the_same_text(family: str, connector: str, tied: bool, size: int, tmp_path: Path) -> None:
+    vlm = model(family, connector, tied, size)
+    convert(vlm.model, vlm.processor, "gguf", tmp_path)
+    server = llama_cpp(tmp_path)
+    for picture in (None, tiny.picture(3).resize((size, size)), tiny.picture(5).resize((size, size))):
+        expected = vlm.chat(picture, "What is it?", max_new_tokens=8)
+        assert answer(server, picture, "What is it?", 8) == expected
+
+
+@pytest.mark.parametrize(("quantize", "kind"), [("q8_0", "Q8_0"), ("q4_0", "Q4_0"), ("f16", "F16")])
+def test_matrices_are_quantised_on_request(quantize: str, kind: str, tmp_path: Path) -> None:
+    vlm = model()
+    convert(vlm.model, vlm.processor, "gguf", tmp_path, quantize=quantize)
+    tensors = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+    assert tensors["blk.0.attn_q.weight"] == kind and tensors["blk.0.attn_norm.weight"] == "F32"
+    assert isinstance(answer(llama_cpp(tmp_path), None, "Hello", 2), str)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"connector": tiny.connector("c_abstractor")}, "llama.cpp has no projector for connector name='c_abstractor'"),
+        ({"connector": {"name": "mlp", "activation": "silu"}}, "activation='silu'"),
+        ({"language": tiny.language("gemma3")}, "a language model of type 'gemma3_text'"),
+        ({"vision": tiny.vision("dinov2")}, "llama.cpp's projector types read CLIP and SigLIP"),
+        ({"features": {"layers": [1, 2]}}, "llama.cpp reads the patches of one hidden state"),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    parts = {"vision": tiny.vision(), "language": tiny.language(), "connector": "mlp"} | options
+    vlm = chiasm.connect(**parts, tokenizer=tiny.tokenizer())
+    with pytest.raises(ValueError, match=message):
+        convert(vlm.model, vlm.processor, "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_class_token_of_clip_is_told(tmp_path: Path) -> None:
+    vlm = chiasm.connect(tiny.vision(), tiny.language(), "mlp", tokenizer=tiny.tokenizer())
+    notes = convert(vlm.model, vlm.processor, "gguf", tmp_path).notes
+    assert any("class token" in note for note in notes)
