@@ -22,6 +22,7 @@ from chiasm.training.preview import StagePreview
 from chiasm.training.preview import preview as preview_stages
 from chiasm.training.recipe import load_recipe
 from chiasm.training.schema import Recipe
+from chiasm.training.team import take_own_device
 from chiasm.training.trainer import TrainResult
 from chiasm.training.trainer import train as train_model
 from chiasm.vlm import VLM, best_device, load, load_vlm, ready_to_answer
@@ -50,6 +51,7 @@ def train(
         validation_data: held-out data; by default 5 % of `data`, the same ones in every run.
         overrides: `key=value` changes to the recipe, such as `stages.align.lr=1e-3`.
     """
+    take_own_device()
     vlm = _trainable(model)
 
     def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:

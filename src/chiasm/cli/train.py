@@ -25,21 +25,27 @@ def train(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and count samples that cannot be used.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = True,
     plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="Show what would be trained, its memory and its time, and train nothing.")
+        bool,
+        typer.Option("--plan-only", help="Show what would be trained, its memory and its time, and train nothing."),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model by the stages of a recipe; a stopped run goes on where it was."""
     from chiasm import api
+    from chiasm.training.team import is_first
 
     overrides = [*set_, "skip_bad=true"] if skip_bad else set_
     if plan_only:
         return _show_plan(api.preview(recipe, model, data, overrides=overrides), as_json)
     if data is None or output is None:
-        raise ValueError(f"{'--data' if data is None else '-o'} is missing: it says what to train on and where to write")
+        raise ValueError(
+            f"{'--data' if data is None else '-o'} is missing: it says what to train on and where to write"
+        )
     result = api.train(
         recipe, model, data, output, validation_data=validation_data, overrides=overrides, resume=resume, quiet=as_json
     )
+    if not is_first():
+        return None
     if as_json:
         return emit({"model": str(result.model), "run": str(output)})
     answers = json.loads((result.model / "config.json").read_text())["model_type"] == "chiasm"
