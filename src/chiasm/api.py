@@ -24,6 +24,7 @@ from chiasm.training.recipe import load_recipe
 from chiasm.interop.convert import Converted
 from chiasm.interop.convert import convert as convert_model
 from chiasm.training.schema import Recipe
+from chiasm.training.team import take_own_device
 from chiasm.training.trainer import TrainResult
 from chiasm.training.trainer import train as train_model
 from chiasm.vlm import VLM, best_device, load, ready_to_answer
@@ -73,6 +74,7 @@ def train(
         validation_data: held-out data; by default 5 % of `data`, the same ones in every run.
         overrides: `key=value` changes to the recipe, such as `stages.align.lr=1e-3`.
     """
+    take_own_device()
     vlm = _trainable(model)
 
     def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:

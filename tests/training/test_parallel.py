@@ -1,22 +1,33 @@
 """Two processes take the steps that one would take, whatever the stage trains, with whole copies or with shards."""
 
+import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import helpers
 import pytest
 import torch
+from torch import distributed as dist
 
 import chiasm
+from chiasm.data.schema import ImageRef
+from chiasm.training import stage_run
+from chiasm.training.errors import TrainingError
 from chiasm.training.log import read_log
+from chiasm.training.stage_model import AnswerModel
 
 FULL = {"tune": "full", "lr": 1e-2}
+FULL_CONNECTOR = {"connector": FULL}
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "connector": {"connector": FULL},
+    "connector": FULL_CONNECTOR,
     "encoder": {"connector": FULL, "vision": FULL},
     "lora": helpers.LORA,
     "everything": {"connector": FULL, "vision": FULL, "language": FULL},
@@ -54,20 +65,74 @@ def jobs() -> dict[str, tuple[dict[str, Any], str]]:
     return found
 
 
+ADAMW = {"optimizer": "adamw", "accumulate": 1, "checkpoint_every": 2}
+UNEVEN = {**helpers.LORA, "vision": FULL}
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+def stop(folder: Path, settings: dict[str, Any], after: int = 3) -> None:
+    """A run that ends without a word after so many steps."""
+    with patch.object(stage_run.StageRun, "_log_step", Mock(side_effect=[None] * (after - 1) + [Killed])):
+        with pytest.raises(Killed):
+            helpers.run(folder, settings, cache_root=folder.parent / "features")
+
+
+def caught(folder: Path, name: str, settings: dict[str, Any], **options: Any) -> None:
+    """A run that fails; what this process has to say is written down."""
+    try:
+        helpers.run(folder / name, settings, cache_root=folder / "features", **options)
+    except BaseException as error:
+        said = [type(error).__name__, str(error)]
+        (folder / f"{name}-{dist.get_rank()}.json").write_text(json.dumps(said))
+
+
 def work(folder: Path) -> None:
     """All runs, in one of two processes."""
+    dist.init_process_group("gloo")
     for name, (settings, fusion) in jobs().items():
         helpers.run(folder / name, settings, helpers.vlm(fusion=fusion), cache_root=folder / "features")
+    stop(folder / "to-one", recipe(UNEVEN, parallel="fsdp", **ADAMW))
+    helpers.run(folder / "from-one", recipe(UNEVEN, parallel="fsdp", **ADAMW), cache_root=folder / "features")
+    losses = AnswerModel.losses
+
+    def infinite(self: AnswerModel, *arguments: Any) -> dict[str, torch.Tensor]:
+        return {name: loss / (1 - dist.get_rank()) for name, loss in losses(self, *arguments).items()}
+
+    with patch.object(AnswerModel, "losses", infinite):
+        caught(folder, "infinite", recipe(FULL_CONNECTOR, validation={"samples": 0}))
+    broken = helpers.samples(8)
+    broken[6] = replace(broken[6], images=[ImageRef.of(b"no picture", "rotten.png")])
+    caught(folder, "broken", recipe(FULL_CONNECTOR, cache_features=False, validation={"samples": 0}), data=broken)
+    dist.destroy_process_group()
 
 
-def spawn(call: str, *arguments: Any, size: int = 2, **environment: str) -> list[subprocess.Popen]:
+def die(folder: Path) -> None:
+    """A run of which the second process is killed."""
+    log_step = stage_run.StageRun._log_step
+
+    def dying(self: Any, step: int, *rest: Any) -> None:
+        if step == 2 and self.team.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        log_step(self, step, *rest)
+
+    stage_run.StageRun._log_step = dying  # type: ignore[method-assign]
+    try:
+        helpers.run(folder, recipe(FULL_CONNECTOR, checkpoint_every=1))
+    except TrainingError as error:
+        sys.exit(f"told: {error}")
+
+
+def spawn(call: str, *arguments: Any, size: int = 2) -> list[subprocess.Popen]:
     """A function of this file in several processes that know of each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    common |= {"PYTHONPATH": os.pathsep.join(paths)} | environment
+    common |= {"PYTHONPATH": os.pathsep.join(paths), "TORCH_CPP_LOG_LEVEL": "ERROR", "CHIASM_PROCESS_TIMEOUT": "60"}
     code = f"import sys, pathlib, test_parallel; test_parallel.{call}(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return [
@@ -86,6 +151,7 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the runs by two processes."""
     folder = tmp_path_factory.mktemp("two")
+    stop(folder / "from-one", recipe(UNEVEN, **ADAMW))
     for code, said in finish(spawn("work", folder)):
         assert code == 0, said
     return folder
@@ -96,3 +162,50 @@ def test_two_processes_equal_one(tmp_path: Path, together: Path, name: str) -> N
     settings, fusion = jobs()[name]
     helpers.run(tmp_path / "one", settings, helpers.vlm(fusion=fusion))
     compare(together / name, tmp_path / "one")
+
+
+def test_shards_go_on_in_another_number_of_processes(tmp_path: Path, together: Path) -> None:
+    shards = together / "to-one" / "checkpoints" / "align-2" / "weights"
+    assert len(list(shards.glob("*.safetensors"))) == 2
+    helpers.run(together / "to-one", recipe(UNEVEN, **ADAMW))
+    helpers.run(tmp_path / "one", recipe(UNEVEN, **ADAMW))
+    for name in ("to-one", "from-one"):
+        compare(together / name, tmp_path / "one", tolerance=2e-5)
+        assert [e["step"] for e in read_log(together / name / "log.jsonl") if e["event"] == "resume"] == [2]
+
+
+def test_a_fault_of_one_process_is_told_once(together: Path) -> None:
+    expected = {
+        "infinite": ("TrainingError", r"stage 'align', step 1: the loss is inf on the samples s\d+"),
+        "broken": ("ValueError", r"sample 's6': picture rotten.png: is not a picture"),
+    }
+    for name, (kind, words) in expected.items():
+        first, second = (json.loads((together / f"{name}-{rank}.json").read_text()) for rank in (0, 1))
+        assert first[0] == kind and re.search(words, first[1]), first
+        assert second == ["Stopped", "1" if kind == "TrainingError" else "2"]
+
+
+def test_a_process_that_dies_stops_the_others(tmp_path: Path) -> None:
+    (code, said), (killed, _) = finish(spawn("die", tmp_path / "run"))
+    assert killed == -signal.SIGKILL and code == 1
+    assert re.search(r"told: process 0 of 2 lost another one, which died or hung \(.+\); .*run the same command", said)
+    helpers.run(tmp_path / "run", recipe(FULL_CONNECTOR, checkpoint_every=1))
+    helpers.run(tmp_path / "one", recipe(FULL_CONNECTOR, checkpoint_every=1))
+    compare(tmp_path / "run", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_torchrun_on_the_command_line(tmp_path: Path) -> None:
+    helpers.vlm().save_pretrained(tmp_path / "vlm")
+    lines = []
+    for index in range(8):
+        helpers.sample(index).images[0].load().save(tmp_path / f"{index}.png")
+        said = [{"from": "human", "value": "<image>\ncolour?"}, {"from": "gpt", "value": "red" if index % 2 else "blue"}]
+        lines.append(json.dumps({"id": str(index), "image": f"{index}.png", "conversations": said}))
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(FULL_CONNECTOR, parallel="fsdp")))
+    chiasm_train = ["-m", "chiasm", "train", "recipe.yaml", "--model", "vlm", "--data", "data.jsonl", "-o", "run"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *chiasm_train]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("model:") == 1 and (tmp_path / "run" / "model" / "config.json").is_file()

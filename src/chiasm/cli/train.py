@@ -32,6 +32,7 @@ def train(
 ) -> None:
     """Train a model by the stages of a recipe; a stopped run goes on where it was."""
     from chiasm import api
+    from chiasm.training.team import is_first
 
     overrides = [*set_, "skip_bad=true"] if skip_bad else set_
     if plan_only:
@@ -43,6 +44,8 @@ def train(
     result = api.train(
         recipe, model, data, output, validation_data=validation_data, overrides=overrides, resume=resume, quiet=as_json
     )
+    if not is_first():
+        return None
     if as_json:
         return emit({"model": str(result.model), "run": str(output)})
     answers = json.loads((result.model / "config.json").read_text())["model_type"] == "chiasm"

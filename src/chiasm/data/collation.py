@@ -96,17 +96,19 @@ def load_pixels(sample: Sample, processor: ProcessorMixin) -> Tensor | None:
 
 def collate(items: Sequence[Item], processor: ChiasmProcessor) -> Batch:
     """Items padded on the right, their pictures in the order of the placeholders."""
-    inputs = processor.pad([item.tokens for item in items], side="right")
-    pictures = [item.pictures for item in items if item.pictures is not None]
-    if pictures:
-        encoded = any(item.encoded for item in items)
-        inputs["image_features" if encoded else "pixel_values"] = torch.cat(pictures)
     return Batch(
-        inputs=inputs,
+        inputs=processor.pad([item.tokens for item in items], side="right") | stack_pictures(items),
         ids=[item.id for item in items],
         supervised=sum(num_supervised(item.tokens["labels"]) for item in items),
         tokens=sum(len(item.tokens["input_ids"]) for item in items),
     )
+
+
+def stack_pictures(items: Sequence[Item]) -> dict[str, Tensor]:
+    """The input that holds the items' pictures, if they have any."""
+    pictures = [item.pictures for item in items if item.pictures is not None]
+    name = "image_features" if any(item.encoded for item in items) else "pixel_values"
+    return {name: torch.cat(pictures)} if pictures else {}
 
 
 def num_supervised(labels: list[int]) -> int:

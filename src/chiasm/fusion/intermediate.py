@@ -146,6 +146,8 @@ class IntermediateFusionModel(FusionModel):
                 raise ValueError(f"{theirs} is not read here; pass {ours}")
         placeholders = self.placeholders(input_ids, inputs_embeds)
         ends = self.places(self.cross_attention.settings.end_of_text, input_ids, inputs_embeds)
+        if position_ids is not None:
+            ends = ends | _before_restarts(position_ids)
         inputs_embeds = self.embed(input_ids, inputs_embeds, placeholders)
         tokens = None
         if image_cache is not None and image_attention_mask is None and placeholders.any():
@@ -245,6 +247,11 @@ class IntermediateFusionModel(FusionModel):
     ) -> None:
         """Layers that are computed again in the backward look at the pictures of their own forward."""
         super()._set_gradient_checkpointing(enable, _in_context(gradient_checkpointing_func), **kwargs)
+
+
+def _before_restarts(position_ids: Tensor) -> Bool[Tensor, "B S"]:
+    """The last tokens of samples that share a sequence: the next one does not see their pictures."""
+    return torch.nn.functional.pad(position_ids[..., 1:] == 0, (0, 1))
 
 
 def _flat(pictures: Tensor | None, dimensions: int) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -84,9 +84,19 @@ class Sharded(Engine):
     def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
         return self.root(inputs, num_samples, num_tokens)
 
-    def accumulate(self, last: bool) -> AbstractContextManager:
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
         self.root.set_requires_gradient_sync(last)
-        return nullcontext()
+        yield
+        if last:
+            self.reshard()
+
+    def reshard(self) -> None:
+        """Gives back what is still whole, so that parameters are the shards again: FSDP keeps the root's and those that
+        no gradient passed."""
+        for module in self.root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     @property
     def asked(self) -> Engine:
@@ -95,6 +105,7 @@ class Sharded(Engine):
     @torch.no_grad()
     def hand_over(self, model: PreTrainedModel) -> None:
         """Puts what the twin has learned into the model that it was made of."""
+        self.reshard()
         for learned, own in zip(self.model.parameters(), model.parameters(), strict=True):
             if learned.requires_grad:
                 own.data.copy_(whole(learned.data))

@@ -28,7 +28,7 @@ LENGTHS = ("epochs", "steps", "samples")
 EXACT_LENGTHS = ("steps", "samples")
 """Lengths beside which `min_steps` says nothing."""
 RESERVED_NAMES = ("checkpoints", "model")
-WITHOUT_EFFECT = ("validation", "checkpoint_every", "keep_checkpoints", "parallel")
+WITHOUT_EFFECT = ("validation", "checkpoint_every", "keep_checkpoints", "parallel", "gradient_checkpointing")
 """Settings that may differ between a run and its continuation: no weight depends on them."""
 
 ADAPTERS = ("lora", "dora", "rslora", "qlora")
@@ -177,6 +177,8 @@ class Settings(Strict):
     data: Literal["all", "captions", "questions"] = Field(
         "all", description="which samples: `captions` describe their pictures in sentences, `questions` are all others"
     )
+    pack: bool = Field(False, description="several samples in one sequence, none of which sees another")
+    gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
     group_by_length: bool = Field(True, description="batches of samples of similar length, to pad less")
 
     @field_validator("objectives")
@@ -212,6 +214,12 @@ class Settings(Strict):
                 f"min_steps is for epochs, not for {given[0]}: min_steps ({self.min_steps}) would not be read beside "
                 f"{given[0]} ({getattr(self, given[0])}); remove one of them"
             )
+        return self
+
+    @validates_model(mode="after")
+    def _packs_answers(self) -> "Settings":
+        if self.pack and self.objectives != ["next_token"]:
+            raise ValueError(f"pack: true is for the objective next_token, not for {self.objectives[0]}; remove it")
         return self
 
     @validates_model(mode="after")

@@ -18,6 +18,7 @@ from chiasm import sources
 from chiasm.connectors.bert import initialise_from_bert, load_bert
 from chiasm.data.captions import CaptionProcessor, collate_captions, encode_caption
 from chiasm.data.collation import Batch, Item, collate, encode_sample
+from chiasm.data.packing import ROOM, collate_packed
 from chiasm.data.processor import IGNORE, ChiasmProcessor
 from chiasm.data.schema import Sample
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval, build_retrieval, take_own_weights
@@ -61,15 +62,19 @@ class AnswerModel(StageModel):
 
     answers = True
 
-    def __init__(self, model: PreTrainedModel, processor: ChiasmProcessor, max_length: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, processor: ChiasmProcessor, max_length: int | None = None, pack: bool = False
+    ) -> None:
         super().__init__(model, processor)
-        self.max_length = max_length
+        self.max_length, self.pack = max_length, pack
 
     def encode(self, sample: Sample) -> dict[str, list[int]]:
         return encode_sample(sample, self.processor, self.max_length)
 
     def collate(self, items: Sequence[Item]) -> Batch:
-        return collate(items, self.processor)
+        if not self.pack:
+            return collate(items, self.processor)
+        return collate_packed(items, self.processor, min(ROOM, self.max_length or ROOM))
 
     def filler(self) -> Batch:
         words = torch.full((1, 2), int(self.processor.image_token_id == 0))
@@ -111,6 +116,31 @@ def caption_filler(model: PreTrainedModel) -> Batch:
     return Batch(texts | shown, [], 0, 0)
 
 
+def require_isolation(model: PreTrainedModel, processor: ChiasmProcessor, stage: str) -> None:
+    """Refuses to pack where a sample would see its neighbours, which is found out on five tokens.
+
+    Raises:
+        ValueError: the language model attends across positions that start again, or the model reads token types.
+    """
+    kind = model.config.get_text_config().model_type
+    if processor.token_types:
+        raise ValueError(f"stage {stage!r}: pack: true is not for a model with a prefix of its own; write pack: false")
+    words = torch.arange(2, 7, device=model.device)[None]
+    places = torch.tensor([[0, 1, 2, 0, 1]], device=model.device)
+    was_training = model.language.training
+    model.language.eval()
+    with torch.no_grad():
+        packed, alone = (
+            model.language(input_ids=words[:, first:], position_ids=places[:, first:], use_cache=False).logits[:, -1]
+            for first in (0, 3)
+        )
+    model.language.train(was_training)
+    if not torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max())):
+        raise ValueError(
+            f"stage {stage!r}: a {kind} language model does not keep packed samples apart; write pack: false"
+        )
+
+
 def stage_model(
     model: PreTrainedModel, processor: ChiasmProcessor, stage: Stage, number: int, taught: Path | None = None
 ) -> StageModel:
@@ -135,7 +165,9 @@ def stage_model(
             )
         context = context_length(model.config)
         lengths = (length for length in (stage.max_length, context) if length is not None)
-        return AnswerModel(model, processor, min(lengths, default=None))
+        if stage.pack:
+            require_isolation(model, processor, stage.name)
+        return AnswerModel(model, processor, min(lengths, default=None), stage.pack)
     longest = model.config.connector.get("max_positions", stage.captions.length)
     if stage.captions.length > longest:
         raise ValueError(

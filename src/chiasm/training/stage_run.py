@@ -18,6 +18,7 @@ from chiasm.training.compiling import compiled_layers
 from chiasm.training.context import Context
 from chiasm.training.features import Rows, stage_features
 from chiasm.training.four_bit import four_bit_layers
+from chiasm.training.gradient_checkpointing import checkpointed_layers
 from chiasm.training.learner import learner_of
 from chiasm.training.optimization import Optimization, Taken
 from chiasm.training.optimizer import StageOptimizer
@@ -92,6 +93,7 @@ class StageRun:
             if "language" in self.plan.states:
                 context.enter_context(fast_attention(self.engine.model.language, self.dtype))
                 context.enter_context(compiled_layers(self.engine.model.language, self.stage.compile))
+            context.enter_context(checkpointed_layers(self.engine.model, self.stage.gradient_checkpointing))
             self.optimizer = StageOptimizer(self.engine.model, self.plan, self.stage, self.num_steps)
             if self.resumed is not None:
                 self.state.restore_moments(self.resumed, self.optimizer)

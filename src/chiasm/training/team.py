@@ -97,6 +97,24 @@ class Team:
             dist.barrier()
 
 
+def is_first() -> bool:
+    """Whether this is the process that speaks, before it has joined the others and after it has left them."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def take_own_device() -> None:
+    """Gives every process that `torchrun` started on a machine an accelerator of its own, where there are any."""
+    own = os.environ.get("LOCAL_RANK")
+    if own is None or not torch.accelerator.is_available():
+        return
+    if int(own) >= torch.accelerator.device_count():
+        raise ValueError(
+            f"process {own} of this machine has no device of its own: there are {torch.accelerator.device_count()}; "
+            f"start torchrun with --nproc-per-node {torch.accelerator.device_count()}"
+        )
+    torch.accelerator.set_device_index(int(own))
+
+
 @contextmanager
 def processes(device: torch.device) -> Iterator[Team]:
     """This process's place among those that `torchrun` started; a team of one without it.
