@@ -43,7 +43,7 @@ def describe(model: FusionModel | LateFusionModel, images: int = 1, text_tokens:
 
 
 def _describe_late(model: LateFusionModel) -> dict[str, Any]:
-    config = model.config
+    config: Any = model.config
     kinds = {
         "vision": config.vision_config.model_type,
         "connector": config.connector["name"],

@@ -99,10 +99,13 @@ def connect(
         foreign |= {"patch_positions": None if patch_positions == "auto" else patch_positions, "regions": regions}
         foreign |= {"attention": None if attention == "causal" else attention}
         _refuse_given(foreign, fusion, "it has no language model that answers")
-        towers = [sources.resolve(s) if isinstance(s, str | Path) else s for s in (vision, language or DEFAULT_TEXT)]
+        tower, text = (
+            sources.resolve(s) if isinstance(s, str | Path) else s for s in (vision, language or DEFAULT_TEXT)
+        )
         return connect_late(
-            *towers,
-            _tokenizer_for(tokenizer, towers[1]),
+            tower,
+            text,
+            _tokenizer_for(tokenizer, text),
             connector or (chosen.connector if preset else "linear"),
             pooling=pooling,
             image_processor=image_processor,

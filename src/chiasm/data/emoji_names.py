@@ -59,11 +59,9 @@ class EmojiNames(Sequence[Sample]):
         if isinstance(index, slice):
             return Subset(self, range(len(self))[index])
         code = self.codes[index]
-        messages = [
-            {
-                "role": "user",
-                "content": [{"type": "image"}, {"type": "text", "text": QUESTION.get(self.language, "?")}],
-            },
+        question = QUESTION.get(self.language, QUESTION["en"])
+        messages: list[dict] = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
             {"role": "assistant", "content": _names(self.language)[code]},
         ]
         picture = ImageRef.of(OnPaper(self.artwork / f"{code}.png"), f"of emoji {code}")

@@ -71,7 +71,8 @@ def _config(config: Any, connector: dict[str, Any], image_width: int, text_width
 def _processor(source: str, model: LateFusionModel, fixed_length: bool) -> CaptionProcessor | None:
     if not has_processor(source):
         return None
-    longest = model.config.text_config.max_position_embeddings
+    text: Any = model.config.text_config
+    longest = text.max_position_embeddings
     images = image_processor_for(source, model.vision)
     tokenizer = load_tokenizer(source)
     return CaptionProcessor(images, tokenizer, text_length=longest, frame="own", fixed_length=fixed_length)
@@ -97,7 +98,7 @@ def export_late(model: LateFusionModel, processor: CaptionProcessor | None, fold
 
 def _reference(model: LateFusionModel) -> tuple[type[PreTrainedModel], PreTrainedConfig, dict[str, str]]:
     """The class of transformers that computes what ours does, its configuration, and the table of names."""
-    config = model.config
+    config: Any = model.config
     kinds = (config.vision_config.model_type, config.text_config.model_type)
     own = config.vision_pooling == config.text_pooling == "own"
     if config.adapters:

@@ -134,7 +134,7 @@ def late_stage_model(model: LateFusionModel, processor: CaptionProcessor, stage:
             f"stage {stage.name!r}: objective {foreign[0]!r} is not for fusion 'late', which learns by "
             f"{', '.join(PAIR_OBJECTIVES)} or answers"
         )
-    if stage.captions != Captions():
+    if stage.captions != Captions.model_validate({}):
         raise ValueError(f"stage {stage.name!r}: captions are settings of a Q-Former; remove them for fusion 'late'")
     if stage.init == "closed_form":
         raise ValueError(f"stage {stage.name!r}: init: closed_form is for visual tokens, not for fusion 'late'")
