@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from transformers import ProcessorMixin
 
 from chiasm.data.pixels import keeps_sizes
 from chiasm.data.processor import IGNORE, ChiasmProcessor
-from chiasm.data.schema import ImageError, Problem, Sample, SampleError
+from chiasm.data.schema import ImageError, ImageRef, Problem, Sample, SampleError
 
 
 @dataclass(frozen=True)
@@ -114,3 +115,41 @@ def stack_pictures(items: Sequence[Item]) -> dict[str, Tensor]:
 def num_supervised(labels: list[int]) -> int:
     """Tokens that are predicted: the first of a sequence never is."""
     return sum(label != IGNORE for label in labels[1:])
+
+
+class Collator:
+    """Rows with `messages` and `images`, or samples, as the inputs of one training step: for `transformers.Trainer`
+    and TRL's `SFTTrainer`, as their `data_collator`.
+
+    Args:
+        max_length: tokens of a sample; by default all.
+    """
+
+    def __init__(self, processor: ChiasmProcessor, max_length: int | None = None) -> None:
+        self.processor, self.max_length = processor, max_length
+
+    def __call__(self, rows: Sequence[Sample | dict[str, Any]]) -> dict[str, Tensor]:
+        """Padded inputs with labels on the assistant's words.
+
+        Raises:
+            SampleError: a sample is not usable.
+        """
+        items = []
+        for number, row in enumerate(rows):
+            sample = row if isinstance(row, Sample) else _sample_of_row(row, f"row {number}")
+            tokens = encode_sample(sample.validate(), self.processor, self.max_length)
+            items.append(Item(sample.id, tokens, load_pixels(sample, self.processor)))
+        return collate(items, self.processor).inputs
+
+
+def _sample_of_row(row: dict[str, Any], name: str) -> Sample:
+    """Arrow gives every part of a message all keys: those without a value are left out."""
+    pictures = [ImageRef.of(picture, f"in {name}") for picture in row.get("images") or ()]
+    messages = [{**message, "content": _without_empty(message["content"])} for message in row["messages"]]
+    return Sample(str(row.get("id", name)), messages, pictures)
+
+
+def _without_empty(content: Any) -> Any:
+    if isinstance(content, str):
+        return content
+    return [{key: value for key, value in part.items() if value is not None} for part in content]
