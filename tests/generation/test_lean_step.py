@@ -12,7 +12,7 @@ from chiasm.generation.native.build import library
 from chiasm.generation.native.step import NativeStep
 from chiasm.generation.packed import pack
 from chiasm.generation.slots import CacheShape, Slots
-from chiasm.generation.torch_step import TorchStep, product
+from chiasm.generation.torch_step import TorchStep
 
 LEAN = ("llama", "qwen2", "gemma3")
 
@@ -20,12 +20,9 @@ LEAN = ("llama", "qwen2", "gemma3")
 @pytest.mark.parametrize(("kind", "error"), [("float32", 0.0), ("int8", 0.008), ("int4", 0.12)])
 @pytest.mark.parametrize("shape", [(48, 96), (35, 41)])
 def test_packed_weights(kind: str, error: float, shape: tuple[int, int]) -> None:
-    weight, x = torch.randn(shape), torch.randn(3, shape[1])
+    weight = torch.randn(shape)
     packed = pack(weight, torch.randn(shape[0]), kind)
     assert (packed.dense() - weight).norm() <= error * weight.norm()
-    exact = torch.nn.functional.linear(x, packed.dense(), packed.bias)
-    close = {"float32": 1e-5, "int8": 0.05, "int4": 1e-3}[kind]
-    torch.testing.assert_close(product(packed)(x), exact, rtol=close, atol=close)
 
 
 def test_four_bits_keep_what_four_bits_made() -> None:
@@ -86,6 +83,7 @@ def test_packed_steps_are_the_forward_of_the_packed_weights(family: str, weights
     lean = lean_model(language, weights)
     assert lean is not None and lean.bytes < 0.45 * sum(p.numel() * 4 for p in language.parameters())
     found = logits(NativeStep(lean, compiled), language, tokens)
+    torch.testing.assert_close(logits(TorchStep(lean), language, tokens), found, rtol=1e-3, atol=1e-3)
     head = language.get_output_embeddings()
     head.weight = torch.nn.Parameter(lean.head.dense())
     for layer, packed in zip(language.model.layers, lean.layers, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from chiasm.generation.packed import Packed, pack

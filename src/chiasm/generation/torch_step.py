@@ -1,6 +1,8 @@
-"""A lean model's step in PyTorch alone, for machines without a C++ compiler: PyTorch's own packed kernels."""
+"""A lean model's step in PyTorch alone, for machines without a C++ compiler.
 
-from collections.abc import Callable
+Packed weights are unpacked once: PyTorch's own kernels for int8 and int4 are slower than float32 on a processor without
+AVX-512.
+"""
 
 import torch
 from jaxtyping import Float, Int
@@ -8,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chiasm.generation.lean import LeanLayer, LeanModel
-from chiasm.generation.packed import GROUP, Packed
+from chiasm.generation.packed import Packed
 from chiasm.generation.slots import Slots
 
-Product = Callable[[Tensor], Tensor]
+Matrix = tuple[Tensor, Tensor | None]
 NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -20,8 +22,8 @@ class TorchStep:
 
     def __init__(self, lean: LeanModel) -> None:
         self.lean = lean
-        self._products = [{name: product(getattr(layer, name)) for name in NAMES} for layer in lean.layers]
-        self._head = product(lean.head)
+        self._matrices = [{name: _dense(getattr(layer, name)) for name in NAMES} for layer in lean.layers]
+        self._head = _dense(lean.head)
         self._rotations: dict[str, Tensor] = {}
 
     def run(
@@ -42,28 +44,30 @@ class TorchStep:
         chosen = slice(int(rows[0]), int(rows[0]) + len(rows))
         view = chosen if rows.tolist() == list(range(chosen.start, chosen.stop)) else rows
         for index in range(first, last):
-            layer, product = self.lean.layers[index], self._products[index]
-            q, k, v = self._project(layer, product, hidden, positions)
+            layer, matrices = self.lean.layers[index], self._matrices[index]
+            q, k, v = self._project(layer, matrices, hidden, positions)
             keys, values = slots.store[index]
             keys[rows, :, positions], values[rows, :, positions] = k, v
             mask = _mask(positions, end, layer.window)
             attended = F.scaled_dot_product_attention(
                 q[:, :, None], keys[view, :, :end], values[view, :, :end], mask, scale=self.lean.scale, enable_gqa=True
             )
-            hidden += self._after(product["o"](attended.flatten(1)), layer.after_attention)
+            hidden += self._after(F.linear(attended.flatten(1), *matrices["o"]), layer.after_attention)
             x = self._normed(hidden, layer.feed_forward_norm)
-            gate = product["gate"](x)
-            inner = (F.gelu(gate, approximate="tanh") if self.lean.gelu else F.silu(gate)) * product["up"](x)
-            hidden += self._after(product["down"](inner), layer.after_feed_forward)
+            gate = F.linear(x, *matrices["gate"])
+            inner = (F.gelu(gate, approximate="tanh") if self.lean.gelu else F.silu(gate)) * F.linear(
+                x, *matrices["up"]
+            )
+            hidden += self._after(F.linear(inner, *matrices["down"]), layer.after_feed_forward)
         if not told:
             return hidden.new_empty(0, self.lean.head.rows)
-        return self._head(self._normed(hidden[-told:], self.lean.norm))
+        return F.linear(self._normed(hidden[-told:], self.lean.norm), *self._head)
 
     def _project(
-        self, layer: LeanLayer, product: dict[str, Product], hidden: Tensor, positions: Tensor
+        self, layer: LeanLayer, matrices: dict[str, Matrix], hidden: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = self._normed(hidden, layer.attention_norm)
-        q, k, v = (product[name](x).unflatten(1, (-1, self.lean.head_dim)) for name in ("q", "k", "v"))
+        q, k, v = (F.linear(x, *matrices[name]).unflatten(1, (-1, self.lean.head_dim)) for name in ("q", "k", "v"))
         cosines, sines = self._rotations[layer.kind][positions, None].chunk(2, dim=-1)
         q = q if layer.q_norm is None else self._normed(q, layer.q_norm)
         k = k if layer.k_norm is None else self._normed(k, layer.k_norm)
@@ -86,29 +90,5 @@ def _mask(positions: Int[Tensor, " rows"], end: int, window: int) -> Tensor:
     return (places <= now) & (places > now - window) if window else places <= now
 
 
-def product(packed: Packed) -> Product:
-    """x → x · wᵀ + bias. In int8 PyTorch's kernel has one scale for a whole row."""
-    bias = packed.bias
-    multiply = _int4(packed) if packed.kind == "int4" else _int8(packed) if packed.kind == "int8" else None
-    if multiply is None:
-        weight = packed.dense()
-        return lambda x: F.linear(x, weight, bias)
-    return multiply if bias is None else lambda x: multiply(x) + bias
-
-
-def _int8(packed: Packed) -> Product:
-    weight = packed.dense()
-    scales = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12)
-    numbers = (weight / scales[:, None]).round().to(torch.int8)
-    return lambda x: torch.ops.aten._weight_int8pack_mm(x, numbers, scales)
-
-
-def _int4(packed: Packed) -> Product | None:
-    """None where the kernel does not take the matrix's shape."""
-    if packed.rows % 16 or packed.columns % GROUP or packed.scales is None or packed.minima is None:
-        return None
-    numbers = torch.cat([packed.data & 15, packed.data >> 4], dim=-1).flatten(1).int()
-    matrix = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
-    scales = packed.scales.float()
-    pairs = torch.stack([scales, packed.minima.float() + 8 * scales], dim=-1).transpose(0, 1).contiguous()
-    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, matrix, GROUP, pairs)
+def _dense(packed: Packed) -> Matrix:
+    return packed.dense(), packed.bias

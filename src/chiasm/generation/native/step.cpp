@@ -17,6 +17,7 @@
 namespace {
 
 constexpr int64_t GROUP = 32;
+constexpr int64_t TOGETHER = 8;
 constexpr float LARGEST = 32767.f;
 enum Kind : int64_t { FLOAT32 = 0, INT8 = 1, INT4 = 2 };
 
@@ -57,7 +58,7 @@ struct Rows {
     float* row(int64_t index) { return values.data() + index * columns; }
     void quantise() {
         const int64_t padded = groups * GROUP;
-        quantised.assign(count * padded, 0), scales.resize(count * groups), sums.resize(count * groups);
+        quantised.assign(count * padded, 0), scales.resize(count * groups + TOGETHER), sums.resize(count * groups + TOGETHER);
         for (int64_t r = 0; r < count; r++)
             for (int64_t g = 0; g < groups; g++) {
                 const float* x = row(r) + g * GROUP;
@@ -72,18 +73,24 @@ struct Rows {
     }
 };
 
-inline float from_half(uint16_t bits) {
 #ifdef WIDE
-    return _cvtsh_ss(bits);
+// Up to eight numbers in half precision; the rest are 0.
+inline __m256 from_halves(const uint16_t* bits, int64_t count) {
+    if (count == TOGETHER) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)bits));
+    alignas(16) uint16_t some[TOGETHER] = {};
+    std::memcpy(some, bits, count * sizeof(uint16_t));
+    return _mm256_cvtph_ps(_mm_load_si128((const __m128i*)some));
+}
 #else
+inline float from_half(uint16_t bits) {
     const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, fraction = bits & 1023;
     if (!exponent) return (sign ? -1.f : 1.f) * std::ldexp((float)fraction, -24);
     const uint32_t word = sign | ((exponent + 112) << 23) | (fraction << 13);
     float value;
     std::memcpy(&value, &word, 4);
     return value;
-#endif
 }
+#endif
 
 #ifdef WIDE
 inline float total(__m256 x) {
@@ -161,7 +168,7 @@ struct Group {
 #endif
 };
 
-// One row of a quantised matrix times N rows of activations.
+// One row of a quantised matrix times N rows of activations. Scales are made for eight groups at a time.
 template <int KIND, int N>
 inline void times_groups(const Matrix& w, int64_t index, const Rows& x, int64_t first, float* out) {
     const int64_t groups = x.groups, bytes = KIND == INT8 ? GROUP : GROUP / 2;
@@ -169,33 +176,38 @@ inline void times_groups(const Matrix& w, int64_t index, const Rows& x, int64_t 
     const uint16_t *scales = w.scales + index * groups, *minima = KIND == INT4 ? w.minima + index * groups : nullptr;
     const int16_t* q = x.quantised.data() + first * groups * GROUP;
     const float *sx = x.scales.data() + first * groups, *sum = x.sums.data() + first * groups;
-    float rest[N] = {};
 #ifdef WIDE
     __m256 sums[N];
+    alignas(32) float both[N][TOGETHER];
     for (int n = 0; n < N; n++) sums[n] = _mm256_setzero_ps();
-#endif
-    for (int64_t g = 0; g < groups; g++) {
-        const Group<KIND> group(data + g * bytes);
-        const float scale = from_half(scales[g]);
-        const float minimum = KIND == INT4 ? from_half(minima[g]) : 0.f;
-        for (int n = 0; n < N; n++) {
-            const int64_t place = n * groups + g;
-            const auto products = group.times(q + place * GROUP);
-#ifdef WIDE
-            sums[n] = _mm256_fmadd_ps(products, _mm256_set1_ps(scale * sx[place]), sums[n]);
-#else
-            rest[n] += products * scale * sx[place];
-#endif
-            if (KIND == INT4) rest[n] += minimum * sum[place];
+    for (int64_t g = 0; g < groups; g += TOGETHER) {
+        const int64_t count = std::min(TOGETHER, groups - g);
+        const __m256 scale = from_halves(scales + g, count);
+        for (int n = 0; n < N; n++)
+            _mm256_store_ps(both[n], _mm256_mul_ps(scale, _mm256_loadu_ps(sx + n * groups + g)));
+        if (KIND == INT4) {
+            const __m256 minimum = from_halves(minima + g, count);
+            for (int n = 0; n < N; n++)
+                sums[n] = _mm256_fmadd_ps(minimum, _mm256_loadu_ps(sum + n * groups + g), sums[n]);
+        }
+        for (int64_t i = 0; i < count; i++) {
+            const Group<KIND> group(data + (g + i) * bytes);
+            const int16_t* here = q + (g + i) * GROUP;
+            for (int n = 0; n < N; n++)
+                sums[n] = _mm256_fmadd_ps(group.times(here + n * groups * GROUP), _mm256_broadcast_ss(&both[n][i]), sums[n]);
         }
     }
-    for (int n = 0; n < N; n++) {
-#ifdef WIDE
-        out[n] = rest[n] + total(sums[n]);
+    for (int n = 0; n < N; n++) out[n] = total(sums[n]);
 #else
-        out[n] = rest[n];
-#endif
+    for (int n = 0; n < N; n++) {
+        out[n] = 0;
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t place = n * groups + g;
+            out[n] += Group<KIND>(data + g * bytes).times(q + place * GROUP) * from_half(scales[g]) * sx[place];
+            if (KIND == INT4) out[n] += from_half(minima[g]) * sum[place];
+        }
     }
+#endif
 }
 
 template <int N>
