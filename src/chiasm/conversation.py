@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -75,7 +76,7 @@ class Conversation:
         self.console.print("[dim]/help shows the commands[/dim]")
         while True:
             try:
-                line = self.console.input("[bold cyan]>[/bold cyan] ").strip()
+                line = self._line().strip()
             except (EOFError, KeyboardInterrupt):
                 self.console.print()
                 return
@@ -91,6 +92,12 @@ class Conversation:
                     self.ask(line)
             except (ValueError, OSError) as error:
                 self._complain(str(error))
+
+    def _line(self) -> str:
+        """Readline draws the prompt itself, and must know which of its letters take no place."""
+        if self.console.is_terminal and "readline" in sys.modules:
+            return input("\001\x1b[1;36m\002>\001\x1b[0m\002 ")
+        return self.console.input("[bold cyan]>[/bold cyan] ")
 
     def ask(self, line: str) -> None:
         """One question with the pictures that wait for it, and its answer as it comes."""

@@ -31,6 +31,7 @@ def talk(vlm: chiasm.VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
             file=StringIO(), force_terminal=colours, width=100, color_system="truecolor" if colours else None
         )
         monkeypatch.setattr(console, "input", lambda *_: next(said))
+        monkeypatch.setattr("builtins.input", lambda *_: next(said))
         converse(vlm, images or [], {"max_new_tokens": 4, "temperature": 0.0}, console)
         return console.file.getvalue()  # type: ignore[attr-defined]
 

@@ -61,7 +61,7 @@ def serve(
     )
     keys = read_keys(api_key_file, os.environ.get(KEYS, ""))
     local = is_loopback(host)
-    hosts = (*LOOPBACK, host, *allowed_host) if local else tuple(allowed_host) or None
+    hosts = (*LOOPBACK, host, *allowed_host) if local or allowed_host else None
     settings = Settings(keys, hosts, tuple(origin), image_urls, temperature, limits)
     if not local and not keys:
         err.print(

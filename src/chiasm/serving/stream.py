@@ -64,12 +64,14 @@ async def pieces(tickets: Sequence[Ticket], seconds: float) -> AsyncIterator[tup
     left = len(tickets)
     try:
         while left:
-            patience = min(PING_SECONDS, max(0.0, deadline - time.monotonic()))
+            rest = deadline - time.monotonic()
+            if rest <= 0:
+                cancel(tickets)
             try:
-                number, piece = await asyncio.wait_for(queue.get(), patience or PING_SECONDS)
+                number, piece = await asyncio.wait_for(
+                    queue.get(), min(PING_SECONDS, rest) if rest > 0 else PING_SECONDS
+                )
             except TimeoutError:
-                if time.monotonic() >= deadline:
-                    cancel(tickets)
                 yield None
                 continue
             if isinstance(piece, BaseException):

@@ -3,7 +3,7 @@
 import { attention } from "./api.js";
 import { word } from "./words.js";
 
-const VEIL = [18, 24, 26], DARKEST = 0.84;
+const VEIL = [18, 24, 26], DARKEST = 0.76;
 
 export async function look(card, request, key) {
   const seen = await attention(request, key);
