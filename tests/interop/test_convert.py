@@ -4,16 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForImageTextToText, pipeline
-
-import chiasm
 import test_blip2
 import test_idefics
 import test_idefics2
 import test_internvl
 import test_llava
 import test_paligemma
+import torch
+from transformers import AutoModelForImageTextToText, pipeline
+
+import chiasm
 import tiny
 from chiasm.fusion.adapters import add_adapter
 from chiasm.interop.convert import KINDS, ROUTES, convert
@@ -96,7 +96,10 @@ def test_the_pipeline_answers_as_chat_does(tmp_path: Path) -> None:
     vlm = connected(connector="mlp")
     convert(vlm.model, vlm.processor, "transformers", tmp_path)
     ask = pipeline("image-text-to-text", model=str(tmp_path))
-    message = {"role": "user", "content": [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "What?"}]}
+    message = {
+        "role": "user",
+        "content": [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "What?"}],
+    }
     answer = ask(text=[message], max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
     assert answer.strip() == vlm.chat(tiny.picture(), "What?", max_new_tokens=6).strip()
 
@@ -138,7 +141,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "encoder": ({"connector": "pixel_shuffle"}, "InternVL has an encoder of its own"),
     "queries": ({"connector": tiny.connector("qformer")}, "BLIP-2 has an encoder of its own"),
     "regions": ({"connector": "mlp", "regions": (3, 3)}, "names of"),
-    "blocks": ({"fusion": "intermediate", "connector": tiny.connector("perceiver_resampler", project=False)}, "Idefics"),
+    "blocks": (
+        {"fusion": "intermediate", "connector": tiny.connector("perceiver_resampler", project=False)},
+        "Idefics",
+    ),
     "prefix tokens": ({"vision": "dinov2", "connector": "mlp"}, "LLaVA cannot read the features"),
 }
 
