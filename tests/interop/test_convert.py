@@ -1,5 +1,6 @@
 """Chiasm models become checkpoints that transformers loads by itself, with the same inputs, logits and weights."""
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,8 @@ def test_every_route_leads_to_a_kind() -> None:
         convert(vlm.model, vlm.processor, "ollama", Path("nowhere"))
     with pytest.raises(ValueError, match="--quantize is for --to gguf"):
         convert(vlm.model, vlm.processor, "onnx", Path("nowhere"), quantize="q8_0")
+
+
+def test_the_table_of_the_guide_is_current() -> None:
+    table = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "convert_table.py"))
+    assert table["PAGE"].read_text() == table["page"](), "run docs/convert_table.py --write"

@@ -148,8 +148,8 @@ def to_transformers(
         return to_late(model, processor, folder)
     if not isinstance(model, FusionModel):
         raise ValueError(
-            f"no checkpoint of transformers is written for a {model.config.model_type!r} model; late fusion of CLIP's or "
-            "SigLIP's own towers becomes one"
+            f"no checkpoint of transformers is written for a {model.config.model_type!r} model; late fusion of "
+            "CLIP's or SigLIP's own towers becomes one"
         )
     kind = route(model)
     exported = KINDS[kind].export(model, processor)
