@@ -20,7 +20,6 @@ CHAPTERS: list[tuple[str, list[str]]] = [
 """Chapter → pages; a page's title is its own first heading."""
 
 
-
 def navigation(docs: Path) -> list[Any]:
     """What mkdocs takes as `nav`."""
     nav: dict[str, list[str]] = {}
@@ -36,7 +35,14 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links out of `docs/` lead nowhere in the site: their text stays."""
+    """Links out of `docs/`, and to chapters that are not written yet, lead nowhere in the site: their text stays."""
+    folder = Path(page.file.abs_src_path).parent
+    planned = {Path(name).name for _, pages in CHAPTERS for name in pages}
 
+    def shown(link: re.Match[str]) -> str:
+        text, target = link.groups()
+        outside = re.match(r"(?:\.\./)+(?:src|recipes|benchmarks|tests|README|CONTRIBUTING)", target)
+        missing = Path(target).name in planned and not (folder / target).is_file()
+        return text if outside or missing else link.group(0)
 
-    return re.sub(r"\[([^\]]+)\]\((?:\.\./)+(?:src|recipes|benchmarks|tests|README|CONTRIBUTING)[^)]*\)", r"\1", markdown)
+    return re.sub(r"\[([^\]]+)\]\(([^)#]+)(?:#[^)]*)?\)", shown, markdown)

@@ -18,11 +18,11 @@ from chiasm.evaluation.evaluate import evaluate as evaluate_answers
 from chiasm.evaluation.retrieval import evaluate_retrieval
 from chiasm.evaluation.zero_shot import TEMPLATES, evaluate_zero_shot
 from chiasm.fusion.late import LateFusionModel
+from chiasm.interop.convert import Converted
+from chiasm.interop.convert import convert as convert_model
 from chiasm.training.preview import StagePreview
 from chiasm.training.preview import preview as preview_stages
 from chiasm.training.recipe import load_recipe
-from chiasm.interop.convert import Converted
-from chiasm.interop.convert import convert as convert_model
 from chiasm.training.schema import Recipe
 from chiasm.training.team import take_own_device
 from chiasm.training.trainer import TrainResult

@@ -1,19 +1,20 @@
 """Chiasm models become checkpoints that transformers loads by itself, with the same inputs, logits and weights."""
 
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForImageTextToText, pipeline
-
-import chiasm
 import test_blip2
 import test_idefics
 import test_idefics2
 import test_internvl
 import test_llava
 import test_paligemma
+import torch
+from transformers import AutoModelForImageTextToText, pipeline
+
+import chiasm
 import tiny
 from chiasm.fusion.adapters import add_adapter
 from chiasm.interop.convert import KINDS, ROUTES, convert
@@ -96,7 +97,10 @@ def test_the_pipeline_answers_as_chat_does(tmp_path: Path) -> None:
     vlm = connected(connector="mlp")
     convert(vlm.model, vlm.processor, "transformers", tmp_path)
     ask = pipeline("image-text-to-text", model=str(tmp_path))
-    message = {"role": "user", "content": [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "What?"}]}
+    message = {
+        "role": "user",
+        "content": [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "What?"}],
+    }
     answer = ask(text=[message], max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
     assert answer.strip() == vlm.chat(tiny.picture(), "What?", max_new_tokens=6).strip()
 
@@ -138,7 +142,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "encoder": ({"connector": "pixel_shuffle"}, "InternVL has an encoder of its own"),
     "queries": ({"connector": tiny.connector("qformer")}, "BLIP-2 has an encoder of its own"),
     "regions": ({"connector": "mlp", "regions": (3, 3)}, "names of"),
-    "blocks": ({"fusion": "intermediate", "connector": tiny.connector("perceiver_resampler", project=False)}, "Idefics"),
+    "blocks": (
+        {"fusion": "intermediate", "connector": tiny.connector("perceiver_resampler", project=False)},
+        "Idefics",
+    ),
     "prefix tokens": ({"vision": "dinov2", "connector": "mlp"}, "LLaVA cannot read the features"),
 }
 
@@ -159,3 +166,8 @@ def test_every_route_leads_to_a_kind() -> None:
         convert(vlm.model, vlm.processor, "ollama", Path("nowhere"))
     with pytest.raises(ValueError, match="--quantize is for --to gguf"):
         convert(vlm.model, vlm.processor, "onnx", Path("nowhere"), quantize="q8_0")
+
+
+def test_the_table_of_the_guide_is_current() -> None:
+    table = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "convert_table.py"))
+    assert table["PAGE"].read_text() == table["page"](), "run docs/convert_table.py --write"

@@ -9,7 +9,14 @@ import pytest
 import torch
 from gguf import GGUFReader
 from PIL import Image
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import chiasm
 import tiny
@@ -22,7 +29,9 @@ def model(family: str = "llama", connector: Any = "mlp", tied: bool = False, siz
     """Sizes are multiples of 32, which quantised rows need."""
     torch.manual_seed(5)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    vision = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=size, patch_size=size // (24 if size > 64 else 4)))
+    vision = SiglipVisionModel(
+        SiglipVisionConfig(**sizes, image_size=size, patch_size=size // (24 if size > 64 else 4))
+    )
     for parameter in vision.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     tokens = {"vocab_size": 261, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
@@ -61,7 +70,12 @@ def answer(server: Any, picture: Image.Image | None, prompt: str, tokens: int) -
 
 @pytest.mark.parametrize(
     ("family", "connector", "tied", "size"),
-    [("llama", "mlp", False, 64), ("qwen2", "linear", True, 64), ("qwen3", "mlp", False, 64), ("llama", "ldp", False, 336)],
+    [
+        ("llama", "mlp", False, 64),
+        ("qwen2", "linear", True, 64),
+        ("qwen3", "mlp", False, 64),
+        ("llama", "ldp", False, 336),
+    ],
 )
 def test_llama_cpp_gives_the_same_text(family: str, connector: str, tied: bool, size: int, tmp_path: Path) -> None:
     vlm = model(family, connector, tied, size)

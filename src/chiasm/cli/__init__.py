@@ -8,7 +8,20 @@ import typer
 from chiasm.cli import chat, connect, convert, draw, evaluate, recipe, retrieval, serve, train
 from chiasm.cli.app import app, data_app, err, one_line
 
-__all__ = ["app", "chat", "connect", "convert", "data_app", "draw", "evaluate", "main", "recipe", "retrieval", "serve", "train"]
+__all__ = [
+    "app",
+    "chat",
+    "connect",
+    "convert",
+    "data_app",
+    "draw",
+    "evaluate",
+    "main",
+    "recipe",
+    "retrieval",
+    "serve",
+    "train",
+]
 
 FAULTS = ("TrainingError",)
 """Faults that say in one line what happened; any other one shows its traceback."""

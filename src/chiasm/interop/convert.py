@@ -143,13 +143,13 @@ def route(model: PreTrainedModel) -> str:
 def to_transformers(
     model: PreTrainedModel, processor: Any, folder: Path, quantize: str | None = None, check: bool = True
 ) -> Converted:
-    """A folder that `AutoModelForImageTextToText` and `AutoProcessor` load without Chiasm, or `AutoModel` for retrieval."""
+    """A folder that transformers' Auto classes load without Chiasm."""
     if isinstance(model, LateFusionModel):
         return to_late(model, processor, folder)
     if not isinstance(model, FusionModel):
         raise ValueError(
-            f"transformers has no counterpart of a {model.config.model_type!r} model; it has BLIP-2 for retrieval, CLIP "
-            "and SigLIP, which chiasm.load reads"
+            f"no checkpoint of transformers is written for a {model.config.model_type!r} model; late fusion of "
+            "CLIP's or SigLIP's own towers becomes one"
         )
     kind = route(model)
     exported = KINDS[kind].export(model, processor)

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 import chiasm.interop.auto  # noqa: F401  (registers our classes with transformers)
-
 from chiasm.data.captions import CaptionProcessor
 from chiasm.data.instruction import InstructionProcessor
 from chiasm.data.processor import ChiasmProcessor

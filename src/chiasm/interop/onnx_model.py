@@ -31,7 +31,9 @@ class OnnxModel:
             onnxruntime.InferenceSession(str(folder / name), providers=chosen) for name in (VISION, EMBEDDING, DECODER)
         )
 
-    def forward(self, inputs: Arrays, past: list[NDArray[Any]] | None = None) -> tuple[NDArray[Any], list[NDArray[Any]]]:
+    def forward(
+        self, inputs: Arrays, past: list[NDArray[Any]] | None = None
+    ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
         """Logits `(B, S, V)` of a batch, and the keys and values for the next call."""
         mask = inputs["attention_mask"].astype(np.int64)
         length = inputs["input_ids"].shape[1]

@@ -1,4 +1,4 @@
-"""The model card, `README.md` of a model's folder: what was connected, how it was trained, what it scores, what it cost."""
+"""The model card, `README.md` of a model's folder: what was connected, how it was trained, its scores and cost."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from chiasm.training.log import read_log
 CARD = "README.md"
 
 
-def write_card(folder: Path, model: PreTrainedModel, run: Path | None = None, facts: dict[str, str] | None = None) -> None:
+def write_card(
+    folder: Path, model: PreTrainedModel, run: Path | None = None, facts: dict[str, str] | None = None
+) -> None:
     """Writes the card of a model, and of the run that trained it; a card that came with the model is kept.
 
     Args:
@@ -48,7 +50,7 @@ def model_card(model: PreTrainedModel, history: list[str], facts: dict[str, str]
         "",
         f"# A vision-language model: {_named(config.vision_config)} + {_named(config.text_config)}",
         "",
-        "Connected and trained with Chiasm. `chiasm.load(\"this folder or hub id\")` reads it.",
+        'Connected and trained with Chiasm. `chiasm.load("this folder or hub id")` reads it.',
         "",
         "| | |",
         "|---|---|",
@@ -104,5 +106,3 @@ def _named(config: Any) -> str:
 
 def _size(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-

@@ -78,7 +78,9 @@ def check_onnx(folder: Path, model: FusionModel) -> float:
         ours = model(**inputs).logits.cpu()
     difference = float(((ours - torch.from_numpy(found)).abs().max() / ours.std().clamp(min=1e-6)).item())
     if not difference <= 1e-3:
-        raise ValueError(f"the graphs in {folder} give other logits than the model, by {difference:.2g} of their spread")
+        raise ValueError(
+            f"the graphs in {folder} give other logits than the model, by {difference:.2g} of their spread"
+        )
     return difference
 
 

@@ -85,8 +85,8 @@ def _notes(model: FusionModel, processor: ChiasmProcessor) -> list[str]:
     notes = []
     if model.config.vision_config.model_type == "clip_vision_model":
         notes.append(
-            "llama.cpp misplaces the class token of CLIP encoders (its issue 25814, not repaired in the builds of 2026-10 "
-            "that this was tried with), so answers about pictures differ from Chiasm's there; SigLIP has no such token"
+            "llama.cpp misplaces the class token of CLIP encoders (its issue 25814, still so in a build of 2026-10), "
+            "so answers about pictures differ from Chiasm's there; SigLIP has no such token"
         )
     images = processor.image_processor
     if isinstance(images, ChiasmImageProcessor) and images.resize_mode != "pad":

@@ -28,7 +28,9 @@ NO_MERGE = "\u00ad \u00ad"
 """A merge without a token, which changes nothing: llama.cpp does not take an empty list."""
 
 
-def write_tokenizer(writer: GGUFWriter, words: PreTrainedTokenizerBase, rows: int, add_bos: bool, template: str) -> None:
+def write_tokenizer(
+    writer: GGUFWriter, words: PreTrainedTokenizerBase, rows: int, add_bos: bool, template: str
+) -> None:
     """Writes a tokenizer for an embedding table of so many rows.
 
     Raises:
@@ -81,5 +83,3 @@ def _tokens(words: PreTrainedTokenizerBase, rows: int) -> tuple[list[str], list[
         else:
             kinds.append(TokenType.NORMAL if token in by_id else TokenType.UNUSED)
     return names, kinds
-
-

@@ -1,4 +1,4 @@
-"""Early fusion with pixel shuffle behind InternVL's encoder → InternVL checkpoints of transformers (arXiv 2404.16821)."""
+"""Early fusion with InternVL's encoder and pixel shuffle → InternVL of transformers (arXiv 2404.16821)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the kinds of transformers checkpoints share on the way out: weights, the text's configuration, what is refused."""
+"""What kinds of transformers checkpoints share on the way out: weights, the text's configuration, what is refused."""
 
 import copy
 from dataclasses import dataclass
@@ -70,9 +70,7 @@ def require_same(model: FusionModel, back: ChiasmConfig, kind: str) -> None:
     pairs = {f"connector {wanted['name']} has {name}": (wanted.get(name), found.get(name)) for name in found}
     blocks = (ours.cross_attention or {}, back.cross_attention or {})
     pairs |= {f"cross_attention has {name}": (blocks[0].get(name), blocks[1].get(name)) for name in blocks[1]}
-    pairs |= {
-        f"the features have {name}": (value, _told(back)[name]) for name, value in _told(ours).items()
-    }
+    pairs |= {f"the features have {name}": (value, _told(back)[name]) for name, value in _told(ours).items()}
     for name, (have, want) in pairs.items():
         require(have == want, f"{name} {have!r}, where {kind} has {want!r}", "connect with that, or convert --to onnx")
 

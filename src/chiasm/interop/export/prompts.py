@@ -1,4 +1,4 @@
-"""A tokenizer and a chat template that write the same prompts in transformers' processors as Chiasm's processor does."""
+"""A tokenizer and a chat template that write in transformers' processors what Chiasm's processor writes."""
 
 import copy
 from typing import Any

@@ -1,0 +1,47 @@
+"""ONNX graphs give the logits and the greedy tokens of the model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import chiasm
+import tiny
+from chiasm.interop.convert import convert
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("vision", "language", "connector"), [("clip", "llama", "mlp"), ("convnext", "gemma3", "avg_pool")]
+)
+def test_logits_and_tokens_of_a_padded_batch(vision: str, language: str, connector: Any, tmp_path: Path) -> None:
+    from chiasm.interop.onnx_model import OnnxModel
+
+    vlm = chiasm.connect(tiny.vision(vision), tiny.language(language), connector, tokenizer=tiny.tokenizer())
+    done = convert(vlm.model, vlm.processor, "onnx", tmp_path)
+    assert done.difference is not None and done.difference < 1e-3
+    graphs = OnnxModel(tmp_path)
+    pictures = [[tiny.picture(1)], [tiny.picture(2), tiny.picture(3)]]
+    inputs = vlm.processor(messages=[tiny.ask("What?"), tiny.ask("Are both of these red?", 2)], images=pictures)
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = vlm.model(**inputs).logits[real]
+    torch.testing.assert_close(torch.from_numpy(graphs.forward(arrays)[0])[real], expected, rtol=1e-3, atol=1e-3)
+    tokens = vlm.model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    found = torch.from_numpy(graphs.generate(arrays, 8))
+    for ours, theirs in zip(tokens, found, strict=True):
+        end = (ours == 257).nonzero()
+        length = int(end[0]) + 1 if len(end) else len(ours)
+        assert torch.equal(ours[:length], theirs[:length])
+
+
+def test_what_has_no_graphs_is_refused(tmp_path: Path) -> None:
+    options = {"fusion": "intermediate", "connector": tiny.connector("perceiver_resampler", project=False)}
+    vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer(), **options)
+    with pytest.raises(ValueError, match="ONNX graphs are for early fusion .* this is fusion 'intermediate'"):
+        convert(vlm.model, vlm.processor, "onnx", tmp_path / "out")
