@@ -92,9 +92,7 @@ class Chiasm(lmms):
         raise NotImplementedError("tasks of output_type loglikelihood are not for chat models; take generate_until")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError(
-            "tasks of several rounds are not supported; take one of output_type generate_until"
-        )
+        raise NotImplementedError("tasks of several rounds are not supported; take one of output_type generate_until")
 
 
 def _picture(source: Image.Image | str) -> Image.Image:

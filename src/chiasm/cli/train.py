@@ -38,9 +38,7 @@ def train(
     if plan_only:
         return _show_plan(api.preview(recipe, model, data, overrides=overrides), as_json)
     if data is None or output is None:
-        raise ValueError(
-            f"{'--data' if data is None else '-o'} is missing: what to train on and where to write"
-        )
+        raise ValueError(f"{'--data' if data is None else '-o'} is missing: what to train on and where to write")
     result = api.train(
         recipe, model, data, output, validation_data=validation_data, overrides=overrides, resume=resume, quiet=as_json
     )
