@@ -1,5 +1,6 @@
 """Which decoder suits a model: found out by comparing its logits with the model's own, without a table of families."""
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +46,14 @@ def make_decoder(
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}, expected one of {', '.join(WEIGHTS)}")
+    made = _made(model, count, pictures, prefixes, weights)
+    if weights != "float32" and not isinstance(made, LeanDecoder):
+        kind = type(model.language).__name__
+        warnings.warn(f"weights={weights!r} are for Llama-shaped models on a CPU; {kind} keeps its own", stacklevel=3)
+    return made
+
+
+def _made(model: FusionModel, count: int, pictures: PictureCache, prefixes: PrefixCache, weights: str) -> Any:
     shape = _cache_shape(model)
     if shape is None:
         return SequentialDecoder(model, pictures)
