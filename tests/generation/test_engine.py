@@ -237,6 +237,32 @@ def test_a_failure_is_the_callers_alone(monkeypatch: pytest.MonkeyPatch) -> None
     engine.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_breaks_tells_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = connect()
+    engine = Engine(vlm.model, vlm.processor)
+    monkeypatch.setattr(engine, "_read", lambda request: 1 / 0)
+    ticket = engine.submit(ask("a"), [picture()], Decoding())
+    with pytest.raises(ZeroDivisionError):
+        ticket.text()
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(ask("b"), [picture()], Decoding())
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_packed_weights_are_for_known_shapes(weights: str) -> None:
+    vlm = connect()
+    engine = Engine(vlm.model, vlm.processor, weights=weights)
+    assert isinstance(engine.decoder, LeanDecoder) and engine.submit(ask("a"), [picture()], Decoding()).text()
+    engine.close()
+    gpt = connect(language="gpt2")
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel keeps its own"):
+        Engine(gpt.model, gpt.processor, weights=weights).close()
+    with pytest.raises(ValueError, match="weights='int3', expected one of float32, int8, int4"):
+        Engine(vlm.model, vlm.processor, weights="int3")
+
+
 def test_async_callers() -> None:
     vlm = connect()
     engine = Engine(vlm.model, vlm.processor)

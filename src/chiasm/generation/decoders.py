@@ -1,5 +1,6 @@
 """Which decoder suits a model: found out by comparing its logits with the model's own, without a table of families."""
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from chiasm.fusion.base import FusionModel
+from chiasm.fusion.early import EarlyFusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.generation.batched import BatchedDecoder
 from chiasm.generation.lean import lean_model
@@ -26,6 +28,8 @@ SHORT = {"float32": 8, "int8": 48, "int4": 48}
 """Tokens of a prompt, by weights, that are read faster by the compiled step than by the model."""
 SIMILAR = {"float32": 0.99999, "int8": 0.99, "int4": 0.9}
 """How similar (cosine) a lean step's logits must be to the model's own."""
+SHARING = (EarlyFusionModel, IntermediateFusionModel)
+"""Fusions whose tokens are just counted: those with positions by row and column go one by one."""
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 """What a forward raises that is not made for rows of different lengths."""
 
@@ -45,6 +49,14 @@ def make_decoder(
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}, expected one of {', '.join(WEIGHTS)}")
+    made = _made(model, count, pictures, prefixes, weights)
+    if weights != "float32" and not isinstance(made, LeanDecoder):
+        kind = type(model.language).__name__
+        warnings.warn(f"weights={weights!r} are for Llama-shaped models on a CPU; {kind} keeps its own", stacklevel=3)
+    return made
+
+
+def _made(model: FusionModel, count: int, pictures: PictureCache, prefixes: PrefixCache, weights: str) -> Any:
     shape = _cache_shape(model)
     if shape is None:
         return SequentialDecoder(model, pictures)
@@ -75,7 +87,7 @@ def _lean_step(model: FusionModel, weights: str, dtype: torch.dtype) -> NativeSt
 def _cache_shape(model: FusionModel) -> CacheShape | None:
     """The shape of the language model's cache; None where slots cannot hold it."""
     language = model.language
-    if model.config.is_encoder_decoder or language.config._attn_implementation not in ("sdpa", "eager"):
+    if type(model) not in SHARING or language.config._attn_implementation not in ("sdpa", "eager"):
         return None
     if isinstance(model, IntermediateFusionModel) and not model.cross_attention.settings.mask_attention:
         return None

@@ -169,8 +169,20 @@ class Engine:
             self._changed.notify_all()
         self._thread.join()
 
-    @torch.inference_mode()
     def _run(self) -> None:
+        """The thread's life; whatever ends it before its time is told to every request that is there."""
+        try:
+            self._serve()
+        except BaseException as error:
+            with self._changed:
+                self._closed = True
+                for request in [*self._running, *self._waiting]:
+                    request.ticket.finish("error", error)
+                self._running, self._waiting = [], deque()
+            raise
+
+    @torch.inference_mode()
+    def _serve(self) -> None:
         while self._arrange():
             reading = next((request for request in self._running if request.reading), None)
             if reading is not None:

@@ -12,6 +12,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 STEP = 256
 """Capacity grows by multiples of so many tokens."""
+KEPT = 1024
+"""Capacity that stays when no request is there."""
 
 KeysValues = Float[Tensor, "layers 2 kv_heads length head_dim"]
 
@@ -50,9 +52,9 @@ class Slots:
         return self.free.pop()
 
     def leave(self, slot: int) -> None:
-        """Frees a slot; when all are free, so is the memory."""
+        """Frees a slot; when all are free, so is the memory that only long requests need."""
         self.free = sorted([*self.free, slot], reverse=True)
-        if len(self.free) == self.store.shape[2]:
+        if len(self.free) == self.store.shape[2] and self.capacity > KEPT:
             self.store = self.store[..., :0, :].clone()
 
     def read(self, slot: int, start: int, stop: int) -> KeysValues:
