@@ -31,7 +31,7 @@ def model_card(model: PreTrainedModel, history: list[str], facts: dict[str, str]
     """The card's text."""
     config = model.config
     vision, language = (_named(getattr(config, name, None)) for name in ("vision_config", "text_config"))
-    rows = {
+    rows: dict[str, str] = {
         "vision encoder": vision,
         "language model": language,
         "fusion": getattr(config, "fusion", config.model_type),
@@ -39,6 +39,8 @@ def model_card(model: PreTrainedModel, history: list[str], facts: dict[str, str]
         **{f"parameters, {part}": f"{_size(module):,}" for part, module in model.named_children() if _size(module)},
         **facts,
     }
+    if (places := getattr(model, "num_image_tokens", None)) is not None:
+        rows["places of a picture in the sequence"] = str(places)
     task = "image-text-to-text" if model.can_generate() else "zero-shot-image-classification"
     lines = [
         "---",
