@@ -43,5 +43,5 @@ def test_logits_and_tokens_of_a_padded_batch(vision: str, language: str, connect
 def test_what_has_no_graphs_is_refused(tmp_path: Path) -> None:
     options = {"fusion": "intermediate", "connector": tiny.connector("perceiver_resampler", project=False)}
     vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer(), **options)
-    with pytest.raises(ValueError, match="ONNX graphs are for early fusion .* this is fusion 'intermediate'"):
+    with pytest.raises(ValueError, match=r"ONNX graphs are for early fusion .* this is fusion 'intermediate'"):
         convert(vlm.model, vlm.processor, "onnx", tmp_path / "out")

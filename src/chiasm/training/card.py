@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from chiasm.training.log import read_log
 
-CARD = "README.md"
+CARD, OURS = "README.md", "library_name: chiasm"
 
 
 def write_card(
@@ -21,9 +21,8 @@ def write_card(
         facts: more rows about the model, such as its cost.
     """
     source = Path(model.name_or_path or "", CARD)
-    if run is None and model.name_or_path and source.is_file():
-        text = source.read_text(encoding="utf-8")
-    else:
+    text = source.read_text(encoding="utf-8") if run is None and model.name_or_path and source.is_file() else ""
+    if OURS not in text:
         text = model_card(model, _history(run), facts or {})
     (folder / CARD).write_text(text, encoding="utf-8")
 
@@ -31,24 +30,26 @@ def write_card(
 def model_card(model: PreTrainedModel, history: list[str], facts: dict[str, str]) -> str:
     """The card's text."""
     config = model.config
-    connector = (config.connector or {}).get("name", "none")
-    rows = {
-        "vision encoder": _named(config.vision_config),
-        "language model": _named(config.text_config),
+    vision, language = (_named(getattr(config, name, None)) for name in ("vision_config", "text_config"))
+    rows: dict[str, str] = {
+        "vision encoder": vision,
+        "language model": language,
         "fusion": getattr(config, "fusion", config.model_type),
-        "connector": connector,
+        "connector": (getattr(config, "connector", None) or {}).get("name", "none"),
         **{f"parameters, {part}": f"{_size(module):,}" for part, module in model.named_children() if _size(module)},
         **facts,
     }
+    if (places := getattr(model, "num_image_tokens", None)) is not None:
+        rows["places of a picture in the sequence"] = str(places)
     task = "image-text-to-text" if model.can_generate() else "zero-shot-image-classification"
     lines = [
         "---",
-        "library_name: chiasm",
+        OURS,
         f"pipeline_tag: {task}",
         "tags: [chiasm, vision-language]",
         "---",
         "",
-        f"# A vision-language model: {_named(config.vision_config)} + {_named(config.text_config)}",
+        f"# A vision-language model: {vision} + {language}",
         "",
         'Connected and trained with Chiasm. `chiasm.load("this folder or hub id")` reads it.',
         "",
