@@ -8,6 +8,7 @@ from torch import Tensor
 
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
+from chiasm.fusion.sequence import PositionedModel
 from chiasm.generation.batched import BatchedDecoder
 from chiasm.generation.lean import lean_model
 from chiasm.generation.lean_decoder import LeanDecoder
@@ -75,6 +76,8 @@ def _cache_shape(model: FusionModel) -> tuple[int, int, int, torch.dtype] | None
     """Layers, heads, head width and dtype of the language model's cache; None where slots cannot hold it."""
     language = model.language
     if model.config.is_encoder_decoder or language.config._attn_implementation not in ("sdpa", "eager"):
+        return None
+    if isinstance(model, PositionedModel):  # its positions and hidden codes are known to its own forward only
         return None
     if isinstance(model, IntermediateFusionModel) and not model.cross_attention.settings.mask_attention:
         return None

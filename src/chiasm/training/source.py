@@ -31,9 +31,15 @@ class Survey:
 
     def with_one_picture(self) -> "Survey":
         """The samples that a caption objective can use."""
-        kept = [place for place, count in enumerate(self.pictures) if count == 1]
-        usable, lengths = [self.usable[place] for place in kept], [self.lengths[place] for place in kept]
-        return replace(self, usable=usable, lengths=lengths, pictures=[1] * len(kept))
+        return self._kept([place for place, count in enumerate(self.pictures) if count == 1])
+
+    def with_pictures(self) -> "Survey":
+        """The samples that have something to see."""
+        return self._kept([place for place, count in enumerate(self.pictures) if count])
+
+    def _kept(self, places: list[int]) -> "Survey":
+        usable, lengths = [self.usable[place] for place in places], [self.lengths[place] for place in places]
+        return replace(self, usable=usable, lengths=lengths, pictures=[self.pictures[place] for place in places])
 
 
 def survey(samples: Sequence[Sample], tokens_per_image: int, skip_bad: bool, reporter: Reporter) -> Survey:

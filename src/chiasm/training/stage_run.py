@@ -30,6 +30,7 @@ from chiasm.training.stage_model import StageModel, stage_model
 from chiasm.training.stage_state import StageState
 from chiasm.training.stages import enter, set_modes
 from chiasm.training.starts import Start
+from chiasm.training.tokenizer_stage import tokenizer_stage
 from chiasm.training.validation import Validator
 
 SPARE_PICTURES = 8
@@ -52,16 +53,20 @@ class StageRun:
         self.resumed = context.run.resumed_in(stage.name)
         self.first_step = self.resumed.position.step if self.resumed is not None else 0
         survey = context.survey.with_one_picture() if stage.shows_one_picture else context.survey
+        survey = survey.with_pictures() if stage.reads_pictures else survey
         self.order = Order(survey.usable, survey.lengths if stage.group_by_length else None, stage, number)
         self.left_out = len(context.survey.usable) - len(survey.usable)
         if not survey.usable:
             what = "captions" if stage.reads_captions else "questions"
-            raise ValueError(f"stage {stage.name!r} reads {what} of one picture each, and the data has no such sample")
+            what = "pictures" if stage.reads_pictures else f"{what} of one picture each"
+            raise ValueError(f"stage {stage.name!r} reads {what}, and the data has no such sample")
         self.num_steps = stage.num_steps(len(survey.usable))
 
     def _learner(self, earlier: Sequence[Stage]) -> StageModel:
         """What the stage trains: the model itself, or a learner around it."""
         context, stage = self.context, self.stage
+        if stage.reads_pictures:
+            return tokenizer_stage(context.model, context.processor, stage.name)
         if isinstance(context.model, LateFusionModel):
             if stage.objectives == ["answers"]:
                 give_answer_head(context.model, stage, context.samples, context.survey.usable)
@@ -75,7 +80,8 @@ class StageRun:
         self.plan = enter(self.model, self.stage)
         self.log.plan(self.plan, self.first_step, self.num_steps, self.dtype)
         if self.left_out:
-            self.log.warn(self.first_step, f"{self.left_out} samples do not have exactly one picture and are left out")
+            need = "a picture" if self.stage.reads_pictures else "exactly one picture"
+            self.log.warn(self.first_step, f"{self.left_out} samples do not have {need} and are left out")
         self._prepare_data()
         if self.resumed is None:
             Start(self.context, self.stage, self.plan, self.model, self._source, self.features).run()
@@ -157,6 +163,8 @@ class StageRun:
         held_out = usable_samples(context.held_out, stage.validation.samples, stage.skip_bad)
         if stage.shows_one_picture:
             held_out = [sample for sample in held_out if len(sample.images) == 1]
+        if stage.reads_pictures:
+            held_out = [sample for sample in held_out if sample.images]
         if not held_out:
             return None
         others = [context.samples[index] for index in context.survey.usable[:SPARE_PICTURES]]
@@ -165,7 +173,7 @@ class StageRun:
         if not validator.right:
             self.log.warn(self.first_step, "no validation: none of the held-out samples can be used")
             return None
-        if not validator.controlled and any(sample.images for sample in held_out):
+        if self.learner.controlled and not validator.controlled and any(sample.images for sample in held_out):
             self.log.warn(self.first_step, "no shuffled-image control: the data has no two different pictures")
         return validator
 

@@ -38,7 +38,7 @@ class Validator:
             others: more samples whose pictures may serve as wrong ones.
         """
         self.learner = learner
-        swapped = with_wrong_pictures(samples, others)
+        swapped = with_wrong_pictures(samples, others) if learner.controlled else [None] * len(samples)
         kept = [index for index, sample in enumerate(swapped) if sample is not None]
         self.controlled = any(samples[index].images for index in kept)
         if self.controlled:
@@ -46,7 +46,7 @@ class Validator:
         self.right = _batches(source(samples), batch_size)
         self.wrong = _batches(source([s for s in swapped if s is not None]), batch_size) if self.controlled else []
         self.generate = generate if learner.answers else None
-        self.asked = list(samples[:num_answers])
+        self.asked = [sample for sample in samples if sample.answer.strip()][:num_answers]
         self.num_samples = len(samples)
 
     def run(self, dtype: torch.dtype) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class Validator:
         wrong = mean_losses(self.learner, self.wrong, dtype) if self.controlled else {}
         result: dict[str, Any] = {"loss": sum(right.values()), "samples": self.num_samples}
         result["shuffled_loss"] = sum(wrong.values()) if wrong else None
-        result |= by_objective(right) | by_objective(wrong, "shuffled_loss")
+        result |= by_objective(right) | by_objective(wrong, "shuffled_loss") | self.learner.measures(self.right)
         try:
             result["answers"] = self._answers(dtype)
         except ContextError as error:
