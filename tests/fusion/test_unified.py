@@ -150,6 +150,11 @@ def test_wrong_choices_are_refused() -> None:
         connect(positions="alibi")
 
 
+def test_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"attention is told for models with an encoder .* \(fusion 'unified'"):
+        connect("vq").attention([picture(1)], "What?")
+
+
 def test_from_nothing() -> None:
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": True}
     vlm = chiasm.connect(

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from chiasm.comparison.seq2seq_cost import LanguageCost, seq2seq_cost
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
+from chiasm.fusion.packed import PackedFusionModel
 from chiasm.fusion.unified import UnifiedModel
 from chiasm.language.adapter import layers
 from chiasm.vision.encoder import VisionEncoder
@@ -79,6 +80,9 @@ def _picture(model: FusionModel) -> _Picture:
         rows, columns = model.vision.grid
         return _Picture(rows * columns, model.picture_places(rows, columns), model.vision.flops(), 0)
     connector = model.connector
+    if isinstance(model, PackedFusionModel):
+        tokens = model.vision.grid[0] * model.vision.grid[1]
+        return _Picture(tokens, tokens, model.vision.flops(), tokens * connector.flops())
     return _Picture(connector.num_tokens, model.num_image_tokens, encode_flops(model.vision), connector.flops())
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from chiasm.comparison.cost import cost, parts
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.late import LateFusionModel
-from chiasm.fusion.unified import UnifiedModel
+from chiasm.fusion.sequence import PositionedModel
 
 
 def describe(model: FusionModel | LateFusionModel, images: int = 1, text_tokens: int = 64) -> dict[str, Any]:
@@ -18,11 +18,11 @@ def describe(model: FusionModel | LateFusionModel, images: int = 1, text_tokens:
     if not isinstance(model, FusionModel):
         raise ValueError(f"a {type(model).__name__} has no description; name a model that answers, or late fusion")
     config, costs = model.config, cost(model, images=images, text_tokens=text_tokens)
-    unified = isinstance(model, UnifiedModel)
+    positioned = isinstance(model, PositionedModel)
     rows, columns = model.vision.grid
     kinds = {
         "vision": config.vision_config.model_type,
-        "connector": None if unified else config.connector["name"],
+        "connector": config.connector["name"] if config.connector else None,
         "language": config.text_config.model_type,
         "cross_attention": "gated blocks",
     }
@@ -34,8 +34,8 @@ def describe(model: FusionModel | LateFusionModel, images: int = 1, text_tokens:
         "patch_positions": config.patch_positions,
         "regions": config.regions,
         "image_size": list(model.vision.image_size),
-        "patches": rows * columns if unified else model.vision.num_patches,
-        "tokens_per_image": rows * columns if unified else model.connector.num_tokens,
+        "patches": rows * columns * getattr(model.vision, "merge", 1) ** 2 if positioned else model.vision.num_patches,
+        "tokens_per_image": rows * columns if positioned else model.connector.num_tokens,
         "adapters": config.adapters or {},
         "prompt": {"images": images, "text_tokens": text_tokens},
         "cost": costs.to_dict(),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.data.dice import Dice
+from chiasm.data.drawing import drawn
 from chiasm.data.emoji_drawing import Drawing, Scene
 from chiasm.data.emoji_questions import MAX_QUESTIONS, SKILLS, WORDINGS, World, ask, caption, choose_skills, compose
 from chiasm.data.emoji_vocabulary import COLOURS, CORNERS, COUNTS, LANGUAGES, OBJECTS, name_of
@@ -19,7 +20,11 @@ from chiasm.data.schema import ImageRef, Sample, text_of
 from chiasm.data.splits import Subset
 
 SPLITS = ("train", "validation", "test", "test-unseen")
-FORMS = ("questions", "caption", "both")
+FORMS = ("questions", "caption", "both", "drawing", "all")
+IN_TURNS = {"both": ("caption", "questions"), "all": ("drawing", "questions", "drawing", "caption")}
+"""Forms whose samples are of several kinds, in turns."""
+WITHOUT_WORDS = 0.1
+"""Share of drawings whose request has no words: what guidance is told from."""
 MAX_SHOTS = 32
 SHOT_SKILLS = ("same", "mixed")
 Turns = list[tuple[str, str]]
@@ -35,7 +40,8 @@ class EmojiScenes(Sequence[Sample]):
         language: of questions and answers: "en" or "ko". Signs are in Latin letters and digits in both.
         questions_per_scene: turns about one picture, at most 6; None is 3 for training and 1 for the others. With 1, a
             sample has a `skill`; outside of training the skills then take turns, with every answer equally often.
-        form: "questions", "caption", or "both" (every second sample is a caption).
+        form: "questions", "caption", "both" (every second sample is a caption), "drawing" (the caption is the request
+            and the picture the answer; one request in ten has no words), or "all" (every second one is a drawing).
         weights: relative frequency of the skills in training; one that is left out is never asked. Default: all alike.
         artwork: folder of the 72x72 PNGs; None is the alias `twemoji`, fetched once.
         shots: solved examples, each with a picture of its own, in front of the question (one per scene): text and
@@ -76,6 +82,8 @@ class EmojiScenes(Sequence[Sample]):
         _expect_between("num_objects", num_objects, 8, len(OBJECTS))
         _expect_between("questions_per_scene", self.turns, 1, MAX_QUESTIONS if not shots else 1)
         _expect_between("shots", shots, 0, MAX_SHOTS)
+        if shots and form in ("drawing", "all"):
+            raise ValueError(f"shots={shots} are examples of answers in words; form {form!r} has none or few")
         for skill, weight in self.weights.items():
             _expect("skill in weights", skill, SKILLS)
             _expect_between(f"weight of {skill}", weight, 0, None)
@@ -105,6 +113,8 @@ class EmojiScenes(Sequence[Sample]):
         asked = scenes[-1][2]
         skill = asked[0] if len(asked) == 1 else None
         messages = [message for _, turns, _ in scenes for message in _messages(turns)]
+        if self._kind(index) == "drawing":
+            skill, messages = "drawing", self._drawn(index, messages[-1]["content"])
         return Sample(sample_id, messages, images, skill, self._meta(scenes))
 
     def ids(self) -> Iterator[str]:
@@ -140,11 +150,19 @@ class EmojiScenes(Sequence[Sample]):
         shots = [f"{self.shots} shots"] if self.shots else []
         seed: tuple[str | int, ...] = ("emoji scenes", self.split, self.seed, index, *shots)
         dice, others = Dice(*seed), [Dice(*seed, number) for number in range(self.shots)]
-        if self.form == "caption" or (self.form == "both" and index % 2 == 0):
+        if self._kind(index) != "questions":
             return [self._caption(die) for die in (*others, dice)]
-        skills, dealt = self._choose(dice, index // 2 if self.form == "both" else index)
+        skills, dealt = self._choose(dice, index // len(IN_TURNS.get(self.form, (self.form,))))
         asked = self._questions(dice, skills, dealt)
         return [*(self._example(die, skills) for die in others), asked]
+
+    def _kind(self, index: int) -> str:
+        turns = IN_TURNS.get(self.form, (self.form,))
+        return turns[index % len(turns)]
+
+    def _drawn(self, index: int, words: str) -> list[dict]:
+        dice = Dice("emoji scenes drawn", self.split, self.seed, index)
+        return drawn(None if dice.happens(WITHOUT_WORDS) else words)
 
     def _example(self, dice: Dice, skills: list[str]) -> tuple[Scene, Turns, list[str]]:
         if self.shot_skills == "mixed":

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from chiasm.data.pixels import tells_grids
 from chiasm.data.processor import OPTIONS, ChiasmProcessor
 from chiasm.data.schema import ImageRef
@@ -21,18 +23,20 @@ class GridPlaceholders:
         grid: frames, rows and columns where a picture does not bring its own.
         row: ends a row; None where rows have no end.
         frame: none, or the two tokens that open and close a picture.
+        merge: patches of a token's side, where the grid counts patches (Qwen2-VL).
     """
 
     token: int
     grid: tuple[int, int, int]
     row: int | None = None
     frame: tuple[int, ...] = ()
+    merge: int = 1
 
     def of(self, grid: Any, follows_picture: bool) -> list[int]:
         """Tokens of a picture with this grid."""
         frames, rows, columns = grid if isinstance(grid, list | tuple) else self.grid
-        line = [self.token] * columns + ([] if self.row is None else [self.row])
-        return [*self.frame[:1], *line * rows * frames, *self.frame[1:]]
+        line = [self.token] * (columns // self.merge) + ([] if self.row is None else [self.row])
+        return [*self.frame[:1], *line * (rows // self.merge) * frames, *self.frame[1:]]
 
 
 class UnifiedProcessor(ChiasmProcessor):
@@ -41,6 +45,7 @@ class UnifiedProcessor(ChiasmProcessor):
     Args:
         grid: rows and columns of every picture; None where each has its own, told by the image processor.
         row_token: ends a row of patches; None for codes, whose grid is always the same.
+        merge: patches of a placeholder's side.
     """
 
     draws = True
@@ -52,16 +57,17 @@ class UnifiedProcessor(ChiasmProcessor):
         num_image_tokens: int = 1,
         grid: Sequence[int] | None = None,
         row_token: str | None = None,
+        merge: int = 1,
         **options: Any,
     ) -> None:
         self.grid = None if grid is None else list(grid)
-        self.row_token = row_token
+        self.row_token, self.merge = row_token, merge
         super().__init__(image_processor, tokenizer, num_image_tokens, **options)
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "UnifiedProcessor":
         """A saved processor from its loaded parts and its own settings."""
-        names = ("num_image_tokens", "grid", "row_token", *OPTIONS)
+        names = ("num_image_tokens", "grid", "row_token", "merge", *OPTIONS)
         return cls(*args, **{name: processor_dict[name] for name in names if name in processor_dict})
 
     @property
@@ -69,16 +75,26 @@ class UnifiedProcessor(ChiasmProcessor):
         frame = tuple(self.tokenizer.convert_tokens_to_ids(token) for token in self.image_boundary or ())
         row = None if self.row_token is None else self.tokenizer.convert_tokens_to_ids(self.row_token)
         rows, columns = self.grid or (1, 1)
-        return GridPlaceholders(self.image_token_id, (1, rows, columns), row, frame)
+        return GridPlaceholders(self.image_token_id, (1, rows, columns), row, frame, self.merge)
 
     def tiles_of(self, images: Sequence[ImageRef]) -> list[Any] | None:
         """Every picture's grid, for which it is opened; None where all have one."""
         if self.grid is not None:
             return None
-        size = self.image_processor.size
-        if size is not None and images:
-            return [self.image_processor.grid_of(images[0].load())] * len(images)
-        return [self.image_processor.grid_of(image.load()) for image in images]
+        if not images:
+            return []
+        made = self.image_processor([image.load() for image in images], return_tensors="pt")
+        return [tuple(grid) for grid in torch.as_tensor(made["image_grid_thw"]).tolist()]
+
+    def encode(self, *args: Any, tiles: Sequence[Any] | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Also the pictures' grids, where they have their own."""
+        encoded: dict[str, Any] = super().encode(*args, tiles=tiles, **kwargs)
+        return encoded | ({"grids": list(tiles)} if tiles and self.grid is None else {})
+
+    def pad(self, encoded: list[dict[str, Any]], side: str = "right") -> dict[str, torch.Tensor]:
+        """Also `image_grid_thw`, of all pictures in their order."""
+        grids = [grid for item in encoded for grid in item.get("grids", ())]
+        return super().pad(encoded, side) | ({"image_grid_thw": torch.tensor(grids)} if grids else {})
 
     @property
     def model_input_names(self) -> list[str]:

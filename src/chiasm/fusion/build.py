@@ -16,9 +16,11 @@ from chiasm.fusion.cross_attention_settings import cross_attention_settings
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.fusion.early_seq2seq import EarlySeq2SeqModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
+from chiasm.fusion.packed import PackedFusionModel
 from chiasm.fusion.unified import UnifiedModel
 from chiasm.language.adapter import embedding_scale, embedding_width, head_is_direct, layers, vocabulary
 from chiasm.vision.encoder import VisionEncoder
+from chiasm.vision.packed import PACKED_TOWERS
 
 FUSION_MODELS: dict[str, type[FusionModel]] = {
     "early": EarlyFusionModel,
@@ -30,6 +32,8 @@ FUSION_MODELS: dict[str, type[FusionModel]] = {
 
 def fusion_class(config: ChiasmConfig) -> type[FusionModel]:
     """The class of a configuration's model."""
+    if config.fusion == "early" and config.vision_config.model_type in PACKED_TOWERS:
+        return PackedFusionModel
     if config.is_encoder_decoder and config.fusion == "early":
         return EarlySeq2SeqModel
     if config.is_encoder_decoder:

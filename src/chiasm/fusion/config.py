@@ -29,6 +29,7 @@ class ChiasmConfig(PreTrainedConfig):
             `token_type_ids`) see each other in both directions.
         feature_scale: root mean square of the patch features, the amplitude of those coordinates.
         image_token_id: the placeholder that one visual token replaces; it may lie beyond the embedding table.
+        video_token_id: the same for videos, where the model takes them apart from pictures (Qwen2-VL).
         direct_head: whether the language model's logits are its output embedding applied to the last hidden state.
         cross_attention: intermediate fusion's blocks (`chiasm.fusion.cross_attention_settings.CrossAttentionSettings`).
         unified: the unified transformer's tokens (`chiasm.fusion.unified_settings.UnifiedSettings`).
@@ -53,6 +54,7 @@ class ChiasmConfig(PreTrainedConfig):
     attention: str = "causal"
     feature_scale: float = 1.0
     image_token_id: int | None = None
+    video_token_id: int | None = None
     direct_head: bool = False
     cross_attention: dict | None = None
     unified: dict | None = None

@@ -56,7 +56,7 @@ class UnifiedModel(PositionedModel):
         """Text is never continued with codes and markers, which only `draw` writes; the loss sees them."""
         if learns and not self.settings.hide_codes:
             return logits
-        hidden = [] if learns or self.settings.hide_codes else self.settings.markers
+        hidden = self.settings.markers if self.settings.hide_marks and not learns else []
         shown, lowest = logits.clone(), torch.finfo(logits.dtype).min
         shown[..., hidden] = lowest
         codes = self.settings.code_ids

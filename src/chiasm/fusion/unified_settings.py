@@ -13,6 +13,7 @@ class UnifiedSettings:
         begin_token_id, end_token_id: frame a picture; None where there is no frame of our own.
         code_ids: of an image tokenizer, the token of the first code, behind which the others follow; or all of them.
         hide_codes: whether codes are hidden from the loss, as in Chameleon's checkpoints, which cannot draw.
+        hide_marks: whether text is never continued with the tokens that frame pictures and end rows.
         z_loss: weight of the penalty on large logits, 1e-5 in Chameleon.
     """
 
@@ -21,6 +22,7 @@ class UnifiedSettings:
     end_token_id: int | None = None
     code_ids: int | list[int] | None = None
     hide_codes: bool = False
+    hide_marks: bool = True
     z_loss: float = 0.0
 
     @classmethod

@@ -13,6 +13,7 @@ LLAMA_SHAPED: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
     "qwen2": {"query_bias": True},
+    "qwen2_vl_text": {"query_bias": True},
     "qwen3": {"qk_norm": "rms"},
 }
 """Model type → what its layers have that Llama's have not."""
@@ -20,7 +21,7 @@ LLAMA_SHAPED: dict[str, dict[str, Any]] = {
 SHARED = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "initializer_range"),
-    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"),
 )
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Kinds of rotation whose frequencies do not depend on the length of the sequence."""
@@ -44,13 +45,15 @@ def decoder_config(config: PreTrainedConfig, **options: Any) -> UnifiedDecoderCo
     _refuse(kind, "layer_types", sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention"}), [])
     _refuse(kind, "sliding_window", getattr(config, "sliding_window", None), None)
     rope = config.rope_parameters["rope_type"]
+    parameters = {name: value for name, value in config.rope_parameters.items() if name != "mrope_section"}
     if rope not in STATIC_ROPE:
         raise ValueError(f"rope_type {rope!r} of this {kind} model is none of {', '.join(STATIC_ROPE)}")
     _refuse(kind, "partial_rotary_factor", config.rope_parameters.get("partial_rotary_factor", 1.0), 1.0)
     fields = {name: copy.deepcopy(getattr(config, name)) for name in SHARED}
     biased = bool(getattr(config, "attention_bias", False))
     fields |= {"query_bias": biased, "output_bias": biased, "mlp_bias": bool(getattr(config, "mlp_bias", False))}
-    fields |= {"head_dim": getattr(config, "head_dim", None), "dtype": config.dtype}
+    fields |= {"tie_word_embeddings": bool(getattr(config, "tie_word_embeddings", False))}
+    fields |= {"rope_parameters": parameters, "head_dim": getattr(config, "head_dim", None), "dtype": config.dtype}
     return UnifiedDecoderConfig(**fields | LLAMA_SHAPED[kind] | options)
 
 

@@ -19,6 +19,7 @@ from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import text_of
 from chiasm.fusion.base import FusionModel
+from chiasm.fusion.sequence import PositionedModel
 from chiasm.generation import heatmap
 from chiasm.generation.decode import Decoding, prepare
 from chiasm.vision.image_processor import ChiasmImageProcessor
@@ -118,6 +119,11 @@ def _check(model: FusionModel, processor: ChiasmProcessor) -> None:
     """Refuses what has no one-to-one way from a token of the answer back to a grid of patches."""
     if model.config.is_encoder_decoder:
         raise ValueError("attention is told for decoder-only language models; this one is an encoder-decoder")
+    if isinstance(model, PositionedModel):
+        raise ValueError(
+            f"attention is told for models with an encoder and a connector of fixed grids; this one (fusion "
+            f"{model.config.fusion!r}, {model.config.vision_config.model_type}) reads pictures patch by patch"
+        )
     if model.vision.features.resolution == "native" or not isinstance(processor.image_processor, ChiasmImageProcessor):
         raise ValueError("attention is told for pictures of one size; this model's encoder takes them in their own")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
+from chiasm.fusion.sequence import PositionedModel
 from chiasm.generation.batched import BatchedDecoder
 from chiasm.generation.lean import lean_model
 from chiasm.generation.lean_decoder import LeanDecoder
@@ -88,6 +89,8 @@ def _cache_shape(model: FusionModel) -> CacheShape | None:
     """The shape of the language model's cache; None where slots cannot hold it."""
     language = model.language
     if type(model) not in SHARING or language.config._attn_implementation not in ("sdpa", "eager"):
+        return None
+    if isinstance(model, PositionedModel):  # its positions and hidden codes are known to its own forward only
         return None
     if isinstance(model, IntermediateFusionModel) and not model.cross_attention.settings.mask_attention:
         return None

@@ -14,22 +14,26 @@ from chiasm.fusion.build import fusion_class
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
+from chiasm.fusion.sequence import PositionedModel
 from chiasm.interop.blip2 import load_blip2
 from chiasm.interop.blip2_retrieval import load_blip2_retrieval
+from chiasm.interop.chameleon import load_chameleon
 from chiasm.interop.clip import load_clip, load_siglip
+from chiasm.interop.fuyu import load_fuyu
 from chiasm.interop.idefics import load_idefics
 from chiasm.interop.idefics2 import load_idefics2
 from chiasm.interop.internvl import load_internvl
 from chiasm.interop.llava import load_llava
 from chiasm.interop.paligemma import load_paligemma
 from chiasm.interop.parts import has_processor
+from chiasm.interop.qwen2_vl import load_qwen2_vl
 
 
 def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[FusionModel, ChiasmProcessor | None]:
     family = fusion_class(ChiasmConfig.from_pretrained(source))
     model = complete(family, source, dtype)
     kind: Any = InstructionProcessor if model.reads_instruction else ChiasmProcessor
-    kind = UnifiedProcessor if model.config.fusion == "unified" else kind
+    kind = UnifiedProcessor if isinstance(model, PositionedModel) else kind
     return model, kind.from_pretrained(source) if has_processor(source) else None
 
 
@@ -55,12 +59,15 @@ def _load_late(source: str, dtype: torch.dtype | str) -> tuple[LateFusionModel, 
 LOADERS = {
     "chiasm": _load_chiasm,
     "blip-2": load_blip2,
+    "chameleon": load_chameleon,
+    "fuyu": load_fuyu,
     "idefics": load_idefics,
     "idefics2": load_idefics2,
     "instructblip": load_blip2,
     "internvl": load_internvl,
     "llava": load_llava,
     "paligemma": load_paligemma,
+    "qwen2_vl": load_qwen2_vl,
 }
 
 

@@ -69,7 +69,7 @@ class ChatModel:
 
     def describe(self) -> dict[str, Any]:
         config = self.model.config
-        return {"fusion": config.fusion, "connector": config.connector["name"]}
+        return {"fusion": config.fusion, "connector": (config.connector or {}).get("name")}
 
 
 @dataclass(frozen=True)

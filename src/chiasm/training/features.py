@@ -185,6 +185,10 @@ def stage_features(
     """
     if stage.cache_features is False or "vision" not in plan.states:
         return None
+    if not hasattr(model.vision, "fast_encoder"):
+        if stage.cache_features is True:
+            raise ValueError(f"stage {stage.name!r}: cache_features needs a vision encoder, this model has none")
+        return None
     if "vision" not in plan.frozen_parts():
         if stage.cache_features is True:
             raise ValueError(f"stage {stage.name!r} tunes the vision part, so its features cannot be cached")

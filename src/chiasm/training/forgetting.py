@@ -17,6 +17,7 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 
 from chiasm.data.collation import load_pixels
 from chiasm.data.held_out import HELD_OUT_TEXTS
+from chiasm.data.pixels import tells_grids
 from chiasm.data.schema import ImageError, Sample, SampleError
 from chiasm.language.adapter import context_length
 from chiasm.training.schema import Forgetting
@@ -49,7 +50,8 @@ class ForgettingProbe:
         readable = settings.text and isinstance(model, GenerationMixin) and not model.config.is_encoder_decoder
         self.model, self.tokenizer = model, processor.tokenizer
         self.texts = HELD_OUT_TEXTS if readable else {}
-        self.pixels = _distinct_pictures(samples, processor, settings.pictures)
+        pictures = 0 if tells_grids(processor.image_processor) else settings.pictures
+        self.pixels = _distinct_pictures(samples, processor, pictures) if pictures else None
         self.start = self.snapshot()
 
     def snapshot(self) -> Snapshot:

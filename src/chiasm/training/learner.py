@@ -10,6 +10,7 @@ from chiasm.fusion.late import LateFusionModel
 from chiasm.training.late_stage import give_answer_head, late_stage_model
 from chiasm.training.schema import Stage
 from chiasm.training.stage_model import StageModel, stage_model
+from chiasm.training.tokenizer_stage import tokenizer_stage
 
 
 def learner_of(
@@ -31,6 +32,8 @@ def learner_of(
     Raises:
         ValueError: the stage does not fit the model, or a new answer head has no data to know its answers from.
     """
+    if stage.reads_pictures:
+        return tokenizer_stage(model, processor, stage.name)
     if not isinstance(model, LateFusionModel):
         return stage_model(model, processor, stage, number, taught)
     if stage.objectives == ["answers"] and model.config.answer_head is None:

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic import model_validator as validates_model
 
-from chiasm.objectives import CAPTION_OBJECTIVES, OBJECTIVES, PAIR_OBJECTIVES
+from chiasm.objectives import CAPTION_OBJECTIVES, OBJECTIVES, PAIR_OBJECTIVES, PICTURE_OBJECTIVES
 
 PARTS = ("vision", "connector", "language", "cross_attention", "answer_head")
 OTHER_PARTS = "*"
@@ -191,6 +191,8 @@ class Settings(Strict):
             raise ValueError("an objective stands here twice")
         if "answers" in names and len(names) > 1:
             raise ValueError("answers trains a head, the others the space of pictures and captions: make two stages")
+        if "reconstruction" in names and len(names) > 1:
+            raise ValueError("reconstruction trains an image tokenizer alone: make two stages")
         if "contrastive" in names and "sigmoid" in names:
             raise ValueError("contrastive and sigmoid are two ways to the same end; choose one")
         if "next_token" in names and len(names) > 1:
@@ -233,6 +235,11 @@ class Settings(Strict):
     def reads_captions(self) -> bool:
         """Whether the assistant's words are captions of one picture each, instead of answers."""
         return self.objectives[0] in (*CAPTION_OBJECTIVES, *PAIR_OBJECTIVES)
+
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether samples are their pictures, and no words are read."""
+        return self.objectives[0] in PICTURE_OBJECTIVES
 
     @property
     def shows_one_picture(self) -> bool:

@@ -35,6 +35,10 @@ class Survey:
         """The samples that a caption objective can use."""
         return self._kept([count == 1 for count in self.pictures])
 
+    def with_pictures(self) -> "Survey":
+        """The samples that have something to see."""
+        return self._kept([count > 0 for count in self.pictures])
+
     def of_kind(self, samples: Sequence[Sample], captions: bool) -> "Survey":
         """The samples that describe their pictures, or all others."""
         return self._kept([describes(samples[index]) == captions for index in self.usable])

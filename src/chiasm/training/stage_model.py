@@ -33,6 +33,8 @@ class StageModel(ABC):
     """A model and what makes it learn. `processor` is saved beside it; `answers` tells whether it can be asked."""
 
     answers = False
+    controlled = True
+    """Whether a wrong picture must make the loss larger."""
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         self.model, self.processor = model, processor
@@ -47,6 +49,10 @@ class StageModel(ABC):
 
     def prepare(self, samples: Sequence[Sample], indices: Sequence[int], reporter: Reporter) -> None:  # noqa: B027  (most need nothing)
         """What can be computed before the first step of the samples that the stage will meet."""
+
+    def measures(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """What validation reports beside the losses."""
+        return {}
 
     @abstractmethod
     def filler(self) -> Batch:

@@ -54,12 +54,14 @@ class StageRun:
         self.resumed = context.run.resumed_in(stage.name)
         self.first_step = self.resumed.position.step if self.resumed is not None else 0
         survey = context.survey.with_one_picture() if stage.shows_one_picture else context.survey
+        survey = survey.with_pictures() if stage.reads_pictures else survey
         self.left_out = len(context.survey.usable) - len(survey.usable)
         if stage.data != "all":
             survey = survey.of_kind(context.samples, captions=stage.data == "captions")
         self.order = Order(survey.usable, survey.lengths if stage.group_by_length else None, stage, number)
         if not survey.usable:
             what = ("captions" if stage.reads_captions else "questions") if stage.data == "all" else stage.data
+            what = "pictures" if stage.reads_pictures else what
             count = " of one picture each" if stage.shows_one_picture else ""
             raise ValueError(f"stage {stage.name!r} reads {what}{count}, and the data has no such sample")
         self.num_steps = stage.num_steps(len(survey.usable))
@@ -77,7 +79,8 @@ class StageRun:
         self.plan = enter(self.model, self.stage)
         self.log.plan(self.plan, self.first_step, self.num_steps, self.dtype)
         if self.left_out:
-            self.log.warn(self.first_step, f"{self.left_out} samples do not have exactly one picture and are left out")
+            need = "a picture" if self.stage.reads_pictures else "exactly one picture"
+            self.log.warn(self.first_step, f"{self.left_out} samples do not have {need} and are left out")
         self._prepare_data()
         if self.resumed is None:
             Start(self.context, self.stage, self.plan, self.model, self._source, self.features).run()
@@ -184,6 +187,8 @@ class StageRun:
         held_out = usable_samples(context.held_out, stage.validation.samples, stage.skip_bad)
         if stage.shows_one_picture:
             held_out = [sample for sample in held_out if len(sample.images) == 1]
+        if stage.reads_pictures:
+            held_out = [sample for sample in held_out if sample.images]
         if not held_out:
             return None
         others = [context.samples[index] for index in context.survey.usable[:SPARE_PICTURES]]
@@ -192,7 +197,7 @@ class StageRun:
         if not validator.right:
             self.log.warn(self.first_step, "no validation: none of the held-out samples can be used")
             return None
-        if not validator.controlled and any(sample.images for sample in held_out):
+        if self.learner.controlled and not validator.controlled and any(sample.images for sample in held_out):
             self.log.warn(self.first_step, "no shuffled-image control: the data has no two different pictures")
         return validator
 

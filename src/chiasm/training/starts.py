@@ -51,7 +51,7 @@ class Start:
         if self.stage.gates == "open":
             self._open_gates()
         fresh = getattr(self.model.config, "fresh_connector", False) and self.plan.states["connector"] == "full"
-        affine = isinstance(self.model.connector, AffineConnector) and fresh
+        affine = fresh and isinstance(self.model.connector, AffineConnector)
         if self.stage.init == "closed_form" or (self.stage.init == "auto" and affine):
             self._solve_connector()
 

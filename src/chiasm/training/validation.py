@@ -41,7 +41,7 @@ class Validator:
             others: more samples whose pictures may serve as wrong ones.
         """
         self.learner = learner
-        swapped = with_wrong_pictures(samples, others)
+        swapped = with_wrong_pictures(samples, others) if learner.controlled else [None] * len(samples)
         kept = [index for index, sample in enumerate(swapped) if sample is not None]
         self.controlled = any(samples[index].images for index in kept)
         if self.controlled:
@@ -49,7 +49,7 @@ class Validator:
         self.right = _batches(source(samples), batch_size)
         self.wrong = _batches(source([s for s in swapped if s is not None]), batch_size) if self.controlled else []
         self.generate = generate if learner.answers else None
-        self.asked = list(samples[:num_answers])
+        self.asked = [sample for sample in samples if sample.answer.strip()][:num_answers]
         self.num_samples = len(samples)
 
     def run(self, dtype: torch.dtype, engine: Engine | None = None, team: Team | None = None) -> dict[str, Any]:
@@ -62,6 +62,7 @@ class Validator:
         result |= by_objective(right) | by_objective(wrong, "shuffled_loss")
         if isinstance(asked, Engine) or not team.first:
             return result | {"answers": []}
+        result |= self.learner.measures(self.right)
         try:
             result["answers"] = self._answers(dtype)
         except ContextError as error:

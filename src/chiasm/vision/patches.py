@@ -78,7 +78,8 @@ class PatchImageProcessor(BaseImageProcessor):
 
     Args:
         patch_size: pixels of a patch's side.
-        max_patches: a picture with more is shrunk, its aspect ratio kept.
+        max_patches: a picture with more is shrunk, its aspect ratio kept; None for no limit.
+        max_size: `{"height": ..., "width": ...}` that a picture is shrunk to fit into, its aspect ratio kept.
         size: `{"height": ..., "width": ...}` that every picture is resized to, where sizes shall not be kept.
         image_mean, image_std: per channel, of values from 0 to 1.
     """
@@ -89,7 +90,8 @@ class PatchImageProcessor(BaseImageProcessor):
     def __init__(
         self,
         patch_size: int = 16,
-        max_patches: int = 196,
+        max_patches: int | None = 196,
+        max_size: dict[str, int] | None = None,
         size: dict[str, int] | None = None,
         image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5),
         image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5),
@@ -97,10 +99,11 @@ class PatchImageProcessor(BaseImageProcessor):
     ) -> None:
         if unknown := sorted(set(kwargs) - set(MACHINERY_KEYS)):
             raise ValueError(f"image processor option {unknown[0]!r} is unknown")
-        if patch_size < 1 or max_patches < 1:
+        if patch_size < 1 or (max_patches is not None and max_patches < 1):
             raise ValueError(f"patch_size={patch_size}, max_patches={max_patches}; expected at least 1")
         super().__init__()
-        self.patch_size, self.max_patches, self.size = patch_size, max_patches, size
+        self.patch_size, self.max_patches = patch_size, max_patches
+        self.max_size, self.size = max_size, size
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 
     def preprocess(self, images: Any, return_tensors: str = "pt", **overrides: Any) -> BatchFeature:
@@ -129,6 +132,11 @@ class PatchImageProcessor(BaseImageProcessor):
         if self.size is not None:
             return self.size["height"], self.size["width"]
         height, width = picture.height, picture.width
+        if self.max_size is not None:
+            shrink = min(self.max_size["height"] / height, self.max_size["width"] / width, 1.0)
+            height, width = max(int(height * shrink), 1), max(int(width * shrink), 1)
+        if self.max_patches is None:
+            return height, width
         while (count := math.ceil(height / self.patch_size) * math.ceil(width / self.patch_size)) > self.max_patches:
             shrink = min(math.sqrt(self.max_patches / count), 0.98)
             if min(height, width) <= self.patch_size:

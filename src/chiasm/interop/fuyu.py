@@ -1,0 +1,77 @@
+"""Fuyu checkpoints of transformers → the unified transformer with patches of raw pixels, with equal logits (2023)."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, FuyuConfig
+
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.unified import UnifiedProcessor
+from chiasm.fusion.config import ChiasmConfig
+from chiasm.fusion.unified import UnifiedModel
+from chiasm.interop.parts import finish, has_processor, language_table, text_settings
+from chiasm.interop.weights import Table, assemble, read_weights
+from chiasm.language.adapter import load_tokenizer
+from chiasm.vision.patches import PatchConfig, PatchImageProcessor
+
+PARTS = {"vision_embed_tokens": "vision.projection"}
+"""The name up to v4.51; later ones have `model.` in front, and the language model without its own prefix and head."""
+
+PATCH_TOKEN, ROW_TOKEN = "|SPEAKER|", "|NEWLINE|"
+LARGEST = {"height": 1080, "width": 1920}
+
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% endif %}"
+    "{% endfor %}{% endfor %}{{ bos_token }}{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{{ eos_token if message['role'] == 'assistant' else '\x04' }}{% endfor %}"
+)
+"""Pictures, BOS, prompt, the byte that opens an answer, answer."""
+
+
+def load_fuyu(source: str, dtype: torch.dtype | str = "auto") -> tuple[UnifiedModel, ChiasmProcessor | None]:
+    """Model and processor of a Fuyu folder or hub id; no processor where its files are missing.
+
+    Raises:
+        ValueError: a weight is of a kind that Chiasm does not have; the message names it.
+    """
+    config = AutoConfig.from_pretrained(source)
+    model = assemble(UnifiedModel, chiasm_config(config), read_weights(source), table(config), dtype=dtype)
+    finish(model, source)
+    return model, _processor(source, model) if has_processor(source) else None
+
+
+def chiasm_config(config: FuyuConfig) -> ChiasmConfig:
+    """The configuration of the same model in Chiasm's words; its decoder stays transformers' Persimmon."""
+    if config.num_channels != 3:
+        raise ValueError(f"num_channels in config.json is {config.num_channels}, expected 3: patches are of RGB pixels")
+    size = config.image_size
+    patches = PatchConfig(
+        patch_size=config.patch_size, hidden_size=config.text_config.hidden_size, image_size=[size] * 2
+    )
+    return ChiasmConfig(
+        vision_config=patches.to_dict(),
+        text_config=text_settings(config),
+        fusion="unified",
+        image_token_id=config.image_token_id,
+        direct_head=True,
+        unified={},
+        dtype=config.dtype,
+    )
+
+
+def table(config: FuyuConfig) -> Table:
+    """Fuyu's names → ours, for files of any version."""
+    new = {f"model.{theirs}": ours for theirs, ours in PARTS.items()}
+    return {**PARTS, **new, "language_model": "language"} | language_table(
+        config.text_config, "model.language_model", "lm_head"
+    )
+
+
+def _processor(source: str, model: UnifiedModel) -> UnifiedProcessor:
+    tokenizer: Any = load_tokenizer(source)
+    settings, _ = ChiasmProcessor.get_processor_dict(source)
+    tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template or TEMPLATE
+    images = PatchImageProcessor(model.vision.config.patch_size, max_patches=None, max_size=LARGEST)
+    return UnifiedProcessor(images, tokenizer, row_token=ROW_TOKEN, image_token=PATCH_TOKEN, text_is_message=True)

@@ -1,0 +1,190 @@
+"""Chameleon, Fuyu and Qwen2-VL checkpoints of odd sizes: logits to 1e-4, loss, and greedy text of the reference."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    FuyuConfig,
+    FuyuForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+import chiasm
+import contracts
+from chiasm.fusion.packed import PackedFusionModel
+from chiasm.fusion.unified import UnifiedModel
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 256,
+    "vocab_size": 97,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+IMAGE, VIDEO = 90, 91
+
+
+def _shaken(model: Any) -> Any:
+    """Weights that are all different from what they start as."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def _chameleon(**options: Any) -> Any:
+    letters = "ABCDEFGHIJ"
+    codes = {f"IMGIMG{''.join(letters[int(digit)] for digit in str(code))}Z": 60 - code for code in range(13)}
+    vq = {"embed_dim": 6, "num_embeddings": 13, "latent_channels": 5, "resolution": 16, "base_channels": 32}
+    vq |= {"channel_multiplier": [1, 2, 1], "num_res_blocks": 1, "attn_resolutions": [4]}
+    config = ChameleonConfig(
+        **SIZES, num_key_value_heads=2, vq_config=vq, vocabulary_map={"<image>": IMAGE, **codes}, **options
+    )
+    return _shaken(ChameleonForConditionalGeneration(config))
+
+
+def _fuyu() -> Any:
+    text = {**SIZES, "model_type": "persimmon", "partial_rotary_factor": 0.5, "qk_layernorm": True, "head_dim": None}
+    text.pop("head_dim")
+    config = FuyuConfig(text_config={**text, "hidden_size": 48}, patch_size=5, image_size=20, image_token_id=IMAGE)
+    return _shaken(FuyuForCausalLM(config))
+
+
+def _qwen2_vl(**options: Any) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 9000.0, "mrope_section": [1, 1, 1]}
+    text = {**SIZES, "num_key_value_heads": 2, "rope_parameters": rope}
+    vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 36, "patch_size": 3, "mlp_ratio": 2}
+    config = Qwen2VLConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO, **options
+    )
+    return _shaken(Qwen2VLForConditionalGeneration(config))
+
+
+def _text(*pieces: Any) -> torch.Tensor:
+    """Rows of tokens: numbers, and lists that stand for as many placeholders as they say."""
+    return torch.tensor([[token for piece in pieces for token in (piece if isinstance(piece, list) else [piece])]] * 2)
+
+
+def _loaded(reference: Any, folder: Path) -> Any:
+    reference.save_pretrained(folder)
+    return chiasm.load(folder).model
+
+
+@pytest.mark.parametrize("options", [{}, {"swin_norm": True, "attention_bias": True, "mlp_bias": True}])
+def test_chameleon(tmp_path: Path, options: dict[str, Any]) -> None:
+    reference = _chameleon(**options)
+    model = _loaded(reference, tmp_path)
+    assert isinstance(model, UnifiedModel)
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    ids = _text(1, 7, [IMAGE] * 16, *range(3, 27))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    contracts.check_equals_reference(model, reference, inputs, pad_token_id=0)
+    contracts.check_image_matters(model, inputs)
+
+
+def test_chameleon_without_a_code(tmp_path: Path) -> None:
+    reference = _chameleon()
+    reference.config.vocabulary_map.pop("IMGIMGBAZ")
+    reference.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="vocabulary_map in config.json has no word for code 10 of 13"):
+        chiasm.load(tmp_path)
+
+
+def test_fuyu(tmp_path: Path) -> None:
+    reference = _fuyu()
+    model = _loaded(reference, tmp_path)
+    assert isinstance(model, UnifiedModel) and model.kind == "raster"
+    ids = _text([IMAGE] * 3, 71, [IMAGE] * 3, 71, 1, *range(3, 14))
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(2, 6, 75),
+    }
+    contracts.check_equals_reference(model, reference, inputs, pad_token_id=0)
+    contracts.check_image_matters(model, inputs)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_qwen2_vl(tmp_path: Path, tied: bool) -> None:
+    """Pictures of two shapes, and a video, in a batch that is padded on the left."""
+    reference = _qwen2_vl(tie_word_embeddings=tied)
+    model = _loaded(reference, tmp_path)
+    assert isinstance(model, PackedFusionModel)
+    grids, videos = torch.tensor([[1, 4, 6], [1, 2, 2], [1, 4, 2]]), torch.tensor([[2, 4, 2]])
+    first = [1, 7, *[IMAGE] * 6, 8, *[VIDEO] * 4, 9]
+    second = [1, *[IMAGE], 5, *[IMAGE] * 2, 3]
+    pad = len(first) - len(second)
+    ids = torch.tensor([first, [0] * pad + second])
+    mask = torch.ones_like(ids)
+    mask[1, :pad] = 0
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": torch.randn(int(grids.prod(dim=1).sum()), 54),
+        "image_grid_thw": grids,
+        "pixel_values_videos": torch.randn(int(videos.prod(dim=1).sum()), 54),
+        "video_grid_thw": videos,
+        "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int(),
+    }
+    with torch.no_grad():
+        ours, theirs = model(**inputs).logits, reference(**inputs).logits
+    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=1e-4, atol=1e-4)
+    for options in ({"use_cache": True}, {"use_cache": False}, {"num_beams": 3}):
+        greedy = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [IMAGE]} | options
+        assert torch.equal(model.generate(**inputs, **greedy), reference.generate(**inputs, **greedy))
+    assert torch.equal(model(**inputs).visual_tokens[:, 0], model.encode_pictures(inputs["pixel_values"], grids)[:, 0])
+
+
+def test_qwen2_vl_continues_without_being_told_positions(tmp_path: Path) -> None:
+    """What a decoding loop that knows nothing of M-RoPE gets is what the whole forward gives."""
+    model = _loaded(_qwen2_vl(), tmp_path)
+    ids = torch.tensor([[1, 7, *[IMAGE] * 6, 8, 9, 4, 5]])
+    picture = {"pixel_values": torch.randn(24, 54), "image_grid_thw": torch.tensor([[1, 4, 6]])}
+    with torch.no_grad():
+        whole = model(input_ids=ids, **picture).logits
+        begun = model(input_ids=ids[:, :10], **picture, use_cache=True)
+        rest = [
+            model(input_ids=ids[:, at : at + 1], cache=begun.cache, use_cache=True).logits[:, -1] for at in (10, 11)
+        ]
+    torch.testing.assert_close(torch.stack(rest, dim=1), whole[:, 10:], rtol=1e-4, atol=1e-4)
+
+
+def test_saved_again_and_loaded(tmp_path: Path) -> None:
+    for name, reference in (("chameleon", _chameleon()), ("fuyu", _fuyu()), ("qwen2_vl", _qwen2_vl())):
+        model = _loaded(reference, tmp_path / name)
+        model.save_pretrained(tmp_path / f"{name}-again")
+        again = chiasm.load(tmp_path / f"{name}-again").model
+        assert type(again) is type(model)
+        for parameter, other in zip(model.parameters(), again.parameters(), strict=True):
+            assert torch.equal(parameter, other)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    reference = _qwen2_vl()
+    with pytest.raises(ValueError, match="sliding_window of this qwen2_vl_text model is 7"):
+        reference.config.text_config.sliding_window = 7
+        _loaded(reference, tmp_path)
+
+
+def test_costs_of_a_packed_picture(tmp_path: Path) -> None:
+    model = _loaded(_qwen2_vl(), tmp_path)
+    tower = model.vision
+    rows, columns = (side * tower.merge for side in tower.grid)
+    grids = torch.tensor([[1, rows, columns]])
+    tower.model.set_attn_implementation("eager")  # the fused kernel is not counted on a CPU
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.encode_pictures(torch.zeros(rows * columns, 54), grids)
+    told = chiasm.VLM(model, None).cost(images=1, text_tokens=5)
+    assert (told.visual_tokens, told.sequence) == (256, 261)
+    assert counter.get_total_flops() == told.encode_flops + told.connect_flops

@@ -1,0 +1,81 @@
+"""The recipe `unified` trains an image tokenizer, then a decoder that reads and draws; patches train as well."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import chiasm
+from chiasm.data.drawing import drawn
+from chiasm.data.schema import ImageRef, Sample
+from chiasm.training.recipe import load_recipe
+
+SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+VQ = {"name": "vq", "image_size": [16, 16], "levels": [5, 5, 5], "width": 8, "depth": 1}
+COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250), "white": (250, 250, 250)}
+SMALL = ["batch_size=8", "validation.samples=6", "validation.every=20"]
+
+
+def samples(drawings: bool = True, size: tuple[int, int] = (20, 20)) -> list[Sample]:
+    made = []
+    for index in range(64):
+        name = list(COLOURS)[index % 4]
+        shown = [ImageRef.of(Image.new("RGB", (size[0] + index % 3, size[1]), COLOURS[name]), name)]
+        asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Colour?"}]}
+        told = [asked, {"role": "assistant", "content": name}]
+        draws = drawings and index % 8 < 4
+        made.append(Sample(f"s{index}", drawn(name) if draws else told, shown))
+    return made
+
+
+def connect(image_input: Any) -> chiasm.VLM:
+    return chiasm.connect(
+        language=SIZES, fusion="unified", image_input=image_input, positions="mrope", unified={"qk_norm": "rms"}
+    )
+
+
+def log(result: Any, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in Path(result.log).read_text().splitlines()]
+    return [line for line in lines if kind in line.values()]
+
+
+def test_both_stages(tmp_path: Path) -> None:
+    vlm = connect(VQ)
+    steps = [
+        "stages.tokenizer.steps=60",
+        "stages.tokenizer.parts.vision.lr=1e-2",
+        "stages.unified.steps=60",
+        "stages.unified.parts.language.lr=5e-3",
+    ]
+    before = {name: parameter.clone() for name, parameter in vlm.model.named_parameters()}
+    result = chiasm.train("unified", vlm, samples(), tmp_path / "run", overrides=SMALL + steps, quiet=True)
+    told = log(result, "validation")
+    first = [line for line in told if line["stage"] == "tokenizer"]
+    assert first[-1]["psnr"] > first[0]["psnr"] + 3 and 0 < first[-1]["codes_used"] <= first[-1]["codes"] == 125
+    last = [line for line in told if line["stage"] == "unified"]
+    assert last[-1]["loss"] < 0.7 * last[0]["loss"] and last[-1]["loss"] < last[-1]["shuffled_loss"]
+    tokenizer = chiasm.load(result.stages["tokenizer"]).model
+    model = chiasm.load(result.model).model
+    for name, parameter in model.named_parameters():
+        assert torch.equal(tokenizer.get_parameter(name), before[name]) == name.startswith("language.")
+        assert torch.equal(parameter, tokenizer.get_parameter(name)) == name.startswith("vision.")
+    assert chiasm.load(result.model).draw("red", seed=0).size == (16, 16)
+
+
+def test_patches_of_different_shapes(tmp_path: Path) -> None:
+    vlm = connect({"name": "patches", "patch_size": 8})
+    stage = {"name": "read", "steps": 30, "parts": {"vision": {"tune": "full", "lr": 3e-3}, "language": "full"}}
+    recipe = {"lr": 3e-3, "batch_size": 8, "validation": {"samples": 6, "answers": 0}, "stages": [stage]}
+    result = chiasm.train(load_recipe(recipe), vlm, samples(drawings=False), tmp_path / "run", quiet=True)
+    told = log(result, "validation")
+    assert told[-1]["loss"] < told[0]["loss"] and told[-1]["loss"] < told[-1]["shuffled_loss"]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stage 'tokenizer': reconstruction trains an image tokenizer, which"):
+        chiasm.train("unified", connect("patches"), samples(), tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match="reconstruction trains an image tokenizer alone: make two stages"):
+        load_recipe("unified", ["stages.tokenizer.objectives=[reconstruction, next_token]"])
