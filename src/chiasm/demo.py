@@ -59,7 +59,7 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, console: Console 
             sources.pull(alias)
     with _phase("connect", seconds, console):
         device = vlm.best_device()
-        options = {"features": FEATURES, "regions": REGIONS, "chat_template": CHAT_TEMPLATE}
+        options: dict[str, Any] = {"features": FEATURES, "regions": REGIONS, "chat_template": CHAT_TEMPLATE}
         model = connect(**options, dtype=_weights(device), seed=seed)
         model.to(device)
     share = 0.02 if quick else 1.0

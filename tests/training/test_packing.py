@@ -5,10 +5,10 @@ from typing import Any
 
 import helpers
 import pytest
-import tiny
 import torch
 
 import chiasm
+import tiny
 from chiasm.data.collation import Item, collate, load_pixels
 from chiasm.data.packing import collate_packed, fill_sequences
 from chiasm.training.log import read_log

@@ -70,7 +70,7 @@ def _is_locked(run: Path) -> bool:
 
 def _info(run: Path, log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     start = next((event for event in log if event["event"] == "start"), {})
-    plan = next((event for event in reversed(log) if event["event"] == "plan" and "table" in event), {"table": []})
+    plan: Any = next((event for event in reversed(log) if event["event"] == "plan" and "table" in event), {"table": []})
     parameters: dict[str, int] = {}
     for row in plan["table"]:
         parameters[row["part"]] = parameters.get(row["part"], 0) + row["parameters"]

@@ -30,7 +30,7 @@ def language_table(text_config: PreTrainedConfig, decoder: str, head: str) -> di
         language = AutoModelForCausalLM.from_config(text_config)
     output = language.get_output_embeddings()
     path = next(name for name, module in language.named_modules() if module is output)
-    inner = {decoder: f"language.{language.base_model_prefix}", head: f"language.{path}"}
+    inner: dict[str, str | None] = {decoder: f"language.{language.base_model_prefix}", head: f"language.{path}"}
     return inner | {"language_model.model": inner[decoder], "language_model.lm_head": inner[head]}
 
 

@@ -3,6 +3,7 @@
 What faiss built is kept beside the segments, so it is trained once; rows that came later are added to it.
 """
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -56,8 +57,7 @@ class FaissSearch:
         Args:
             keep: rows that may be found.
         """
-        import faiss
-
+        faiss: Any = importlib.import_module("faiss")
         allowed = (self.live if keep is None else self.live & keep).numpy().repeat(self.state.shape[0])
         selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
         share = max(allowed.mean(), 1e-9)

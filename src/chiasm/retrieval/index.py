@@ -158,7 +158,7 @@ class Index(ABC):
                         continue
                     kind = _kind(record, known)
                     getattr(report, kind.report).append(record["id"])
-                    if kind.encode:
+                    if kind.encode and not isinstance(item, SampleError):
                         new.append((record, item.image.load() if image is None else image))
                     elif kind.store:
                         old.append(record)

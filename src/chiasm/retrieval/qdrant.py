@@ -33,7 +33,7 @@ class QdrantIndex(Index):
         self.client, self.collection = (client, _address(location)[1]) if client else _connect(location)
         if not self.client.collection_exists(self.collection):
             raise FileNotFoundError(f"{location} holds no collection {self.collection!r}; make it with chiasm index")
-        self._model = (self.client.get_collection(self.collection).config.metadata or {}).get("chiasm")
+        self._model: Any = (self.client.get_collection(self.collection).config.metadata or {}).get("chiasm")
         if self._model is None:
             raise ValueError(f"collection {self.collection!r} was not made by Chiasm; choose another name")
         super().__init__(location, encoder)
@@ -150,7 +150,8 @@ def _filter(asked: list[Where]) -> Any:
 
     if not asked:
         return None
-    must, must_not = [], []
+    must: list[Any] = []
+    must_not: list[Any] = []
     for one in asked:
         key = f"metadata.{one.key}"
         if one.operator in RANGES:

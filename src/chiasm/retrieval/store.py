@@ -59,7 +59,7 @@ class Snapshot:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], verify: bool) -> None:
         self.manifest = manifest
-        self.shape: tuple[int, int] = tuple(manifest["shape"] or (1, 0))  # type: ignore[assignment]
+        self.shape: tuple[int, int] = tuple(manifest["shape"] or (1, 0))
         self.records = Records()
         self.parts: list[np.ndarray] = []
         gone: list[int] = []

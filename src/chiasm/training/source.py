@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import compress
+from typing import Any
 
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class Survey:
         return self._kept([describes(samples[index]) == captions for index in self.usable])
 
     def _kept(self, keep: list[bool]) -> "Survey":
-        columns = {name: list(compress(getattr(self, name), keep)) for name in ("usable", "lengths", "pictures")}
+        columns: dict[str, Any] = {name: list(compress(getattr(self, name), keep)) for name in ("usable", "lengths", "pictures")}
         return replace(self, **columns)
 
 

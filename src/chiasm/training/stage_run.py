@@ -60,7 +60,7 @@ class StageRun:
             survey = survey.of_kind(context.samples, captions=stage.data == "captions")
         self.order = Order(survey.usable, survey.lengths if stage.group_by_length else None, stage, number)
         if not survey.usable:
-            what = ("captions" if stage.reads_captions else "questions") if stage.data == "all" else stage.data
+            what: str = ("captions" if stage.reads_captions else "questions") if stage.data == "all" else stage.data
             what = "pictures" if stage.reads_pictures else what
             count = " of one picture each" if stage.shows_one_picture else ""
             raise ValueError(f"stage {stage.name!r} reads {what}{count}, and the data has no such sample")

@@ -1,4 +1,4 @@
-"""The objective `reconstruction`: an image tokenizer learns to give pictures back, and is judged by PSNR and its codes."""
+"""The objective `reconstruction`: an image tokenizer learns to give pictures back; PSNR and its codes tell how well."""
 
 import math
 from collections.abc import Sequence
@@ -27,6 +27,9 @@ class TokenizerModel(StageModel):
     def collate(self, items: Sequence[Item]) -> Batch:
         pictures = torch.cat([item.pictures for item in items if item.pictures is not None])
         return Batch({"pixel_values": pictures}, [item.id for item in items], len(pictures), len(pictures))
+
+    def filler(self) -> Batch:
+        return Batch({"pixel_values": torch.zeros(0, 3, *self.model.vision.image_size)}, [], 0, 0)
 
     def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
         """Squared and absolute error, half and half: the one is what PSNR measures, the other keeps edges."""

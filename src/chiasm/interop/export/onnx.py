@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         self.takes_positions = accepts(language, "position_ids")
         config = language.config
         self.kinds = sorted(set(getattr(config, "layer_types", None) or []))
-        self.window = getattr(config, "sliding_window", None)
+        self.window: Any = getattr(config, "sliding_window", None)
 
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]

@@ -90,7 +90,7 @@ def _told(config: ChiasmConfig) -> dict[str, Any]:
 
 def tied(model: FusionModel) -> bool:
     """Whether the head is the embedding table in transformers too, which ties tables of this name only."""
-    table = model.get_input_embeddings().weight  # type: ignore[union-attr]
+    table = model.get_input_embeddings().weight
     names = [name for name, parameter in model.named_parameters() if parameter is table]
     return model.config.tie_word_embeddings and names[0].endswith(".embed_tokens.weight")
 
