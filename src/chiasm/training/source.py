@@ -45,7 +45,8 @@ class Survey:
         return self._kept([describes(samples[index]) == captions for index in self.usable])
 
     def _kept(self, keep: list[bool]) -> "Survey":
-        columns: dict[str, Any] = {name: list(compress(getattr(self, name), keep)) for name in ("usable", "lengths", "pictures")}
+        names = ("usable", "lengths", "pictures")
+        columns: dict[str, Any] = {name: list(compress(getattr(self, name), keep)) for name in names}
         return replace(self, **columns)
 
 
