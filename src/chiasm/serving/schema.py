@@ -23,6 +23,14 @@ Ignored = Any
 """A field of OpenAI's that tells the service about the caller and does not change the answer."""
 
 
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 2.0 is a whole one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
 class ImageUrl(Strict):
     url: str = Field(min_length=1, description="data:image/...;base64,... or, where the server allows it, http(s)")
     detail: Literal["auto", "low", "high"] | None = None
@@ -89,18 +97,18 @@ class ChatRequest(Strict):
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: Whole | None = Field(None, ge=1)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=2**31)
+    top_k: Whole | None = Field(None, ge=0, le=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    n: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: Whole | None = Field(None, ge=1)
+    seed: Whole | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -177,11 +185,13 @@ class ChatCompletion(BaseModel):
 
 
 EmbeddingInput = Annotated[
-    Annotated[str, Tag("#text")] | Annotated[Part, Tag("#part")] | Annotated[list[int], Tag("#tokens")],
+    Annotated[str, Tag("#text")] | Annotated[Part, Tag("#part")] | Annotated[list[Whole], Tag("#tokens")],
     _shape((str, "#text"), (dict, "#part"), (list, "#tokens")),
 ]
 EmbeddingInputs = Annotated[
-    Annotated[str, Tag("#text")] | Annotated[Part, Tag("#part")] | Annotated[list[EmbeddingInput | int], Tag("#list")],
+    Annotated[str, Tag("#text")]
+    | Annotated[Part, Tag("#part")]
+    | Annotated[list[EmbeddingInput | Whole], Tag("#list")],
     _shape((str, "#text"), (dict, "#part"), (list, "#list")),
 ]
 
@@ -192,7 +202,7 @@ class EmbeddingRequest(Strict):
     model: str
     input: EmbeddingInputs
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = Field(None, ge=1)
+    dimensions: Whole | None = Field(None, ge=1)
     user: Ignored = None
 
 
@@ -237,7 +247,7 @@ class AttentionRequest(Strict):
 
     model: str
     messages: list[ChatMessage] = Field(min_length=2, max_length=1024)
-    image: int = Field(-1, description="which of the conversation's pictures; by default the last")
+    image: Whole = Field(-1, description="which of the conversation's pictures; by default the last")
 
 
 class Word(BaseModel):

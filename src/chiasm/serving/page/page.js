@@ -54,7 +54,9 @@ async function answer(row, place, content) {
   row.append(card);
   scroll(true);
   const begun = performance.now();
-  let said = "", usage = null, reason = null;
+  let said = "", usage = null, reason = null, drawn = 0;
+  const finish = () => { drawn = 0; if (text.textContent !== said) text.textContent = said; scroll(); };
+  const paint = () => { drawn ||= requestAnimationFrame(finish); };   // a frame is enough, however fast words come
   const options = { temperature: number("temperature", 0), max_tokens: number("length", 256) };
   try {
     for await (const chunk of ask({ model, messages, ...options }, key(), state.stop.signal)) {
@@ -62,8 +64,7 @@ async function answer(row, place, content) {
       said += choice?.delta.content ?? "";
       reason = choice?.finish_reason ?? reason;
       usage = chunk.usage ?? usage;
-      text.textContent = said;
-      scroll();
+      paint();
     }
     const parts = [word("tokens", { count: usage?.completion_tokens ?? "?", seconds: ((performance.now() - begun) / 1000).toFixed(1) })];
     if (reason === "length") parts.push(word("cut"));
@@ -73,6 +74,8 @@ async function answer(row, place, content) {
     if (error.name === "AbortError") note.textContent = word("stopped");
     else complain(note, error);
   }
+  cancelAnimationFrame(drawn);
+  finish();
   card.setAttribute("aria-busy", "false");
   if (said.trim()) {
     messages.push({ role: "assistant", content: said });
