@@ -13,9 +13,12 @@ from transformers import (
     Qwen3Config,
 )
 
+import chiasm
 import tiny
+from chiasm import sources
 from chiasm.fusion.unified_decoder import UnifiedDecoderConfig
 from chiasm.fusion.unified_start import decoder_from, new_decoder
+from chiasm.language.adapter import load_language
 
 SIZES: dict[str, Any] = {
     "vocab_size": 53,
@@ -99,3 +102,14 @@ def test_norms_bound_what_attention_compares(options: dict[str, str]) -> None:
 def test_unknown_words_are_refused() -> None:
     with pytest.raises(ValueError, match="qk_norm 'l2' is unknown; choose one of none, rms, layer"):
         UnifiedDecoderConfig(qk_norm="l2")
+
+
+@pytest.mark.weights
+def test_smollm2_is_a_unified_transformer() -> None:
+    vlm = chiasm.connect(language="smollm2-135m-instruct", fusion="unified", positions="mrope", dtype=torch.float32)
+    language = load_language(str(sources.pull("smollm2-135m-instruct")), dtype=torch.float32)
+    tokens = vlm.processor.tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        ours, theirs = vlm.model(**tokens).logits, language(**tokens).logits
+    torch.testing.assert_close(ours[..., : theirs.shape[-1]], theirs, rtol=1e-4, atol=1e-4)
+    assert "Paris" in vlm.chat(None, "What is the capital of France?", max_new_tokens=12)
