@@ -43,7 +43,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, "locale": "en-GB", **options})
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         page.on("request", lambda request: wrong.append(request.url) if not _own(request.url, address) else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda line: wrong.append(line.text) if "Content Security" in line.text else None)
@@ -72,7 +72,8 @@ def shoot(page: Any, name: str) -> None:
         page.screenshot(path=f"{SHOTS}/{name}.png")
 
 
-def ask(page: Any, text: str, picture: Path | None = None) -> None:
+def ask(page: Any, text: str, picture: Path | None = None, length: int = 24) -> None:
+    page.evaluate(f"document.getElementById('length').value = {length}")
     if picture is not None:
         page.set_input_files("#file", picture)
         page.wait_for_selector("#pictures img")
@@ -90,7 +91,6 @@ def test_a_question_its_answer_and_where_it_looked(
 ) -> None:
     page = visit(address())
     shoot(page, "fresh")
-    page.evaluate("document.getElementById('length').value = 24")
     ask(page, "What is it?", picture)
     (text,) = answered(page, 1)
     assert text.strip()
@@ -130,6 +130,7 @@ def test_a_phone_in_korean(
     page = visit(address(chat_model("mlp"), chat_model("q-former")), locale="ko-KR", color_scheme="dark", **PHONE)
     assert page.inner_text("#empty h2") == "사진에 대해 물어보세요" and page.get_attribute("html", "lang") == "ko"
     shoot(page, "phone-fresh")
+    page.evaluate("document.getElementById('length').value = 24")
     page.tap("#compare")
     page.set_input_files("#file", picture)
     page.wait_for_selector("#pictures img")
@@ -180,8 +181,7 @@ def test_dropping_stopping_and_removing(address: Callable[..., str], visit: Call
     assert size == [2048, 614]
     page.click("#pictures button")
     assert page.locator("#pictures img").count() == 0
-    page.evaluate("document.getElementById('length').value = 4000")
-    ask(page, "Count")
+    ask(page, "Count", length=4000)
     playwright.expect(page.locator(".answer .text")).to_contain_text("aaaaa")
     page.click("#stop")
     answered(page, 1)
