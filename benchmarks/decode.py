@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -24,7 +25,10 @@ from chiasm.data.chat import user_message
 from chiasm.generation.decode import Decoding, generate
 from chiasm.generation.engine import Engine, Ticket
 from chiasm.generation.lean import lean_model
+from chiasm.generation.native.build import library
+from chiasm.generation.native.step import NativeStep
 from chiasm.generation.packed import WEIGHTS, pack
+from chiasm.generation.slots import CacheShape, Slots
 from chiasm.language.adapter import load_language, load_tokenizer
 from chiasm.sources.aliases import ALIASES, SMOLLM2
 from chiasm.sources.fetch import download, unpack
@@ -178,15 +182,49 @@ def gguf(folder: Path) -> str:
     return str(folder / SMOLLM2)
 
 
-def bandwidth() -> float:
+def bandwidth(clock: Callable[[], float] = time.perf_counter) -> float:
     """Bytes per second at which the cores read memory: the sum of a tensor that fits no cache."""
     numbers = torch.ones(1 << 27)
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        numbers.sum()
-        times.append(time.perf_counter() - started)
-    return numbers.numel() * 4 / min(times)
+    return numbers.numel() * 4 / min(_seconds(numbers.sum, 5, clock))
+
+
+def _seconds(run: Callable[[], Any], times: int, clock: Callable[[], float]) -> list[float]:
+    found = []
+    for _ in range(times):
+        started = clock()
+        run()
+        found.append(clock() - started)
+    return found
+
+
+@torch.no_grad()
+def steps(length: int = 80) -> None:
+    """The processor's time for a token on this thread: `generate`, and the compiled step for one request and eight."""
+    model, clock, limit = language(), time.thread_time, bandwidth(time.thread_time)
+    ids = torch.randint(100, 40000, (1, length))
+    whole = partial(model.generate, ids, do_sample=False)
+    short, long = (min(_seconds(partial(whole, max_new_tokens=n, min_new_tokens=n), 2, clock)) for n in (1, 9))
+    peer = (long - short) / 8
+    print(f"memory is read at {limit / 1e9:.1f} GB/s; transformers.generate takes {peer * 1e3:.1f} ms a token\n")
+    _table("weights", "one request, ms", "times", "of the bandwidth limit", "a token of eight, ms", "times")
+    for weights in WEIGHTS:
+        lean, compiled = lean_model(model, weights), library()
+        assert lean is not None and compiled is not None, "no C++ compiler"
+        slots, step = (
+            Slots(CacheShape(len(lean.layers), lean.kv_heads, lean.head_dim), CHATS),
+            NativeStep(lean, compiled),
+        )
+        slots.take(length + 1)
+        each = []
+        for rows in (1, CHATS):
+            hidden, places = torch.randn(rows, lean.norm.shape[0]), torch.full((rows,), length)
+            run = partial(step.run, slots, 0, len(lean.layers), hidden, torch.arange(rows), places, rows)
+            each.append(min(_seconds(run, 8, clock)) / rows)
+        one, many = each
+        share = lean.bytes / limit / one
+        print(
+            f"| {weights} | {one * 1e3:.1f} | {peer / one:.1f} | {share:.0%} | {many * 1e3:.1f} | {peer / many:.1f} |"
+        )
 
 
 @torch.no_grad()
@@ -269,9 +307,13 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS))
     parser.add_argument("--perplexity", type=int, metavar="WINDOWS", help="measure that instead, of so many windows")
     parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor, where others use it too")
+    parser.add_argument("--steps", action="store_true", help="measure that instead, in a minute and on one thread")
     parser.add_argument("--gguf", help="the alias's file, where it is already there")
     options = parser.parse_args()
     print(machine(options.threads))
+    if options.steps:
+        steps()
+        return
     if options.perplexity:
         for alias in (ALIAS, "gemma3-270m"):
             print(alias, {name: round(value, 3) for name, value in perplexities(alias, options.perplexity).items()})
