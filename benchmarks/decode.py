@@ -6,11 +6,13 @@ llama.cpp comes from the package xllamacpp and reads the same weights as they we
 """
 
 import argparse
+import importlib.util
 import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -23,7 +25,10 @@ from chiasm.data.chat import user_message
 from chiasm.generation.decode import Decoding, generate
 from chiasm.generation.engine import Engine, Ticket
 from chiasm.generation.lean import lean_model
+from chiasm.generation.native.build import library
+from chiasm.generation.native.step import NativeStep
 from chiasm.generation.packed import WEIGHTS, pack
+from chiasm.generation.slots import CacheShape, Slots
 from chiasm.language.adapter import load_language, load_tokenizer
 from chiasm.sources.aliases import ALIASES, SMOLLM2
 from chiasm.sources.fetch import download, unpack
@@ -63,8 +68,8 @@ def asked(question: str, images: int) -> list[dict[str, Any]]:
 class Transformers:
     """`vlm.generate`, which is `transformers.generate` on the model as it is."""
 
-    def __init__(self) -> None:
-        self.vlm = endless(model())
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.vlm, self.clock = endless(model()), clock
 
     def story(self, tokens: int) -> float:
         """Seconds for a token, from the difference of a long answer and one token."""
@@ -77,36 +82,36 @@ class Transformers:
         return sum(self._generate(QUESTIONS[n % 3], [picture(seed + n)], tokens) for n in range(CHATS))
 
     def _generate(self, question: str, images: list[Any], tokens: int) -> float:
-        started = time.perf_counter()
+        started = self.clock()
         decoding = Decoding(max_new_tokens=tokens)
         generate(self.vlm.model, self.vlm.processor, [asked(question, len(images))], [images], decoding)
-        return time.perf_counter() - started
+        return self.clock() - started
 
 
 class Ours:
     """The engine, with one kind of weights."""
 
-    def __init__(self, weights: str) -> None:
-        vlm = endless(model())
+    def __init__(self, weights: str, clock: Callable[[], float]) -> None:
+        vlm, self.clock = endless(model()), clock
         self.engine = Engine(vlm.model, vlm.processor, max_batch=CHATS, weights=weights)
 
     def story(self, tokens: int) -> float:
         ticket, times = self._submit(STORY, [], tokens + 1), []
         for _ in ticket:
-            times.append(time.perf_counter())
+            times.append(self.clock())
         return times[-1] - times[0]
 
     def first_token(self, seed: int, number: int) -> float:
-        started = time.perf_counter()
+        started = self.clock()
         list(self._submit(QUESTIONS[number], [picture(seed)], 1))
-        return time.perf_counter() - started
+        return self.clock() - started
 
     def chats(self, seed: int, tokens: int) -> float:
-        started = time.perf_counter()
+        started = self.clock()
         tickets = [self._submit(QUESTIONS[n % 3], [picture(seed + n)], tokens) for n in range(CHATS)]
         for ticket in tickets:
             list(ticket)
-        return time.perf_counter() - started
+        return self.clock() - started
 
     def _submit(self, question: str, images: list[Any], tokens: int) -> Ticket:
         return self.engine.submit(asked(question, len(images)), images, Decoding(max_new_tokens=tokens))
@@ -115,17 +120,22 @@ class Ours:
 class LlamaCpp:
     """xllamacpp's server object, called in the process; text alone."""
 
-    def __init__(self, file: str, threads: int) -> None:
+    def __init__(self, file: str, threads: int, clock: Callable[[], float]) -> None:
         import xllamacpp
 
-        settings = xllamacpp.CommonParams()
+        self.clock, settings = clock, xllamacpp.CommonParams()
         settings.model.path, settings.n_ctx, settings.n_parallel, settings.verbosity = file, 1024, 1, -1
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
         self.server = xllamacpp.Server(settings)
 
     def story(self, tokens: int) -> float:
+        return self._complete(tokens + 1) - self._complete(1)
+
+    def _complete(self, tokens: int) -> float:
+        started = self.clock()
         request = {"prompt": STORY, "n_predict": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-        return self.server.handle_completions(request)["timings"]["predicted_ms"] / 1000
+        self.server.handle_completions(request)
+        return self.clock() - started
 
 
 def side(gate: Gate, make: Callable[[], Any], tokens: int, parts: Sequence[str]) -> None:
@@ -151,16 +161,16 @@ def side(gate: Gate, make: Callable[[], Any], tokens: int, parts: Sequence[str])
         gate.done(seconds=sum(told.values()), **told)
 
 
-def transformers_side(gate: Gate, tokens: int, parts: Sequence[str]) -> None:
-    side(gate, Transformers, tokens, parts)
+def transformers_side(gate: Gate, clock: str, *rest: Any) -> None:
+    side(gate, lambda: Transformers(getattr(time, clock)), *rest)
 
 
-def our_side(gate: Gate, weights: str, tokens: int, parts: Sequence[str]) -> None:
-    side(gate, lambda: Ours(weights), tokens, parts)
+def our_side(gate: Gate, weights: str, clock: str, *rest: Any) -> None:
+    side(gate, lambda: Ours(weights, getattr(time, clock)), *rest)
 
 
-def llama_cpp_side(gate: Gate, file: str, threads: int, tokens: int, parts: Sequence[str]) -> None:
-    side(gate, lambda: LlamaCpp(file, threads), tokens, parts)
+def llama_cpp_side(gate: Gate, file: str, threads: int, clock: str, *rest: Any) -> None:
+    side(gate, lambda: LlamaCpp(file, threads, getattr(time, clock)), *rest)
 
 
 def gguf(folder: Path) -> str:
@@ -172,15 +182,49 @@ def gguf(folder: Path) -> str:
     return str(folder / SMOLLM2)
 
 
-def bandwidth() -> float:
+def bandwidth(clock: Callable[[], float] = time.perf_counter) -> float:
     """Bytes per second at which the cores read memory: the sum of a tensor that fits no cache."""
     numbers = torch.ones(1 << 27)
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        numbers.sum()
-        times.append(time.perf_counter() - started)
-    return numbers.numel() * 4 / min(times)
+    return numbers.numel() * 4 / min(_seconds(numbers.sum, 5, clock))
+
+
+def _seconds(run: Callable[[], Any], times: int, clock: Callable[[], float]) -> list[float]:
+    found = []
+    for _ in range(times):
+        started = clock()
+        run()
+        found.append(clock() - started)
+    return found
+
+
+@torch.no_grad()
+def steps(length: int = 80) -> None:
+    """The processor's time for a token on this thread: `generate`, and the compiled step for one request and eight."""
+    model, clock, limit = language(), time.thread_time, bandwidth(time.thread_time)
+    ids = torch.randint(100, 40000, (1, length))
+    whole = partial(model.generate, ids, do_sample=False)
+    short, long = (min(_seconds(partial(whole, max_new_tokens=n, min_new_tokens=n), 2, clock)) for n in (1, 9))
+    peer = (long - short) / 8
+    print(f"memory is read at {limit / 1e9:.1f} GB/s; transformers.generate takes {peer * 1e3:.1f} ms a token\n")
+    _table("weights", "one request, ms", "times", "of the bandwidth limit", "a token of eight, ms", "times")
+    for weights in WEIGHTS:
+        lean, compiled = lean_model(model, weights), library()
+        assert lean is not None and compiled is not None, "no C++ compiler"
+        slots, step = (
+            Slots(CacheShape(len(lean.layers), lean.kv_heads, lean.head_dim), CHATS),
+            NativeStep(lean, compiled),
+        )
+        slots.take(length + 1)
+        each = []
+        for rows in (1, CHATS):
+            hidden, places = torch.randn(rows, lean.norm.shape[0]), torch.full((rows,), length)
+            run = partial(step.run, slots, 0, len(lean.layers), hidden, torch.arange(rows), places, rows)
+            each.append(min(_seconds(run, 8, clock)) / rows)
+        one, many = each
+        share = lean.bytes / limit / one
+        print(
+            f"| {weights} | {one * 1e3:.1f} | {peer / one:.1f} | {share:.0%} | {many * 1e3:.1f} | {peer / many:.1f} |"
+        )
 
 
 @torch.no_grad()
@@ -229,10 +273,14 @@ def report(blocks: dict[str, list[Block]]) -> None:
     print()
     _table("side", "first token, ms", "second question, ms", "times", "8 chats, tokens/s", "times one by one")
     for name, found in blocks.items():
-        if "again" in found[0].result and "chats" in found[0].result:
-            fresh, again, chat = (_median(found, part) for part in ("fresh", "again", "chats"))
-            times, rate = (_ratio(found, blocks["transformers"], part) for part in ("again", "chats"))
-            print(f"| {name} | {fresh * 1e3:.0f} | {again * 1e3:.0f} | {times:.1f} | {1 / chat:.1f} | {rate:.1f} |")
+        peer, told = blocks["transformers"], found[0].result
+        if "again" in told:
+            times = [f"{_median(found, part) * 1e3:.0f}" for part in ("fresh", "again")]
+            print(f"| {name} | {' | '.join(times)} | {_ratio(found, peer, 'again'):.1f}", end=" | ")
+            chats = (
+                [f"{1 / _median(found, 'chats'):.1f}", f"{_ratio(found, peer, 'chats'):.1f}"] if "chats" in told else []
+            )
+            print(f"{' | '.join(chats or ['–', '–'])} |")
 
 
 def _table(*columns: str) -> None:
@@ -258,26 +306,28 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["story", "first", "chats"])
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS))
     parser.add_argument("--perplexity", type=int, metavar="WINDOWS", help="measure that instead, of so many windows")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor, where others use it too")
+    parser.add_argument("--steps", action="store_true", help="measure that instead, in a minute and on one thread")
     parser.add_argument("--gguf", help="the alias's file, where it is already there")
     options = parser.parse_args()
     print(machine(options.threads))
+    if options.steps:
+        steps()
+        return
     if options.perplexity:
         for alias in (ALIAS, "gemma3-270m"):
             print(alias, {name: round(value, 3) for name, value in perplexities(alias, options.perplexity).items()})
         return
     with tempfile.TemporaryDirectory() as folder:
         file = options.gguf or gguf(Path(folder))
-        workers = {"transformers": Worker(transformers_side, options.tokens, options.parts, threads=options.threads)}
+        rest = ("process_time" if options.cpu_time else "perf_counter", options.tokens, options.parts)
+        workers = {"transformers": Worker(transformers_side, *rest, threads=options.threads)}
         for weights in options.weights:
-            workers[f"Chiasm {weights}"] = Worker(
-                our_side, weights, options.tokens, options.parts, threads=options.threads
-            )
-        try:
-            import xllamacpp  # noqa: F401
-
-            arguments = (file, options.threads, options.tokens, options.parts)
+            workers[f"Chiasm {weights}"] = Worker(our_side, weights, *rest, threads=options.threads)
+        if importlib.util.find_spec("xllamacpp"):
+            arguments = (file, options.threads, *rest)
             workers["llama.cpp Q4_1"] = Worker(llama_cpp_side, *arguments, threads=options.threads)
-        except ImportError:
+        else:
             print("xllamacpp is not installed, so llama.cpp is left out")
         blocks = in_turns(workers, options.rounds)
         for worker in workers.values():
