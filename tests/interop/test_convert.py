@@ -12,7 +12,7 @@ import test_internvl
 import test_llava
 import test_paligemma
 import torch
-from transformers import AutoModelForImageTextToText, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, pipeline
 
 import chiasm
 import tiny
@@ -56,7 +56,6 @@ CONNECTED: dict[str, dict[str, Any]] = {
     "no bias": {"connector": {"name": "linear", "bias": False}, "language": "gemma3"},
     "gpt2": {"connector": {"name": "mlp", "bias": False}, "language": "gpt2"},
     "padded": {"connector": "mlp", "resize_mode": "pad"},
-    "dinov2": {"vision": "dinov2", "connector": "mlp", "features": {"layers": [-2]}},
 }
 
 
@@ -108,10 +107,12 @@ def test_the_pipeline_answers_as_chat_does(tmp_path: Path) -> None:
 def test_a_prefix_model_becomes_paligemma(tmp_path: Path) -> None:
     from chiasm.interop.paligemma import TEMPLATE
 
-    vlm = connected("siglip", connector="linear", attention="prefix", chat_template=TEMPLATE)
+    gemma = AutoModelForCausalLM.from_config(test_paligemma.LANGUAGES["gemma"])
+    prefix = {"connector": "linear", "attention": "prefix", "tokenizer": tiny.tokenizer()}
+    vlm = chiasm.connect(tiny.vision("siglip"), gemma, chat_template=TEMPLATE, **prefix)
     done = convert(vlm.model, vlm.processor, "transformers", tmp_path)
     assert done.kind == "paligemma" and done.difference is not None and done.difference < 1e-4
-    other = connected("siglip", connector="linear", attention="prefix")
+    other = chiasm.connect(tiny.vision("siglip"), gemma, **prefix)
     with pytest.raises(ValueError, match="prompts are not PaliGemma's"):
         convert(other.model, other.processor, "transformers", tmp_path / "other")
 

@@ -2,6 +2,9 @@
 
 import base64
 import io
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,29 +46,39 @@ def model(family: str = "llama", connector: Any = "mlp", tied: bool = False, siz
     return vlm
 
 
-def llama_cpp(folder: Path) -> Any:
-    """llama.cpp's server in this process, in float32 and on one thread."""
-    xllamacpp = pytest.importorskip("xllamacpp")
-    params = xllamacpp.CommonParams()
-    params.model.path, params.mmproj.path = str(folder / "model.gguf"), str(folder / "mmproj.gguf")
-    params.n_ctx, params.n_parallel, params.n_gpu_layers = 2048, 1, 0
-    params.warmup = params.mmproj_use_gpu = params.fit_params = False
-    params.cpuparams.n_threads = 1
-    params.verbosity = 0
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    return xllamacpp.Server(params)
+LLAMA_CPP = """
+import json, sys, xllamacpp
+folder, questions, tokens = json.load(sys.stdin)
+params = xllamacpp.CommonParams()
+params.model.path, params.mmproj.path = folder + "/model.gguf", folder + "/mmproj.gguf"
+params.n_ctx, params.n_parallel, params.n_gpu_layers = 2048, 1, 0
+params.warmup = params.mmproj_use_gpu = params.fit_params = False
+params.cpuparams.n_threads, params.verbosity = 1, 0
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(params)
+asked = ({"messages": [{"role": "user", "content": c}], "max_tokens": tokens, "temperature": 0} for c in questions)
+answers = [server.handle_chat_completions(one)["choices"][0]["message"]["content"] for one in asked]
+print("ANSWERS" + json.dumps(answers), flush=True)
+"""
+"""llama.cpp's server in a process of its own, in float32 and on one thread."""
 
 
-def answer(server: Any, picture: Image.Image | None, prompt: str, tokens: int) -> str:
-    content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
-    if picture is not None:
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
-    asked = {"messages": [{"role": "user", "content": content}], "max_tokens": tokens, "temperature": 0}
-    return server.handle_chat_completions(asked)["choices"][0]["message"]["content"]
+def answers(folder: Path, pictures: list[Image.Image | None], prompt: str, tokens: int) -> list[str]:
+    pytest.importorskip("xllamacpp")
+    questions = []
+    for picture in pictures:
+        content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
+        if picture is not None:
+            file = io.BytesIO()
+            picture.save(file, "PNG")
+            url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+        questions.append(content)
+    given = json.dumps([str(folder), questions, tokens])
+    run = subprocess.run([sys.executable, "-c", LLAMA_CPP], input=given, capture_output=True, text=True, timeout=120)
+    assert "ANSWERS" in run.stdout, run.stderr[-2000:]
+    return json.loads(run.stdout.split("ANSWERS", 1)[1].splitlines()[0])
 
 
 @pytest.mark.parametrize(
@@ -80,10 +93,9 @@ def answer(server: Any, picture: Image.Image | None, prompt: str, tokens: int) -
 def test_llama_cpp_gives_the_same_text(family: str, connector: str, tied: bool, size: int, tmp_path: Path) -> None:
     vlm = model(family, connector, tied, size)
     convert(vlm.model, vlm.processor, "gguf", tmp_path)
-    server = llama_cpp(tmp_path)
-    for picture in (None, tiny.picture(3).resize((size, size)), tiny.picture(5).resize((size, size))):
-        expected = vlm.chat(picture, "What is it?", max_new_tokens=8)
-        assert answer(server, picture, "What is it?", 8) == expected
+    pictures = [None, tiny.picture(3).resize((size, size)), tiny.picture(5).resize((size, size))]
+    expected = [vlm.chat(picture, "What is it?", max_new_tokens=8) for picture in pictures]
+    assert answers(tmp_path, pictures, "What is it?", 8) == expected
 
 
 @pytest.mark.parametrize(("quantize", "kind"), [("q8_0", "Q8_0"), ("q4_0", "Q4_0"), ("f16", "F16")])
@@ -92,7 +104,7 @@ def test_matrices_are_quantised_on_request(quantize: str, kind: str, tmp_path: P
     convert(vlm.model, vlm.processor, "gguf", tmp_path, quantize=quantize)
     tensors = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
     assert tensors["blk.0.attn_q.weight"] == kind and tensors["blk.0.attn_norm.weight"] == "F32"
-    assert isinstance(answer(llama_cpp(tmp_path), None, "Hello", 2), str)
+    assert len(answers(tmp_path, [None], "Hello", 2)) == 1
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,12 @@ def export_paligemma(model: FusionModel, processor: ChiasmProcessor | None) -> E
         f"PaliGemma has a SigLIP encoder, this model one of type {model.config.vision_config.model_type!r}",
         "connect a siglip_vision_model",
     )
+    text = model.config.text_config
+    require(
+        hasattr(text, "use_bidirectional_attention"),
+        f"PaliGemma has a Gemma, this language model is of type {text.model_type!r}",
+        "connect a gemma, gemma2 or gemma3_text",
+    )
     width = model.connector.language_width
     config = PaliGemmaConfig(
         vision_config=model.config.vision_config.to_dict(),
