@@ -63,7 +63,7 @@ class Replicated(Engine):
 
     def __init__(self, learner: StageModel) -> None:
         super().__init__(learner)
-        self.ddp = DistributedDataParallel(_Losses(learner), broadcast_buffers=False, find_unused_parameters=True)
+        self.ddp = DistributedDataParallel(_Losses(learner), find_unused_parameters=True)
 
     def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
         return self.ddp(inputs, num_samples, num_tokens)
