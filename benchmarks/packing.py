@@ -23,7 +23,7 @@ from chiasm.training.attention import fast_attention
 from chiasm.training.precision import autocast, choose_dtype, stage_precision
 from chiasm.vision.image_processor import ChiasmImageProcessor
 
-PICTURE, WIDTH, VOCABULARY, BATCH, BATCHES = 49, 768, 49152, 16, 4
+PICTURE, WIDTH, VOCABULARY, BATCH, BATCHES = 49, 768, 49152, 16, 2
 
 
 def build(layers: int) -> chiasm.VLM:
@@ -59,7 +59,7 @@ def build_items(image_token: int, num_patches: int) -> list[Item]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=4)
     options = parser.parse_args()
     vlm = build(options.layers)
     model, processor = vlm.model, vlm.processor

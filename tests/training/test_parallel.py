@@ -38,7 +38,8 @@ def recipe(parts: dict[str, Any], fusion: str = "early", **settings: Any) -> dic
     """Plain gradient descent on batches of 4, of which an epoch's last has one sample for two processes."""
     parts = {**helpers.FROZEN, **parts}
     settings = {"steps": 4, "accumulate": 2, "validation": {"samples": 4}, "optimizer": "sgd"} | settings
-    return helpers.with_blocks({"stages": [helpers.stage(parts=parts, **settings)]}, fusion)
+    stages = [helpers.stage(parts=parts, **settings)]
+    return helpers.with_blocks({"stages": stages, "forgetting": {"text": False, "pictures": 0}}, fusion)
 
 
 def compare(one: Path, other: Path, tolerance: float = 1e-6) -> None:
@@ -200,7 +201,10 @@ def test_torchrun_on_the_command_line(tmp_path: Path) -> None:
     lines = []
     for index in range(8):
         helpers.sample(index).images[0].load().save(tmp_path / f"{index}.png")
-        said = [{"from": "human", "value": "<image>\ncolour?"}, {"from": "gpt", "value": "red" if index % 2 else "blue"}]
+        said = [
+            {"from": "human", "value": "<image>\ncolour?"},
+            {"from": "gpt", "value": "red" if index % 2 else "blue"},
+        ]
         lines.append(json.dumps({"id": str(index), "image": f"{index}.png", "conversations": said}))
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(FULL_CONNECTOR, parallel="fsdp")))

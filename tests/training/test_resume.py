@@ -92,19 +92,35 @@ def test_a_run_goes_on_bit_for_bit(
 KILLABLE = "import sys, pathlib, helpers, test_resume; helpers.run(pathlib.Path(sys.argv[1]), test_resume.RECIPE)"
 
 
+KILLS = int(os.environ.get("CHIASM_KILLS", "3"))
+"""How often the test below kills a run; 50 by hand."""
+
+
 @pytest.mark.slow
 def test_sigkill_at_random_moments(tmp_path: Path, reference: Path) -> None:
-    folder, dice = tmp_path / "run", random.Random(time.time_ns())
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    dice = random.Random(time.time_ns())
+    kills = number = 0
+    while kills < KILLS:
+        folder, number = tmp_path / f"run-{number}", number + 1
+        kills += killed_and_resumed(folder, dice, KILLS - kills)
+        assert_same(folder, reference)
+
+
+def killed_and_resumed(folder: Path, dice: random.Random, at_most: int) -> int:
+    """Starts a run again and again, kills it at any moment, and lets it end in peace after `at_most` kills.
+
+    Returns:
+        How often it was killed.
+    """
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    kills = 0
+    log, kills = folder / "log.jsonl", 0
     while True:
-        started = (folder / "log.jsonl").stat().st_size if (folder / "log.jsonl").exists() else 0
+        started = log.stat().st_size if log.exists() else 0
         process = subprocess.Popen(
             [sys.executable, "-c", KILLABLE, str(folder)], env=environment, stderr=subprocess.PIPE
         )
-        while kills < 3 and process.poll() is None:
-            log = folder / "log.jsonl"
+        while kills < at_most and process.poll() is None:
             if log.exists() and log.stat().st_size != started:
                 time.sleep(dice.uniform(0, 0.6))
                 process.send_signal(signal.SIGKILL)
@@ -112,11 +128,9 @@ def test_sigkill_at_random_moments(tmp_path: Path, reference: Path) -> None:
             time.sleep(0.005)
         _, error = process.communicate(timeout=120)
         if process.returncode == 0:
-            break
+            return kills
         assert process.returncode == -signal.SIGKILL, error.decode()
         kills += 1
-    assert kills > 0
-    assert_same(folder, reference)
 
 
 def test_the_newest_checkpoint_may_be_torn(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:

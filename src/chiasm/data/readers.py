@@ -9,6 +9,7 @@ from typing import Any
 from chiasm.data import containers
 from chiasm.data.emoji_names import EmojiNames
 from chiasm.data.emoji_scenes import EmojiScenes
+from chiasm.data.merging import MergedQuestions
 from chiasm.data.rows import id_of, sample_of
 from chiasm.data.schema import MAX_PIXELS, ImageRef, Sample, Samples
 from chiasm.data.splits import SPLITS, Subset, hold_out, ids_of, stable_fraction
@@ -33,6 +34,7 @@ def read(source: Any, split: str | None = None, **options: Any) -> Samples:
         split: the split to read; None reads everything.
         image_root: folder of the pictures; else the folder of the file, then its `images` subfolder.
         max_pixels: a larger picture is an error when it is loaded.
+        merge_questions: so many questions about one picture, at most, become one conversation.
         answered: False also takes conversations that end with a question.
         fraction, at_most, seed: of the hold-out (see `hold_out`).
         others: `emoji-scenes` takes the arguments of `EmojiScenes`.
@@ -58,9 +60,11 @@ def read(source: Any, split: str | None = None, **options: Any) -> Samples:
         except RecursionError:
             raise ValueError(f"{source}: the mixture contains itself; remove that entry") from None
     rows, split = containers.open_source(source, split, UNDERSTOOD)
+    at_most = options.pop("merge_questions", 1)
     _refuse(options, ("image_root", "max_pixels", "answered"))
-    samples = RowSamples(rows, **options)
-    return samples if split is None else _divide(samples, split, division)
+    samples: Samples = RowSamples(rows, **options)
+    samples = samples if split is None else _divide(samples, split, division)
+    return samples if at_most == 1 else MergedQuestions(samples, at_most)
 
 
 def read_train(source: Any) -> Samples:
@@ -216,6 +220,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fraction": (lambda value: type(value) is float and 0 < value < 1, "a number between 0 and 1"),
     "at_most": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
     "seed": (lambda value: type(value) is int, "a whole number"),
+    "merge_questions": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
 }
 """What an option may be, and in words."""
 

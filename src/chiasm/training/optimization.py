@@ -63,6 +63,8 @@ class Optimization:
         """
         torch.manual_seed(seed_of(self.stage.seed, self.number, step, *([self.team.rank] if self.team.rank else [])))
         check = step == self.first_step
+        if check:
+            self.engine.reshard()
         before = digests(self.engine.model) if check else {}
         counts = [[len(batch.ids), batch.supervised, batch.tokens] for batch in batches]
         totals = self.team.sums([sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0])

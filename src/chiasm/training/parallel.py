@@ -38,6 +38,9 @@ class Engine:
         """Around the forward and backward of a batch; after the `last` of its step all processes have one gradient."""
         return nullcontext()
 
+    def reshard(self) -> None:
+        """Gives back what is still whole, so that parameters are shards again, where there are any."""
+
     @property
     def asked(self) -> "Engine | StageModel":
         """Whose losses validation looks at; those of an engine need all processes at once."""
@@ -60,7 +63,7 @@ class Replicated(Engine):
 
     def __init__(self, learner: StageModel) -> None:
         super().__init__(learner)
-        self.ddp = DistributedDataParallel(_Losses(learner), broadcast_buffers=False, find_unused_parameters=True)
+        self.ddp = DistributedDataParallel(_Losses(learner), find_unused_parameters=True)
 
     def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
         return self.ddp(inputs, num_samples, num_tokens)
@@ -92,8 +95,7 @@ class Sharded(Engine):
             self.reshard()
 
     def reshard(self) -> None:
-        """Gives back what is still whole, so that parameters are the shards again: FSDP keeps the root's and those that
-        no gradient passed."""
+        """FSDP keeps the root's parameters after a forward, and those that no gradient passed."""
         for module in self.root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -76,14 +76,15 @@ class StageRun:
     def run(self) -> None:
         began = time.monotonic()
         torch.manual_seed(seed_of(self.stage.seed, self.number))
-        self.plan = enter(self.model, self.stage)
+        self.plan = self.team.all_do(lambda: enter(self.model, self.stage))
         self.log.plan(self.plan, self.first_step, self.num_steps, self.dtype)
         if self.left_out:
             need = "a picture" if self.stage.reads_pictures else "exactly one picture"
             self.log.warn(self.first_step, f"{self.left_out} samples do not have {need} and are left out")
         self._prepare_data()
         if self.resumed is None:
-            Start(self.context, self.stage, self.plan, self.model, self._source, self.features).run()
+            start = Start(self.context, self.stage, self.plan, self.model, self._source, self.features)
+            self.team.all_do(start.run)
         with ExitStack() as context:
             if self.team.size > 1 and self.stage.parallel == "fsdp":
                 context.enter_context(on_cpu(self.model))
@@ -175,7 +176,7 @@ class StageRun:
             self.features = self.features if rows is not None else None
         self.source = self._source(context.samples, rows)
         self.learner.prepare(context.samples, self.order.visited(self.num_steps), context.reporter)
-        self.validator = self._validator()
+        self.validator = self.team.all_do(self._validator)
 
     def _source(self, samples: Sequence[Sample], rows: Rows | None = None) -> Source:
         if rows is None and self.features is not None:

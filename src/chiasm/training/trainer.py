@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,34 +83,35 @@ def train(
         ValueError: the recipe, the data or the folder do not fit; one line that names the value and the fix.
         TrainingError: the loss is not finite, or a checkpoint cannot be written.
     """
-    recipe, output = load_recipe(recipe, overrides), Path(output)
-    was_training = model.training
+    output, was_training = Path(output), model.training
     had_gradients = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    require_one_size(processor, model.vision.image_size)
-    validates = any(stage.validation.samples for stage in recipe.stages)
     with processes(model.device) as team, torch.random.fork_rng():
         reporter = Reporter("auto" if team.first and not quiet else "quiet")
-        samples, held_out = _split(samples, validation_samples, validates)
-        skip_bad = any(stage.skip_bad for stage in recipe.stages)
-        found = team.all_do(lambda: survey(samples, processor.num_image_tokens, skip_bad, reporter))
-        seen = fingerprint_of(recipe, model_fingerprint(model), found.fingerprint, _processor_fingerprint(processor))
+        loaded = team.all_do(lambda: load_recipe(recipe, overrides))
+        team.all_do(lambda: require_one_size(processor, model.vision.image_size))
+        validates = any(stage.validation.samples for stage in loaded.stages)
+        kept, held_out = team.all_do(lambda: _split(samples, validation_samples, validates))
+        skip_bad = any(stage.skip_bad for stage in loaded.stages)
+        found = team.all_do(lambda: survey(kept, processor.num_image_tokens, skip_bad, reporter))
+        seen = fingerprint_of(loaded, model_fingerprint(model), found.fingerprint, _processor_fingerprint(processor))
         _require_one_mind(team, seen)
         environment = _environment(model, team)
-        with open_run(output, recipe, seen, environment, resume, reporter, team) as run:
+        with open_run(output, loaded, seen, environment, resume, reporter, team) as run:
             context = Context(
-                model, processor, samples, found, held_out, run, reporter, generate, closed_form, cache_root, team
+                model, processor, kept, found, held_out, run, reporter, generate, closed_form, cache_root, team
             )
-            if recipe.forgetting.measures and team.first:
-                shown = held_out if len(held_out) else samples
-                context.probe = ForgettingProbe(recipe.forgetting, model, processor, shown)
-            _begin(context, recipe, environment)
-            for number, stage in enumerate(recipe.stages):
+            if loaded.forgetting.measures and team.first:
+                shown = held_out if len(held_out) else kept
+                context.probe = ForgettingProbe(loaded.forgetting, model, processor, shown)
+            _begin(context, loaded, environment)
+            for number, stage in enumerate(loaded.stages):
                 if not run.is_done(stage.name):
-                    StageRun(context, number, stage, recipe.stages[:number]).run()
+                    earlier = loaded.stages[:number]
+                    team.all_do(partial(StageRun, context, number, stage, earlier)).run()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in had_gradients)
     model.train(was_training)
-    return TrainResult(output, output / MODEL, output / LOG, {s.name: output / s.name for s in recipe.stages})
+    return TrainResult(output, output / MODEL, output / LOG, {s.name: output / s.name for s in loaded.stages})
 
 
 def _begin(context: Context, recipe: Recipe, environment: dict[str, Any]) -> None:
