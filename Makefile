@@ -10,7 +10,7 @@ demo: install            ## the main job: real weights, both stages, report, abo
 	$(BIN)/chiasm demo -o demo
 
 test: install            ## every test that needs no weights
-	$(BIN)/python -m pytest -m "not weights"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not weights"
 
 test-weights: install    ## the tests on real weights, after fetching them
 	$(BIN)/chiasm pull smollm2-135m-instruct efficientnet-lite0 efficientnet-lite1 efficientnet-lite2 twemoji
