@@ -29,6 +29,10 @@ def _whole(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+TopK = Annotated[int, Field(ge=0, le=2**31), BeforeValidator(_whole)]
+TopLogprobs = Annotated[int, Field(ge=0, le=20), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole)]
 
 
 class ImageUrl(Strict):
@@ -97,18 +101,18 @@ class ChatRequest(Strict):
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
-    max_tokens: Whole | None = Field(None, ge=1)
-    max_completion_tokens: Whole | None = Field(None, ge=1)
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: Whole | None = Field(None, ge=0, le=2**31)
+    top_k: TopK | None = None
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    n: Whole | None = Field(None, ge=1)
-    seed: Whole | None = Field(None, ge=-(2**63), lt=2**63)
+    n: Count | None = None
+    seed: Seed | None = None
     stop: Stop | None = None
     logprobs: bool | None = None
-    top_logprobs: Whole | None = Field(None, ge=0, le=20)
+    top_logprobs: TopLogprobs | None = None
     response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -202,7 +206,7 @@ class EmbeddingRequest(Strict):
     model: str
     input: EmbeddingInputs
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Whole | None = Field(None, ge=1)
+    dimensions: Count | None = None
     user: Ignored = None
 
 
