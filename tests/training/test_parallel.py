@@ -76,9 +76,9 @@ class Killed(BaseException):
 
 def stop(folder: Path, settings: dict[str, Any], after: int = 3) -> None:
     """A run that ends without a word after so many steps."""
-    with patch.object(stage_run.StageRun, "_log_step", Mock(side_effect=[None] * (after - 1) + [Killed])):
-        with pytest.raises(Killed):
-            helpers.run(folder, settings, cache_root=folder.parent / "features")
+    dying = patch.object(stage_run.StageRun, "_log_step", Mock(side_effect=[None] * (after - 1) + [Killed]))
+    with dying, pytest.raises(Killed):
+        helpers.run(folder, settings, cache_root=folder.parent / "features")
 
 
 def caught(folder: Path, name: str, settings: dict[str, Any], **options: Any) -> None:
