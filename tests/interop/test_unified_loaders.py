@@ -174,6 +174,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     reference = _qwen2_vl()
     with pytest.raises(ValueError, match="sliding_window of this qwen2_vl_text model is 7"):
         reference.config.text_config.sliding_window = 7
+        reference.config.text_config.use_sliding_window = True
         _loaded(reference, tmp_path)
 
 

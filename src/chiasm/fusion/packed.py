@@ -32,6 +32,7 @@ class PackedFusionModel(PositionedModel):
         self.vision = vision or PackedTower(config.vision_config)
         self.language = language or build_language(config.text_config)
         config.vision_config, config.text_config = self.vision.config, self.language.config
+        self.token_order = None
         self.kind, _ = split_positions(config.text_config.positions)
         block = (self.vision.merge, self.vision.merge)
         width = embedding_width(self.language)

@@ -187,6 +187,14 @@ class UnifiedModel(PositionedModel):
         self.remember(fields.get("cache"), delta)
         return FusionOutput(**fields, visual_tokens=tokens)
 
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Patches are repeated one row after the other, also where a batch has them row by row (Fuyu)."""
+        if self.vision.kind == "patches" and kwargs.get("pixel_values") is not None:
+            kwargs["pixel_values"] = kwargs["pixel_values"].flatten(0, -2)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+
     def _with_codes(
         self, labels: Int[Tensor, "B S"], input_ids: Int[Tensor, "B S"] | None, codes: Int[Tensor, "images N"] | None
     ) -> Int[Tensor, "B S"]:
