@@ -1,7 +1,6 @@
 """A lean model's step in PyTorch alone, for machines without a C++ compiler.
 
-Packed weights are unpacked once: PyTorch's own kernels for int8 and int4 are slower than float32 on a processor without
-AVX-512.
+Packed weights are unpacked once: PyTorch's own kernel for int8 is slower than float32 on a processor without AVX-512.
 """
 
 import torch

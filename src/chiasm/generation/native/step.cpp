@@ -1,8 +1,7 @@
 // One step of a Llama-shaped decoder over a static KV cache: every layer and the head in one parallel region.
 //
 // Weights are float32, int8 with a scale for each 32, or int4 with a scale and a minimum for each 32. Activations meet
-// int8 and int4 weights as int16 with a scale for each 32 of their own, which costs nothing that one could see: int8
-// would, since a few activations are far larger than the rest.
+// int8 and int4 weights as int16 with a scale for each 32 of their own, so that all of the cost is in the weights.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
