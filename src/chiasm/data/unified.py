@@ -86,9 +86,9 @@ class UnifiedProcessor(ChiasmProcessor):
         made = self.image_processor([image.load() for image in images], return_tensors="pt")
         return [tuple(grid) for grid in torch.as_tensor(made["image_grid_thw"]).tolist()]
 
-    def encode(self, *args: Any, tiles: Sequence[Any] | None = None, **kwargs: Any) -> dict[str, Any]:
+    def encode(self, messages: list[Message], *args: Any, tiles: Sequence[Any] | None = None, **kwargs: Any) -> Any:
         """Also the pictures' grids, where they have their own."""
-        encoded: dict[str, Any] = super().encode(*args, tiles=tiles, **kwargs)
+        encoded: dict[str, Any] = super().encode(messages, *args, **kwargs | {"tiles": tiles})
         return encoded | ({"grids": list(tiles)} if tiles and self.grid is None else {})
 
     def pad(self, encoded: list[dict[str, Any]], side: str = "right") -> dict[str, torch.Tensor]:

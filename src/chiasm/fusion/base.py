@@ -56,6 +56,8 @@ class FusionOutput(CausalLMOutputWithPast):
 class FusionModel(PartDtypes, GenerationMixin):
     """A vision encoder, a connector and a language model; parameters are named after the parts."""
 
+    vision: Any
+    """What turns pictures into features; unified fusion has an image input of its own instead."""
     config_class = ChiasmConfig
     base_model_prefix = ""
     input_modalities = ("image", "text")

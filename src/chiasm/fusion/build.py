@@ -32,7 +32,8 @@ FUSION_MODELS: dict[str, type[FusionModel]] = {
 
 def fusion_class(config: ChiasmConfig) -> type[FusionModel]:
     """The class of a configuration's model."""
-    if config.fusion == "early" and config.vision_config.model_type in PACKED_TOWERS:
+    tower: Any = config.vision_config
+    if config.fusion == "early" and tower.model_type in PACKED_TOWERS:
         return PackedFusionModel
     if config.is_encoder_decoder and config.fusion == "early":
         return EarlySeq2SeqModel

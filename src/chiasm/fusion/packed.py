@@ -33,7 +33,7 @@ class PackedFusionModel(PositionedModel):
         self.language = language or build_language(config.text_config)
         config.vision_config, config.text_config = self.vision.config, self.language.config
         self.token_order = None
-        self.kind, _ = split_positions(config.text_config.positions)
+        self.kind, _ = split_positions(self.language.config.positions)
         block = (self.vision.merge, self.vision.merge)
         width = embedding_width(self.language)
         self.connector = build_connector(config.connector, self.vision.width, width, block, 0)

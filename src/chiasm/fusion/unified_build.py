@@ -30,7 +30,7 @@ def input_settings(wanted: str | dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name or option; the message lists the known ones.
     """
-    given = {"name": wanted} if isinstance(wanted, str) else dict(wanted)
+    given: dict[str, Any] = {"name": wanted} if isinstance(wanted, str) else dict(wanted)
     name = given.get("name")
     if name not in INPUTS:
         raise ValueError(f"image_input {name!r} is unknown; choose one of {', '.join(INPUTS)}")

@@ -67,7 +67,7 @@ def draw_codes(
     asked = [*prompts, *([None] * len(prompts) if guided else [])]
     inputs = processor(messages=[[request(words)] for words in asked])
     ids = inputs["input_ids"].to(model.device)
-    begin = torch.full((len(asked), 1), model.settings.begin_token_id, device=ids.device)
+    begin = torch.tensor([[model.settings.begin_token_id]] * len(asked), device=ids.device)
     ids, mask = (
         torch.cat([ids, begin], dim=1),
         torch.nn.functional.pad(inputs["attention_mask"].to(ids.device), (0, 1), value=1),
