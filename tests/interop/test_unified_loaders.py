@@ -97,7 +97,7 @@ def test_chameleon_without_a_code(tmp_path: Path) -> None:
     reference = _chameleon()
     reference.config.vocabulary_map.pop("IMGIMGBAZ")
     reference.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="vocabulary_map in config.json has no word for code 10 of 13"):
+    with pytest.raises(ValueError, match=r"vocabulary_map in config.json has no word for code 10 of 13"):
         chiasm.load(tmp_path)
 
 

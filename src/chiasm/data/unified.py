@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from chiasm.data.chat import Message
 from chiasm.data.pixels import tells_grids
 from chiasm.data.processor import OPTIONS, ChiasmProcessor
 from chiasm.data.schema import ImageRef
