@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chiasm.api import train
+    from chiasm.comparison.compare import compare
     from chiasm.connecting.connect import connect
     from chiasm.dual_encoder import DualEncoder
     from chiasm.vlm import VLM, load
@@ -14,12 +15,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "VLM": "chiasm.vlm",
     "DualEncoder": "chiasm.dual_encoder",
+    "compare": "chiasm.comparison.compare",
     "connect": "chiasm.connecting.connect",
     "load": "chiasm.vlm",
     "train": "chiasm.api",
 }
 
-__all__ = ["VLM", "DualEncoder", "connect", "load", "train"]
+__all__ = ["VLM", "DualEncoder", "compare", "connect", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from rich.markup import escape
 from chiasm import api, sources, vlm
 from chiasm.comparison.cost import cost
 from chiasm.connecting.connect import DEFAULT_LANGUAGE, DEFAULT_VISION, connect
+from chiasm.data.chat import LEAN_TEMPLATE
 from chiasm.data.emoji_scenes import EmojiScenes
 from chiasm.data.schema import Sample
 from chiasm.evaluation.evaluate import EvalResult
@@ -31,12 +32,6 @@ FEATURES = {"layers": ["stage5", "head"], "grid": [4, 4], "reduce": "pool"}
 """16 visual tokens: enough for four corners and a middle, and three times as many pictures in the same time as 49."""
 REGIONS = (2, 2)
 """Corners by name, in front of their tokens: words for places are learned from far fewer pictures than coordinates."""
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ ' ' + message['content'] + '<|im_end|>\n' if message['role'] == 'assistant' else message['content'] + '\n' }}"
-    "{% endfor %}"
-)
-"""A question, a line break, an answer. The language model's own marks are about half of every short turn."""
 SKILLS = {"naming": 0.8, "counting": 1.0, "position": 1.2, "colour": 0.2}
 """How often each skill is asked about. Reading needs finer patches and more than minutes."""
 CAPTIONS, QUESTIONS, TESTS = 400, 3, 300
@@ -59,7 +54,7 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, console: Console 
             sources.pull(alias)
     with _phase("connect", seconds, console):
         device = vlm.best_device()
-        options: dict[str, Any] = {"features": FEATURES, "regions": REGIONS, "chat_template": CHAT_TEMPLATE}
+        options: dict[str, Any] = {"features": FEATURES, "regions": REGIONS, "chat_template": LEAN_TEMPLATE}
         model = connect(**options, dtype=_weights(device), seed=seed)
         model.to(device)
     share = 0.02 if quick else 1.0

@@ -5,12 +5,13 @@ import sys
 
 import typer
 
-from chiasm.cli import chat, connect, convert, draw, evaluate, recipe, retrieval, serve, train
+from chiasm.cli import chat, compare, connect, convert, draw, evaluate, recipe, retrieval, serve, train
 from chiasm.cli.app import app, data_app, err, one_line
 
 __all__ = [
     "app",
     "chat",
+    "compare",
     "connect",
     "convert",
     "data_app",

@@ -20,6 +20,13 @@ PLAIN_TEMPLATE = (
 )
 """For language models without a chat template of their own (GPT-2 and other base models)."""
 
+LEAN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ ' ' + message['content'] + '<|im_end|>\n' if message['role'] == 'assistant' else message['content'] + '\n' }}"
+    "{% endfor %}"
+)
+"""A question, a line break, an answer. The language model's own marks are about half of every short turn."""
+
 Message = dict[str, Any]
 
 

@@ -106,7 +106,7 @@ def picture_features(
 
 
 def knn_overlap(
-    before: Float[Tensor, "pictures D"], after: Float[Tensor, "pictures D"], neighbours: int = NEIGHBOURS
+    before: Float[Tensor, "pictures D"], after: Float[Tensor, "pictures E"], neighbours: int = NEIGHBOURS
 ) -> float:
     """Share of every picture's nearest other pictures, by cosine, that are still its nearest; 1 without a change."""
     k = min(neighbours, len(before) - 1)

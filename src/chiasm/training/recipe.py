@@ -25,7 +25,7 @@ from chiasm.training.schema import (
     Validation,
 )
 
-__all__ = ["Recipe", "RecipeError", "apply_overrides", "find_recipe", "load_recipe", "to_yaml"]
+__all__ = ["Recipe", "RecipeError", "apply_overrides", "find_recipe", "load_recipe", "read_yaml", "to_yaml"]
 
 NESTED: dict[str, type[BaseModel]] = {
     "answer_head": AnswerHeadSettings,
@@ -34,6 +34,7 @@ NESTED: dict[str, type[BaseModel]] = {
     "validation": Validation,
 }
 """Keys that hold keys of their own."""
+EXPECTED = "a recipe is a mapping with the key 'stages'"
 
 Keys = tuple[str | int, ...]
 Origins = dict[Keys, str]
@@ -56,7 +57,7 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
     if isinstance(source, dict):
         return _validate(*_override(deepcopy(source), {}, overrides), "recipe")
     path = find_recipe(source)
-    return _validate(*_override(*_read(path), overrides), str(path))
+    return _validate(*_override(*read_yaml(path, EXPECTED), overrides), str(path))
 
 
 def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -98,7 +99,8 @@ def _without_defaults(plan: dict[str, Any]) -> Any:
     return {key: value for key, value in plan.items() if plan["tune"] in ADAPTERS or key not in LORA_KEYS}
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Origins]:
+def read_yaml(path: Path, expected: str) -> tuple[dict[str, Any], Origins]:
+    """A mapping from a YAML file and where its values were written; `expected` says what it should be."""
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
@@ -114,7 +116,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Origins]:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 text ({error})") from error
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}:1: a recipe is a mapping with the key 'stages', found {type(raw).__name__}")
+        raise RecipeError(f"{path}:1: {expected}, found {type(raw).__name__}")
     return raw, origins
 
 

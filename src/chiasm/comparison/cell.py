@@ -1,0 +1,232 @@
+"""One cell of a comparison: connect, train, ask, measure; its folder holds `result.json` once all of that is done.
+
+RUN/cells/NAME/run (a training run)   evaluation/   attention.png   result.json
+A cell that was stopped goes on: the training run from its last checkpoint, the rest from its beginning.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chiasm import api, vlm
+from chiasm.comparison.budget import samples_within
+from chiasm.comparison.choices import Choice, keeps_places
+from chiasm.comparison.diagnostics import diagnose
+from chiasm.comparison.measure import measure
+from chiasm.comparison.peak_memory import peak_memory
+from chiasm.comparison.plan import Plan, Source
+from chiasm.comparison.strategies import STRATEGIES, recipe_of
+from chiasm.connecting.connect import connect
+from chiasm.data.chat import LEAN_TEMPLATE
+from chiasm.data.readers import Mixture, read
+from chiasm.data.schema import Sample, Samples
+from chiasm.data.splits import hold_out
+from chiasm.dual_encoder import DualEncoder
+from chiasm.evaluation.evaluate import EvalResult
+from chiasm.generation.attention import WEIGHTS
+from chiasm.training.log import read_log
+from chiasm.training.precision import choose_dtype
+from chiasm.training.recipe import load_recipe
+from chiasm.training.run import LOG, RECIPE, whole_file
+from chiasm.training.schema import Recipe
+
+CELLS, RESULT, ATTENTION = "cells", "result.json", "attention.png"
+EVALUATION, RUN, BUDGET = "evaluation", "run", "samples.json"
+Say = Callable[[str], None]
+
+
+def run_cell(
+    plan: Plan, choice: Choice, output: Path, say: Say = lambda text: None, quiet: bool = True
+) -> dict[str, Any]:
+    """Runs a cell, or reads its result where it is finished.
+
+    Args:
+        output: the comparison's folder.
+        say: takes a line on what is being done.
+        quiet: whether training draws no bar.
+
+    Raises:
+        ValueError: the folder holds the cell of another plan.
+    """
+    folder = output / CELLS / choice.name
+    if (done := finished(plan, choice, output)) is not None:
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+    started = time.monotonic()
+    say(f"{choice.name}: connect")
+    model = connect_cell(plan, choice)
+    train, held_out, test = data_of(plan)
+    seconds["connect"] = time.monotonic() - started
+    recipe = _recipe(plan, choice, folder, model, train)
+    say(f"{choice.name}: train on {recipe.stages[-1].samples:,} samples")
+    with peak_memory(model.model.device) as peak:
+        api.train(recipe, model, train, folder / RUN, validation_data=held_out, quiet=quiet)
+    log = read_log(folder / RUN / LOG)
+    seconds["train"] = sum(event["seconds"] for event in log if event["event"] == "stage_end")
+    say(f"{choice.name}: ask and measure")
+    started = time.monotonic()
+    answers = _evaluate(plan, model, test, folder / EVALUATION)
+    seconds["evaluate"] = time.monotonic() - started
+    model.model.eval()
+    shown = next(sample for sample in test if sample.images)
+    asked = plan.evaluation
+    result = {
+        "name": choice.name,
+        "way": choice.way,
+        "choice": choice.to_dict(),
+        "identity": identity(plan, choice),
+        "samples": recipe.stages[-1].samples,
+        "seconds": seconds,
+        **measure(model.model, model.processor, shown, asked.repeats),
+        "training": _training(log, peak.bytes),
+        "summary": answers.summary,
+        "forgetting": next((event for event in reversed(log) if event["event"] == "forgetting"), None),
+        "diagnostics": diagnose(model.model, model.processor, test, asked.pictures),
+        "attention": _look(model, shown, folder),
+    }
+    whole_file(folder / RESULT, json.dumps(result, ensure_ascii=False, indent=1))
+    _tidy(folder / RUN, plan.keep_models)
+    return result
+
+
+def finished(plan: Plan, choice: Choice, output: Path) -> dict[str, Any] | None:
+    """The result of a cell that is done; None for one that is not."""
+    path = output / CELLS / choice.name / RESULT
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if result["identity"] != identity(plan, choice):
+        raise ValueError(
+            f"{path.parent} holds this cell under another plan (data, budget, base or training differ); "
+            "choose another folder with -o, or remove that one"
+        )
+    return result
+
+
+def identity(plan: Plan, choice: Choice) -> str:
+    """A digest of everything that a cell's result follows from."""
+    kept = plan.model_dump(mode="json", include={"base", "data", "budget", "training", "evaluation"})
+    strategy = {name: part.model_dump(mode="json") for name, part in plan.strategies.get(choice.tune, {}).items()}
+    text = json.dumps([kept, strategy, choice.to_dict()], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def connect_cell(plan: Plan, choice: Choice) -> Any:
+    """The cell's model as it is before training, on the best device."""
+    base, device = plan.base, vlm.best_device()
+    dtype: Any = torch.float32 if choose_dtype("auto", device) == torch.float32 else "auto"
+    template = LEAN_TEMPLATE if base.chat_template == "lean" else base.chat_template
+    options: dict[str, Any] = {"dtype": dtype, "seed": choice.seed}
+    if choice.fusion == "unified":
+        language = base.decoder or base.language
+        options |= {"image_input": base.image_input or "patches", "chat_template": template}
+        options |= {"positions": None if choice.positions == "auto" else choice.positions}
+        return connect(language=language, fusion="unified", **options).to(device)
+    options |= {"features": base.features, "image_size": base.image_size}
+    if choice.fusion == "late":
+        return connect(base.vision, base.text, choice.connector, "late", **options).to(device)
+    early = choice.fusion == "early" and keeps_places(choice.connector["name"])  # type: ignore[index]
+    named = choice.positions in ("auto", "regions") and early
+    regions = base.regions or ((2, 2) if choice.positions == "regions" else None)
+    options |= {"regions": regions if named else None, "chat_template": template}
+    options |= {"patch_positions": choice.positions if choice.positions in ("none", "grid") else "auto"}
+    if choice.fusion == "intermediate":
+        options["cross_attention"] = base.cross_attention
+    return connect(base.vision, base.language, choice.connector, choice.fusion, **options).to(device)
+
+
+def data_of(plan: Plan) -> tuple[Samples, Samples, Samples]:
+    """Training samples (captions first), held-out and test samples: the same for every cell."""
+    data = plan.data
+    questions: Samples = _read(data.train)
+    if data.validation is not None:
+        held_out: Samples = _read(data.validation)
+    else:
+        questions, held_out = hold_out(questions)
+    train = questions if data.captions is None else Mixture([_read(data.captions), questions], [1, 1])
+    return train, held_out, api.spread(_read(data.test), plan.evaluation.limit)
+
+
+def _read(source: Source) -> Samples:
+    if isinstance(source, str):
+        return read(source)
+    options = dict(source)
+    return read(options.pop("path", None), **options)
+
+
+def _recipe(plan: Plan, choice: Choice, folder: Path, model: Any, train: Samples) -> Recipe:
+    """The cell's recipe, whose number of samples a resumed cell keeps."""
+    named: Any = plan.strategies.get(choice.tune, STRATEGIES.get(choice.tune))
+    strategy = {
+        part: plan if isinstance(plan, dict) else plan.model_dump(mode="json", exclude_unset=True)
+        for part, plan in named.items()
+    }
+    connector = choice.connector["name"] if choice.connector else None
+    how = plan.training.model_dump()
+    captions = plan.data.captions is not None
+
+    def make(samples: int) -> Recipe:
+        return load_recipe(recipe_of(connector, choice.fusion, strategy, samples, choice.seed, captions, **how))
+
+    path = folder / BUDGET
+    if not path.is_file():
+        count = samples_within(plan.budget, model.model, model.processor, make(1), _questions(plan, train))
+        whole_file(path, json.dumps({"samples": count}))
+    return make(json.loads(path.read_text(encoding="utf-8"))["samples"])
+
+
+def _questions(plan: Plan, train: Samples) -> Samples:
+    return train if plan.data.captions is None else train.sources[-1]  # type: ignore[attr-defined]
+
+
+def _evaluate(plan: Plan, model: Any, test: Samples, folder: Path) -> EvalResult:
+    how = plan.evaluation
+    told: dict[str, Any] = {"batch_size": how.batch_size, "max_new_tokens": how.max_new_tokens}
+    task = "answers" if isinstance(model, DualEncoder) else None
+    result = api.evaluate(model, test, task=task, control=how.control, metric=how.metric, **told)
+    result.save(folder)
+    return result
+
+
+def _training(log: Sequence[dict[str, Any]], peak: int | None) -> dict[str, Any]:
+    """What training took, and the learning curve of its last stage."""
+    last = [event["stage"] for event in log if event["event"] == "plan"][-1]
+    steps = [event for event in log if event["event"] == "step" and event["stage"] == last]
+    rates = sorted(event["samples_per_second"] for event in steps)
+    plan = next(event for event in reversed(log) if event["event"] == "plan" and "table" in event)
+    return {
+        "steps": max(event["step"] for event in steps),
+        "samples_per_second": rates[len(rates) // 2],
+        "peak_memory_bytes": peak,
+        "trainable": {row["part"]: row["trainable"] for row in plan["table"]},
+        "curve": [
+            [event["step"], event["loss"], event["shuffled_loss"]]
+            for event in log
+            if event["event"] == "validation" and event["stage"] == last
+        ],
+    }
+
+
+def _look(model: Any, sample: Sample, folder: Path) -> dict[str, Any] | None:
+    """What the answer to one question looked at, as a picture in the cell's folder; None where it cannot be told."""
+    inner = model.model
+    if isinstance(model, DualEncoder) or inner.config.fusion not in WEIGHTS or inner.config.is_encoder_decoder:
+        return None
+    seen = model.attention(sample.images[0].load(), sample.question.strip(), max_new_tokens=8)
+    seen.overlay().save(folder / ATTENTION)
+    return {"sample": sample.id, "question": sample.question.strip(), "answer": seen.answer}
+
+
+def _tidy(run: Path, keep_model: bool) -> None:
+    """Leaves the log, the recipe, and the model where it is wanted; checkpoints are of no use any more."""
+    kept = {LOG, RECIPE, *(["model"] if keep_model else [])}
+    for path in run.iterdir():
+        if path.is_dir() and path.name not in kept:
+            shutil.rmtree(path)

@@ -1,0 +1,149 @@
+"""From a plan to its cells: every combination that is possible, and why the others are not."""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from chiasm.comparison.plan import Plan, check_connector
+from chiasm.connectors import CONNECTORS, Connector
+from chiasm.positions.sequence import POSITIONS as UNIFIED_POSITIONS
+
+Grid = tuple[int, int]
+
+POOLED = ("avg_pool", "ldp", "c_abstractor")
+FOLDED = ("pixel_shuffle", "patch_merger", "token_packer")
+QUERIES = {"perceiver_resampler": "num_latents", "idefics2_resampler": "num_latents", "qformer": "num_queries"}
+LATE = ("linear", "mlp", "none")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way of connecting, trained with one seed."""
+
+    label: str
+    connector: dict[str, Any] | None
+    fusion: str
+    tokens: int | None
+    tune: str
+    positions: str
+    seed: int = 0
+
+    @property
+    def way(self) -> str:
+        """The name that runs of all seeds share."""
+        words = [self.label, self.fusion]
+        words += [f"{self.tokens}-tokens"] if self.tokens else []
+        words += [self.tune] if self.tune != "lora" else []
+        words += [self.positions.replace("+", "-")] if self.positions != "auto" else []
+        return "-".join(words)
+
+    @property
+    def name(self) -> str:
+        """The name of the cell, and of its folder."""
+        return f"{self.way}-seed{self.seed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A combination that cannot be, and why."""
+
+    way: str
+    reason: str
+
+
+def expand(plan: Plan, grid_of: Callable[[], Grid]) -> tuple[list[Choice], list[Skipped]]:
+    """The cells of a plan in order, and the combinations of its grid that are impossible.
+
+    Args:
+        grid_of: rows and columns of the encoder's patches; asked only where a cell wants a number of tokens.
+
+    Raises:
+        ValueError: an explicit cell is impossible, or two connectors have one name.
+    """
+    found: dict[str, Choice] = {}
+    skipped: dict[str, Skipped] = {}
+    for choice, explicit in _all(plan):
+        made = _resolved(choice, plan, grid_of)
+        if isinstance(made, str):
+            if explicit:
+                raise ValueError(f"cell {choice.way!r} is impossible: {made}")
+            skipped.setdefault(choice.way, Skipped(choice.way, made))
+            continue
+        if found.setdefault(made.way, made) != made:
+            raise ValueError(f"two cells are named {made.way!r}; give one of the connectors a label of its own")
+    return [replace(choice, seed=seed) for choice in found.values() for seed in plan.seeds], list(skipped.values())
+
+
+def _all(plan: Plan) -> list[tuple[Choice, bool]]:
+    axes = plan.grid
+    combinations = (
+        itertools.product(axes.fusion, axes.connector, axes.tokens, axes.tune, axes.positions) if axes else ()
+    )
+    made = [(_choice(*values), False) for values in combinations]
+    return made + [(_choice(c.fusion, c.connector, c.tokens, c.tune, c.positions), True) for c in plan.cells]
+
+
+def _choice(fusion: str, connector: Any, tokens: int | None, tune: str, positions: str) -> Choice:
+    if fusion == "unified":
+        return Choice("patches", None, fusion, tokens, tune, positions)
+    label = connector.get("label", connector["name"]) if isinstance(connector, dict) else connector
+    return Choice(str(label), check_connector(connector), fusion, tokens, tune, positions)
+
+
+def _resolved(choice: Choice, plan: Plan, grid_of: Callable[[], Grid]) -> Choice | str:
+    """The choice with its number of tokens written into the connector's settings, or why it cannot be."""
+    name = choice.connector["name"] if choice.connector else None
+    if choice.fusion == "unified":
+        if choice.positions not in ("auto", *UNIFIED_POSITIONS):
+            return f"positions {choice.positions!r} need an encoder's patches, and unified fusion has no encoder"
+        return f"unified fusion reads every patch, not {choice.tokens} tokens" if choice.tokens else choice
+    if choice.positions in UNIFIED_POSITIONS:
+        return f"positions {choice.positions!r} are for unified fusion"
+    if choice.fusion == "late":
+        if name not in LATE:
+            return f"late fusion pools a picture into one vector, so it takes {', '.join(LATE)}, not {name}"
+        if choice.tokens or choice.positions != "auto":
+            return "late fusion has one vector for a picture, without places or a number of tokens"
+        return choice
+    if name == "none":
+        return "connector none is for late fusion"
+    if choice.positions == "regions":
+        if choice.fusion != "early":
+            return "names of regions stand between visual tokens, which only early fusion has in its sequence"
+        if not keeps_places(str(name)):
+            return f"{name}'s tokens have no places that regions could name"
+    if choice.tokens is None or choice.connector is None:
+        return choice
+    option = _option_for(choice.connector, choice.tokens, grid_of())
+    return option if isinstance(option, str) else replace(choice, connector=choice.connector | option)
+
+
+def keeps_places(connector: str) -> bool:
+    """Whether a connector's visual tokens stand on a grid."""
+    return CONNECTORS[connector].token_grid is not Connector.token_grid
+
+
+def _option_for(connector: dict[str, Any], tokens: int, grid: Grid) -> dict[str, Any] | str:
+    """The option by which a connector gives so many tokens, or why it cannot."""
+    name, patches = connector["name"], grid[0] * grid[1]
+    side = math.isqrt(tokens)
+    if name in QUERIES:
+        return {QUERIES[name]: tokens}
+    if name in POOLED:
+        if side * side != tokens or side > min(grid):
+            return f"{name} pools to a square grid of at most {min(grid)}×{min(grid)}, and {tokens} tokens are none"
+        return {"output_size": side}
+    if name in FOLDED:
+        factors = range(1, max(grid) + 1)
+        made = {f: -(-grid[0] // f) * -(-grid[1] // f) for f in factors}
+        factor = next((f for f in factors if made[f] == tokens), None)
+        if factor is None:
+            possible = ", ".join(map(str, sorted(set(made.values()), reverse=True)))
+            return f"{name} folds a grid of {grid[0]}×{grid[1]} into {possible} tokens, not {tokens}"
+        return {"factor": factor}
+    return {} if tokens == patches else f"{name} keeps all {patches} patches, so it cannot give {tokens} tokens"

@@ -1,0 +1,147 @@
+"""`compare`: runs the cells of a plan, here or in several processes, and reports on those that are finished."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chiasm.comparison.cell import Say, finished, run_cell
+from chiasm.comparison.choices import Choice, Grid, Skipped, expand
+from chiasm.comparison.plan import Plan, load_plan
+from chiasm.comparison.results import write_results
+from chiasm.sources import resolve
+from chiasm.training.run import whole_file
+from chiasm.vision.encoder import load_vision
+
+PLAN = "plan.yaml"
+QUICK: dict[str, Any] = {"samples": 12, "captions": 8, "limit": 10, "cells": 2}
+"""How little `quick` trains and asks: it shows that everything works, not which way is better."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison left behind: the results of finished cells, what was skipped, and why cells failed."""
+
+    output: Path
+    results: list[dict[str, Any]]
+    skipped: list[Skipped]
+    failed: dict[str, str]
+
+    @property
+    def report(self) -> Path:
+        return self.output / "report.html"
+
+
+def compare(
+    plan: str | Path | dict[str, Any] | Plan,
+    output: str | Path,
+    *,
+    quick: bool = False,
+    jobs: int = 0,
+    only: Sequence[str] = (),
+    say: Say = lambda text: None,
+    quiet: bool = True,
+) -> Comparison:
+    """Connects, trains, asks and measures every cell of a plan that is not finished yet, and writes the report.
+
+    Args:
+        plan: a YAML file, the name of one that ships (`compare`), a dictionary, or a loaded plan.
+        output: folder of the comparison; one that was stopped goes on.
+        quick: a few samples of every cell.
+        jobs: processes, each with one cell at a time; 0 runs the cells here, one after the other.
+        only: names of cells, or of ways (a cell without its seed); by default all.
+        say: takes a line on what is being done.
+        quiet: whether training draws no bar.
+
+    Raises:
+        ValueError: the plan is wrong, a name is unknown, or the folder holds another plan's cells.
+    """
+    plan, output = load_plan(plan), Path(output)
+    plan = quickened(plan) if quick else plan
+    choices, skipped = cells_of(plan)
+    chosen = select(choices, only)
+    output.mkdir(parents=True, exist_ok=True)
+    saved = output / PLAN
+    if not only or not saved.is_file():
+        whole_file(saved, yaml.safe_dump(plan.model_dump(mode="json", exclude_unset=True), sort_keys=False))
+    for one in skipped:
+        say(f"skipped {one.way}: {one.reason}")
+    waiting = [choice for choice in chosen if finished(plan, choice, output) is None]
+    failed: dict[str, str] = {}
+    if jobs:
+        failed = _in_processes(waiting, saved, output, jobs, say)
+    else:
+        for choice in waiting:
+            run_cell(plan, choice, output, say, quiet)
+    results = [result for choice in choices if (result := finished(plan, choice, output)) is not None]
+    if results and not (only and jobs == 0):
+        write_all(output, plan, results, skipped)
+    return Comparison(output, results, skipped, failed)
+
+
+def write_all(output: Path, plan: Plan, results: list[dict[str, Any]], skipped: list[Skipped]) -> None:
+    """The tables and the report of what is finished."""
+    write_results(output, results)
+
+
+def cells_of(plan: Plan) -> tuple[list[Choice], list[Skipped]]:
+    """The plan's cells, and what was skipped."""
+    return expand(plan, lambda: encoder_grid(plan))
+
+
+def select(choices: Sequence[Choice], only: Sequence[str]) -> list[Choice]:
+    """The cells that are named, or all."""
+    unknown = [name for name in only if name not in {known for c in choices for known in (c.name, c.way)}]
+    if unknown:
+        raise ValueError(f"no cell is named {unknown[0]!r}; there are {', '.join(choice.name for choice in choices)}")
+    return [choice for choice in choices if not only or choice.name in only or choice.way in only]
+
+
+def quickened(plan: Plan) -> Plan:
+    """The plan with so little training and so few questions that it takes about a minute."""
+    raw = plan.model_dump(mode="json", exclude_unset=True)
+    few = {"caption_samples": QUICK["captions"], "validations": 2, "validation_samples": 8}
+    asked = {"limit": QUICK["limit"], "repeats": 1, "pictures": 10}
+    raw |= {"budget": {"samples": QUICK["samples"]}, "seeds": plan.seeds[:1]}
+    raw |= {"training": {**raw.get("training", {}), **few}, "evaluation": {**raw.get("evaluation", {}), **asked}}
+    return load_plan(raw)
+
+
+def job_list(plan_file: str, choices: Sequence[Choice], output: Path, quick: bool = False) -> list[str]:
+    """One command for every cell, for any scheduler; the plan's own command then writes the report."""
+    more = " --quick" if quick else ""
+    base = f"chiasm compare {shlex.quote(plan_file)} -o {shlex.quote(str(output))}{more}"
+    return [f"{base} --here --only {shlex.quote(choice.name)}" for choice in choices]
+
+
+def encoder_grid(plan: Plan) -> Grid:
+    """Rows and columns of patches that connectors receive."""
+    features = plan.base.features or {}
+    if (grid := features.get("grid")) is not None:
+        return int(grid[0]), int(grid[1])
+    return load_vision(resolve(plan.base.vision), features=features or None, image_size=plan.base.image_size).grid
+
+
+def _in_processes(choices: Sequence[Choice], plan: Path, output: Path, jobs: int, say: Say) -> dict[str, str]:
+    """Runs every cell in a process of its own, `jobs` at once; gives the last line of those that failed."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+
+    def run(choice: Choice) -> str | None:
+        say(f"{choice.name}: started")
+        command = [sys.executable, "-m", "chiasm", "compare", str(plan), "-o", str(output), "--only", choice.name]
+        done = subprocess.run([*command, "--here"], env=environment, capture_output=True, text=True)
+        said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        say(f"{choice.name}: {'finished' if done.returncode == 0 else f'failed: {said}'}")
+        return None if done.returncode == 0 else said
+
+    with ThreadPoolExecutor(jobs) as pool:
+        ended = dict(zip((choice.name for choice in choices), pool.map(run, choices), strict=True))
+    return {name: said for name, said in ended.items() if said is not None}

@@ -1,0 +1,126 @@
+"""What a picture costs a model, in closed form and measured: parameters, FLOPs, first token, decoding, KV cache."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from chiasm.comparison.cost import cost, encode_flops, parts
+from chiasm.comparison.curves import shape_of
+from chiasm.data.schema import Sample
+from chiasm.fusion.base import FusionModel
+from chiasm.fusion.late import LateFusionModel
+from chiasm.generation import decode
+
+NEW_TOKENS = 16
+"""Tokens that are decoded to time them."""
+
+
+def measure(model: Any, processor: Any, sample: Sample, repeats: int) -> dict[str, Any]:
+    """`closed_form`, `measured` and `shape` of one question about one picture.
+
+    Args:
+        model: in evaluation mode.
+        sample: its first picture and question are asked.
+        repeats: times that each latency is taken; the median counts.
+    """
+    if isinstance(model, LateFusionModel):
+        return _late(model, processor, sample, repeats)
+    picture = sample.images[0].load()
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question.strip()}]}]
+    inputs = decode.prepare(model, processor, [question], [[picture]], NEW_TOKENS)
+    text = [{"role": "user", "content": sample.question.strip()}]
+    without = decode.prepare(model, processor, [text], [[]], NEW_TOKENS)
+    words = _text_tokens(model, inputs)
+    closed = cost(model, text_tokens=words).to_dict()
+    alone = cost(model, images=0, text_tokens=words)
+    closed["kv_cache_bytes_per_image"] = closed["kv_cache_bytes"] - alone.kv_cache_bytes
+    closed["connect_and_prefill_flops"] = closed["connect_flops"] + closed["prefill_flops"]
+    return {
+        "closed_form": closed,
+        "measured": _generative(model, inputs, without, repeats),
+        "shape": shape_of(model).to_dict() if not model.config.is_encoder_decoder else None,
+    }
+
+
+def _text_tokens(model: FusionModel, inputs: dict[str, Tensor]) -> int:
+    return max(1, int((inputs["input_ids"] != model.config.image_token_id).sum()))
+
+
+@torch.no_grad()
+def _generative(
+    model: FusionModel, inputs: dict[str, Tensor], without: dict[str, Tensor], repeats: int
+) -> dict[str, Any]:
+    told: dict[str, Any] = {"pad_token_id": 0, "do_sample": False}
+
+    def generate(tokens: int) -> Callable[[], Any]:
+        return lambda: model.generate(**inputs, **told, min_new_tokens=tokens, max_new_tokens=tokens)
+
+    first, whole = _seconds(generate(1), repeats), _seconds(generate(NEW_TOKENS), repeats)
+    pixels = {name: inputs[name] for name in inputs if name.startswith("pixel")}
+    measured: dict[str, Any] = {
+        "first_token_seconds": first,
+        "decode_tokens_per_second": (NEW_TOKENS - 1) / max(whole - first, 1e-9),
+    }
+    measured["encode_seconds"] = _seconds(lambda: model.encode_images(**pixels), repeats)
+    if model.config.is_encoder_decoder:
+        return measured
+    with _flops() as encoding:
+        features = model.encode_images(**pixels)
+    read = {name: value for name, value in inputs.items() if not name.startswith("pixel")} | {"use_cache": True}
+    with _flops() as reading:
+        output = model(**read, image_features=features, logits_to_keep=1)
+    blind = model(**without, use_cache=True, logits_to_keep=1)
+    measured["encode_flops"], measured["connect_and_prefill_flops"] = encoding[0], reading[0]
+    if output.cache is not None:
+        measured["kv_cache_bytes_per_image"] = _cache_bytes(output) - _cache_bytes(blind)
+    return measured
+
+
+def _late(model: LateFusionModel, processor: Any, sample: Sample, repeats: int) -> dict[str, Any]:
+    """Late fusion reads no sequence: its picture is one vector, made once, and an answer is one more step."""
+    pixels = processor.image_processor([sample.images[0].load()])["pixel_values"].to(model.device, model.dtype)
+    parameters = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts(model)}  # type: ignore[arg-type]
+    with torch.no_grad():
+        seconds = _seconds(lambda: model.encode_images(pixels), repeats)
+    closed = {"parameters": parameters, "visual_tokens": 1, "encode_flops": encode_flops(model.vision)}
+    return {"closed_form": closed, "measured": {"encode_seconds": seconds}, "shape": None}
+
+
+def _seconds(run: Callable[[], Any], repeats: int) -> float:
+    """The median of some runs after one that does not count."""
+    run()
+    taken = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return median(taken)
+
+
+@contextmanager
+def _flops() -> Iterator[list[int]]:
+    """FLOPs of what runs inside, in the list when it is over."""
+    counted: list[int] = []
+    with FlopCounterMode(display=False) as counter:
+        yield counted
+    counted.append(counter.get_total_flops())
+
+
+def _cache_bytes(output: Any) -> int:
+    """Bytes of the keys and values that an output keeps, of the sequence and of pictures beside it."""
+    kept = [tensor for layer in output.cache.layers for tensor in (layer.keys, layer.values)]
+    beside = getattr(output, "image_cache", None)
+    kept += [] if beside is None else _tensors(beside.keys_values)
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept if isinstance(tensor, Tensor))
+
+
+def _tensors(nested: Sequence[Any]) -> list[Tensor]:
+    return [tensor for pair in nested for tensor in pair]

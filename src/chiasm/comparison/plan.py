@@ -1,0 +1,246 @@
+"""A plan of a comparison: what is connected in how many ways, on which data, under which one budget.
+
+Files are read as recipes are (`chiasm.training.recipe`): an unknown key is one line with file, line and key.
+"""
+
+import difflib
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import model_validator as validates_model
+
+from chiasm.comparison.strategies import STRATEGIES
+from chiasm.connectors import connector_settings
+from chiasm.fusion.config import FUSIONS
+from chiasm.positions.sequence import POSITIONS as UNIFIED_POSITIONS
+from chiasm.training.recipe import RecipeError, find_recipe, read_yaml
+from chiasm.training.schema import PartPlan, Strict
+
+Source = str | dict[str, Any]
+"""Data as `chiasm.data.readers.read` understands it; a mapping has `path` and options of `read`."""
+Connector = str | dict[str, Any]
+
+PLACES = ("auto", "none", "grid", "regions")
+"""How a visual token's place is told outside of unified fusion: coordinates in the features, names of regions."""
+
+
+class Base(Strict):
+    """What every cell has in common."""
+
+    vision: str = Field("efficientnet-lite0", description="vision encoder: alias, folder or hub id")
+    language: str = Field("smollm2-135m-instruct", description="language model: alias, folder or hub id")
+    text: str = Field("minilm-l6", description="text encoder of late fusion")
+    decoder: dict[str, Any] | None = Field(
+        None, description="unified fusion: sizes of a decoder that starts from nothing, in place of `language`"
+    )
+    features: dict[str, Any] | None = Field(None, description="feature maps to read, as in `chiasm.connect`")
+    image_size: PositiveInt | None = Field(None, description="pixels, where not the encoder's own")
+    image_input: dict[str, Any] | str | None = Field(None, description="unified fusion: `patches` with its options")
+    chat_template: str | None = Field(None, description="`lean` (question, line break, answer) or a Jinja template")
+    regions: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="regions whose names stand in front of their tokens, where a cell can have that"
+    )
+    cross_attention: dict[str, Any] | None = Field(None, description="intermediate fusion's blocks")
+
+
+class Data(Strict):
+    """The same for every cell."""
+
+    train: Source = Field(description="questions and answers to learn from")
+    captions: Source | None = Field(None, description="captions for the first stage; without them there is none")
+    validation: Source | None = Field(None, description="for the learning curves; else 5 % of `train`")
+    test: Source = Field(description="what every cell is asked")
+
+
+class Axes(Strict):
+    """Every combination of these is a cell."""
+
+    connector: list[Connector] = Field(default_factory=lambda: ["mlp"], description="names or settings of connectors")
+    fusion: list[str] = Field(default_factory=lambda: ["early"], description="early, intermediate, late, unified")
+    tokens: list[PositiveInt | None] = Field(
+        default_factory=lambda: [None], description="visual tokens of a picture; null leaves it to the connector"
+    )
+    tune: list[str] = Field(default_factory=lambda: ["lora"], description="names of freeze strategies")
+    positions: list[str] = Field(default_factory=lambda: ["auto"], description="how the place of a token is told")
+
+
+class CellSpec(Strict):
+    """One combination, written out."""
+
+    connector: Connector = "mlp"
+    fusion: str = "early"
+    tokens: PositiveInt | None = None
+    tune: str = "lora"
+    positions: str = "auto"
+
+
+class Budget(Strict):
+    """What every cell may spend on questions: one of these, the same for all."""
+
+    samples: PositiveInt | None = Field(None, description="samples")
+    tokens: PositiveInt | None = Field(None, description="places in the language model's sequence")
+    flops: PositiveFloat | None = Field(None, description="floating-point operations, by the cost model")
+    minutes: PositiveFloat | None = Field(None, description="minutes of training steps, by a measured pace")
+
+    @validates_model(mode="after")
+    def _is_one(self) -> "Budget":
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"expected exactly one of samples, tokens, flops and minutes, found {found}")
+        return self
+
+    @property
+    def kind(self) -> str:
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @property
+    def amount(self) -> float:
+        return float(getattr(self, self.kind))
+
+
+class Training(Strict):
+    """How every cell is trained."""
+
+    batch_size: PositiveInt = Field(4, description="samples that go through the model at once")
+    caption_samples: PositiveInt = Field(40, description="samples of the first stage, beside the budget")
+    lr: PositiveFloat = Field(1e-3, description="of connectors that start at random, and of new layers")
+    solved_lr: PositiveFloat = Field(1e-4, description="of connectors that start in closed form")
+    init: Literal["auto", "keep"] = Field("auto", description="`auto` starts linear and mlp in closed form")
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    validations: PositiveInt = Field(6, description="points of the learning curve")
+    validation_samples: NonNegativeInt = 64
+
+
+class Evaluation(Strict):
+    """How every cell is asked."""
+
+    limit: PositiveInt | None = Field(None, description="at most so many samples")
+    batch_size: PositiveInt = 50
+    max_new_tokens: PositiveInt = 8
+    metric: str | None = None
+    control: bool = Field(True, description="ask again with another sample's picture")
+    repeats: PositiveInt = Field(5, description="times that latencies are measured; the median counts")
+    pictures: PositiveInt = Field(96, description="pictures of the diagnostics without a language model")
+
+
+class Plan(Strict):
+    """What `chiasm compare` runs."""
+
+    title: str = "Connections compared"
+    base: Base = Field(default_factory=lambda: Base.model_validate({}))
+    data: Data
+    budget: Budget
+    grid: Axes | None = None
+    cells: list[CellSpec] = Field(default_factory=list, description="more cells; one that is impossible is an error")
+    seeds: list[int] = Field(
+        default_factory=lambda: [0], min_length=1, description="every cell is trained once for each"
+    )
+    strategies: dict[str, dict[str, PartPlan]] = Field(
+        default_factory=dict, description="freeze strategies beside the built-in ones: part -> what happens to it"
+    )
+    training: Training = Field(default_factory=lambda: Training.model_validate({}))
+    evaluation: Evaluation = Field(default_factory=lambda: Evaluation.model_validate({}))
+    keep_models: bool = Field(False, description="leave every cell's trained model in its folder")
+
+    @field_validator("strategies", mode="before")
+    @classmethod
+    def _complete(cls, raw: Any) -> Any:
+        """A bare word stands for `tune`."""
+        if not isinstance(raw, dict):
+            return raw
+        return {
+            name: {part: {"tune": plan} if isinstance(plan, str) else plan for part, plan in parts.items()}
+            if isinstance(parts, dict)
+            else parts
+            for name, parts in raw.items()
+        }
+
+    @validates_model(mode="after")
+    def _names_what_is_known(self) -> "Plan":
+        if self.grid is None and not self.cells:
+            raise ValueError("nothing to compare: give a grid, cells, or both")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {self.seeds} has one twice")
+        asked: list[Any] = [*self.cells]
+        grid = self.grid or Axes(connector=[], fusion=[], tokens=[], tune=[], positions=[])
+        for connector in [*grid.connector, *(cell.connector for cell in asked)]:
+            check_connector(connector)
+        known = (*FUSIONS, "late")
+        _all_known("fusion", [*grid.fusion, *(cell.fusion for cell in asked)], known)
+        _all_known("tune", [*grid.tune, *(cell.tune for cell in asked)], (*STRATEGIES, *self.strategies))
+        positions = [*grid.positions, *(cell.positions for cell in asked)]
+        _all_known("positions", positions, (*PLACES, *UNIFIED_POSITIONS))
+        return self
+
+
+def check_connector(connector: Connector) -> dict[str, Any]:
+    """Settings of a connector without its label; late fusion's `none` has none."""
+    given = {"name": connector} if isinstance(connector, str) else dict(connector)
+    given.pop("label", None)
+    return given if given.get("name") == "none" else connector_settings(given)
+
+
+def _all_known(axis: str, values: list[str], known: tuple[str, ...]) -> None:
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{axis} {value!r} is unknown; choose of {', '.join(known)}")
+
+
+def load_plan(source: "str | Path | dict[str, Any] | Plan") -> Plan:
+    """A plan from a YAML file, the name of one that comes with Chiasm (`compare`), or a dictionary.
+
+    Raises:
+        RecipeError: one line with file, line, key and what is wrong.
+    """
+    if isinstance(source, Plan):
+        return source
+    if isinstance(source, dict):
+        return _validate(deepcopy(source), {}, "plan")
+    path = find_recipe(source)
+    return _validate(*read_yaml(path, "a plan is a mapping with the keys data, budget and grid"), str(path))
+
+
+def _validate(raw: dict[str, Any], origins: dict[tuple[str | int, ...], str], name: str) -> Plan:
+    try:
+        return Plan.model_validate(raw)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+        at = tuple(part for part in first["loc"] if part not in ("str", "dict[str,any]", "int", "float"))
+        here = at
+        while here and here not in origins:
+            here = here[:-1]
+        where, key = origins.get(here, name), ".".join(map(str, at))
+        raise RecipeError(f"{where}: {f'{key}: ' if key else ''}{_reason(first, at)}") from None
+
+
+def _reason(first: Any, at: tuple[str | int, ...]) -> str:
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(at[:-1])
+        close = difflib.get_close_matches(str(at[-1]), known, n=1)
+        return "unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}")
+    if first["type"] == "missing":
+        return "this key is missing"
+    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return reason if first["type"] == "value_error" else f"{first['input']!r}: {reason}"
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "base": Base,
+    "data": Data,
+    "budget": Budget,
+    "grid": Axes,
+    "cells": CellSpec,
+    "training": Training,
+    "evaluation": Evaluation,
+    "strategies": PartPlan,
+}
+
+
+def _keys_at(at: tuple[str | int, ...]) -> list[str]:
+    return list((SECTIONS[str(at[0])] if at else Plan).model_fields)

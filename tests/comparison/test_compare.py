@@ -1,0 +1,82 @@
+"""A comparison end to end on tiny models: cells, resuming, refusals, the job list."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import chiasm
+from chiasm.comparison import cell
+from chiasm.comparison.compare import cells_of, job_list
+from chiasm.comparison.plan import load_plan
+from chiasm.comparison.results import read_results
+
+
+def test_a_plan_end_to_end_and_again(plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    done = chiasm.compare(plan, run)
+    assert [result["way"] for result in done.results] == ["linear-early-frozen", "perceiver_resampler-early-frozen"]
+    linear, perceiver = read_results(run)
+    assert (linear["closed_form"]["visual_tokens"], perceiver["closed_form"]["visual_tokens"]) == (9, 5)
+    for result in (linear, perceiver):
+        closed, measured = result["closed_form"], result["measured"]
+        assert measured["connect_and_prefill_flops"] == pytest.approx(closed["connect_and_prefill_flops"], rel=0.02)
+        assert measured["encode_flops"] == closed["encode_flops"]
+        assert measured["kv_cache_bytes_per_image"] == closed["kv_cache_bytes_per_image"]
+        assert result["samples"] == 8
+        assert result["training"]["curve"][-1][0] == result["training"]["steps"] == 2
+        assert 0 <= result["diagnostics"]["reconstruction_error"] <= 1.5
+        assert result["summary"][-1]["n"] == 12
+        assert (run / "cells" / result["name"] / "attention.png").is_file()
+        assert not (run / "cells" / result["name"] / "run" / "checkpoints").exists()
+    assert (run / "results.csv").read_text().splitlines()[0].startswith("name,fusion,label")
+    assert "linear-early-frozen-seed0" in (run / "results.md").read_text()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a finished cell was trained again")
+
+    monkeypatch.setattr(cell.api, "train", refuse)
+    (run / "results.jsonl").unlink()
+    assert chiasm.compare(plan, run).results == done.results
+    with pytest.raises(ValueError, match="another plan"):
+        chiasm.compare(plan | {"budget": {"samples": 12}}, run)
+
+
+def test_a_stopped_cell_goes_on(plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = chiasm.compare(plan, tmp_path / "whole", only=["linear-early-frozen"])
+    assert whole.results[0]["name"] == "linear-early-frozen-seed0"
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cell, "_evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            chiasm.compare(plan, tmp_path / "run", only=["linear-early-frozen-seed0"])
+    again = chiasm.compare(plan, tmp_path / "run", only=["linear-early-frozen-seed0"])
+    assert again.results[0]["summary"] == whole.results[0]["summary"]
+    assert again.results[0]["training"]["curve"] == whole.results[0]["training"]["curve"]
+
+
+@pytest.mark.parametrize("budget", [{"tokens": 400}, {"flops": 5e7}, {"minutes": 0.001}])
+def test_budgets_become_samples(plan: dict[str, Any], budget: dict[str, Any], tmp_path: Path) -> None:
+    done = chiasm.compare(plan | {"budget": budget}, tmp_path / "run", only=["linear-early-frozen"])
+    assert done.results[0]["samples"] >= 4
+
+
+@pytest.mark.parametrize(("fusion", "more"), [("intermediate", {}), ("unified", {"image_input": {"name": "patches"}})])
+def test_other_fusions(plan: dict[str, Any], fusion: str, more: dict[str, Any], tmp_path: Path) -> None:
+    base = plan["base"] | more | {"cross_attention": {"every": 2, "heads": 3, "head_dim": 8}}
+    plan = plan | {"base": base, "grid": None, "cells": [{"fusion": fusion, "tune": "full"}]}
+    (result,) = chiasm.compare(plan, tmp_path / "run").results
+    closed, measured = result["closed_form"], result["measured"]
+    assert measured["kv_cache_bytes_per_image"] == closed["kv_cache_bytes_per_image"] > 0
+
+
+def test_the_job_list_names_every_cell(plan: dict[str, Any], tmp_path: Path) -> None:
+    choices, _ = cells_of(load_plan(plan | {"seeds": [0, 1]}))
+    jobs = job_list("a plan.yaml", choices, tmp_path / "run")
+    assert len(jobs) == 4
+    assert jobs[0] == f"chiasm compare 'a plan.yaml' -o {tmp_path / 'run'} --here --only linear-early-frozen-seed0"
+    assert json.dumps(jobs)

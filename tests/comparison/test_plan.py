@@ -1,0 +1,99 @@
+"""Plans: what is refused, with file, line and key; which combinations are cells, and why others are not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chiasm.comparison.choices import expand
+from chiasm.comparison.plan import load_plan
+from chiasm.training.recipe import RecipeError
+
+LEAST: dict[str, Any] = {"data": {"train": "a", "test": "b"}, "budget": {"samples": 8}, "grid": {"connector": ["mlp"]}}
+
+
+def ways(**changes: Any) -> tuple[list[str], dict[str, str]]:
+    choices, skipped = expand(load_plan(LEAST | changes), lambda: (4, 4))
+    return [choice.name for choice in choices], {one.way: one.reason for one in skipped}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("budgets: {samples: 8}", "5: budgets: unknown key; did you mean 'budget'?"),
+        ("budget: {sample: 8}", "5: budget.sample: unknown key; did you mean 'samples'?"),
+        ("budget: {samples: 8, flops: 2}", "5: budget: expected exactly one of samples, tokens, flops and minutes"),
+        ("budget: {}", "found none"),
+        ("budget: {samples: -1}", "5: budget.samples: -1: "),
+        ("budget: {samples: 8}\nbase: {visoin: x}", "6: base.visoin: unknown key; did you mean 'vision'?"),
+    ],
+)
+def test_a_wrong_key_is_named_with_its_line(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"data:\n  train: a\n  test: b\ngrid: {{}}\n{text}\n")
+    with pytest.raises(RecipeError) as error:
+        load_plan(path)
+    assert said in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"grid": {"connector": ["mpl"]}}, "connector 'mpl' is unknown"),
+        ({"grid": {"fusion": ["middle"]}}, "fusion 'middle' is unknown"),
+        ({"grid": {"tune": ["some"]}}, "tune 'some' is unknown; choose of frozen, lora, full, vision"),
+        ({"grid": {"positions": ["left"]}}, "positions 'left' is unknown"),
+        ({"grid": None}, "nothing to compare"),
+        ({"seeds": [1, 1]}, "has one twice"),
+    ],
+)
+def test_unknown_values_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_plan(LEAST | changes)
+
+
+def test_the_plan_that_ships() -> None:
+    choices, skipped = expand(load_plan("compare"), lambda: (4, 4))
+    assert len(choices) == 11
+    assert not skipped
+
+
+def test_tokens_become_the_connectors_own_option() -> None:
+    connectors = ["mlp", "avg_pool", "pixel_shuffle", "perceiver_resampler"]
+    choices, skipped = expand(load_plan(LEAST | {"grid": {"connector": connectors, "tokens": [4]}}), lambda: (4, 4))
+    assert [(c.label, c.connector) for c in choices if c.connector] == [
+        (choice.label, choice.connector) for choice in choices
+    ]
+    found = {choice.label: choice.connector or {} for choice in choices}
+    assert (found["avg_pool"]["output_size"], found["pixel_shuffle"]["factor"]) == (2, 2)
+    assert found["perceiver_resampler"]["num_latents"] == 4
+    assert [one.reason for one in skipped] == ["mlp keeps all 16 patches, so it cannot give 4 tokens"]
+
+
+def test_impossible_combinations_are_skipped_with_a_reason() -> None:
+    grid = {"connector": ["mlp", "qformer"], "fusion": ["early", "late", "unified"], "positions": ["auto", "mrope"]}
+    names, skipped = ways(grid=grid)
+    assert names == [
+        *("mlp-early-seed0", "qformer-early-seed0", "mlp-late-seed0"),
+        *("patches-unified-seed0", "patches-unified-mrope-seed0"),
+    ]
+    assert "late fusion pools a picture into one vector" in skipped["qformer-late"]
+    assert "are for unified fusion" in skipped["mlp-early-mrope"]
+
+
+def test_an_explicit_cell_that_is_impossible_is_an_error() -> None:
+    with pytest.raises(ValueError, match="cell 'qformer-early-regions' is impossible: qformer's tokens have no places"):
+        ways(cells=[{"connector": "qformer", "positions": "regions"}])
+
+
+def test_two_connectors_of_one_name_want_labels() -> None:
+    deep = {"name": "mlp", "depth": 3}
+    with pytest.raises(ValueError, match="two cells are named 'mlp-early'"):
+        ways(grid={"connector": ["mlp", deep]})
+    assert ways(grid={"connector": ["mlp", deep | {"label": "mlp3"}]})[0] == ["mlp-early-seed0", "mlp3-early-seed0"]
+
+
+def test_strategies_of_ones_own() -> None:
+    own = {"top": {"language": {"tune": "full", "lr": 1e-4, "from_layer": 2}, "vision": "frozen"}}
+    assert ways(strategies=own, grid={"tune": ["top"]})[0] == ["mlp-early-top-seed0"]
