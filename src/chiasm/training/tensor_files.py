@@ -4,6 +4,7 @@
 `torch.distributed.checkpoint` in the same format, so that any number of processes can read them.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,8 @@ def read_into(place: Path, name: str, into: dict[str, Tensor]) -> None:
     """
     if (place / name).is_dir():
         reader = dcp.HuggingFaceStorageReader(str(place / name))
-        with _one_line(place / name):
+        with _one_line(place / name), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(_at_least_1d(into), storage_reader=reader, no_dist=not is_sharded(into))
         return
     with safe_open(place / f"{name}{SUFFIX}", framework="pt") as opened:
