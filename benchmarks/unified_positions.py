@@ -37,9 +37,8 @@ Z = 1.96
 
 
 def build(positions: str, seed: int) -> UnifiedModel:
-    words: dict[str, Any] = {"tie_word_embeddings": False, **SIZES}
     given = {"image_input": {"name": "patches", "patch_size": PATCH}, "positions": positions, "seed": seed}
-    from_nothing = {**words, "initializer_range": 0.05}
+    from_nothing = {**SIZES, "vocab_size": WORDS, "initializer_range": 0.05}
     model, _ = build_unified(from_nothing, None, options={"qk_norm": "rms"}, **given)
     return model
 
