@@ -119,6 +119,8 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
         told = [interval(measured[column]) for column in columns]
         lines.append(f"| `{word}` | " + " | ".join(f"{mean:.1%} ± {half:.1%}" for mean, half in told) + " |")
     lines.append("")
+    if any(len(values) < 2 for measured in results.values() for values in measured.values()):
+        return "\n".join([*lines, "One seed tells nothing about differences."])
     for column in columns:
         best = max(results, key=lambda word, column=column: interval(results[word][column])[0])
         low = interval(results[best][column])[0] - interval(results[best][column])[1]
