@@ -37,9 +37,8 @@ Z = 1.96
 
 
 def build(positions: str, seed: int) -> UnifiedModel:
-    words: dict[str, Any] = {"tie_word_embeddings": False, **SIZES}
     given = {"image_input": {"name": "patches", "patch_size": PATCH}, "positions": positions, "seed": seed}
-    from_nothing = {**words, "initializer_range": 0.05}
+    from_nothing = {**SIZES, "vocab_size": WORDS, "initializer_range": 0.05}
     model, _ = build_unified(from_nothing, None, options={"qk_norm": "rms"}, **given)
     return model
 
@@ -120,6 +119,8 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
         told = [interval(measured[column]) for column in columns]
         lines.append(f"| `{word}` | " + " | ".join(f"{mean:.1%} ± {half:.1%}" for mean, half in told) + " |")
     lines.append("")
+    if any(len(values) < 2 for measured in results.values() for values in measured.values()):
+        return "\n".join([*lines, "One seed tells nothing about differences."])
     for column in columns:
         best = max(results, key=lambda word, column=column: interval(results[word][column])[0])
         low = interval(results[best][column])[0] - interval(results[best][column])[1]

@@ -54,7 +54,8 @@ def build_unified(
     """A model whose new weights are drawn from `seed`; on text it computes what the language model does.
 
     Args:
-        language: a Llama-shaped language model, or fields of `UnifiedDecoderConfig` to start from nothing.
+        language: a Llama-shaped language model, or fields of `UnifiedDecoderConfig` to start from nothing; `vocab_size`
+            is among them only where there is no tokenizer.
         tokenizer: its words; without one there is no processor.
         image_input: `patches` or `vq`, or a dictionary with its `name` and options.
         positions: a word of `chiasm.positions.sequence.POSITIONS`.
@@ -70,6 +71,9 @@ def build_unified(
         raise ValueError(f"unified option {unknown[0]!r} is unknown; known ones are {known}")
     z_loss = given.pop("z_loss", 1e-5)
     words = len(tokenizer) if tokenizer is not None else 0
+    if isinstance(language, dict) and tokenizer is None:
+        language = dict(language)
+        words = language.pop("vocab_size", words)
     if isinstance(language, PreTrainedModel):
         words = max(words, language.config.get_text_config().vocab_size) if tokenizer is None else words
     vq = wanted["name"] == "vq"
