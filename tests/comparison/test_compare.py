@@ -74,6 +74,14 @@ def test_other_fusions(plan: dict[str, Any], fusion: str, more: dict[str, Any], 
     assert measured["kv_cache_bytes_per_image"] == closed["kv_cache_bytes_per_image"] > 0
 
 
+def test_late_fusion(plan: dict[str, Any], tmp_path: Path) -> None:
+    base = plan["base"] | {"text": plan["base"]["language"]}
+    plan = plan | {"base": base, "grid": None, "cells": [{"fusion": "late", "connector": "linear", "tune": "frozen"}]}
+    (result,) = chiasm.compare(plan, tmp_path / "run").results
+    assert result["closed_form"]["visual_tokens"] == 1
+    assert "1 vector" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+
+
 def test_the_job_list_names_every_cell(plan: dict[str, Any], tmp_path: Path) -> None:
     choices, _ = cells_of(load_plan(plan | {"seeds": [0, 1]}))
     jobs = job_list("a plan.yaml", choices, tmp_path / "run")

@@ -1,6 +1,5 @@
 """One budget for every cell, as a number of samples: what a sample takes is counted in closed form, or measured."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -35,7 +34,7 @@ def samples_within(
     shown = [samples[index] for index in range(0, len(samples), step)][:COUNTED]
     if budget.minutes is not None:
         few = shown[: BATCHES * stage.batch_size]
-        pace = measure(copy.deepcopy(model), processor, stage, few, len(recipe.stages) - 1)
+        pace = measure(model, processor, stage, few, len(recipe.stages) - 1)
         return max(stage.batch_size, int(60 * budget.minutes / pace.step_seconds))
     if not isinstance(model, FusionModel):
         raise ValueError(f"budget {budget.kind} is not counted for late fusion, which has no sequence; take samples")

@@ -1,6 +1,7 @@
 """`compare`: runs the cells of a plan, here or in several processes, and reports on those that are finished."""
 
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -12,16 +13,18 @@ from typing import Any
 
 import yaml
 
-from chiasm.comparison.cell import Say, finished, run_cell
+from chiasm.comparison.cell import ATTENTION, CELLS, EVALUATION, Say, data_of, finished, run_cell
 from chiasm.comparison.choices import Choice, Grid, Skipped, expand
 from chiasm.comparison.plan import Plan, load_plan
+from chiasm.comparison.report import write_report
 from chiasm.comparison.results import write_results
+from chiasm.evaluation.evaluate import EvalResult
 from chiasm.sources import resolve
 from chiasm.training.run import whole_file
 from chiasm.vision.encoder import load_vision
 
-PLAN = "plan.yaml"
-QUICK: dict[str, Any] = {"samples": 12, "captions": 8, "limit": 10, "cells": 2}
+PLAN, REPORT = "plan.yaml", "report.html"
+QUICK: dict[str, Any] = {"samples": 12, "captions": 8, "limit": 10}
 """How little `quick` trains and asks: it shows that everything works, not which way is better."""
 
 
@@ -36,7 +39,7 @@ class Comparison:
 
     @property
     def report(self) -> Path:
-        return self.output / "report.html"
+        return self.output / REPORT
 
 
 def compare(
@@ -89,6 +92,37 @@ def compare(
 def write_all(output: Path, plan: Plan, results: list[dict[str, Any]], skipped: list[Skipped]) -> None:
     """The tables and the report of what is finished."""
     write_results(output, results)
+    _, _, test = data_of(plan)
+    pictures = {sample.id: sample.images[0] for sample in test if sample.images}
+    folders = {result["name"]: output / CELLS / result["name"] for result in results}
+    facts = [f"{len(results)} cells", f"budget: {in_words(plan)}", f"{platform.machine()}, {os.cpu_count()} cores"]
+    base = f"{plan.base.vision} + {plan.base.language}"
+    write_report(
+        output / REPORT,
+        results,
+        {name: EvalResult.load(folder / EVALUATION).rows for name, folder in folders.items()},
+        {
+            "title": plan.title,
+            "budget": in_words(plan),
+            "facts": [base, *facts],
+            "command": f"chiasm compare {shlex.quote(str(output / PLAN))} -o {shlex.quote(str(output))}",
+        },
+        lambda sample: pictures[sample].load() if sample in pictures else None,
+        {name: folder / ATTENTION for name, folder in folders.items()},
+        [(one.way, one.reason) for one in skipped],
+    )
+
+
+def in_words(plan: Plan) -> str:
+    """The budget as the report says it."""
+    kind, amount = plan.budget.kind, plan.budget.amount
+    words = {
+        "samples": f"{amount:,.0f} training samples",
+        "tokens": f"{amount:,.0f} training tokens",
+        "flops": f"{amount / 1e12:,.1f} TFLOP of training",
+        "minutes": f"{amount:g} minutes of training steps",
+    }
+    return f"{words[kind]} for every cell"
 
 
 def cells_of(plan: Plan) -> tuple[list[Choice], list[Skipped]]:

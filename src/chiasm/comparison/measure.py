@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chiasm.comparison.cost import cost, encode_flops, parts
 from chiasm.comparison.curves import shape_of
+from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Sample
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.late import LateFusionModel
@@ -84,7 +85,7 @@ def _generative(
 
 def _late(model: LateFusionModel, processor: Any, sample: Sample, repeats: int) -> dict[str, Any]:
     """Late fusion reads no sequence: its picture is one vector, made once, and an answer is one more step."""
-    pixels = processor.image_processor([sample.images[0].load()])["pixel_values"].to(model.device, model.dtype)
+    pixels = torch.as_tensor(load_pixels(sample, processor)).to(model.device, model.vision.model.dtype)
     parameters = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts(model)}  # type: ignore[arg-type]
     with torch.no_grad():
         seconds = _seconds(lambda: model.encode_images(pixels), repeats)

@@ -55,7 +55,7 @@ def loss_curves(train: Sequence[tuple[int, float]], validation: Sequence[dict[st
     own, control = _series(validation, "loss"), _series(validation, "shuffled_loss")
     if not train and not own:
         return None
-    figure, axes = _canvas(2.65)
+    figure, axes = canvas(2.65)
     if train:
         steps, losses = _binned(train)
         axes.plot(steps, losses, color=COLOURS["soft"], linewidth=0.8)
@@ -72,7 +72,7 @@ def loss_curves(train: Sequence[tuple[int, float]], validation: Sequence[dict[st
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(axis="y", color=COLOURS["line"], linewidth=0.6)
-    return _svg(figure, name, "Loss over the steps of the stage")
+    return svg(figure, name, "Loss over the steps of the stage")
 
 
 def gate_openness(moments: Sequence[dict[str, Any]], name: str) -> str | None:
@@ -85,7 +85,7 @@ def gate_openness(moments: Sequence[dict[str, Any]], name: str) -> str | None:
     """
     if not moments:
         return None
-    figure, axes = _canvas(2.2)
+    figure, axes = canvas(2.2)
     layers, last = moments[-1]["layers"], moments[-1]
     axes.axhline(0, color=COLOURS["line"], linewidth=0.8)
     for moment in moments[:-1]:
@@ -98,7 +98,7 @@ def gate_openness(moments: Sequence[dict[str, Any]], name: str) -> str | None:
     axes.set_xlabel("layer")
     axes.set_ylabel("gate, tanh")
     axes.grid(axis="y", color=COLOURS["line"], linewidth=0.6)
-    return _svg(figure, name, "How far the gates of every layer are open")
+    return svg(figure, name, "How far the gates of every layer are open")
 
 
 def skill_curves(progress: dict[str, list[tuple[int, float, int]]], name: str = "progress") -> str | None:
@@ -109,7 +109,7 @@ def skill_curves(progress: dict[str, list[tuple[int, float, int]]], name: str = 
     """
     if not progress:
         return None
-    figure, axes = _canvas(2.65)
+    figure, axes = canvas(2.65)
     tones = [COLOURS["own"], COLOURS["control"], COLOURS["muted"]]
     for index, (skill, moments) in enumerate(progress.items()):
         style: dict[str, Any] = {"color": tones[index % 3], "marker": "oD^sv*"[index % 6], "markersize": 4}
@@ -124,14 +124,14 @@ def skill_curves(progress: dict[str, list[tuple[int, float, int]]], name: str = 
     legend = axes.legend(frameon=False, fontsize=_FONT_SIZE - 1, labelcolor=COLOURS["muted"], loc="upper left")
     for text in legend.get_texts():
         text.set_parse_math(False)
-    return _svg(figure, name, "Right answers per skill as training went on")
+    return svg(figure, name, "Right answers per skill as training went on")
 
 
 def skill_intervals(summary: Sequence[dict[str, Any]], name: str = "skills") -> str | None:
     """Per skill the accuracy with its interval (disc), the control's (hollow diamond) and chance (bar), 0 to 100 %."""
     if not summary:
         return None
-    figure, axes = _canvas(0.75 + 0.42 * len(summary))
+    figure, axes = canvas(0.75 + 0.42 * len(summary))
     for place, row in enumerate(summary):
         if row["chance"] is not None:
             chance = 100 * row["chance"]
@@ -151,7 +151,7 @@ def skill_intervals(summary: Sequence[dict[str, Any]], name: str = "skills") -> 
     axes.set_xlabel("% correct")
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", color=COLOURS["line"], linewidth=0.6)
-    return _svg(figure, name, "Accuracy per skill with 95 % intervals, beside the control and chance")
+    return svg(figure, name, "Accuracy per skill with 95 % intervals, beside the control and chance")
 
 
 def _interval(axes: Axes, y: float, mean: float, low: float, high: float, colour: str, marker: str, fill: str) -> None:
@@ -192,7 +192,8 @@ def _limits(train: Sequence[float], validation: Sequence[float]) -> tuple[float,
     return max(0.0, bottom - room) if bottom >= 0 else bottom - room, top + room
 
 
-def _canvas(height: float) -> tuple[Figure, Axes]:
+def canvas(height: float) -> tuple[Figure, Axes]:
+    """An empty figure without a frame, so high in inches."""
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     FigureCanvasSVG(figure)
     figure.patch.set_visible(False)
@@ -208,7 +209,7 @@ def _canvas(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure, name: str, title: str) -> str:
+def svg(figure: Figure, name: str, title: str) -> str:
     """The figure's SVG element alone: no prolog, no fixed size, ids of its own, colours as CSS variables."""
     target = StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}

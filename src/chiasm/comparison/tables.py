@@ -1,0 +1,149 @@
+"""The comparison's tables: textbooks' adjectives as numbers, cost in closed form beside the measured, forgetting."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from chiasm.comparison.curves import TEXT, Crossing
+from chiasm.comparison.ways import Row, mean_of, score
+from chiasm.evaluation.format import amount, count, duration, percent, percent_range
+
+Table = dict[str, Any]
+"""`heads` and `rows` of texts."""
+
+KNOWN_FROM = {
+    "linear": "LLaVA",
+    "mlp": "LLaVA-1.5",
+    "pixel_shuffle": "InternVL, Idefics3",
+    "patch_merger": "Qwen2-VL",
+    "avg_pool": "DeCo",
+    "ldp": "MobileVLM V2",
+    "c_abstractor": "Honeybee",
+    "token_packer": "TokenPacker",
+    "perceiver_resampler": "Flamingo",
+    "idefics2_resampler": "Idefics2",
+    "qformer": "BLIP-2, InstructBLIP",
+}
+KNOWN_FUSIONS = {"intermediate": "Flamingo", "late": "CLIP, SigLIP", "unified": "Fuyu, Chameleon"}
+
+
+def adjectives(ways: Mapping[str, Sequence[Row]]) -> Table:
+    """What a textbook says of connectors in words (tokens, expressiveness, cost, who uses it), as numbers."""
+    heads = ["connection", "output tokens", "expressiveness: right", "patches lost", "cost: connector"]
+    heads += ["to first token", "KV cache a picture", "known from"]
+    rows = []
+    for way, cells in ways.items():
+        first, closed = cells[0], cells[0]["closed_form"]
+        answered = score(cells)
+        fusion, settings = first["choice"]["fusion"], first["choice"]["connector"]
+        lost, flops = mean_of(cells, "diagnostics", "reconstruction_error"), closed.get("connect_flops")
+        size = closed["parameters"].get("connector")
+        total = None if flops is None else closed["connect_flops"] + closed["prefill_flops"]
+        connector = "–" if size is None else f"{count(size)} parameters"
+        connector += f", {flops / 1e6:,.0f} MFLOP" if flops else ""
+        known = KNOWN_FUSIONS.get(fusion) or KNOWN_FROM.get(settings["name"] if settings else "", "–")
+        right = (
+            "–" if answered is None else f"{percent(answered.accuracy)} ({percent_range(answered.low, answered.high)})"
+        )
+        tokens = _tokens(first)
+        rows.append([way, tokens, right, percent(lost), connector, _giga(total), _kib(closed), known])
+    return {"heads": heads, "rows": rows}
+
+
+def _tokens(result: Row) -> str:
+    """Tokens of a picture, and whether their number follows the picture's patches."""
+    shape, tokens = result["shape"], result["closed_form"]["visual_tokens"]
+    if shape is None:
+        return "1 vector"
+    kind = "grows with the patches" if shape["grows"] else "fixed"
+    return f"{tokens} ({kind})" if shape["in_sequence"] else f"{tokens} beside the sequence ({kind})"
+
+
+def costs(ways: Mapping[str, Sequence[Row]]) -> Table:
+    """Closed form, and beside it what was counted or timed."""
+    heads = ["connection", "encode", "connect + prefill", "decode a token", "KV cache a picture", "first token"]
+    heads += ["decoding", "training", "peak memory", "time in all"]
+    rows = []
+    for way, cells in ways.items():
+        closed, measured, training = cells[0]["closed_form"], cells[0]["measured"], cells[0]["training"]
+        first = mean_of(cells, "measured", "first_token_seconds")
+        peak = mean_of(cells, "training", "peak_memory_bytes")
+        rate, speed = mean_of(cells, "measured", "decode_tokens_per_second"), training["samples_per_second"]
+        kept = measured.get("kv_cache_bytes_per_image")
+        rows.append(
+            [
+                way,
+                _both(_giga(closed.get("encode_flops")), _giga(measured.get("encode_flops"))),
+                _both(_giga(closed.get("connect_and_prefill_flops")), _giga(measured.get("connect_and_prefill_flops"))),
+                _giga(closed.get("decode_flops")),
+                _both(_kib(closed), "–" if kept is None else f"{kept / 1024:,.0f} KiB"),
+                "–" if first is None else f"{1e3 * first:.0f} ms",
+                "–" if rate is None else f"{rate:.1f} tokens/s",
+                f"{amount(speed, 1)} samples/s",
+                "–" if peak is None else f"{peak / 1e9:.2f} GB",
+                duration(sum(sum(cell["seconds"].values()) for cell in cells)),
+            ]
+        )
+    return {"heads": heads, "rows": rows}
+
+
+def kept(ways: Mapping[str, Sequence[Row]]) -> Table:
+    """What a connector keeps of a picture, and what training cost the language model."""
+    texts = list(
+        dict.fromkeys(t for cells in ways.values() for t in (cells[0]["forgetting"] or {}).get("perplexity", {}))
+    )
+    heads = ["connection", "neighbours kept", "patches lost", "lost without a connector"]
+    heads += [f"{text} perplexity" for text in texts]
+    rows = []
+    for way, cells in ways.items():
+        told = [
+            mean_of(cells, "diagnostics", key)
+            for key in ("knn_overlap", "reconstruction_error", "reconstruction_floor")
+        ]
+        row = [way, *map(percent, told)]
+        for text in texts:
+            now = mean_of(cells, "forgetting", "perplexity", text)
+            change = mean_of(cells, "forgetting", "perplexity_change", text)
+            row.append("–" if now is None else f"{now:.2f} ({'unchanged' if not change else f'{change:+.2f}'})")
+        rows.append(row)
+    return {"heads": heads, "rows": rows}
+
+
+def skills(ways: Mapping[str, Sequence[Row]], names: Sequence[str]) -> Table:
+    """Accuracy by skill with intervals, and beside another sample's picture."""
+    rows = []
+    for way, cells in ways.items():
+        found = [score(cells, name) for name in names]
+        texts = [
+            "–" if s is None else f"{percent(s.accuracy)} ({percent_range(s.low, s.high)}); {percent(s.control)}"
+            for s in found
+        ]
+        rows.append([way, *texts])
+    return {"heads": ["connection", *names], "rows": rows}
+
+
+def crossing_table(found: Sequence[Crossing]) -> Table:
+    """Where one way overtakes another, as sentences would say it."""
+    rows = [[c.measure, c.dear, c.cheap, _from(c.at)] for c in found]
+    return {
+        "heads": ["measure", "this costs more", "than this", f"with {TEXT} text tokens and one picture"],
+        "rows": rows,
+    }
+
+
+def _from(at: int | None) -> str:
+    if at is None:
+        return "never up to 2,304 patches"
+    return "always" if at <= 1 else f"from {at:,} patches on"
+
+
+def _both(closed: str, measured: str) -> str:
+    return closed if measured == "–" else f"{closed}; counted {measured}"
+
+
+def _giga(flops: float | None) -> str:
+    return "–" if flops is None else f"{flops / 1e9:.2f} GFLOP"
+
+
+def _kib(closed: Mapping[str, Any]) -> str:
+    kept = closed.get("kv_cache_bytes_per_image")
+    return "–" if kept is None else f"{kept / 1024:,.0f} KiB"

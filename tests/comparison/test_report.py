@@ -1,0 +1,114 @@
+"""The comparison's page on made-up results: what it must say, and that it needs nothing but itself."""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from chiasm.comparison.report import write_report
+from chiasm.comparison.results import to_markdown, write_results
+from chiasm.evaluation.skills import summarise
+
+SHAPE = {"patches": 16, "in_sequence": True, "matrices": 1000, "head": 10, "pair": 4, "kv_bytes": 8}
+SHAPE |= {"cross_token": 0, "cross_look": 0, "cross_keys": 0, "cross_kept": 0}
+INFO = {
+    "title": "A <b>title",
+    "budget": "100 samples",
+    "facts": ["a fact"],
+    "command": "chiasm compare plan.yaml -o run",
+}
+
+
+def answers(right: int) -> list[dict[str, Any]]:
+    rows = []
+    for number in range(20):
+        score = float(number % 10 < right)
+        row = {
+            "id": str(number),
+            "sample": f"s{number}",
+            "skill": ["naming", "counting"][number % 2],
+            "metric": "exact_match",
+        }
+        row |= {
+            "question": f"What is {number}?",
+            "expected": "cat",
+            "references": ["cat"],
+            "answer": "cat" if score else "<i>dog",
+        }
+        rows.append(row | {"score": score, "correct": bool(score), "contains": score, "control_score": 0.0})
+    return rows
+
+
+def result(way: str, right: int, tokens: int, seed: int = 0) -> dict[str, Any]:
+    closed = {"parameters": {"connector": 1000}, "visual_tokens": tokens, "connect_flops": 10, "prefill_flops": 10**9}
+    closed |= {"encode_flops": 10**9, "decode_flops": 10**8, "kv_cache_bytes_per_image": 1024 * tokens}
+    closed["connect_and_prefill_flops"] = 10**9 + 10
+    label = way.partition("-")[0]
+    choice = {"label": label, "connector": {"name": label}, "fusion": "early", "tokens": None, "tune": "lora"}
+    return {
+        "name": f"{way}-seed{seed}",
+        "way": way,
+        "choice": choice | {"positions": "auto", "seed": seed},
+        "samples": 100,
+        "seconds": {"train": 10.0 * tokens, "evaluate": 1.0},
+        "closed_form": closed,
+        "measured": {"first_token_seconds": 0.1 * tokens, "decode_tokens_per_second": 20.0},
+        "shape": SHAPE | {"tokens": tokens, "grows": label == "mlp"},
+        "training": {
+            "steps": 25,
+            "samples_per_second": 8.0,
+            "peak_memory_bytes": 10**9,
+            "trainable": {"connector": 1000},
+            "curve": [[0, 3.0, 3.1], [25, 1.0, 2.0]],
+        },
+        "summary": summarise(answers(right)),
+        "forgetting": {"perplexity": {"english": 20.0}, "perplexity_change": {"english": 1.0}},
+        "diagnostics": {"knn_overlap": 0.8, "reconstruction_error": 0.3, "reconstruction_floor": 0.2},
+        "attention": {"sample": "s0", "question": "What?", "answer": "cat"},
+    }
+
+
+def test_the_page_says_what_was_found_and_needs_no_network(tmp_path: Path) -> None:
+    results = [result("mlp-early", 9, 16), result("mlp-early", 8, 16, seed=1), result("qformer-early", 3, 8)]
+    told = {one["name"]: answers(right) for one, right in zip(results, (9, 8, 3), strict=True)}
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "attention.png")
+    page = write_report(
+        tmp_path / "report.html",
+        results,
+        told,
+        INFO,
+        lambda sample: Image.new("RGB", (9, 9), "blue"),
+        {"mlp-early-seed0": tmp_path / "attention.png"},
+        [("qformer-late", "late fusion pools")],
+    ).read_text(encoding="utf-8")
+    for part in (
+        "Take mlp-early",
+        "LLaVA-1.5",
+        "BLIP-2",
+        "16 (grows with the patches)",
+        "8 (fixed)",
+        "late fusion pools",
+    ):
+        assert part in page, part
+    for heading in (
+        "What accuracy costs",
+        "Skill by skill",
+        "How they learned",
+        "As pictures grow",
+        "Where they looked",
+    ):
+        assert heading in page, heading
+    assert page.count("<li>\n      <img") == 12
+    assert "from 9 patches on" in page
+    assert "<i>dog" not in page
+    assert "A <b>title" not in page
+    assert "<script" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+
+
+def test_tables_are_written_beside_it(tmp_path: Path) -> None:
+    results = [result("mlp-early", 9, 16), result("qformer-early", 3, 8)]
+    write_results(tmp_path, results)
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
+    assert "| mlp-early-seed0 | 16 | 1,000 |" in to_markdown(results)
