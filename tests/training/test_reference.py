@@ -14,7 +14,7 @@ from chiasm.training.reference import SECTIONS, json_schema, markdown, schema_te
 from chiasm.training.schema import PartPlan, Recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "compare")
 
 
 class Yaml12(yaml.SafeLoader):
