@@ -365,3 +365,21 @@ def test_every_object_of_the_real_artwork_stands_out_on_every_colour() -> None:
             scene = Scene(colour, shade, (Placed(code, "middle", (80, 80, 144, 144)),))
             away = abs(np.asarray(Drawing(scene, artwork)()).astype(int) - shade).sum(-1)
             assert (away[80:144, 80:144] > 90).mean() > 0.08, (name_of(code, "en"), colour)
+
+
+def test_drawings_are_captions_the_other_way_round(artwork: Path) -> None:
+    drawn = EmojiScenes("train", size=200, form="drawing", artwork=artwork)
+    captions = EmojiScenes("train", size=200, form="caption", artwork=artwork)
+    without_words = 0
+    for sample, other in zip(drawn, captions, strict=True):
+        assert sample.validate().skill == "drawing" and sample.messages[1]["content"] == [{"type": "image"}]
+        assert sample.meta["objects"] == other.meta["objects"]
+        without_words += sample.question == "Draw a picture."
+        assert sample.question in ("Draw a picture.", f"Draw: {other.answer}")
+    assert 8 <= without_words <= 35
+    every = EmojiScenes("train", size=8, form="all", artwork=artwork)
+    kinds = [sample.skill for sample in every]
+    assert kinds[::2] == ["drawing"] * 4 and "drawing" not in kinds[1::2]
+    assert [kinds[3], kinds[7]] == ["caption"] * 2
+    with pytest.raises(ValueError, match="shots=2 are examples of answers in words; form 'all' has none or few"):
+        EmojiScenes("train", form="all", shots=2, artwork=artwork)
