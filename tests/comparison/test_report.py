@@ -11,7 +11,8 @@ from chiasm.evaluation.skills import summarise
 
 SHAPE = {"patches": 16, "in_sequence": True, "matrices": 1000, "head": 10, "pair": 4, "kv_bytes": 8}
 SHAPE |= {"cross_token": 0, "cross_look": 0, "cross_keys": 0, "cross_kept": 0}
-INFO = {
+INFO: dict[str, Any] = {
+    "claims": [],
     "title": "A <b>title",
     "budget": "100 samples",
     "facts": ["a fact"],

@@ -15,6 +15,7 @@ import yaml
 
 from chiasm.comparison.cell import ATTENTION, CELLS, EVALUATION, Say, data_of, finished, run_cell
 from chiasm.comparison.choices import Choice, Grid, Skipped, expand
+from chiasm.comparison.claims import judge
 from chiasm.comparison.plan import Plan, load_plan
 from chiasm.comparison.report import write_report
 from chiasm.comparison.results import write_results
@@ -95,16 +96,18 @@ def write_all(output: Path, plan: Plan, results: list[dict[str, Any]], skipped: 
     _, _, test = data_of(plan)
     pictures = {sample.id: sample.images[0] for sample in test if sample.images}
     folders = {result["name"]: output / CELLS / result["name"] for result in results}
+    rows = {name: EvalResult.load(folder / EVALUATION).rows for name, folder in folders.items()}
     facts = [f"{len(results)} cells", f"budget: {in_words(plan)}", f"{platform.machine()}, {os.cpu_count()} cores"]
     base = f"{plan.base.vision} + {plan.base.language}"
     write_report(
         output / REPORT,
         results,
-        {name: EvalResult.load(folder / EVALUATION).rows for name, folder in folders.items()},
+        rows,
         {
             "title": plan.title,
             "budget": in_words(plan),
             "facts": [base, *facts],
+            "claims": judge(plan.claims, results, rows),
             "command": f"chiasm compare {shlex.quote(str(output / PLAN))} -o {shlex.quote(str(output))}",
         },
         lambda sample: pictures[sample].load() if sample in pictures else None,

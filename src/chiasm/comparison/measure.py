@@ -20,6 +20,8 @@ from chiasm.generation import decode
 
 NEW_TOKENS = 16
 """Tokens that are decoded to time them."""
+ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""The attention that PyTorch's counter does not know."""
 
 
 def measure(model: Any, processor: Any, sample: Sample, repeats: int) -> dict[str, Any]:
@@ -35,28 +37,20 @@ def measure(model: Any, processor: Any, sample: Sample, repeats: int) -> dict[st
     picture = sample.images[0].load()
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question.strip()}]}]
     inputs = decode.prepare(model, processor, [question], [[picture]], NEW_TOKENS)
-    text = [{"role": "user", "content": sample.question.strip()}]
-    without = decode.prepare(model, processor, [text], [[]], NEW_TOKENS)
-    words = _text_tokens(model, inputs)
+    words = inputs["input_ids"].shape[1] - (cost(model, text_tokens=1).sequence - 1)
     closed = cost(model, text_tokens=words).to_dict()
     alone = cost(model, images=0, text_tokens=words)
     closed["kv_cache_bytes_per_image"] = closed["kv_cache_bytes"] - alone.kv_cache_bytes
     closed["connect_and_prefill_flops"] = closed["connect_flops"] + closed["prefill_flops"]
     return {
         "closed_form": closed,
-        "measured": _generative(model, inputs, without, repeats),
+        "measured": _generative(model, inputs, words, repeats),
         "shape": shape_of(model).to_dict() if not model.config.is_encoder_decoder else None,
     }
 
 
-def _text_tokens(model: FusionModel, inputs: dict[str, Tensor]) -> int:
-    return max(1, int((inputs["input_ids"] != model.config.image_token_id).sum()))
-
-
 @torch.no_grad()
-def _generative(
-    model: FusionModel, inputs: dict[str, Tensor], without: dict[str, Tensor], repeats: int
-) -> dict[str, Any]:
+def _generative(model: FusionModel, inputs: dict[str, Tensor], words: int, repeats: int) -> dict[str, Any]:
     told: dict[str, Any] = {"pad_token_id": 0, "do_sample": False}
 
     def generate(tokens: int) -> Callable[[], Any]:
@@ -72,14 +66,13 @@ def _generative(
     if model.config.is_encoder_decoder:
         return measured
     with _flops() as encoding:
-        features = model.encode_images(**pixels)
-    read = {name: value for name, value in inputs.items() if not name.startswith("pixel")} | {"use_cache": True}
+        model.encode_images(**pixels)
     with _flops() as reading:
-        output = model(**read, image_features=features, logits_to_keep=1)
-    blind = model(**without, use_cache=True, logits_to_keep=1)
-    measured["encode_flops"], measured["connect_and_prefill_flops"] = encoding[0], reading[0]
-    if output.cache is not None:
-        measured["kv_cache_bytes_per_image"] = _cache_bytes(output) - _cache_bytes(blind)
+        output = model(**inputs, use_cache=True, logits_to_keep=1)
+    ids = inputs["input_ids"][:, -1:].expand(1, words)
+    blind = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+    measured |= {"encode_flops": encoding[0], "connect_and_prefill_flops": reading[0] - encoding[0]}
+    measured["kv_cache_bytes_per_image"] = _cache_bytes(output) - _cache_bytes(blind)
     return measured
 
 
@@ -110,9 +103,14 @@ def _seconds(run: Callable[[], Any], repeats: int) -> float:
 def _flops() -> Iterator[list[int]]:
     """FLOPs of what runs inside, in the list when it is over."""
     counted: list[int] = []
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={ON_CPU: _attention_flops}) as counter:
         yield counted
     counted.append(counter.get_total_flops())
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    batch, heads, new, size = query
+    return 2 * batch * heads * new * key[-2] * (size + value[-1])
 
 
 def _cache_bytes(output: Any) -> int:

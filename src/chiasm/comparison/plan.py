@@ -128,6 +128,18 @@ class Evaluation(Strict):
     pictures: PositiveInt = Field(96, description="pictures of the diagnostics without a language model")
 
 
+class Claim(Strict):
+    """What somebody says of two ways of connecting, to be held against the cells' numbers."""
+
+    text: str = Field(description="the claim in words")
+    better: str = Field(description="the way (a cell's name without its seed) that is said to be better")
+    than: str = Field(description="the way that it is compared with")
+    measure: Literal["accuracy", "kv_cache_bytes_per_image", "perplexity_change"] = Field(
+        "accuracy", description="what decides; of the other two less is better"
+    )
+    skills: list[str] = Field(default_factory=list, description="of accuracy: which skills count; by default all")
+
+
 class Plan(Strict):
     """What `chiasm compare` runs."""
 
@@ -145,6 +157,7 @@ class Plan(Strict):
     )
     training: Training = Field(default_factory=lambda: Training.model_validate({}))
     evaluation: Evaluation = Field(default_factory=lambda: Evaluation.model_validate({}))
+    claims: list[Claim] = Field(default_factory=list, description="what the report judges by the numbers")
     keep_models: bool = Field(False, description="leave every cell's trained model in its folder")
 
     @field_validator("strategies", mode="before")
@@ -239,6 +252,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "training": Training,
     "evaluation": Evaluation,
     "strategies": PartPlan,
+    "claims": Claim,
 }
 
 

@@ -4,7 +4,7 @@ Ways are compared on the same questions. Answers of all seeds are averaged per q
 gets an interval by resampling pictures and seeds together, wide enough for as many comparisons as are made.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -101,9 +101,21 @@ def _cost(result: Row) -> tuple[float, str]:
     return float(flops), f"{flops / 1e9:.1f} GFLOP to the first token and {kept / 1024:,.0f} KiB of KV cache a picture"
 
 
-def difference(one: Way, other: Way, comparisons: int = 1, seed: int = 0) -> Difference:
-    """How much better `one` answers; questions about one picture are resampled together, and seeds with them."""
-    questions = [question for question in one.groups if question in other.groups]
+def difference(
+    one: Way, other: Way, comparisons: int = 1, seed: int = 0, among: Callable[[str], bool] = lambda question: True
+) -> Difference:
+    """How much better `one` answers; questions about one picture are resampled together, and seeds with them.
+
+    Args:
+        comparisons: that are made at once; more of them make wider intervals.
+        among: whether a question, by its id, counts.
+
+    Raises:
+        ValueError: no question counts.
+    """
+    questions = [question for question in one.groups if question in other.groups and among(question)]
+    if not questions:
+        raise ValueError(f"{one.name} and {other.name} have no question in common that counts")
     places = {name: place for place, name in enumerate(dict.fromkeys(one.groups[q] for q in questions))}
     group = np.asarray([places[one.groups[q]] for q in questions])
     counts = np.bincount(group, minlength=len(places))
@@ -119,7 +131,8 @@ def difference(one: Way, other: Way, comparisons: int = 1, seed: int = 0) -> Dif
         means[index] = (here - there) / counts[pictures].sum()
     tail = LEVEL / (2 * max(1, comparisons))
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Difference(one.accuracy - other.accuracy, float(low), float(high))
+    here, there = (side.mean(0).sum() for side in sums)
+    return Difference(float(here - there) / len(questions), float(low), float(high))
 
 
 def recommend(ways: Sequence[Way], budget: str) -> Recommendation:
@@ -138,8 +151,8 @@ def recommend(ways: Sequence[Way], budget: str) -> Recommendation:
     blind = best.control is not None and best.accuracy - best.control <= _doubt(best)
     if blind:
         said.append(
-            f"No way can be recommended: the best one, {best.name}, is right in {percent(best.accuracy)} of the answers "
-            f"and in {percent(best.control)} with another sample's picture, which is no measurable difference. "
+            f"No way can be recommended: the best one, {best.name}, is right in {percent(best.accuracy)} of the "
+            f"answers and in {percent(best.control)} with another sample's picture, which is no measurable difference. "
             f"Nothing shows that it looks; {budget} is too little here."
         )
         return Recommendation(None, best.name, *names, said + _doubts(ways))

@@ -51,16 +51,19 @@ def score(cells: Sequence[Row], skill: str | None = None) -> Score | None:
     return Score(accuracy, low, high, fmean(controls) if controls else None, rows[0]["chance"], rows[0]["n"])
 
 
-def interval(means: Sequence[float], intervals: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def interval(
+    means: Sequence[float], intervals: Sequence[tuple[float, float]], bounded: bool = True
+) -> tuple[float, float]:
     """95 % interval of a mean over seeds that answered the same questions: the doubt of the questions, which more seeds
-    do not lessen, and that of the seeds, put together as independent."""
+    do not lessen, and that of the seeds, put together as independent. `bounded`: within 0 and 1."""
     centre = fmean(means)
     below = fmean(mean - low for mean, (low, _) in zip(means, intervals, strict=True))
     above = fmean(high - mean for mean, (_, high) in zip(means, intervals, strict=True))
     if len(means) > 1:
         spread = T95[min(len(means) - 2, len(T95) - 1)] * stdev(means) / math.sqrt(len(means))
         below, above = math.hypot(below, spread), math.hypot(above, spread)
-    return max(0.0, centre - below), min(1.0, centre + above)
+    low, high = centre - below, centre + above
+    return (max(0.0, low), min(1.0, high)) if bounded else (low, high)
 
 
 def mean_of(cells: Sequence[Row], *path: str) -> float | None:

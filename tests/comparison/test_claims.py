@@ -1,0 +1,43 @@
+"""Verdicts on claims, on made-up cells; the plans of claims that ship name cells that they have."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import answers, result
+
+from chiasm.comparison.choices import expand
+from chiasm.comparison.claims import AGAINST, EQUAL, OPEN, SUPPORTED, judge, to_markdown
+from chiasm.comparison.plan import Claim, load_plan
+
+PLANS = sorted((Path(__file__).parents[2] / "recipes/claims").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_claims_that_ship_name_cells_of_their_plans(path: Path) -> None:
+    plan = load_plan(path)
+    choices, _ = expand(plan, lambda: (4, 4))
+    ways = {choice.way for choice in choices}
+    assert {name for claim in plan.claims for name in (claim.better, claim.than)} <= ways
+    assert load_plan(f"claims/{path.stem}") == plan
+
+
+@pytest.mark.parametrize(
+    ("claim", "verdict"),
+    [
+        ({"better": "mlp-early", "than": "qformer-early"}, SUPPORTED),
+        ({"better": "qformer-early", "than": "mlp-early"}, AGAINST),
+        ({"better": "mlp-early", "than": "linear-early"}, EQUAL),
+        ({"better": "mlp-early", "than": "qformer-early", "skills": ["reading"]}, OPEN),
+        ({"better": "mlp-early", "than": "ldp-early"}, OPEN),
+        ({"better": "qformer-early", "than": "mlp-early", "measure": "kv_cache_bytes_per_image"}, SUPPORTED),
+        ({"better": "qformer-early", "than": "mlp-early", "measure": "perplexity_change"}, EQUAL),
+    ],
+)
+def test_verdicts(claim: dict[str, Any], verdict: str) -> None:
+    rights = {"mlp-early": 9, "linear-early": 9, "qformer-early": 1}
+    results = [result(way, right, 8 if way == "qformer-early" else 16) for way, right in rights.items()]
+    told = {one["name"]: answers(rights[one["way"]]) for one in results}
+    (found,) = judge([Claim(text="It | is", **claim)], results, told)
+    assert found.verdict == verdict
+    assert "| It \\| is | **" in to_markdown({"A title": [found]})
