@@ -91,7 +91,7 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
     trainer = trl.SFTTrainer(
         vlm.model,
         arguments,
-        data_collator=Collator(vlm.processor),
+        data_collator=Collator(vlm.processor, logits=True),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=vlm.processor,
     )

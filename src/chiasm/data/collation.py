@@ -123,12 +123,13 @@ class Collator:
 
     Args:
         max_length: tokens of a sample; by default all.
+        logits: ask the model for logits beside the loss, which TRL looks at.
     """
 
-    def __init__(self, processor: ChiasmProcessor, max_length: int | None = None) -> None:
-        self.processor, self.max_length = processor, max_length
+    def __init__(self, processor: ChiasmProcessor, max_length: int | None = None, logits: bool = False) -> None:
+        self.processor, self.max_length, self.logits = processor, max_length, logits
 
-    def __call__(self, rows: Sequence[Sample | dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Sample | dict[str, Any]]) -> dict[str, Any]:
         """Padded inputs with labels on the assistant's words.
 
         Raises:
@@ -139,7 +140,7 @@ class Collator:
             sample = row if isinstance(row, Sample) else _sample_of_row(row, f"row {number}")
             tokens = encode_sample(sample.validate(), self.processor, self.max_length)
             items.append(Item(sample.id, tokens, load_pixels(sample, self.processor)))
-        return collate(items, self.processor).inputs
+        return collate(items, self.processor).inputs | ({"return_logits": True} if self.logits else {})
 
 
 def _sample_of_row(row: dict[str, Any], name: str) -> Sample:
