@@ -14,7 +14,9 @@ from chiasm.training.reference import SECTIONS, json_schema, markdown, schema_te
 from chiasm.training.schema import PartPlan, Recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "compare")
+PLANS = ("compare",)
+"""Beside the recipes, and read by `chiasm compare`."""
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in PLANS)
 
 
 class Yaml12(yaml.SafeLoader):

@@ -47,7 +47,7 @@ def samples_within(
     return max(stage.batch_size, int(budget.amount / each))
 
 
-def training_flops(model: FusionModel, places: float, pictures: float, tuned: Mapping[str, str]) -> float:
+def training_flops(model: FusionModel, places: float, pictures: float, tuned: Mapping[str, str]) -> int:
     """FLOPs of one sample of training: a forward, the gradients of what comes behind the first thing that learns, and
     those of weights that learn themselves. A frozen encoder is not counted: it runs once for all cells.
 
@@ -59,11 +59,11 @@ def training_flops(model: FusionModel, places: float, pictures: float, tuned: Ma
     language = language_flops(model, new=length, context=length, logits=length)
     total = language * (3 if tuned.get("language") == "full" else 2)
     if hasattr(model, "connector"):
-        total += 3 * pictures * model.connector.flops()
+        total += round(3 * pictures * model.connector.flops())
     if isinstance(model, IntermediateFusionModel):
         seen = max(1, round(pictures)) * model.connector.num_tokens
         total += 3 * (model.cross_attention.flops(length, seen) + model.cross_attention.keys_values_flops(seen))
     if tuned.get("vision", "frozen") != "frozen":
         flops: Any = getattr(model.vision, "flops", None)
-        total += 3 * pictures * (flops() if flops is not None else encode_flops(model.vision))
+        total += 3 * round(pictures) * (flops() if flops is not None else encode_flops(model.vision))
     return total

@@ -79,7 +79,7 @@ def _generative(model: FusionModel, inputs: dict[str, Tensor], words: int, repea
 def _late(model: LateFusionModel, processor: Any, sample: Sample, repeats: int) -> dict[str, Any]:
     """Late fusion reads no sequence: its picture is one vector, made once, and an answer is one more step."""
     pixels = torch.as_tensor(load_pixels(sample, processor)).to(model.device, model.vision.model.dtype)
-    parameters = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts(model)}  # type: ignore[arg-type]
+    parameters = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts(model)}
     with torch.no_grad():
         seconds = _seconds(lambda: model.encode_images(pixels), repeats)
     closed = {"parameters": parameters, "visual_tokens": 1, "encode_flops": encode_flops(model.vision)}

@@ -57,10 +57,10 @@ class Data(Strict):
 class Axes(Strict):
     """Every combination of these is a cell."""
 
-    connector: list[Connector] = Field(default_factory=lambda: ["mlp"], description="names or settings of connectors")
+    connector: list[Connector] = Field(default=["mlp"], description="names or settings of connectors")
     fusion: list[str] = Field(default_factory=lambda: ["early"], description="early, intermediate, late, unified")
     tokens: list[PositiveInt | None] = Field(
-        default_factory=lambda: [None], description="visual tokens of a picture; null leaves it to the connector"
+        default=[None], description="visual tokens of a picture; null leaves it to the connector"
     )
     tune: list[str] = Field(default_factory=lambda: ["lora"], description="names of freeze strategies")
     positions: list[str] = Field(default_factory=lambda: ["auto"], description="how the place of a token is told")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from chiasm.evaluation.plots import COLOURS, canvas, svg
 
@@ -54,6 +54,7 @@ def pareto(points: Sequence[Point], label: str, name: str, logarithmic: bool = F
         axes.errorbar([point.x], [100 * point.y], yerr=reach, linestyle="none", label=point.name, **mark)
     if logarithmic and max(p.x for p in points) > 3 * min(p.x for p in points):
         axes.set_xscale("log")
+        _plain_ticks(axes.xaxis)
     axes.set_xlabel(label)
     axes.set_ylabel("% right")
     _finish(axes, len(points))
@@ -75,6 +76,8 @@ def lines(
     if logarithmic:
         axes.set_xscale("log")
         axes.set_yscale("log")
+        _plain_ticks(axes.xaxis)
+        _plain_ticks(axes.yaxis)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_xlabel(x)
@@ -107,6 +110,13 @@ def skill_bars(rows: Sequence[tuple[str, float, float, float, float | None]], ch
 
 def sampled(cost: Callable[[int], float], at: Sequence[int]) -> list[tuple[float, float]]:
     return [(value, cost(value)) for value in at]
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Numbers instead of powers on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _finish(axes: Axes, number: int) -> None:

@@ -70,7 +70,17 @@ def flat(result: Result) -> dict[str, Any]:
     return row | result["diagnostics"]
 
 
-HEADS = ("cell", "tokens", "connector", "trained", "right", "95 %", "another picture", "first token", "tokens/s")
+HEADS: tuple[str, ...] = (
+    "cell",
+    "tokens",
+    "connector",
+    "trained",
+    "right",
+    "95 %",
+    "another picture",
+    "first token",
+    "tokens/s",
+)
 HEADS += ("KV per picture", "samples/s", "peak memory", "time")
 
 
