@@ -1,6 +1,6 @@
 """Stage 1 (connector only): Chiasm's trainer against transformers' LLaVA trained frozen in plain PyTorch.
 
-Both sides start from the same weights (`from_llava`), and take the same batches in the same order. The peer is what one
+Both sides start from the same weights (`load_llava`), and take the same batches in the same order. The peer is what one
 writes by hand: `requires_grad_(False)` on everything but the projector, AdamW, the model's own loss, pictures through
 the vision tower in every step. Its batches lie ready in memory, while Chiasm's time includes preparing them.
 
@@ -35,7 +35,7 @@ from chiasm.data.collation import Batch
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import ImageRef, Sample, SampleError
 from chiasm.fusion.early import EarlyFusionModel
-from chiasm.interop.llava import from_llava
+from chiasm.interop.llava import load_llava
 from chiasm.training import trainer
 from chiasm.training.batches import Order
 from chiasm.training.features import Features
@@ -200,7 +200,9 @@ class TimedRun(StageRun):
 
 def chiasm_side(gate: Gate, case: Case) -> None:
     """`chiasm.training.train` as it is, with `TimedRun` for its stages. The first block is the encoding."""
-    model, processor = from_llava(build_llava(case.tokens)), build_processor(case.tokens)
+    with tempfile.TemporaryDirectory(dir=case.folder) as written:
+        build_llava(case.tokens).save_pretrained(written)
+        model, processor = load_llava(written)[0], build_processor(case.tokens)
     samples = build_samples(case.batch * case.batches, case.even)
     TimedRun.gate = gate
     with tempfile.TemporaryDirectory(dir=case.folder) as folder, patch.object(trainer, "StageRun", TimedRun):
