@@ -108,11 +108,12 @@ def test_a_prefix_model_becomes_paligemma(tmp_path: Path) -> None:
     from chiasm.interop.paligemma import TEMPLATE
 
     gemma = AutoModelForCausalLM.from_config(test_paligemma.LANGUAGES["gemma"])
-    prefix = {"connector": "linear", "attention": "prefix", "tokenizer": tiny.tokenizer()}
-    vlm = chiasm.connect(tiny.vision("siglip"), gemma, chat_template=TEMPLATE, **prefix)
+    prefix = {"connector": "linear", "attention": "prefix"}
+    asked = {"tokenizer": tiny.tokenizer(), "chat_template": TEMPLATE}
+    vlm = chiasm.connect(tiny.vision("siglip"), gemma, **asked, **prefix)
     done = convert(vlm.model, vlm.processor, "transformers", tmp_path)
     assert done.kind == "paligemma" and done.difference is not None and done.difference < 1e-4
-    other = chiasm.connect(tiny.vision("siglip"), gemma, **prefix)
+    other = chiasm.connect(tiny.vision("siglip"), gemma, tokenizer=tiny.tokenizer(), **prefix)
     with pytest.raises(ValueError, match="prompts are not PaliGemma's"):
         convert(other.model, other.processor, "transformers", tmp_path / "other")
 

@@ -81,6 +81,15 @@ def answers(folder: Path, pictures: list[Image.Image | None], prompt: str, token
     return json.loads(run.stdout.split("ANSWERS", 1)[1].splitlines()[0])
 
 
+def sure(vlm: chiasm.VLM, picture: Image.Image | None) -> int:
+    """Tokens up to the first whose score is as good as another's: llama.cpp's GELU is a table in half precision."""
+    inputs = vlm.processor(messages=tiny.ask("What is it?", picture is not None), images=picture and [picture])
+    options = {"max_new_tokens": 8, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    best = torch.stack(vlm.model.generate(**inputs, **options).scores)[:, 0].topk(2).values
+    close = (best[:, 0] - best[:, 1] < 0.05).nonzero()
+    return int(close[0]) if len(close) else len(best)
+
+
 @pytest.mark.parametrize(
     ("family", "connector", "tied", "size"),
     [
@@ -94,8 +103,13 @@ def test_llama_cpp_gives_the_same_text(family: str, connector: str, tied: bool, 
     vlm = model(family, connector, tied, size)
     convert(vlm.model, vlm.processor, "gguf", tmp_path)
     pictures = [None, tiny.picture(3).resize((size, size)), tiny.picture(5).resize((size, size))]
-    expected = [vlm.chat(picture, "What is it?", max_new_tokens=8) for picture in pictures]
-    assert answers(tmp_path, pictures, "What is it?", 8) == expected
+    found = answers(tmp_path, pictures, "What is it?", 8)
+    lengths = [sure(vlm, picture) for picture in pictures]
+    assert sum(lengths) >= 8 and sum(lengths[1:]) >= 3
+    for picture, text, length in zip(pictures, found, lengths, strict=True):
+        if length:
+            expected = vlm.chat(picture, "What is it?", max_new_tokens=length)
+            assert text.startswith(expected.rstrip("\ufffd"))
 
 
 @pytest.mark.parametrize(("quantize", "kind"), [("q8_0", "Q8_0"), ("q4_0", "Q4_0"), ("f16", "F16")])

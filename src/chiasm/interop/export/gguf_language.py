@@ -28,8 +28,8 @@ QUANTIZATIONS = {
     "q4_1": GGMLQuantizationType.Q4_1,
     "q4_0": GGMLQuantizationType.Q4_0,
 }
-BLOCK = 32
-"""Weights of a row that are quantised together."""
+HALF_ONLY = ("mm.model.peg.0.weight",)
+"""Kernels of depth-wise convolutions, which llama.cpp computes in half precision alone."""
 
 HALF = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -91,6 +91,7 @@ def add_tensor(writer: GGUFWriter, name: str, tensor: Tensor, quantization: str)
     """Adds a tensor, in float32 where it is no matrix, and in half precision where its rows make no blocks."""
     values: NDArray[np.float32] = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
     kind = QUANTIZATIONS[quantization] if values.ndim == 2 else GGMLQuantizationType.F32
+    kind = GGMLQuantizationType.F16 if name in HALF_ONLY else kind
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     if values.shape[-1] % block:
         kind = GGMLQuantizationType.F16
