@@ -317,3 +317,22 @@ def test_the_recipe_schema_is_printed(run: Any) -> None:
     code, out, _ = run("recipe", "schema")
     assert code == 0 and "stages" in json.loads(out)["properties"]
     assert run("recipe", "docs")[1].startswith("# Every key of a recipe")
+
+
+def test_unified_fusion_is_connected_inspected_and_draws(run: Any, tmp_path: Path, model: Path) -> None:
+    folder, drawn = tmp_path / "one", tmp_path / "pictures" / "cat.png"
+    sizes = '{"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}'
+    codes = '{"name": "vq", "image_size": 16, "levels": [4, 3], "width": 8, "depth": 1}'
+    options = ("--positions", "mrope+modality", "--unified", '{"qk_norm": "rms"}')
+    code, out, _ = run(
+        "connect", "--fusion", "unified", "--language", sizes, "--image-input", codes, *options, "-o", folder
+    )
+    assert code == 0 and "chiasm train unified --model" in out
+    code, out, _ = run("inspect", folder, "--json")
+    told = json.loads(out)
+    assert code == 0 and told["fusion"] == "unified" and told["tokens_per_image"] == 4
+    assert set(told["parts"]) == {"vision", "language"}
+    code, out, _ = run("draw", folder, "two red apples", "-o", drawn, "--json")
+    assert code == 0 and json.loads(out)["size"] == [16, 16] == list(Image.open(drawn).size)
+    code, _, err = run("draw", model, "two red apples", "-o", drawn)
+    assert code == 2 and "cannot draw; connect with fusion='unified'" in " ".join(err.split())
