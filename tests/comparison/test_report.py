@@ -99,7 +99,7 @@ def test_the_page_says_what_was_found_and_needs_no_network(tmp_path: Path) -> No
         "Where they looked",
     ):
         assert heading in page, heading
-    assert page.count("<li>\n      <img") == 12
+    assert page.count('class="thumb"') == 13
     assert "from 9 patches on" in page
     assert "<i>dog" not in page
     assert "A <b>title" not in page

@@ -92,7 +92,10 @@ def _choice(fusion: str, connector: Any, tokens: int | None, tune: str, position
     if fusion == "unified":
         return Choice("patches", None, fusion, tokens, tune, positions)
     label = connector.get("label", connector["name"]) if isinstance(connector, dict) else connector
-    return Choice(str(label), check_connector(connector), fusion, tokens, tune, positions)
+    settings = check_connector(connector)
+    if fusion == "late":  # which has projections of its own, with options of their own
+        settings = {"name": settings["name"]}
+    return Choice(str(label), settings, fusion, tokens, tune, positions)
 
 
 def _resolved(choice: Choice, plan: Plan, grid_of: Callable[[], Grid]) -> Choice | str:

@@ -15,6 +15,7 @@ from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Sample
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
+from chiasm.fusion.sequence import PositionedModel
 from chiasm.training.forgetting import knn_overlap
 
 HELD_OUT = 0.25
@@ -29,7 +30,8 @@ AT_ONCE = 16
 def diagnose(model: Any, processor: Any, samples: Sequence[Sample], pictures: int) -> dict[str, float]:
     """`knn_overlap` (1 where nothing changed) and `reconstruction_error` (0 where nothing is lost, 1 where all is), and
     `reconstruction_floor`, the error of a regression from the patches themselves. Empty for too few pictures."""
-    if not isinstance(model, EarlyFusionModel | IntermediateFusionModel) or model.reads_instruction:
+    connected = isinstance(model, EarlyFusionModel | IntermediateFusionModel)
+    if not connected or isinstance(model, PositionedModel) or model.reads_instruction:
         return {}
     shown = [sample for sample in samples if len(sample.images) == 1][:pictures]
     if len(shown) < FEWEST:

@@ -16,6 +16,7 @@ from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Sample
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.late import LateFusionModel
+from chiasm.fusion.unified import UnifiedModel
 from chiasm.generation import decode
 
 NEW_TOKENS = 16
@@ -37,7 +38,7 @@ def measure(model: Any, processor: Any, sample: Sample, repeats: int) -> dict[st
     picture = sample.images[0].load()
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question.strip()}]}]
     inputs = decode.prepare(model, processor, [question], [[picture]], NEW_TOKENS)
-    words = inputs["input_ids"].shape[1] - (cost(model, text_tokens=1).sequence - 1)
+    words = _text_tokens(model, inputs["input_ids"])
     closed = cost(model, text_tokens=words).to_dict()
     alone = cost(model, images=0, text_tokens=words)
     closed["kv_cache_bytes_per_image"] = closed["kv_cache_bytes"] - alone.kv_cache_bytes
@@ -47,6 +48,16 @@ def measure(model: Any, processor: Any, sample: Sample, repeats: int) -> dict[st
         "measured": _generative(model, inputs, words, repeats),
         "shape": shape_of(model).to_dict() if not model.config.is_encoder_decoder else None,
     }
+
+
+def _text_tokens(model: FusionModel, ids: Tensor) -> int:
+    """Tokens that are neither places of the picture nor marks around them; names of regions are text."""
+    marks = [model.config.image_token_id]
+    if isinstance(model, UnifiedModel):
+        settings = model.settings
+        marks += [settings.row_token_id, settings.begin_token_id, settings.end_token_id]
+    known = torch.tensor([mark for mark in marks if mark is not None], device=ids.device)
+    return max(1, int((~torch.isin(ids, known)).sum()))
 
 
 @torch.no_grad()
