@@ -43,7 +43,7 @@ def diagnose(model: Any, processor: Any, samples: Sequence[Sample], pictures: in
         features = model.encode_images(pixels.to(model.device, model.vision.model.dtype))
         tokens = model.visual_tokens(None, features, None, None)
         before.append(features.float().cpu())
-        after.append(tokens.float().cpu())  # type: ignore[union-attr]
+        after.append(tokens.float().cpu())
     patches, tokens = torch.cat(before), torch.cat(after)
     return {
         "pictures": len(patches),
