@@ -45,7 +45,7 @@ def prefix_mask(
 
 
 def counted(position_ids: Tensor | None) -> Tensor | None:
-    """Positions as masks read them, to tell packed sequences apart; coordinates on several axes tell nothing of that."""
+    """Positions as masks read them, to tell packed sequences apart; coordinates on several axes say nothing of it."""
     return position_ids if position_ids is None or position_ids.ndim == 2 else None
 
 
