@@ -32,14 +32,14 @@ STEPS_TO = torch.tensor([[0, -1], [0, 1], [-1, 0], [1, 0]])
 WORDS = len(COLOURS) + len(STEPS_TO)
 TRAINED, LARGER = range(3, 7), range(8, 11)
 PATCH = 2
-SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 2}
+SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4}
 Z = 1.96
 
 
 def build(positions: str, seed: int) -> UnifiedModel:
     given = {"image_input": {"name": "patches", "patch_size": PATCH}, "positions": positions, "seed": seed}
     from_nothing = {**SIZES, "vocab_size": WORDS, "initializer_range": 0.05}
-    model, _ = build_unified(from_nothing, None, options={"qk_norm": "rms"}, **given)
+    model, _ = build_unified(from_nothing, None, attention="prefix", options={"qk_norm": "rms"}, **given)
     return model
 
 
@@ -60,10 +60,17 @@ def scenes(model: UnifiedModel, count: int, grids: Sequence[int], draw: torch.Ge
     assert settings.row_token_id and settings.begin_token_id and settings.end_token_id
     line = [model.config.image_token_id] * columns + [settings.row_token_id]
     picture = torch.tensor([settings.begin_token_id, *line * rows, settings.end_token_id]).expand(count, -1)
-    ids = torch.cat([picture, (direction + len(COLOURS))[:, None], answer[:, None]], dim=1)
+    ids = torch.cat([(direction + len(COLOURS))[:, None], picture, answer[:, None]], dim=1)
+    types = torch.zeros_like(ids)  # question and picture see each other
+    types[:, -1] = 1
     labels = torch.full_like(ids, -100)
     labels[:, -1] = answer
-    inputs = {"input_ids": ids, "labels": labels, "pixel_values": pixels.flatten(0, 2).flatten(1)}
+    inputs = {
+        "input_ids": ids,
+        "token_type_ids": types,
+        "labels": labels,
+        "pixel_values": pixels.flatten(0, 2).flatten(1),
+    }
     return inputs | {"direction": direction, "answer": answer}
 
 
@@ -82,7 +89,7 @@ def train(model: UnifiedModel, steps: int, batch: int, seed: int) -> None:
     model.train()
     for _ in range(steps):
         made = scenes(model, batch, TRAINED, draw)
-        inputs = {name: made[name] for name in ("input_ids", "labels", "pixel_values")}
+        inputs = {name: made[name] for name in ("input_ids", "token_type_ids", "labels", "pixel_values")}
         model(**inputs, return_logits=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -97,7 +104,8 @@ def accuracy(model: UnifiedModel, grids: Sequence[int], batches: int = 12, batch
     draw, right = torch.Generator().manual_seed(1_000_003), []
     for _ in range(batches):
         made = scenes(model, batch, grids, draw)
-        logits = model(input_ids=made["input_ids"][:, :-1], pixel_values=made["pixel_values"], logits_to_keep=1).logits
+        prompt = {name: made[name][:, :-1] for name in ("input_ids", "token_type_ids")}
+        logits = model(**prompt, pixel_values=made["pixel_values"], logits_to_keep=1).logits
         hit = logits[:, -1, : len(COLOURS)].argmax(dim=-1) == made["answer"]
         right += [(bool(one), int(way)) for one, way in zip(hit, made["direction"], strict=True)]
     beside = [one for one, way in right if way < 2]

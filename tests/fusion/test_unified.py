@@ -55,6 +55,14 @@ def test_a_batch_and_an_engine_answer_as_one_does(image_input: str, attention: s
     contracts.check_engine_equals_generate(vlm)
 
 
+def test_a_prefix_needs_no_padding_mask() -> None:
+    vlm = connect("patches", positions="mrope", attention="prefix")
+    inputs = batch(vlm)
+    rest = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    with torch.no_grad():
+        torch.testing.assert_close(vlm.model(**rest).logits, vlm.model(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_text_alone_is_the_language_models() -> None:
     for positions in POSITIONS:
         vlm, language = connect(positions=positions), tiny.language()

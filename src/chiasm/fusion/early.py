@@ -14,7 +14,7 @@ from chiasm.fusion.base import FusionModel, FusionOutput
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.part_dtypes import cast_parts
 from chiasm.fusion.pictures import real_pictures
-from chiasm.fusion.prefix import prefix_mask, with_suffix
+from chiasm.fusion.prefix import counted, prefix_mask, with_suffix
 from chiasm.fusion.splice import splice
 
 
@@ -147,7 +147,7 @@ class EarlyFusionModel(FusionModel):
         **kwargs: Any,
     ) -> Any:
         """Masks for a cache of fixed size, which `generate` makes before the forward is compiled."""
-        text = config.get_text_config()
+        text, position_ids = config.get_text_config(), counted(position_ids)
         started = cache is not None and cache.get_seq_length() > 0
         if config.attention == "prefix" and token_type_ids is not None and not started:
             return prefix_mask(text, inputs_embeds, attention_mask, token_type_ids, cache, position_ids)

@@ -39,9 +39,14 @@ def prefix_mask(
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         cache=cache,
-        position_ids=position_ids,
+        position_ids=counted(position_ids),
         block_sequence_ids=torch.where(token_type_ids == 0, 0, -1),
     )
+
+
+def counted(position_ids: Tensor | None) -> Tensor | None:
+    """Positions as masks read them, to tell packed sequences apart; coordinates on several axes say nothing of it."""
+    return position_ids if position_ids is None or position_ids.ndim == 2 else None
 
 
 def with_suffix(token_type_ids: Int[Tensor, "B S"], count: int) -> Int[Tensor, "B S_plus"]:
