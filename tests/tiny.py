@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -24,21 +23,12 @@ from transformers import (
     SiglipVisionModel,
 )
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from chiasm.language.byte_tokenizer import CHATML, plain_byte_tokenizer
 
 
 def tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer: 256 bytes and four special tokens, 260 in all."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|im_end|>", pad_token="<|pad|>"
-    )
+    fast = plain_byte_tokenizer()
     fast.add_tokens(["<|im_start|>"], special_tokens=True)
     fast.chat_template = chat_template
     return fast

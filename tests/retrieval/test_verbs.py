@@ -4,34 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from PIL import Image
 
 import chiasm
 import tiny
-from chiasm.cli import main
 from chiasm.data.captions import CaptionProcessor
 from chiasm.fusion.qformer_retrieval import build_retrieval
 from retrieval.pretend import paint
 from training import helpers
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs `chiasm ...` and returns exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["chiasm", *map(str, arguments)])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return call
 
 
 def save_model(folder: Path, seed: int = 0) -> Path:

@@ -13,14 +13,19 @@ ROLES = ("system\n", "user\n", "assistant\n")
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """256 bytes, the marks of a conversation, and its roles."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|im_end|>", pad_token="<|pad|>"
-    )
+    fast = plain_byte_tokenizer()
     marks = [f"<|im_start|>{role}" for role in ROLES]
     fast.add_special_tokens({"extra_special_tokens": ["<|im_start|>", *marks]})
     fast.chat_template = CHATML
     return fast
+
+
+def plain_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 bytes, and the marks for beginning, end and padding."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
