@@ -150,6 +150,8 @@ def test_wrong_choices_are_refused() -> None:
         chiasm.connect(language=tiny.language(), fusion="unified", image_input={"name": "vq", "size": 3})
     with pytest.raises(ValueError, match="connector= is not for fusion 'unified': it has no vision encoder"):
         connect(connector="mlp")
+    with pytest.raises(ValueError, match="image_size= is not for fusion 'unified': write it into image_input"):
+        connect(image_size=64)
     with pytest.raises(ValueError, match="positions= is not for fusion 'early'"):
         chiasm.connect(tiny.vision(), tiny.language(), positions="mrope")
     with pytest.raises(ValueError, match="unified option 'norm' is unknown; known ones are norm_order, qk_norm"):

@@ -118,8 +118,11 @@ def connect(
     language = language or DEFAULT_LANGUAGE
     if fusion == "unified":
         others = {"connector": connector, "features": features, "cross_attention": cross_attention, "regions": regions}
-        others |= {"vision": None if vision == DEFAULT_VISION else vision}
+        others |= {"vision": None if vision == DEFAULT_VISION else vision, "image_processor": image_processor}
+        others |= {"patch_positions": None if patch_positions == "auto" else patch_positions}
         _refuse_given(others, fusion, "it has no vision encoder and no connector")
+        sizes = {"image_size": image_size, "resize_mode": resize_mode}
+        _refuse_given(sizes, fusion, "write it into image_input, as {'name': ..., 'image_size': ...}")
         if isinstance(language, str | Path):
             language = sources.resolve(language)
         words = _tokenizer_for(tokenizer, None if isinstance(language, dict) else language)
