@@ -70,4 +70,4 @@ def test_a_run_on_a_terminal_shows_it(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Reporter, "__init__", on_a_terminal)
     helpers.run(tmp_path / "run", {"stages": [helpers.stage(validation={"samples": 4})]}, data=helpers.samples(40))
     text = consoles[0].export_text()
-    assert "validation" in text and "connector 1.0e-02" in text and "4/4" in text
+    assert "validation" in text and "lr connector" in text and "4/4" in text
