@@ -18,7 +18,7 @@ def test_claims_that_ship_name_cells_of_their_plans(path: Path) -> None:
     plan = load_plan(path)
     choices, _ = expand(plan, lambda: (4, 4))
     ways = {choice.way for choice in choices}
-    assert {name for claim in plan.claims for name in (claim.better, claim.than)} <= ways
+    assert {name for claim in plan.claims for name in claim.ways} <= ways
     assert load_plan(f"claims/{path.stem}") == plan
 
 
@@ -41,3 +41,21 @@ def test_verdicts(claim: dict[str, Any], verdict: str) -> None:
     (found,) = judge([Claim(text="It | is", **claim)], results, told)
     assert found.verdict == verdict
     assert "| It \\| is | **" in to_markdown({"A title": [found]})
+
+
+@pytest.mark.parametrize(
+    ("gates", "verdict"), [([0.0, 0.04], SUPPORTED), ([0.5, 0.6], AGAINST), ([0.0, 0.0], AGAINST), ([], OPEN)]
+)
+def test_gates_must_start_closed_and_open(gates: list[float], verdict: str) -> None:
+    one = result("mlp-intermediate", 9, 16)
+    one["training"]["gates"] = gates
+    claim = Claim(text="Gates open", better="mlp-intermediate", measure="gates")
+    (found,) = judge([claim], [one], {one["name"]: answers(9)})
+    assert found.verdict == verdict
+
+
+def test_a_claim_names_as_many_ways_as_its_measure_takes() -> None:
+    with pytest.raises(ValueError, match="than is missing; accuracy compares two ways"):
+        Claim(text="A", better="mlp-early")
+    with pytest.raises(ValueError, match="than is one too many; gates are told of one way alone"):
+        Claim(text="A", better="mlp-intermediate", than="mlp-early", measure="gates")

@@ -92,3 +92,22 @@ def test_the_job_list_names_every_cell(plan: dict[str, Any], tmp_path: Path) -> 
     assert len(jobs) == 4
     assert jobs[0] == f"chiasm compare 'a plan.yaml' -o {tmp_path / 'run'} --here --only linear-early-frozen-seed0"
     assert json.dumps(jobs)
+
+
+def test_cells_with_data_of_their_own_solved_examples_and_closed_gates(plan: dict[str, Any], tmp_path: Path) -> None:
+    named = {"name": "linear", "label": "few-data"}
+    few = plan["data"]["test"]
+    plan |= {"grid": None, "cells": [{"fusion": "intermediate", "connector": "linear", "tune": "frozen"}]}
+    plan["cells"] += [{"fusion": "intermediate", "connector": named, "tune": "frozen", "train": few}]
+    plan["training"] |= {"gates": "keep", "lr": 1e-2}
+    plan["evaluation"] |= {"shots": 2, "control": False}
+    plan["claims"] = [{"text": "Gates open", "better": "linear-intermediate-frozen", "measure": "gates"}]
+    done = chiasm.compare(plan, tmp_path / "run")
+    usual, own = done.results
+    assert usual["way"] == "linear-intermediate-frozen" and own["choice"]["train"] == few
+    assert usual["training"]["curve"] != own["training"]["curve"]
+    assert [row["skill"] for row in usual["summary"]] == ["few-shot", "all"]
+    assert [row["n"] for row in usual["summary"]] == [12, 24]
+    first, *_, last = usual["training"]["gates"]
+    assert first == 0 and last > 0
+    assert "before training" in done.report.read_text()

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from chiasm.data.schema import Sample, Samples
 from chiasm.data.splits import hold_out
 from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.evaluate import EvalResult
+from chiasm.evaluation.skills import summarise
 from chiasm.generation.attention import WEIGHTS
 from chiasm.training.log import read_log
 from chiasm.training.precision import choose_dtype
@@ -37,6 +39,7 @@ from chiasm.training.run import LOG, RECIPE, whole_file
 from chiasm.training.schema import Recipe
 
 CELLS, RESULT, ATTENTION = "cells", "result.json", "attention.png"
+FEW_SHOT = "few-shot"
 EVALUATION, RUN, BUDGET = "evaluation", "run", "samples.json"
 Say = Callable[[str], None]
 
@@ -62,7 +65,7 @@ def run_cell(
     started = time.monotonic()
     say(f"{choice.name}: connect")
     model = connect_cell(plan, choice)
-    train, held_out, test = data_of(plan)
+    train, held_out, test = data_of(plan, choice)
     seconds["connect"] = time.monotonic() - started
     recipe = _recipe(plan, choice, folder, model, train)
     say(f"{choice.name}: train on {recipe.stages[-1].samples:,} samples")
@@ -142,10 +145,10 @@ def connect_cell(plan: Plan, choice: Choice) -> Any:
     return connect(base.vision, base.language, choice.connector, choice.fusion, **options).to(device)
 
 
-def data_of(plan: Plan) -> tuple[Samples, Samples, Samples]:
-    """Training samples (captions first), held-out and test samples: the same for every cell."""
+def data_of(plan: Plan, choice: Choice | None = None) -> tuple[Samples, Samples, Samples]:
+    """Training samples (captions first), held-out and test samples: the same for all cells without data of their own."""
     data = plan.data
-    questions: Samples = _read(data.train)
+    questions: Samples = _read(choice.train if choice is not None and choice.train is not None else data.train)
     if data.validation is not None:
         held_out: Samples = _read(data.validation)
     else:
@@ -189,8 +192,14 @@ def _questions(plan: Plan, train: Samples) -> Samples:
 def _evaluate(plan: Plan, model: Any, test: Samples, folder: Path) -> EvalResult:
     how = plan.evaluation
     told: dict[str, Any] = {"batch_size": how.batch_size, "max_new_tokens": how.max_new_tokens}
-    task = "answers" if isinstance(model, DualEncoder) else None
-    result = api.evaluate(model, test, task=task, control=how.control, metric=how.metric, **told)
+    told |= {"control": how.control, "metric": how.metric}
+    late = isinstance(model, DualEncoder)
+    result = api.evaluate(model, test, task="answers" if late else None, **told)
+    if how.shots and not late:
+        shown = api.evaluate(model, test, shots=how.shots, shots_from=_read(plan.data.train), **told)
+        again = [row | {"id": f"{row['id']} ({FEW_SHOT})", "skill": FEW_SHOT} for row in shown.rows]
+        rows = [*result.rows, *again]
+        result = EvalResult(rows, summarise(rows), list(dict.fromkeys([*result.notes, *shown.notes])))
     result.save(folder)
     return result
 
@@ -211,7 +220,14 @@ def _training(log: Sequence[dict[str, Any]], peak: int | None) -> dict[str, Any]
             for event in log
             if event["event"] == "validation" and event["stage"] == last
         ],
+        "gates": [openness(event["gates"]) for event in log if event["event"] == "validation" and "gates" in event],
     }
+
+
+def openness(gates: dict[str, list[float]]) -> float:
+    """How far gates are open, from 0 to 1: the mean over layers and both gates of each."""
+    values = [abs(value) for name, layers in gates.items() if name.endswith("_gate") for value in layers]
+    return fmean(values)
 
 
 def _look(model: Any, sample: Sample, folder: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from chiasm.comparison.plan import Plan, check_connector
+from chiasm.comparison.plan import CellSpec, Plan, Source, check_connector
 from chiasm.connectors import CONNECTORS, Connector
 from chiasm.positions.sequence import POSITIONS as UNIFIED_POSITIONS
 
@@ -28,6 +28,7 @@ class Choice:
     tokens: int | None
     tune: str
     positions: str
+    train: Source | None = None
     seed: int = 0
 
     @property
@@ -84,18 +85,23 @@ def _all(plan: Plan) -> list[tuple[Choice, bool]]:
     combinations = (
         itertools.product(axes.fusion, axes.connector, axes.tokens, axes.tune, axes.positions) if axes else ()
     )
-    made = [(_choice(*values), False) for values in combinations]
-    return made + [(_choice(c.fusion, c.connector, c.tokens, c.tune, c.positions), True) for c in plan.cells]
+    fields = ("fusion", "connector", "tokens", "tune", "positions")
+    made = [
+        (_choice(CellSpec.model_validate(dict(zip(fields, values, strict=True)))), False) for values in combinations
+    ]
+    return made + [(_choice(cell), True) for cell in plan.cells]
 
 
-def _choice(fusion: str, connector: Any, tokens: int | None, tune: str, positions: str) -> Choice:
-    if fusion == "unified":
-        return Choice("patches", None, fusion, tokens, tune, positions)
+def _choice(cell: CellSpec) -> Choice:
+    rest = (cell.fusion, cell.tokens, cell.tune, cell.positions, cell.train)
+    if cell.fusion == "unified":
+        return Choice("patches", None, *rest)
+    connector = cell.connector
     label = connector.get("label", connector["name"]) if isinstance(connector, dict) else connector
     settings = check_connector(connector)
-    if fusion == "late":  # which has projections of its own, with options of their own
+    if cell.fusion == "late":  # which has projections of its own, with options of their own
         settings = {"name": settings["name"]}
-    return Choice(str(label), settings, fusion, tokens, tune, positions)
+    return Choice(str(label), settings, *rest)
 
 
 def _resolved(choice: Choice, plan: Plan, grid_of: Callable[[], Grid]) -> Choice | str:

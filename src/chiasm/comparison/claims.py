@@ -26,9 +26,11 @@ def judge(claims: Sequence[Claim], results: Sequence[Row], answers: Mapping[str,
     cells = by_way(results)
     verdicts = []
     for claim in claims:
-        missing = [name for name in (claim.better, claim.than) if name not in ways]
+        missing = [name for name in claim.ways if name not in ways]
         if missing:
             verdicts.append(Verdict(claim.text, OPEN, f"{missing[0]} is not among the finished cells"))
+        elif claim.than is None:
+            verdicts.append(_by_gates(claim, cells[claim.better]))
         elif claim.measure == "accuracy":
             skill_of = {row["id"]: row["skill"] for row in answers[cells[claim.better][0]["name"]]}
             verdicts.append(_by_answers(claim, ways[claim.better], ways[claim.than], skill_of))
@@ -54,6 +56,23 @@ def _by_answers(claim: Claim, better: Way, than: Way, skill_of: Mapping[str, str
 def _mean(way: Way, questions: Sequence[str]) -> float:
     scores = [answers[question] for answers in way.scores.values() for question in questions]
     return sum(scores) / len(scores)
+
+
+def _by_gates(claim: Claim, cells: Sequence[Row]) -> Verdict:
+    """Whether gates were closed before training, so that the model was the language model alone, and are open after."""
+    gates = [cell["training"].get("gates") for cell in cells]
+    if not all(gates):
+        return Verdict(claim.text, OPEN, f"{claim.better} has no gates")
+    first, last = [one[0] for one in gates], [one[-1] for one in gates]
+    verdict = SUPPORTED if not any(first) and all(last) else AGAINST
+    seeds = f"{len(gates)} seed{'s' * (len(gates) > 1)}"
+    return Verdict(
+        claim.text, verdict, f"open by {_mean_of(first):.3f} before training, {_mean_of(last):.3f} after; {seeds}"
+    )
+
+
+def _mean_of(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _by_numbers(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> Verdict:

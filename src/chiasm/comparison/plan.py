@@ -67,13 +67,14 @@ class Axes(Strict):
 
 
 class CellSpec(Strict):
-    """One combination, written out."""
+    """One combination, written out. With questions of its own to learn from, its connector wants a label of its own."""
 
     connector: Connector = "mlp"
     fusion: str = "early"
     tokens: PositiveInt | None = None
     tune: str = "lora"
     positions: str = "auto"
+    train: Source | None = Field(None, description="questions to learn from, in place of `data.train`")
 
 
 class Budget(Strict):
@@ -109,6 +110,7 @@ class Training(Strict):
     lr: PositiveFloat = Field(1e-3, description="of connectors that start at random, and of new layers")
     solved_lr: PositiveFloat = Field(1e-4, description="of connectors that start in closed form")
     init: Literal["auto", "keep"] = Field("auto", description="`auto` starts linear and mlp in closed form")
+    gates: Literal["open", "keep"] = Field("open", description="intermediate fusion: `keep` starts with closed gates")
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -124,20 +126,35 @@ class Evaluation(Strict):
     max_new_tokens: PositiveInt = 8
     metric: str | None = None
     control: bool = Field(True, description="ask again with another sample's picture")
+    shots: NonNegativeInt = Field(
+        0, description="ask again behind so many solved examples: the skill `few-shot`, where the model has a prompt"
+    )
     repeats: PositiveInt = Field(5, description="times that latencies are measured; the median counts")
     pictures: PositiveInt = Field(96, description="pictures of the diagnostics without a language model")
 
 
 class Claim(Strict):
-    """What somebody says of two ways of connecting, to be held against the cells' numbers."""
+    """What somebody says of two ways of connecting, to be held against the cells' numbers; of gates, of one way."""
 
     text: str = Field(description="the claim in words")
     better: str = Field(description="the way (a cell's name without its seed) that is said to be better")
-    than: str = Field(description="the way that it is compared with")
-    measure: Literal["accuracy", "kv_cache_bytes_per_image", "perplexity_change"] = Field(
-        "accuracy", description="what decides; of the other two less is better"
+    than: str | None = Field(None, description="the way that it is compared with")
+    measure: Literal["accuracy", "kv_cache_bytes_per_image", "perplexity_change", "gates"] = Field(
+        "accuracy",
+        description="what decides; of cache and perplexity less is better; `gates`: closed first, opened by training",
     )
     skills: list[str] = Field(default_factory=list, description="of accuracy: which skills count; by default all")
+
+    @validates_model(mode="after")
+    def _compares(self) -> "Claim":
+        if (self.than is None) != (self.measure == "gates"):
+            told = f"is missing; {self.measure} compares" if self.than is None else "is one too many; gates are told of"
+            raise ValueError(f"than {told} {'two ways' if self.than is None else 'one way alone'}")
+        return self
+
+    @property
+    def ways(self) -> list[str]:
+        return [self.better] if self.than is None else [self.better, self.than]
 
 
 class Plan(Strict):

@@ -32,6 +32,7 @@ def recipe_of(
     lr: float,
     solved_lr: float,
     init: str,
+    gates: str,
     warmup: float,
     betas: tuple[float, float],
     dtype: str,
@@ -61,7 +62,7 @@ def recipe_of(
         align = {"name": "captions", "samples": caption_samples, "data": "captions", "parts": parts}
         first = [align | {"validation": {"samples": validation_samples, "answers": 0}}]
     if starts:
-        (first or [questions])[0] |= {"init": init, "gates": "open" if fusion == "intermediate" else "keep"}
+        (first or [questions])[0] |= {"init": init, "gates": gates if fusion == "intermediate" else "keep"}
     if fusion == "late":
         questions |= {"objectives": ["answers"]}
     return {
