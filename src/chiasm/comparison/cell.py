@@ -146,7 +146,7 @@ def connect_cell(plan: Plan, choice: Choice) -> Any:
 
 
 def data_of(plan: Plan, choice: Choice | None = None) -> tuple[Samples, Samples, Samples]:
-    """Training samples (captions first), held-out and test samples: the same for all cells without data of their own."""
+    """Training samples (captions first), held-out and test samples: the same for cells without data of their own."""
     data = plan.data
     questions: Samples = _read(choice.train if choice is not None and choice.train is not None else data.train)
     if data.validation is not None:
