@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     ConvNextConfig,
@@ -60,6 +62,13 @@ def language(family: str = "llama", seed: int = 0) -> PreTrainedModel:
     """A causal language model with three layers, width 36 and a vocabulary of 261."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(_language_config(family)).eval()
+
+
+def bert(seed: int = 2) -> PreTrainedModel:
+    """A text encoder with two layers, width 24 and a vocabulary of 261."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
+    return BertModel(BertConfig(vocab_size=261, **sizes)).eval()
 
 
 def _vision_model(family: str) -> PreTrainedModel:

@@ -150,12 +150,15 @@ def evaluate(
     if task not in TASKS or (task != "answers" and isinstance(vlm, VLM)):
         of = "answers" if isinstance(vlm, VLM) else ", ".join(TASKS)
         raise ValueError(f"task {task!r} is not one of this model; choose of {of}")
+    unread = {"metric": metric, "shots": shots} if task != "answers" else {}
+    unread |= {"templates": templates} if task != "zero-shot" else {}
+    if given := next((name for name, value in unread.items() if value), None):
+        raise ValueError(f"{given}={unread[given]!r} is not for task {task!r}, which does not read it; leave it out")
+    shown: dict[str, Any] = {"control": control, "batch_size": batch_size, "progress": progress}
     if task == "retrieval":
-        found = evaluate_retrieval(vlm.model, vlm.processor, samples, control=control, progress=progress)
-        return found.evaluation(samples)
+        return evaluate_retrieval(vlm.model, vlm.processor, samples, **shown).evaluation(samples)
     if task == "zero-shot":
-        prompts = tuple(templates) or TEMPLATES
-        return evaluate_zero_shot(vlm.model, vlm.processor, samples, prompts, control=control, progress=progress)
+        return evaluate_zero_shot(vlm.model, vlm.processor, samples, tuple(templates) or TEMPLATES, **shown)
     examples = None
     if shots:
         pool = read(shots_from) if shots_from is not None else read_train(data)

@@ -1,5 +1,6 @@
 """Recall@k: by hand, by chance, and of a tiny model with and without the matching head."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import chiasm
 import chiasm.api
 import tiny
 from chiasm.data.captions import CaptionProcessor
+from chiasm.evaluation import paired
+from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.retrieval import chance, evaluate_retrieval, recall, same_pairs
 from chiasm.evaluation.skills import to_table
 from chiasm.evaluation.zero_shot import label_vectors
@@ -103,7 +106,7 @@ def test_seeing_beats_the_control() -> None:
     assert names == [f"{way}, recall@{k}" for way in ("image → text", "text → image") for k in (1, 5, 10)]
     first = found.summary[0]
     assert first["accuracy"] == 1.0 and first["low"] > 0.7 and first["control_accuracy"] < 0.5
-    assert first["control_n"] == first["n"] == 12 and found.rows[0]["image → text, recall@1"] is True
+    assert first["control_n"] == first["n"] == 12 and found.rows[0]["recall@1"] is True
     assert len(list(to_table(found.summary).rows)) == 6
 
 
@@ -122,8 +125,36 @@ def test_a_labels_vector_is_the_mean_of_its_prompts() -> None:
     vectors = label_vectors(encoder.model, encoder.processor, ["cat", "dog"], ["{}", "a {}"])
     by_hand = encoder.embed_texts(["cat", "a cat"]).mean(dim=0)
     torch.testing.assert_close(vectors[0], by_hand / by_hand.norm(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="labels is the text 'cat', expected a list"):
+        label_vectors(encoder.model, encoder.processor, "cat")
     with pytest.raises(ValueError, match=r"template 'a cat' has no \{\}"):
         label_vectors(encoder.model, encoder.processor, ["cat"], ["a cat"])
+
+
+@pytest.mark.parametrize(("task", "skills"), [("retrieval", 2), ("zero-shot", 1)])
+def test_two_models_are_compared_query_by_query(task: str, skills: int, tmp_path: Path) -> None:
+    samples = [helpers.sample(index) for index in range(12)] * 2
+    here, there = (chiasm.api.evaluate(encoder, samples, task=task) for encoder in (seeing(late()), late()))
+    compared = paired.compare(here, EvalResult.load(there.save(tmp_path)))
+    assert [row["n"] for row in compared] == [24] * skills + [24 * skills]
+    first = {row["skill"]: row["accuracy"] for row in there.summary}
+    for row in compared[:-1]:
+        assert row["accuracy"] == 1.0 and row["other_accuracy"] == pytest.approx(first[row["skill"]])
+    assert "is better than" in paired.verdict(compared[-1], "here", "there")
+
+
+@pytest.mark.parametrize(
+    ("task", "given"),
+    [
+        ("retrieval", {"metric": "anls"}),
+        ("zero-shot", {"shots": 2}),
+        ("retrieval", {"templates": ["a {}"]}),
+        ("answers", {"templates": ["a {}"]}),
+    ],
+)
+def test_what_a_task_does_not_read_is_refused(task: str, given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"is not for task '{task}', which does not read it"):
+        chiasm.api.evaluate(late(), [helpers.sample(index) for index in range(4)], task=task, **given)
 
 
 def test_tasks_that_a_model_does_not_have_are_refused() -> None:

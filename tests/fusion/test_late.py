@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, PreTrainedModel, T5Config, T5Model
+from transformers import T5Config, T5Model
 
 import chiasm
 import contracts
@@ -19,13 +19,7 @@ CONNECTORS = {
 }
 
 
-def bert() -> PreTrainedModel:
-    torch.manual_seed(2)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
-    return BertModel(BertConfig(vocab_size=261, **sizes)).eval()
-
-
-TEXTS = {"bert": bert, **{family: lambda f=family: tiny.language(f) for family in tiny.LANGUAGE_FAMILIES}}
+TEXTS = {"bert": tiny.bert, **{family: lambda f=family: tiny.language(f) for family in tiny.LANGUAGE_FAMILIES}}
 
 
 def encoder(vision: str = "clip", text: str = "bert", connector: Any = "linear", **options: Any) -> chiasm.DualEncoder:
@@ -72,7 +66,7 @@ def test_pooling_by_name(vision: str, text: str) -> None:
 
 
 def test_what_a_sentence_encoder_says_of_its_pooling(tmp_path: Path) -> None:
-    bert().save_pretrained(tmp_path)
+    tiny.bert().save_pretrained(tmp_path)
     assert load_text(str(tmp_path))[1] == "mean"
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')

@@ -21,8 +21,11 @@ from transformers import (
 )
 
 import chiasm
+import chiasm.api
 import tiny
+from chiasm.fusion.adapters import adapter_parameters, add_adapter
 from chiasm.interop.clip import export_late
+from chiasm.interop.export.check import check_late
 from chiasm.vision.image_processor import ChiasmImageProcessor
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -177,3 +180,57 @@ def test_their_towers_connect_anew_and_go_back(kind: str, tmp_path: Path) -> Non
         expected = AutoModel.from_pretrained(tmp_path / "back").eval()(**inputs(kind)).logits_per_image
         assert torch.equal(back(**inputs(kind)).logits_per_image, expected)
         torch.testing.assert_close(made.model(**inputs(kind)).logits_per_image, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_the_verb_converts_with_adapters_and_checks(kind: str, run: Any, tmp_path: Path) -> None:
+    make(kind, tmp_path / "theirs")
+    tiny.tokenizer(None).save_pretrained(tmp_path / "theirs")
+    ChiasmImageProcessor(35, [0.5] * 3, [0.5] * 3, "squash").save_pretrained(tmp_path / "theirs")
+    ours = chiasm.load(tmp_path / "theirs")
+    add_adapter(ours.model, "language", rank=3)
+    for name in adapter_parameters(ours.model):
+        torch.nn.init.normal_(ours.model.get_parameter(name), std=0.2)
+    ours.save_pretrained(tmp_path / "ours")
+    code, out, err = run("convert", tmp_path / "ours", "--to", "transformers", "-o", tmp_path / "back")
+    assert code == 0 and "its logits differ by" in out, err
+    back = AutoModel.from_pretrained(tmp_path / "back").eval()
+    with torch.no_grad():
+        found, expected, before = (
+            model(**inputs(kind)).logits_per_image
+            for model in (back, ours.model, chiasm.load(tmp_path / "theirs").model)
+        )
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert (found - before).abs().max() > 1e-3
+
+
+def test_a_wrong_folder_does_not_pass_the_check(tmp_path: Path) -> None:
+    make("clip", tmp_path / "theirs")
+    ours = chiasm.load(tmp_path / "theirs").model
+    assert check_late(tmp_path / "theirs", ours) < 1e-4
+    with torch.no_grad():
+        ours.connector.logit_scale += 0.01
+    with pytest.raises(ValueError, match="gives other logits than the model"):
+        check_late(tmp_path / "theirs", ours)
+
+
+def test_nothing_is_written_of_a_model_that_does_not_fit(tmp_path: Path) -> None:
+    make("clip", tmp_path / "theirs")
+    tiny.tokenizer(None).save_pretrained(tmp_path / "theirs")
+    ChiasmImageProcessor(35, [0.5] * 3, [0.5] * 3, "pad").save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="do not pad to 35×35; use squash"):
+        chiasm.api.convert(tmp_path / "theirs", "transformers", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    towers = clip().vision_model, clip().text_model
+    larger = chiasm.connect(*towers, {"name": "linear", "space": 9}, "late", image_size=49)
+    with pytest.raises(ValueError, match="stretched to pictures of 49×49"):
+        chiasm.api.convert(larger, "transformers", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_parts_of_different_precision_pass_the_check(tmp_path: Path) -> None:
+    make("clip", tmp_path / "theirs")
+    ours = chiasm.load(tmp_path / "theirs")
+    ours.model.vision.to(torch.bfloat16)
+    done = chiasm.api.convert(ours, "transformers", tmp_path / "back")
+    assert done.difference is not None and 1e-4 < done.difference < 0.1

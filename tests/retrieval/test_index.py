@@ -101,6 +101,20 @@ def test_one_id_for_two_pictures_is_refused(make: Any, tmp_path: Path) -> None:
         index.add([Item("a", ImageRef.of(first)), Item("a", ImageRef.of(second))])
 
 
+def test_one_picture_that_comes_twice_is_taken_once(make: Any, tmp_path: Path) -> None:
+    first, second = paint(tmp_path / "photos", 2)
+    index = make(ColourEncoder())
+    again = [Item("a", ImageRef.of(first), {"n": 1}, ("data", place, 0)) for place in range(2)]
+    for reported in ("added", "replaced"):
+        other = [Item("a", ImageRef.of(first), {"n": reported})] * 2
+        assert getattr(index.add(other), reported) == ["a"] and len(index) == len(list(index.items())) == 1
+    with pytest.raises(ValueError, match="picture 'a' comes twice, with different metadata"):
+        index.add([Item("a", ImageRef.of(first), {"n": n}) for n in range(2)])
+    report = index.add([again[0], Item("b", ImageRef.of(first)), Item("b", ImageRef.of(first)), again[1]])
+    assert report.unchanged == ["b", "b", "a"] and len(index) == 1
+    assert index.add([Item("c", ImageRef.of(second))] * 2, batch_size=1).summary() == "1 added, 1 already there"
+
+
 def test_the_same_content_is_kept_once(make: Any, tmp_path: Path) -> None:
     first, *_ = paint(tmp_path / "photos", 1)
     report = make(ColourEncoder()).add([Item("a", ImageRef.of(first)), Item("b", ImageRef.of(first))])
@@ -123,7 +137,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_many_commits_become_one_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chiasm.retrieval.index.COMMIT_ITEMS", 1)
+    monkeypatch.setattr("chiasm.retrieval.adding.COMMIT_ITEMS", 1)
     paint(tmp_path / "photos", 20)
     index = Index.create(tmp_path / "index", ColourEncoder())
     index.add(read_pictures(tmp_path / "photos"), batch_size=1)

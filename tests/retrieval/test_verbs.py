@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 
@@ -11,11 +12,19 @@ import chiasm
 import tiny
 from chiasm.data.captions import CaptionProcessor
 from chiasm.fusion.qformer_retrieval import build_retrieval
+from chiasm.vision.image_processor import ChiasmImageProcessor
 from retrieval.pretend import paint
 from training import helpers
 
 
-def save_model(folder: Path, seed: int = 0) -> Path:
+def save_late(folder: Path) -> Path:
+    pictures = ChiasmImageProcessor(30, [0.5] * 3, [0.5] * 3)
+    options: dict[str, Any] = {"tokenizer": tiny.tokenizer(), "image_processor": pictures}
+    chiasm.connect(tiny.vision(), tiny.bert(), fusion="late", **options).save_pretrained(folder)
+    return folder
+
+
+def save_blip2(folder: Path, seed: int = 0) -> Path:
     source = helpers.vlm(connector=tiny.connector("qformer"))
     torch.manual_seed(seed)
     model = build_retrieval(source.model, 261, space=16)
@@ -26,8 +35,9 @@ def save_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def test_index_and_search(run: Any, tmp_path: Path) -> None:
-    model, photos, index = save_model(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
+@pytest.mark.parametrize("save", [save_late, save_blip2])
+def test_index_and_search(save: Any, run: Any, tmp_path: Path) -> None:
+    model, photos, index = save(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
     files = paint(photos, 9)
     code, out, err = run("index", model, photos, "-o", index)
     assert code == 0, err
@@ -41,6 +51,11 @@ def test_index_and_search(run: Any, tmp_path: Path) -> None:
     assert code == 0 and out.strip().endswith("004.png") and out.split()[0] == "1.000"
     code, out, err = run("search", index, "--image", files[4], "-k", 9, "--exclude-self", "--json")
     assert len(json.loads(out)) == 8
+    shown = chiasm.load(model)
+    scores = shown.score(files, "a red car")[:, 0]
+    code, out, err = run("search", index, "a red car", "-k", 9, "--json")
+    found = {hit["id"]: hit["score"] for hit in json.loads(out)}
+    assert found == pytest.approx({file.name: scores[place].item() for place, file in enumerate(files)}, abs=1e-5)
     paint(photos, 2, start=9)
     (photos / "broken.png").write_bytes(b"no picture")
     code, out, err = run("index", "--add", photos, "-o", index)
@@ -56,11 +71,19 @@ def test_index_and_search(run: Any, tmp_path: Path) -> None:
     assert run("index", "-o", index, "--compact")[1].strip() == "6 pictures"
 
 
-def test_mistakes_are_one_line(run: Any, tmp_path: Path) -> None:
-    model, photos, index = save_model(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
+def test_a_text_without_tokens_is_one_line(run: Any, tmp_path: Path) -> None:
+    model, photos, index = save_late(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
     paint(photos, 2)
     assert run("index", model, photos, "-o", index)[0] == 0
-    other = save_model(tmp_path / "other", seed=1)
+    code, _, err = run("search", index, "")
+    assert code == 2 and "text '' has no tokens" in err
+
+
+def test_mistakes_are_one_line(run: Any, tmp_path: Path) -> None:
+    model, photos, index = save_blip2(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
+    paint(photos, 2)
+    assert run("index", model, photos, "-o", index)[0] == 0
+    other = save_blip2(tmp_path / "other", seed=1)
     mistakes = {
         ("index", other, photos, "-o", index): "was made by model",
         ("index", "-o", index): "got nothing to do, expected one of MODEL IMAGES, --add",

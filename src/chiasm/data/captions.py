@@ -75,9 +75,16 @@ class CaptionProcessor(ProcessorMixin):
         return BatchFeature(inputs)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of one text with its first and last token."""
+        """Token ids of one text with its first and last token.
+
+        Raises:
+            ValueError: it has no token at all, where the tokenizer puts nothing around it.
+        """
         if self.frame == "own":
-            return self.tokenizer(text, truncation=True, max_length=self.text_length, verbose=False)["input_ids"]
+            tokens = self.tokenizer(text, truncation=True, max_length=self.text_length, verbose=False)["input_ids"]
+            if not tokens:
+                raise ValueError(f"text {text!r} has no tokens; write at least one word")
+            return tokens
         words = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return [self.start_token_id, *words[: self.text_length - 2], self.end_token_id]
 

@@ -121,7 +121,7 @@ def evaluate(
     if metric is not None and metric not in METRICS:
         raise ValueError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
     _check(samples, batch_size)
-    names = _names(samples)
+    names = names_of(samples)
     questions = [q for number, sample in enumerate(samples) for q in _questions(number, names[number], sample)]
     if examples is not None:
         questions = [replace(question, examples=tuple(examples[question.sample])) for question in questions]
@@ -156,7 +156,7 @@ def _check(samples: Sequence[Sample], batch_size: int) -> None:
         sample.validate()
 
 
-def _names(samples: Sequence[Sample]) -> list[str]:
+def names_of(samples: Sequence[Sample]) -> list[str]:
     """The samples' ids; where one comes again, as in a mixture that takes it twice, it is numbered."""
     ids = [sample.id for sample in samples]
     taken, times = set(ids), Counter[str]()

@@ -15,7 +15,7 @@ from torch import Tensor
 from chiasm.data.captions import CaptionProcessor, caption_of, encode_caption
 from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Sample
-from chiasm.evaluation.evaluate import EvalResult, wrong_pictures
+from chiasm.evaluation.evaluate import EvalResult, names_of, wrong_pictures
 from chiasm.evaluation.skills import Row, wilson
 from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
@@ -44,16 +44,20 @@ class RetrievalResult:
     notes: list[str] = field(default_factory=list)
 
     def evaluation(self, samples: Sequence[Sample]) -> EvalResult:
-        """As `chiasm eval` shows it: a line for each direction and k with its interval and the control's."""
+        """As `chiasm eval` shows it: a line for each direction and k with its interval and the control's, and a row for
+        each query, scored by the first k."""
         summary = [
             proportion(f"{direction}, recall@{k}", found, self.control.get((direction, k), []), self.chance[k])
             for (direction, k), found in self.hits.items()
         ]
-        rows = [
-            {"id": sample.id, "caption": caption_of(sample)}
-            | {f"{direction}, recall@{k}": found[index] for (direction, k), found in self.hits.items()}
-            for index, sample in enumerate(samples)
-        ]
+        names, rows = names_of(samples), list[Row]()
+        for way in (TO_TEXT, TO_IMAGE):
+            hits = {f"recall@{k}": found for (direction, k), found in self.hits.items() if direction == way}
+            first = next(iter(hits))
+            for index, sample in enumerate(samples):
+                found = {name: those[index] for name, those in hits.items()}
+                asked = {"id": f"{names[index]}, {way}", "sample": sample.id, "skill": f"{way}, {first}"}
+                rows.append(outcome(asked, caption_of(sample), first, found[first]) | found)
         return EvalResult(rows, summary, self.notes)
 
 
@@ -68,6 +72,12 @@ def proportion(name: str, found: Sequence[bool], control: Sequence[bool], by_cha
             f"{prefix}high": high,
         }
     return row | {"control_n": len(control)}
+
+
+def outcome(asked: Row, caption: str, metric: str, found: bool) -> Row:
+    """A row of results about one query, as `paired.compare` reads it."""
+    told = {"question": "", "references": [caption], "metric": metric}
+    return {**asked, **told, "correct": found, "score": float(found)}
 
 
 def recall(scores: Float[Tensor, "Q C"], right: Bool[Tensor, "Q C"], ks: Sequence[int] = KS) -> Recalls:

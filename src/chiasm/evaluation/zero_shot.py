@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from chiasm.data.captions import CaptionProcessor, caption_of
 from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Problem, Sample, SampleError
-from chiasm.evaluation.evaluate import EvalResult, wrong_pictures
-from chiasm.evaluation.retrieval import RetrievalModel, chance, found_within, proportion
+from chiasm.evaluation.evaluate import EvalResult, names_of, wrong_pictures
+from chiasm.evaluation.retrieval import RetrievalModel, chance, found_within, outcome, proportion
 
 TEMPLATES = ("{}", "a picture of {}", "an image that shows {}", "a drawing of {}")
 KS = (1, 5)
@@ -32,8 +32,10 @@ def label_vectors(
     """A vector of length 1 for every label.
 
     Raises:
-        ValueError: no labels, no templates, or a template has no `{}`.
+        ValueError: no labels, one text in place of a list, no templates, or a template has no `{}`.
     """
+    if isinstance(labels, str):
+        raise ValueError(f"labels is the text {labels!r}, expected a list of labels")
     if not labels or not templates:
         raise ValueError(f"{len(labels)} label(s) and {len(templates)} template(s); at least one of each is needed")
     if wrong := [template for template in templates if "{}" not in template]:
@@ -85,7 +87,13 @@ def evaluate_zero_shot(
         proportion(f"accuracy@{k}", hits[k].tolist(), others[k].tolist() if others else [], by_chance[k]) for k in ks
     ]
     best = [labels[index] for index in table.argmax(dim=1).tolist()]
-    rows = [{"id": s.id, "expected": own, "answer": b} for s, own, b in zip(samples, said, best, strict=True)]
+    rows = []
+    for name, sample, own, answer, found in zip(
+        names_of(samples), samples, said, best, hits[ks[0]].tolist(), strict=True
+    ):
+        first = f"accuracy@{ks[0]}"
+        asked = {"id": name, "sample": sample.id, "skill": first}
+        rows.append(outcome(asked, own, first, found) | {"expected": own, "answer": answer})
     return EvalResult(rows, summary, [*notes, f"{len(labels)} labels, {len(templates)} prompt(s) each"])
 
 

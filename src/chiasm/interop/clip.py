@@ -82,17 +82,18 @@ def export_late(model: LateFusionModel, processor: CaptionProcessor | None, fold
     """Writes a late-fusion model with CLIP's or SigLIP's towers as transformers' own checkpoint.
 
     Raises:
-        ValueError: it has other towers, another pooling or projection, or adapters that are not merged.
+        ValueError: it has other towers, another pooling, picture size or projection, or adapters that are not merged.
     """
     kind, config, table = _reference(model)
     back = {ours: name for name, ours in table.items()}
     renamed = {_back(name, back): tensor.cpu() for name, tensor in model.state_dict().items()}
     vectors = {name: _vector for name in SCALARS if kind is SiglipModel}
+    pictures = None if processor is None else _preprocessing(processor.image_processor, config.model_type)
     theirs = assemble(kind, config, renamed, {}, vectors)
     theirs.save_pretrained(folder)
     if processor is not None:
         processor.tokenizer.save_pretrained(folder)
-        _save_preprocessing(processor.image_processor, Path(folder), theirs.config.model_type)
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n", encoding="utf-8")
     return theirs
 
 
@@ -105,6 +106,12 @@ def _reference(model: LateFusionModel) -> tuple[type[PreTrainedModel], PreTraine
         raise ValueError("the model has LoRA adapters; merge them first (chiasm.fusion.adapters.merge_adapters)")
     if config.answer_head is not None:
         raise ValueError("the model has an answer head, which transformers' CLIP and SigLIP do not have")
+    if model.vision.features.interpolate_positions:
+        height, width = model.vision.image_size
+        raise ValueError(
+            f"the vision encoder's positions are stretched to pictures of {height}×{width}, which transformers' CLIP and "
+            "SigLIP do not do by themselves; connect without image_size"
+        )
     towers: Any = {"vision_config": config.vision_config.to_dict(), "text_config": config.text_config.to_dict()}
     connector = model.connector
     plain = config.connector["name"] == "linear" and not config.connector["bias"] and connector.logit_bias is None
@@ -138,8 +145,8 @@ def _vector(scalar: Tensor) -> Tensor:
     return scalar.reshape(1)
 
 
-def _save_preprocessing(images: ChiasmImageProcessor, folder: Path, kind: str) -> None:
-    """`preprocessor_config.json` as transformers' own image processor reads it.
+def _preprocessing(images: ChiasmImageProcessor, kind: str) -> dict[str, Any]:
+    """What `preprocessor_config.json` says to transformers' own image processor.
 
     Raises:
         ValueError: it reaches its size in a way that transformers' has not.
@@ -165,4 +172,4 @@ def _save_preprocessing(images: ChiasmImageProcessor, folder: Path, kind: str) -
         shortest = round(height / images.crop_fraction)
         crop = {"height": height, "width": width}
         plain |= {"size": {"shortest_edge": shortest}, "do_center_crop": True, "crop_size": crop}
-    (folder / "preprocessor_config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    return plain

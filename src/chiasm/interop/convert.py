@@ -15,7 +15,7 @@ from chiasm.fusion.base import FusionModel
 from chiasm.fusion.late import LateFusionModel
 from chiasm.interop.clip import export_late
 from chiasm.interop.export.blip2 import export_blip2
-from chiasm.interop.export.check import check_folder, check_onnx
+from chiasm.interop.export.check import check_folder, check_late, check_onnx
 from chiasm.interop.export.gguf import export_gguf
 from chiasm.interop.export.idefics import export_idefics
 from chiasm.interop.export.idefics2 import export_idefics2
@@ -117,7 +117,7 @@ def convert(
     if quantize is not None and target != "gguf":
         raise ValueError(f"--quantize is for --to gguf, got --to {target}")
     folder = Path(folder)
-    if isinstance(model, FusionModel):
+    if isinstance(model, FusionModel | LateFusionModel):
         model = merged(model)
     return TARGETS[target](model, processor, folder, quantize=quantize, check=check)
 
@@ -145,7 +145,7 @@ def to_transformers(
 ) -> Converted:
     """A folder that transformers' Auto classes load without Chiasm."""
     if isinstance(model, LateFusionModel):
-        return to_late(model, processor, folder)
+        return to_late(model, processor, folder, check)
     if not isinstance(model, FusionModel):
         raise ValueError(
             f"no checkpoint of transformers is written for a {model.config.model_type!r} model; late fusion of "
@@ -163,10 +163,11 @@ def to_transformers(
     return Converted(exported.model.config.model_type, folder, _files(folder), difference, notes)
 
 
-def to_late(model: LateFusionModel, processor: Any, folder: Path) -> Converted:
+def to_late(model: LateFusionModel, processor: Any, folder: Path, check: bool = True) -> Converted:
     """A CLIP or SigLIP folder of transformers."""
     theirs = export_late(model, processor, folder)
-    return Converted(theirs.config.model_type, folder, _files(folder))
+    difference = check_late(folder, model) if check else None
+    return Converted(theirs.config.model_type, folder, _files(folder), difference)
 
 
 def to_gguf(

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from chiasm.retrieval.adding import Known
 from chiasm.retrieval.approximate import FaissSearch, installed
-from chiasm.retrieval.index import Conditions, Index, Known
+from chiasm.retrieval.index import Conditions, Index
 from chiasm.retrieval.records import Encoder, Hit
 from chiasm.retrieval.scan import ExactScan
 from chiasm.retrieval.store import Store

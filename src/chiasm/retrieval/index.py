@@ -1,12 +1,9 @@
 """`Index`: pictures that are found by text or by picture; in a folder, or on a Qdrant server behind the same calls."""
 
-import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,51 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from chiasm.data.schema import ImageError, ImageRef, SampleError
+from chiasm.data.schema import ImageRef, SampleError
+from chiasm.retrieval.adding import Intake, Known, Pending
 from chiasm.retrieval.records import Added, Encoder, Hit, Item
 from chiasm.retrieval.where import Where, conditions
 from chiasm.training.fingerprint import model_fingerprint
 
-COMMIT_ITEMS, COMMIT_SECONDS = 512, 10.0
-"""New pictures are on disk after so many, or so long."""
 THREADS = 4
 
 Conditions = str | Where | Sequence[str | Where] | None
 Progress = Callable[[int], None]
-
-
-@dataclass
-class Known:
-    """What an index holds, by id and by content, while it is written."""
-
-    records: dict[str, dict[str, Any]]
-    keys: Counter[str]
-
-    @classmethod
-    def of(cls, records: Iterable[dict[str, Any]]) -> "Known":
-        by_id = {record["id"]: record for record in records}
-        return cls(by_id, Counter(record["key"] for record in by_id.values()))
-
-    def note(self, record: dict[str, Any]) -> None:
-        if record["id"] in self.records:
-            old = self.records[record["id"]]["key"]
-            self.keys[old] -= 1
-            if not self.keys[old]:
-                del self.keys[old]
-        self.records[record["id"]] = record
-        self.keys[record["key"]] += 1
-
-
-@dataclass
-class _Pending:
-    """Pictures that are looked at but not yet on disk."""
-
-    records: list[dict[str, Any]] = field(default_factory=list)
-    vectors: list[Tensor] = field(default_factory=list)
-    since: float = field(default_factory=time.monotonic)
-
-    def due(self) -> bool:
-        return len(self.records) >= COMMIT_ITEMS or time.monotonic() - self.since > COMMIT_SECONDS
 
 
 class Index(ABC):
@@ -144,35 +106,24 @@ class Index(ABC):
         Raises:
             ImageError or SampleError: a picture cannot be read and `skip_bad` is not set.
         """
-        report, pending, stream, taken = Added(), _Pending(), iter(items), set[str]()
+        stream, pending = iter(items), Pending()
         with self._writing() as known, ThreadPoolExecutor(THREADS) as pool:
+            intake = Intake(known, skip_bad)
             while chunk := list(islice(stream, batch_size)):
-                new, old = [], []
-                for item, (record, image, error) in zip(chunk, pool.map(lambda i: _look(i, known), chunk), strict=True):
-                    error = error or _repeated(record, known, taken)
-                    if error is not None:
-                        if not skip_bad:
-                            self._flush(pending)
-                            raise error
-                        report.bad[item.sample_id if isinstance(item, SampleError) else item.id] = str(error)
-                        continue
-                    kind = _kind(record, known)
-                    getattr(report, kind.report).append(record["id"])
-                    if kind.encode and not isinstance(item, SampleError):
-                        new.append((record, item.image.load() if image is None else image))
-                    elif kind.store:
-                        old.append(record)
-                    if kind.store:
-                        known.note(record)
+                try:
+                    new, old = intake.sort(chunk, pool)
+                except ValueError:
+                    self._flush(pending)
+                    raise
                 self._embed(new, old, pending)
                 if pending.due():
                     self._flush(pending)
-                    pending = _Pending()
+                    pending = Pending()
                 if progress is not None:
                     progress(len(chunk))
             self._flush(pending)
             self._finish()
-        return report
+        return intake.report
 
     def search(self, text: str, k: int = 10, where: Conditions = None) -> list[Hit]:
         """The k pictures that go best with a text, best first."""
@@ -267,7 +218,7 @@ class Index(ABC):
     def _finish(self) -> None:  # noqa: B027
         """The end of an addition."""
 
-    def _embed(self, new: list[tuple[dict[str, Any], Any]], old: list[dict[str, Any]], pending: _Pending) -> None:
+    def _embed(self, new: list[tuple[dict[str, Any], Any]], old: list[dict[str, Any]], pending: Pending) -> None:
         if new:
             pending.vectors.append(_rows(self.encoder.embed_images([image for _, image in new])))
             pending.records += [record for record, _ in new]
@@ -275,47 +226,9 @@ class Index(ABC):
             pending.vectors.append(self._vectors([record["id"] for record in old]))
             pending.records += old
 
-    def _flush(self, pending: _Pending) -> None:
+    def _flush(self, pending: Pending) -> None:
         if pending.records:
             self._append(pending.records, torch.cat(pending.vectors))
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What becomes of a picture: the field of the report, and whether it is encoded and stored."""
-
-    report: str
-    encode: bool
-    store: bool
-
-
-def _kind(record: dict[str, Any], known: Known) -> _Kind:
-    old = known.records.get(record["id"])
-    if record["key"] not in known.keys or (old is not None and old["key"] != record["key"]):
-        return _Kind("added" if old is None else "replaced", True, True)
-    if old is None or old == record:
-        return _Kind("unchanged", False, False)
-    return _Kind("replaced", False, True)
-
-
-def _repeated(record: dict[str, Any], known: Known, taken: set[str]) -> ValueError | None:
-    """Why a picture's id cannot be told from that of another one in this addition."""
-    name = record["id"]
-    if name in taken and known.records[name]["key"] != record["key"]:
-        return ValueError(f"two different pictures have the id {name!r}; give them different ids")
-    taken.add(name)
-    return None
-
-
-def _look(item: Item | SampleError, known: Known) -> tuple[dict[str, Any], Any, ValueError | None]:
-    """A picture's record, the picture where its content is new, or why it cannot be read."""
-    if isinstance(item, SampleError):
-        return {}, None, item
-    try:
-        record = item.record()
-        return record, None if record["key"] in known.keys else item.image.load(), None
-    except ImageError as error:
-        return {}, None, error
 
 
 def _rows(vectors: Tensor) -> Float[Tensor, "rows K D"]:

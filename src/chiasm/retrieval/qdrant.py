@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from chiasm.retrieval.index import Conditions, Index, Known
+from chiasm.retrieval.adding import Known
+from chiasm.retrieval.index import Conditions, Index
 from chiasm.retrieval.records import Encoder, Hit
 from chiasm.retrieval.where import RANGES, Where, conditions
 

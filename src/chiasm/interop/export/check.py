@@ -6,13 +6,18 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
+from chiasm.fusion.late import LateFusionModel
+from chiasm.fusion.part_dtypes import PartDtypes, part_dtypes
 
 CLOSE = 1e-4
 """Largest share of the logits' spread by which they may differ in float32."""
+
+PAIRS = 4
+"""Pictures and texts of noise whose scores are compared."""
 
 THEIRS = {"instruction_ids": "qformer_input_ids", "instruction_mask": "qformer_attention_mask"}
 """Names of inputs that transformers calls otherwise."""
@@ -37,9 +42,28 @@ def check_folder(folder: Path, model: FusionModel, processor: ChiasmProcessor | 
     inputs |= _more(model, inputs)
     with torch.no_grad():
         ours, found = model(**inputs).logits, theirs(**inputs).logits[..., : model.config.text_config.vocab_size]
+    return _difference(folder, model, ours, found)
+
+
+def check_late(folder: Path, model: LateFusionModel) -> float:
+    """The same for two towers, of pictures and texts of noise.
+
+    Raises:
+        ValueError: the scores are not the same.
+    """
+    theirs = AutoModel.from_pretrained(folder, dtype="auto").eval().to(model.device)
+    text, generator = model.config.text_config, torch.Generator().manual_seed(0)
+    ids = torch.randint(0, text.vocab_size, (PAIRS, text.max_position_embeddings), generator=generator)
+    pixels = torch.randn(PAIRS, 3, *model.vision.image_size, generator=generator)
+    inputs = {"input_ids": ids.to(model.device), "pixel_values": pixels.to(model.device, model.dtype)}
+    with torch.no_grad():
+        return _difference(folder, model, model(**inputs).logits_per_image, theirs(**inputs).logits_per_image)
+
+
+def _difference(folder: Path, model: PartDtypes, ours: Tensor, found: Tensor) -> float:
     spread = ours.float().std().clamp(min=1e-6)
     difference = float(((ours - found).float().abs().max() / spread).item())
-    allowed = CLOSE if model.dtype == torch.float32 else 0.1
+    allowed = CLOSE if set(part_dtypes(model).values()) == {torch.float32} else 0.1
     if not difference <= allowed:
         raise ValueError(
             f"the checkpoint in {folder} gives other logits than the model, by {difference:.2g} of their spread; "

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from chiasm.interop.weights import DERIVED
 from chiasm.language.adapter import vocabulary
 from chiasm.vision.features import VisionFeatures
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -26,7 +28,7 @@ class Exported:
     processor: ProcessorMixin | None
 
 
-def merged(model: FusionModel) -> FusionModel:
+def merged(model: Model) -> Model:
     """The model without LoRA adapters: itself, or a copy with them merged."""
     if not model.config.adapters:
         return model
