@@ -102,8 +102,9 @@ class Conversation:
     def ask(self, line: str) -> None:
         """One question with the pictures that wait for it, and its answer as it comes."""
         asked = [*self.history, *user_message(line, len(self.waiting))]
-        pictures, self.waiting = [*self.shown, *self.waiting], []
+        pictures = [*self.shown, *self.waiting]
         ticket = self.engine.submit(put_first(self.turns, asked), [*self.examples, *pictures], self.decoding)
+        self.waiting = []
         pieces: list[str] = []
         try:
             for piece in ticket:

@@ -82,6 +82,18 @@ def test_broken_http(address: Callable[..., str]) -> None:
     assert httpx.get(url + "/health").status_code == 200
 
 
+def test_one_connection_too_many_is_told_so(address: Callable[..., str]) -> None:
+    url = address(limits=Limits(connections=3))
+    idle = [connect(url) for _ in range(3)]
+    until(lambda: httpx.get(url + "/health").status_code == 429)
+    crowded = httpx.post(url + CHAT, json=ask())
+    assert crowded.status_code == 429 and crowded.json()["error"]["code"] == "rate_limit_exceeded"
+    assert crowded.headers["retry-after"] == "1" and crowded.headers["connection"] == "close"
+    for connection in idle:
+        connection.close()
+    until(lambda: httpx.get(url + "/health").status_code == 200)
+
+
 def test_a_client_that_does_not_read_is_left(address: Callable[..., str], metronome: Any) -> None:
     model = metronome
     url = address(model, limits=Limits(write_seconds=0.5))

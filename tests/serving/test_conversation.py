@@ -57,6 +57,11 @@ def test_mistakes_are_one_line_each(talk: Callable[..., str]) -> None:
         assert words in out
 
 
+def test_pictures_outlive_a_question_that_is_too_long(talk: Callable[..., str]) -> None:
+    out = talk("a" * 3000, "One?", "/history", "/quit", images=[Path("a.png")])
+    assert "context is 1024" in out and "> a.png" in out and "> One?" in out
+
+
 def test_history_and_reset(talk: Callable[..., str]) -> None:
     out = talk("One?", "/history", "/reset", "/save it.json", "/quit", images=[Path("a.png")])
     assert "> a.png" in out and "> One?" in out and "nothing to save" in out

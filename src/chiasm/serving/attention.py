@@ -46,13 +46,11 @@ async def _explain(shared: Shared, body: AttentionRequest, lease: Lease) -> dict
     prompt = await read_prompt(shared, model, asked, lease)
     if not -len(prompt.images) <= body.image < len(prompt.images):
         raise ApiError(400, f"image {body.image}, but the conversation has {len(prompt.images)}", param="image")
-    async with shared.looking:
-        try:
-            return await shared.in_thread(
-                _look, model, prompt, answer.content, body.image, shared.settings.limits.attention_bytes
-            )
-        except Exception as error:
-            raise of_exception(error) from error
+    most = shared.settings.limits.attention_bytes
+    try:
+        return await shared.in_turn(shared.looking, _look, model, prompt, answer.content, body.image, most)
+    except Exception as error:
+        raise of_exception(error) from error
 
 
 def _look(model: ChatModel, prompt: Prompt, answer: str, image: int, most: int) -> dict[str, Any]:

@@ -135,6 +135,4 @@ async def _bytes(shared: Shared, url: str, param: str, lease: Lease) -> bytes | 
             param=param,
             code="image_urls_not_allowed",
         )
-    data = await shared.fetch(url, param)
-    lease.take(len(data))
-    return data
+    return await shared.fetch(url, param, lease.take)
