@@ -44,7 +44,7 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 TopK = Annotated[int, Field(ge=0, le=2**31), BeforeValidator(_whole)]
 TopLogprobs = Annotated[int, Field(ge=0, le=20), BeforeValidator(_whole)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_whole)]
 
 
 class ImageUrl(Strict):
@@ -78,7 +78,7 @@ Content = Annotated[
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content | None = None
+    content: Content
     name: Ignored = None
     refusal: Unused = None
     annotations: Unused = None
