@@ -108,7 +108,8 @@ class Conversation:
         pieces: list[str] = []
         try:
             for piece in ticket:
-                pieces.append(piece.text if pieces else piece.text.lstrip())
+                text = terminal.printable(piece.text)
+                pieces.append(text if pieces else text.lstrip())
                 self.console.print(pieces[-1], end="", markup=False, highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
             ticket.cancel()

@@ -142,6 +142,11 @@ class Engine:
         if waiting >= self.max_waiting:
             raise QueueFull(waiting, max(1.0, self._seconds * waiting / self.max_batch))
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests: it is neither closed nor broken."""
+        return not self._closed
+
     def stats(self) -> EngineStats:
         """Counts of this moment."""
         images, prefixes = self.pictures.kept, self.prefixes
