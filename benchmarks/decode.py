@@ -78,8 +78,8 @@ class Transformers:
     def first_token(self, seed: int, number: int) -> float:
         return self._generate(QUESTIONS[number], [picture(seed)], 1)
 
-    def chats(self, seed: int, tokens: int) -> float:
-        return sum(self._generate(QUESTIONS[n % 3], [picture(seed + n)], tokens) for n in range(CHATS))
+    def chats(self, seed: int, tokens: int, count: int) -> float:
+        return sum(self._generate(QUESTIONS[n % 3], [picture(seed + n)], tokens) for n in range(count))
 
     def _generate(self, question: str, images: list[Any], tokens: int) -> float:
         started = self.clock()
@@ -106,9 +106,9 @@ class Ours:
         list(self._submit(QUESTIONS[number], [picture(seed)], 1))
         return self.clock() - started
 
-    def chats(self, seed: int, tokens: int) -> float:
+    def chats(self, seed: int, tokens: int, count: int) -> float:
         started = self.clock()
-        tickets = [self._submit(QUESTIONS[n % 3], [picture(seed + n)], tokens) for n in range(CHATS)]
+        tickets = [self._submit(QUESTIONS[n % 3], [picture(seed + n)], tokens) for n in range(count)]
         for ticket in tickets:
             list(ticket)
         return self.clock() - started
@@ -138,7 +138,7 @@ class LlamaCpp:
         return self.clock() - started
 
 
-def side(gate: Gate, make: Callable[[], Any], tokens: int, parts: Sequence[str]) -> None:
+def side(gate: Gate, make: Callable[[], Any], tokens: int, parts: Sequence[str], chats: int) -> None:
     """Blocks of one side: every block does all parts that the side has."""
     torch.set_grad_enabled(False)
     runner = make()
@@ -157,7 +157,7 @@ def side(gate: Gate, make: Callable[[], Any], tokens: int, parts: Sequence[str])
             fresh = runner.first_token(number, 0)
             told |= {"fresh": fresh, "again": statistics.median(runner.first_token(number, n) for n in (1, 2))}
         if "chats" in parts and warm is not None:
-            told["chats"] = runner.chats(1000 * number, tokens) / (CHATS * tokens)
+            told["chats"] = runner.chats(1000 * number, tokens, chats) / (chats * tokens)
         gate.done(seconds=sum(told.values()), **told)
 
 
@@ -261,9 +261,10 @@ def _matrices(model: Any) -> list[torch.nn.Linear]:
 def report(blocks: dict[str, list[Block]]) -> None:
     """The tables of the benchmark's README."""
     load = foreign_text([block for found in blocks.values() for block in found])
-    print(f"\nmemory is read at {bandwidth() / 1e9:.1f} GB/s; others' load {load}\n")
+    model, speed_limit = language(), bandwidth()
+    print(f"\nmemory is read at {speed_limit / 1e9:.1f} GB/s; others' load {load}\n")
     _table("side", "tokens/s", "times transformers", "of the bandwidth limit", "peak memory, GiB")
-    limits = {weights: bandwidth() / lean.bytes for weights in WEIGHTS if (lean := lean_model(language(), weights))}
+    limits = {weights: speed_limit / lean.bytes for weights in WEIGHTS if (lean := lean_model(model, weights))}
     limits |= {"transformers": limits["float32"], "Q4_1": limits["int4"]}
     for name, found in blocks.items():
         speed, limit = 1 / _median(found, "story"), next(limits[key] for key in limits if key in name)
@@ -271,7 +272,7 @@ def report(blocks: dict[str, list[Block]]) -> None:
         times = _ratio(found, blocks["transformers"], "story")
         print(f"| {name} | {speed:.1f} | {times:.2f} | {speed / limit:.0%} | {peak:.2f} |")
     print()
-    _table("side", "first token, ms", "second question, ms", "times", "8 chats, tokens/s", "times one by one")
+    _table("side", "first token, ms", "second question, ms", "times", "chats at once, tokens/s", "times one by one")
     for name, found in blocks.items():
         peer, told = blocks["transformers"], found[0].result
         if "again" in told:
@@ -302,6 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--chats", type=int, default=CHATS, help="at once")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--parts", nargs="+", default=["story", "first", "chats"])
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS))
@@ -309,7 +311,10 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor, where others use it too")
     parser.add_argument("--steps", action="store_true", help="measure that instead, in a minute and on one thread")
     parser.add_argument("--gguf", help="the alias's file, where it is already there")
+    parser.add_argument("--quick", action="store_true", help="one round, four tokens, two chats: shows that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.tokens, options.chats = 1, 4, 2
     print(machine(options.threads))
     if options.steps:
         steps()
@@ -320,7 +325,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         file = options.gguf or gguf(Path(folder))
-        rest = ("process_time" if options.cpu_time else "perf_counter", options.tokens, options.parts)
+        rest = ("process_time" if options.cpu_time else "perf_counter", options.tokens, options.parts, options.chats)
         workers = {"transformers": Worker(transformers_side, *rest, threads=options.threads)}
         for weights in options.weights:
             workers[f"Chiasm {weights}"] = Worker(our_side, weights, *rest, threads=options.threads)

@@ -102,12 +102,14 @@ class Conversation:
     def ask(self, line: str) -> None:
         """One question with the pictures that wait for it, and its answer as it comes."""
         asked = [*self.history, *user_message(line, len(self.waiting))]
-        pictures, self.waiting = [*self.shown, *self.waiting], []
+        pictures = [*self.shown, *self.waiting]
         ticket = self.engine.submit(put_first(self.turns, asked), [*self.examples, *pictures], self.decoding)
+        self.waiting = []
         pieces: list[str] = []
         try:
             for piece in ticket:
-                pieces.append(piece.text if pieces else piece.text.lstrip())
+                text = terminal.printable(piece.text)
+                pieces.append(text if pieces else text.lstrip())
                 self.console.print(pieces[-1], end="", markup=False, highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
             ticket.cancel()

@@ -14,8 +14,14 @@ COLUMNS, ROWS = 48, 20
 """Cells that a picture takes at most; a cell is about twice as high as it is wide."""
 PIXELS = 800
 CHUNK = 4096
+CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\t"), ord("\n")})
 KITTY = {"TERM": ("xterm-kitty", "xterm-ghostty"), "TERM_PROGRAM": ("ghostty",)}
 ITERM = {"TERM_PROGRAM": ("iTerm.app", "WezTerm", "mintty"), "LC_TERMINAL": ("iTerm2",)}
+
+
+def printable(text: str) -> str:
+    """A text without control characters: nobody's words move the cursor or set the clipboard."""
+    return text.translate(CONTROLS)
 
 
 def protocol(environment: Mapping[str, str]) -> str:

@@ -27,7 +27,7 @@ import tiny
 from chiasm.fusion.adapters import add_adapter
 from chiasm.generation import engine as engine_module
 from chiasm.generation.batched import BatchedDecoder
-from chiasm.generation.decode import Decoding
+from chiasm.generation.decode import Decoding, prepare
 from chiasm.generation.engine import Engine, QueueFull
 from chiasm.generation.lean_decoder import LeanDecoder
 from chiasm.generation.sequential import SequentialDecoder
@@ -41,6 +41,10 @@ def connect(fusion: str = "early", language: str = "llama", **options: Any) -> c
     vlm = chiasm.connect(tiny.vision(), tiny.language(language), fusion=fusion, tokenizer=tiny.tokenizer(), **options)
     contracts.open_gates(vlm.model, 1.0)
     return vlm
+
+
+def inputs_of(vlm: chiasm.VLM) -> dict[str, torch.Tensor]:
+    return prepare(vlm.model, vlm.processor, [ask("What?")], [[picture()]], 1)
 
 
 def of(config: PreTrainedConfig, **options: Any) -> chiasm.VLM:
@@ -291,13 +295,15 @@ def test_how_tokens_are_chosen() -> None:
     drawn = {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01}
     assert tokens(**drawn, seed=3) == tokens(**drawn, seed=3) != tokens(**drawn, seed=4)
     assert tokens(temperature=1.0, top_k=1) == tokens() == tokens(temperature=1.0, min_p=1.0)
+    assert tokens(temperature=1e-300) == tokens(temperature=1e-30, top_p=0.5) == tokens()
     penalised = engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=8, repetition_penalty=1.7)).text()
     expected = vlm.generate([ask("What?")], [[picture()]], max_new_tokens=8, repetition_penalty=1.7)[0]
     assert penalised.strip() == expected
     for piece in engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=3, logprobs=4)):
         assert piece.top is not None and len(piece.top) == 4 and piece.top[0] == (piece.token, piece.logprob)
         assert piece.logprob is not None and piece.logprob < 0
-    for wrong in ({"beams": 2}, {"top_p": 0.0}, {"max_new_tokens": 0}, {"stop": ("",)}, {"min_p": 2.0}):
+    for wrong in ({"beams": 2}, {"top_p": 0.0}, {"max_new_tokens": 0}, {"stop": ("",)}, {"min_p": 2.0},
+                  {"repetition_penalty": 1e-9}):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
             tokens(**wrong)
     engine.close()
@@ -316,6 +322,60 @@ def test_answers_of_a_form() -> None:
     assert json.loads(ticket.text())["n"] in (1, 2) and ticket.finish_reason == "stop"
     with pytest.raises(ValueError, match="cannot be constrained"):
         engine.submit(ask("What?", 0), [], Decoding(json_schema={"type": "nothing"}))
+    with pytest.raises(ValueError, match="beams=2, expected 1"):
+        vlm.chat(picture(), "What?", beams=2, choices=("red", "green"))
+    engine.close()
+
+
+def test_a_slow_schema_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are prepared and answered while a form is compiled."""
+    vlm, compiling, go_on = connect(), threading.Event(), threading.Event()
+    engine = Engine(vlm.model, vlm.processor)
+    compiled = engine_module.Constraint
+
+    def slow(*arguments: Any) -> Any:
+        compiling.set()
+        assert go_on.wait(30)
+        return compiled(*arguments)
+
+    monkeypatch.setattr(engine_module, "Constraint", slow)
+    tickets: list[Any] = []
+    decoding = Decoding(choices=("red", "green"), max_new_tokens=30)
+    asking = threading.Thread(target=lambda: tickets.append(engine.submit(ask("What?"), [picture()], decoding)))
+    asking.start()
+    assert compiling.wait(30)
+    assert engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=3)).text() and not tickets
+    go_on.set()
+    asking.join()
+    assert tickets[0].text() in decoding.choices
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{"type": "string", "minLength": n, "maxLength": n * 50} for n in range(1, 900)]},
+        {"allOf": [{"properties": {f"a{n}": {"maximum": n * 10**9 + 7}}} for n in range(700)]},
+    ],
+)
+def test_schemas_that_are_too_much_work(schema: dict[str, Any]) -> None:
+    """They are refused in a moment: when they are compiled, or at the token that would take too long."""
+    vlm = connect()
+    engine, started = Engine(vlm.model, vlm.processor), time.monotonic()
+    with pytest.raises(ValueError, match="^the answer cannot be constrained so: [^\n]+$"):
+        engine.submit(ask("What?"), [picture()], Decoding(json_schema=schema, max_new_tokens=100)).text()
+    assert time.monotonic() - started < 10
+    assert engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=3)).text()
+    engine.close()
+
+
+def test_tokens_that_the_models_settings_suppress() -> None:
+    vlm = connect()
+    first = [int(vlm.model.generate(**inputs_of(vlm), max_new_tokens=1, do_sample=False)[0, -1])]
+    vlm.model.generation_config.suppress_tokens = first
+    contracts.check_engine_equals_generate(vlm)
+    engine = Engine(vlm.model, vlm.processor)
+    assert first[0] not in [piece.token for piece in engine.submit(ask("What?"), [picture()], Decoding())]
     engine.close()
 
 

@@ -219,6 +219,7 @@ def test_the_processor_writes_what_the_references_writes(tmp_path: Path) -> None
     )
     texts = theirs.batch_decode(tokens[:, expected["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answers == [text.strip() for text in texts]
+    contracts.check_engine_equals_generate(vlm)
     assert vlm.model.generation_config.eos_token_id[-1] == theirs.tokenizer.convert_tokens_to_ids(end)
 
 

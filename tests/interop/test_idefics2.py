@@ -12,7 +12,7 @@ from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2I
 import chiasm
 import tiny
 from chiasm.vision.towers import build_tower
-from contracts import check_equals_reference, check_saved_equals_loaded
+from contracts import check_engine_equals_generate, check_equals_reference, check_saved_equals_loaded
 
 LATENTS = 5
 
@@ -116,6 +116,7 @@ def test_the_processor_gives_the_same_inputs(splitting: bool, tmp_path: Path) ->
     assert isinstance(vlm.chat(pictures[:2], "What?", max_new_tokens=3), str)
     answers = vlm.generate([messages, tiny.ask("No?", 0)], [pictures[:2], []], max_new_tokens=3)
     assert answers[0] == vlm.generate([messages], [pictures[:2]], max_new_tokens=3)[0]
+    check_engine_equals_generate(vlm)
     vlm.save_pretrained(tmp_path / "again")
     again = chiasm.load(tmp_path / "again").processor(messages=messages, images=pictures[:2])
     assert all(torch.equal(again[name], found[name]) for name in found)

@@ -13,6 +13,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 import chiasm
 import contracts
 import tiny
+from chiasm.generation.decode import Decoding
+from chiasm.generation.engine import Engine
 
 IMAGE = 260
 
@@ -178,6 +180,11 @@ def test_pictures_of_other_shapes_answer_together_as_alone(tmp_path: Path) -> No
     asked = [tiny.ask("What is it?", len(shown)) for shown in images]
     alone = [vlm.generate([a], [i], max_new_tokens=4)[0] for a, i in zip(asked, images, strict=True)]
     assert vlm.generate(asked, images, max_new_tokens=4) == alone
+    contracts.check_engine_equals_generate(vlm)
+    engine = Engine(vlm.model, vlm.processor)
+    tickets = [engine.submit(a, i, Decoding(max_new_tokens=4)) for a, i in zip(asked * 2, images * 2, strict=True)]
+    assert [ticket.text().strip() for ticket in tickets] == alone * 2 and tickets[4].cached_tokens > 0
+    engine.close()
 
 
 def test_a_tokenizer_without_its_tokens_is_refused(tmp_path: Path) -> None:

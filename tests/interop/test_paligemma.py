@@ -18,7 +18,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import chiasm
 import tiny
-from contracts import check_equals_reference, check_saved_equals_loaded
+from contracts import check_engine_equals_generate, check_equals_reference, check_saved_equals_loaded
 
 TEXT = {
     "vocab_size": 1420,
@@ -148,6 +148,7 @@ def test_the_processor_gives_the_same_inputs(tmp_path: Path) -> None:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
         asked = vlm.processor(messages=[tiny.ask("caption en"), tiny.ask("ocr")], images=[[p] for p in pictures])
         assert torch.equal(asked["input_ids"], expected["input_ids"])
+    check_engine_equals_generate(vlm)
     assert isinstance(vlm.chat(pictures[0], "caption en", max_new_tokens=3), str)
     sample = [*tiny.ask("caption en"), {"role": "assistant", "content": "a cat"}]
     trained = processor(images=pictures[0], text="<image>caption en", suffix="a cat", return_tensors="pt")

@@ -63,6 +63,10 @@ class Metronome:
         self.running -= 1
         ticket.finish("cancelled" if ticket.cancelled else "length")
 
+    @property
+    def alive(self) -> bool:
+        return True
+
     def stats(self) -> EngineStats:
         return EngineStats(self.running, 0, 0, 0, self.generated, *[0] * (len(fields(EngineStats)) - 5))
 

@@ -149,6 +149,19 @@ def test_models_health_and_metrics(client: Callable[..., TestClient], chat_model
     assert api.get(CHAT).status_code == 405
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_broken_engine_is_seen_from_outside(
+    client: Callable[..., TestClient], chat_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = chat_model("a")
+    api = client(model)
+    monkeypatch.setattr(model.engine, "_read", lambda request: 1 / 0)
+    assert api.post(CHAT, json=ask(model="a")).status_code == 500
+    assert api.post(CHAT, json=ask(model="a")).json()["error"]["code"] == "stopping"
+    health = api.get("/health")
+    assert health.status_code == 503 and "'a' has stopped" in health.json()["error"]["message"]
+
+
 def test_two_models_may_not_have_one_name(client: Callable[..., TestClient], chat_model: Any) -> None:
     with pytest.raises(ValueError, match="two models have the name 'a'"):
         client(chat_model("a"), chat_model("a"))
@@ -164,4 +177,7 @@ def test_attention_of_an_answers_words(client: Callable[..., TestClient]) -> Non
         assert sum(word["weights"]) == pytest.approx(1, abs=1e-3)
     assert seen["picture"].startswith("data:image/png;base64,")
     assert api.post("/api/attention", json={**request, "messages": request["messages"][:1] * 2}).status_code == 400
+    request["messages"][-1]["content"] = "a <image> <|im_end|> cat"
+    seen = api.post("/api/attention", json=request)
+    assert seen.status_code == 200 and [word["text"] for word in seen.json()["words"]][-1] == "cat"
     assert api.post("/api/attention", json={**request, "image": 1}).json()["error"]["param"] == "image"

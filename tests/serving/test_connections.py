@@ -1,6 +1,8 @@
 """Clients on real connections: those that leave, dawdle or read nothing, and the end of the server's life."""
 
+import asyncio
 import json
+import random
 import socket
 import threading
 import time
@@ -13,6 +15,7 @@ import httpx
 import pytest
 from asking import CHAT, ask, data_url
 
+import tiny
 from chiasm.generation.decode import Decoding
 from chiasm.serving.app import create_app
 from chiasm.serving.server import address_of, listen, server
@@ -80,6 +83,46 @@ def test_broken_http(address: Callable[..., str]) -> None:
             assert broken.recv(4000)[:12] in (b"HTTP/1.1 400", b"")
         broken.close()
     assert httpx.get(url + "/health").status_code == 200
+
+
+def test_one_connection_too_many_is_told_so(address: Callable[..., str]) -> None:
+    url = address(limits=Limits(connections=3))
+    idle = [connect(url) for _ in range(3)]
+    until(lambda: httpx.get(url + "/health").status_code == 429)
+    crowded = httpx.post(url + CHAT, json=ask())
+    assert crowded.status_code == 429 and crowded.json()["error"]["code"] == "rate_limit_exceeded"
+    assert crowded.headers["retry-after"] == "1" and crowded.headers["connection"] == "close"
+    for connection in idle:
+        connection.close()
+    until(lambda: httpx.get(url + "/health").status_code == 200)
+
+
+async def _crowd(url: str, clients: int) -> list[Any]:
+    """Answers of those who stay; every third client leaves after a moment."""
+    chance = random.Random(1)
+
+    async def visit(number: int) -> Any:
+        body = ask(data_url(tiny.picture(number % 5)), text=f"{number % 7}?", max_tokens=12, stream=number % 2 == 0)
+        leaves = chance.uniform(0, 0.4) if number % 3 == 0 else None
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(client.post(url + CHAT, json=body), leaves)
+
+    async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+        found = await asyncio.gather(*map(visit, range(clients)))
+    return [answer for number, answer in enumerate(found) if number % 3]
+
+
+@pytest.mark.slow
+def test_a_hundred_clients_of_whom_a_third_leaves(address: Callable[..., str], chat_model: Any) -> None:
+    model = chat_model(max_waiting=128)
+    url = address(model)
+    answers = asyncio.run(_crowd(url, 100))
+    assert {answer.status_code for answer in answers} == {200}
+    whole = [answer.json()["choices"][0]["message"]["content"] for answer in answers if "chunk" not in answer.text]
+    again = [httpx.post(url + CHAT, json=json.loads(a.request.content)).json() for a in answers if "chunk" not in a.text]
+    assert whole == [answer["choices"][0]["message"]["content"] for answer in again]
+    until(lambda: model.engine.stats().running == model.engine.stats().waiting == 0)
+    until(lambda: "chiasm_requests_open 1.0" in httpx.get(url + "/metrics").text)
 
 
 def test_a_client_that_does_not_read_is_left(address: Callable[..., str], metronome: Any) -> None:

@@ -15,6 +15,7 @@ from chiasm import terminal
 from chiasm.conversation import converse
 from chiasm.data.readers import read
 from chiasm.generation.engine import Engine
+from chiasm.generation.text import TextStream
 
 
 @pytest.fixture
@@ -55,6 +56,18 @@ def test_mistakes_are_one_line_each(talk: Callable[..., str]) -> None:
     for words in ("no such picture: none.png", "/save needs a file", "nothing to save", "No closing quotation",
                   "no such command: /dance", "context is 1024", "/reset"):  # fmt: skip
         assert words in out
+
+
+def test_pictures_outlive_a_question_that_is_too_long(talk: Callable[..., str]) -> None:
+    out = talk("a" * 3000, "One?", "/history", "/quit", images=[Path("a.png")])
+    assert "context is 1024" in out and "> a.png" in out and "> One?" in out
+
+
+def test_words_do_not_control_the_terminal(talk: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    push = TextStream.push
+    monkeypatch.setattr(TextStream, "push", lambda self, token: push(self, token) + "\x1b]52;c;aGk=\x07\x9b2J\r!\n")
+    out = talk("One?", "/history", "/quit")
+    assert "]52;c;aGk=2J!\n" in out and not {"\x1b", "\x07", "\x9b", "\r"} & set(out)
 
 
 def test_history_and_reset(talk: Callable[..., str]) -> None:

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 
 from chiasm.serving.fetch import Fetcher, is_public
 from chiasm.serving.pictures import from_data_url
+from chiasm.serving.settings import Limits
 
 PICTURE = from_data_url(data_url(), "")
 
@@ -19,7 +20,8 @@ PICTURE = from_data_url(data_url(), "")
     "address",
     ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
      "255.255.255.255", "192.0.2.1", "::1", "::", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1",
-     "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "ff02::1", "2001:db8::1", "fec0::1"],
+     "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "ff02::1", "2001:db8::1", "fec0::1",
+     "::127.0.0.1", "::ffff:0:127.0.0.1"],
 )  # fmt: skip
 def test_addresses_that_are_not_public(address: str) -> None:
     assert not is_public(address)
@@ -128,6 +130,23 @@ def test_what_is_not_fetched(
     api = client(image_urls=True, fetcher=fetcher(names))
     error = api.post(CHAT, json=ask(f"http://pictures.example:{site.server_port}{path}")).json()["error"]
     assert error["code"] == code and words in error["message"]
+
+
+def test_a_fetched_picture_takes_memory_while_it_comes(
+    client: Callable[..., TestClient], site: ThreadingHTTPServer
+) -> None:
+    limits = Limits(memory_bytes=100_000)
+    api = client(image_urls=True, fetcher=fetcher(Names(pictures=[["127.0.0.1"]])), limits=limits)
+    url = f"http://pictures.example:{site.server_port}/huge.png"
+    for _ in range(2):
+        assert api.post(CHAT, json=ask(url)).json()["error"]["code"] == "too_large"
+
+
+def test_names_in_other_scripts(client: Callable[..., TestClient], site: ThreadingHTTPServer) -> None:
+    names = Names(**{"xn--hxajbheg2az3al": [["127.0.0.1"]]})
+    api = client(image_urls=True, fetcher=fetcher(names))
+    answer = api.post(CHAT, json=ask(f"http://παράδειγμα.example:{site.server_port}/picture.png"))
+    assert answer.status_code == 200 and Site.asked == [f"xn--hxajbheg2az3al.example:{site.server_port}"]
 
 
 def test_a_name_with_one_private_address_is_refused(client: Callable[..., TestClient]) -> None:

@@ -14,9 +14,11 @@ import torch
 from asking import CHAT, ask, data_url
 from fastapi.testclient import TestClient
 from PIL import Image
+from pydantic import ValidationError
 
 import tiny
 from chiasm.generation.decode import Decoding
+from chiasm.serving.schema import ChatRequest
 from chiasm.serving.settings import Limits
 
 LIMITS = Limits(body_bytes=200_000, pixels=10_000, images=3, body_seconds=2)
@@ -93,6 +95,47 @@ def test_a_bomb_is_refused_before_it_is_decoded(api: TestClient, monkeypatch: py
     response = api.post(CHAT, json=ask(data_url(bomb)))
     assert code(response) == "invalid_image" and "pixels" in response.json()["error"]["message"]
     assert code(api.post(CHAT, json=ask(data_url(png(5000, 1))))) == "invalid_image"
+
+
+def test_a_jpeg_of_endless_scans_is_refused(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan of a few bytes goes through the whole picture: thousands of them would take minutes."""
+    file = BytesIO()
+    tiny.picture().save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    first, second = (data.find(b"\xff\xda", data.find(b"\xff\xda") + skip) for skip in (0, 1))
+    assert api.post(CHAT, json=ask(data_url(data, "JPEG"))).status_code == 200
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    response = api.post(CHAT, json=ask(data_url(data[:second] + data[first:second] * 200 + data[second:], "JPEG")))
+    assert code(response) == "invalid_image" and "scans" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"messages": [{"role": "user", "content": [1] * 90_000}]}, "messages[0].content[0]"),
+        ({"stop": [1] * 90_000}, "stop[0]"),
+        ({f"field{number}": 1 for number in range(90_000)}, None),
+        ({"messages": [{f"field{number}": 1 for number in range(90_000)}]}, "messages[0]"),
+    ],
+)
+def test_one_mistake_is_told_and_not_a_hundred_thousand(
+    client: Callable[..., TestClient], fields: dict[str, Any], expected: str | None
+) -> None:
+    response = client().post(CHAT, json=ask() | fields)
+    assert code(response) and response.json()["error"]["param"] == expected
+    with pytest.raises(ValidationError) as mistakes:
+        ChatRequest.model_validate(ask() | fields)
+    assert mistakes.value.error_count() == 1
+
+
+def test_numbers_at_the_edge_of_what_is_allowed(api: TestClient) -> None:
+    drawn = [{"temperature": 1e-300}, {"temperature": 2, "top_p": 1e-300}, {"temperature": 2, "min_p": 1}]
+    for fields in (*drawn, {"repetition_penalty": 0.01, "logprobs": True}, {"seed": -(2**63)}, {"top_k": 2**31}):
+        response = api.post(CHAT, json=ask(**fields))
+        assert response.status_code == 200, response.text
+    for fields in ({"repetition_penalty": 1e-300}, {"temperature": 1e999}, {"seed": 2**63}, {"max_tokens": 0}):
+        body = json.dumps(ask(**fields)).replace("Infinity", "1e999")
+        assert code(api.post(CHAT, content=body, headers={"content-type": "application/json"}))
 
 
 def test_limits_of_a_request(api: TestClient) -> None:

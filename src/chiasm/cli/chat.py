@@ -26,6 +26,7 @@ def chat(
 ) -> None:
     """Ask about pictures: one answer with -p, otherwise a conversation."""
     from chiasm.conversation import converse
+    from chiasm.terminal import printable
     from chiasm.vlm import load_vlm, ready_to_answer
 
     examples = [_example(text) for text in solved]
@@ -46,11 +47,12 @@ def chat(
     if as_json:
         answer = vlm.chat(images, prompt, **options) if show_attention is None else seen.answer
         return emit({"prompt": prompt, "images": list(map(str, images)), "answer": answer})
+    shown = printable if sys.stdout.isatty() else str
     if show_attention is not None:
-        sys.stdout.write(f"{seen.answer}\n")
+        sys.stdout.write(f"{shown(seen.answer)}\n")
         return None
     for piece in vlm.stream(images, prompt, **options):
-        sys.stdout.write(piece)
+        sys.stdout.write(shown(piece))
         sys.stdout.flush()
     sys.stdout.write("\n")
     return None

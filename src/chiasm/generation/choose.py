@@ -7,6 +7,9 @@ from torch import Tensor
 from chiasm.generation.decoding import Decoding
 
 
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
 def adjusted(logits: Float[Tensor, " V"], seen: Int[Tensor, " S"] | None, decoding: Decoding) -> Float[Tensor, " V"]:
     """Logits after the repetition penalty.
 
@@ -25,7 +28,7 @@ def choose(logits: Float[Tensor, " V"], decoding: Decoding, generator: torch.Gen
     """The likeliest token, or one drawn from what temperature, `top_k`, `top_p` and `min_p` leave."""
     if decoding.temperature == 0:
         return int(logits.argmax())
-    logits = logits / decoding.temperature
+    logits = (logits - logits.max()) / max(decoding.temperature, SMALLEST)  # however small, the likeliest stays finite
     if 0 < decoding.top_k < logits.shape[0]:
         logits = logits.masked_fill(logits < logits.topk(decoding.top_k).values[-1], -torch.inf)
     if decoding.top_p < 1:

@@ -12,24 +12,31 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from chiasm.generation.decoding import Decoding
 
 
+WORK = {"max_grammar_size": 500_000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000}
+"""What llguidance may spend on a grammar, and on each token of its answer: a second of work at most."""
+
+
 class Constraint:
     """What an answer may still become.
 
+    Args:
+        reader: the model's tokenizer, by `token_reader`.
+
     Raises:
-        ValueError: llguidance is not installed, or does not know the schema.
+        ValueError: llguidance does not know the schema, or it is too much work.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, decoding: Decoding, ends: set[int], vocabulary: int) -> None:
+    def __init__(self, reader: Any, decoding: Decoding, ends: set[int]) -> None:
         guidance = _guidance()
-        self.ends, self.words = ends, -(-vocabulary // 32)
-        reader = _token_reader(tokenizer, vocabulary, tokenizer.eos_token_id)
-        self.matcher = guidance.LLMatcher(reader, _grammar(guidance, decoding))
-        if self.matcher.is_error():
-            raise ValueError(f"the answer cannot be constrained so: {self.matcher.get_error()}")
+        self.ends = ends
+        limits = guidance.LLParserLimits(**WORK)
+        self.matcher = guidance.LLMatcher(reader, _grammar(guidance, decoding), log_level=0, limits=limits)
+        self._check()
 
     def allowed(self, logits: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
         """Logits of tokens that may come next; all the others are −inf."""
         bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.int32)
+        self._check()
         flags = (bits[:, None] >> torch.arange(32)) & 1
         open_ = torch.zeros(logits.shape[0], dtype=torch.bool)
         flat = flags.flatten().bool()[: logits.shape[0]]
@@ -43,7 +50,13 @@ class Constraint:
         if token in self.ends:
             return True
         self.matcher.consume_token(token)
+        self._check()
         return self.matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self.matcher.is_error():
+            reason = self.matcher.get_error().partition("\n")[0]
+            raise ValueError(f"the answer cannot be constrained so: {reason}")
 
 
 class ConstraintProcessor(LogitsProcessor):
@@ -83,8 +96,14 @@ def _grammar(guidance: Any, decoding: Decoding) -> str:
 
 
 @lru_cache(maxsize=8)
-def _token_reader(tokenizer: PreTrainedTokenizerBase, vocabulary: int, end: int) -> Any:
-    """llguidance's view of a tokenizer, which takes a second to make."""
+def token_reader(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Any:
+    """llguidance's view of a tokenizer, which takes a second to make.
+
+    Raises:
+        ValueError: llguidance is not installed.
+    """
+    _guidance()
     import llguidance.hf
 
-    return llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(vocabulary, len(tokenizer)), eos_token=end)
+    size = max(vocabulary, len(tokenizer))
+    return llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=tokenizer.eos_token_id)

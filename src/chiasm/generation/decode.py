@@ -12,10 +12,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
-from chiasm.generation.constraint import Constraint, ConstraintProcessor
+from chiasm.generation.constraint import Constraint, ConstraintProcessor, token_reader
 from chiasm.generation.decoding import Decoding
 from chiasm.generation.text import TextStream, before_stop
-from chiasm.language.adapter import ContextError, context_length
+from chiasm.language.adapter import ContextError, context_length, vocabulary
 
 __all__ = ["Decoding", "end_tokens", "generate", "prepare", "stop_at_end_of_turn", "stream"]
 
@@ -60,6 +60,12 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
     return {stop for stop in (stops if isinstance(stops, list) else [stops]) if stop is not None}
 
 
+def never_tokens(model: PreTrainedModel) -> list[int]:
+    """Tokens that no answer has: the placeholder, and those that the model's own settings suppress."""
+    never = [model.config.image_token_id, *(model.generation_config.suppress_tokens or [])]
+    return [token for token in never if token < vocabulary(model.language)]
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -90,7 +96,8 @@ def _arguments(model: PreTrainedModel, processor: ChiasmProcessor, decoding: Dec
         arguments |= {"stop_strings": list(decoding.stop), "tokenizer": processor.tokenizer}
     if decoding.constrained:
         ends, size = end_tokens(model), model.get_output_embeddings().weight.shape[0]
-        constraints = [Constraint(processor.tokenizer, decoding, ends, size) for _ in range(rows)]
+        reader = token_reader(processor.tokenizer, size)
+        constraints = [Constraint(reader, decoding, ends) for _ in range(rows)]
         arguments["logits_processor"] = LogitsProcessorList([ConstraintProcessor(constraints, ends)])
     return arguments
 

@@ -45,7 +45,7 @@ class Decoding:
             ("top_k", self.top_k >= 0, "0 (all) or a number of tokens"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number above 0"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
             ("beams", self.beams >= 1, "at least 1"),
             ("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of texts that are not empty"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "None or a number of tokens"),
@@ -56,6 +56,8 @@ class Decoding:
                 raise ValueError(f"{name}={getattr(self, name)!r}, expected {expected}")
         if self.choices and self.json_schema is not None:
             raise ValueError("choices and json_schema are both given; an answer can follow only one of them")
+        if self.constrained and self.beams > 1:
+            raise ValueError(f"beams={self.beams}, expected 1 where choices or json_schema bind the answer")
 
     @property
     def constrained(self) -> bool:

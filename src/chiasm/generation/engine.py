@@ -14,8 +14,8 @@ import torch
 from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
-from chiasm.generation.constraint import Constraint
-from chiasm.generation.decode import Decoding, end_tokens, prepare
+from chiasm.generation.constraint import Constraint, token_reader
+from chiasm.generation.decode import Decoding, end_tokens, never_tokens, prepare
 from chiasm.generation.decoders import make_decoder
 from chiasm.generation.pictures import PictureCache
 from chiasm.generation.prefix_cache import PrefixCache
@@ -90,7 +90,8 @@ class Engine:
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.pictures, self.prefixes = PictureCache(model, image_cache_bytes), PrefixCache(prefix_cache_bytes)
         self.decoder = make_decoder(model, max_batch, self.pictures, self.prefixes, weights)
-        self._ends = end_tokens(model)
+        self._ends, self._never = end_tokens(model), never_tokens(model)
+        self._vocabulary = vocabulary(model.language)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._changed = threading.Condition()
@@ -116,7 +117,8 @@ class Engine:
             self._admit()
         with self._preparing:
             inputs = prepare(self.model, self.processor, [messages], [images], decoding.max_new_tokens)
-            constraint = self._constraint(decoding)
+            reader = token_reader(self.processor.tokenizer, self._vocabulary) if decoding.constrained else None
+        constraint = None if reader is None else Constraint(reader, decoding, self._ends)
         prompt = read_prompt(inputs)
         generator = None
         if decoding.seed is not None:
@@ -133,17 +135,17 @@ class Engine:
             self._changed.notify_all()
         return ticket
 
-    def _constraint(self, decoding: Decoding) -> Constraint | None:
-        if not decoding.constrained:
-            return None
-        return Constraint(self.processor.tokenizer, decoding, self._ends, vocabulary(self.model.language))
-
     def _admit(self) -> None:
         if self._closed:
             raise RuntimeError("the engine is closed and takes no more requests")
         waiting = sum(request.sequence is None for request in self._waiting)
         if waiting >= self.max_waiting:
             raise QueueFull(waiting, max(1.0, self._seconds * waiting / self.max_batch))
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests: it is neither closed nor broken."""
+        return not self._closed
 
     def stats(self) -> EngineStats:
         """Counts of this moment."""
@@ -243,8 +245,7 @@ class Engine:
 
     def _add(self, requests: list[Request], logits: torch.Tensor) -> None:
         """Chooses a token for each request, and lets go those whose answers have ended."""
-        if self.model.config.image_token_id < logits.shape[1]:
-            logits[:, self.model.config.image_token_id] = -torch.inf
+        logits[:, self._never] = -torch.inf
         likeliest = logits.argmax(dim=1).tolist()
         for request, row, best in zip(requests, logits, likeliest, strict=True):
             try:

@@ -10,11 +10,11 @@ from fastapi import APIRouter, FastAPI, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from chiasm.serving import attention, chat, embeddings, errors
-from chiasm.serving.errors import RESPONSES
+from chiasm.serving.errors import RESPONSES, ApiError
 from chiasm.serving.fetch import Fetcher
 from chiasm.serving.gate import Gate
 from chiasm.serving.schema import Health, ModelCard, ModelList
-from chiasm.serving.served import Served, Shared
+from chiasm.serving.served import ChatModel, Served, Shared
 from chiasm.serving.settings import Settings
 
 PAGE = {
@@ -75,9 +75,12 @@ def _models(shared: Shared) -> APIRouter:
 def _state(shared: Shared) -> APIRouter:
     routes = APIRouter(tags=["state"])
 
-    @routes.get("/health")
+    @routes.get("/health", responses={503: RESPONSES[503]})
     async def health() -> Health:
-        """Whether the server is up."""
+        """Whether all models answer."""
+        for model in shared.models.values():
+            if isinstance(model, ChatModel) and not model.engine.alive:
+                raise ApiError(503, f"the engine of {model.name!r} has stopped; restart the server", code="stopped")
         return Health(models=list(shared.models))
 
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}}

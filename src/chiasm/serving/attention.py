@@ -13,7 +13,7 @@ from chiasm.generation.decode import Decoding
 from chiasm.serving.body import Lease, lease_of, limited_route
 from chiasm.serving.chat import GONE
 from chiasm.serving.errors import RESPONSES, ApiError, of_exception
-from chiasm.serving.prompt import Prompt, read_prompt
+from chiasm.serving.prompt import Plain, Prompt, read_prompt
 from chiasm.serving.schema import AttentionAnswer, AttentionRequest
 from chiasm.serving.served import ChatModel, Shared
 from chiasm.serving.stream import Gone, while_there
@@ -46,13 +46,12 @@ async def _explain(shared: Shared, body: AttentionRequest, lease: Lease) -> dict
     prompt = await read_prompt(shared, model, asked, lease)
     if not -len(prompt.images) <= body.image < len(prompt.images):
         raise ApiError(400, f"image {body.image}, but the conversation has {len(prompt.images)}", param="image")
-    async with shared.looking:
-        try:
-            return await shared.in_thread(
-                _look, model, prompt, answer.content, body.image, shared.settings.limits.attention_bytes
-            )
-        except Exception as error:
-            raise of_exception(error) from error
+    most = shared.settings.limits.attention_bytes
+    try:
+        words = Plain(model.processor)(answer.content)
+        return await shared.in_turn(shared.looking, _look, model, prompt, words, body.image, most)
+    except Exception as error:
+        raise of_exception(error) from error
 
 
 def _look(model: ChatModel, prompt: Prompt, answer: str, image: int, most: int) -> dict[str, Any]:

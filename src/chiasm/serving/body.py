@@ -14,6 +14,9 @@ from chiasm.serving.settings import Limits
 MORE_TO_DRAIN = 4
 """A body that is too large is read to its end up to so many times the limit, so that its client hears the answer."""
 
+AT_ONCE = 65_536
+"""Bytes of a body that are parsed at once; others do not wait for a larger one."""
+
 
 class Budget:
     """Memory that all requests share; one that does not get its part is asked to come back."""
@@ -96,7 +99,9 @@ class LimitedRequest(Request):
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
-            self._json = parse(await self.body(), self.limits)
+            body = await self.body()
+            large = len(body) > AT_ONCE
+            self._json = await asyncio.to_thread(parse, body, self.limits) if large else parse(body, self.limits)
         return self._json
 
 

@@ -45,8 +45,7 @@ async def _embed(shared: Shared, body: EmbeddingRequest, lease: Lease) -> dict[s
     shown = {number: url for number, (_, url) in urls.items() if url is not None}
     pictures = await read_pictures(shared, [(url, f"input[{number}]") for number, url in shown.items()], lease)
     try:
-        async with model.turn:
-            rows, tokens = await shared.in_thread(_run, model, list(texts.values()), pictures)
+        rows, tokens = await shared.in_turn(model.turn, _run, model, list(texts.values()), pictures)
     except Exception as error:
         raise of_exception(error) from error
     vectors = dict(zip([*texts, *shown], rows, strict=True))

@@ -1,7 +1,7 @@
 """Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, with the status their clients expect."""
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -52,9 +52,10 @@ class ApiError(HTTPException):
 TYPES = {429: "rate_limit_error", 503: "server_error"}
 
 
-def overloaded(message: str, seconds: float = 1) -> ApiError:
+def overloaded(message: str, seconds: float = 1, headers: Mapping[str, str] | None = None) -> ApiError:
     """Too much at once: the client may ask again after so many seconds."""
-    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(max(1, round(seconds)))})
+    headers = {"Retry-After": str(max(1, round(seconds))), **(headers or {})}
+    return ApiError(429, message, code="rate_limit_exceeded", headers=headers)
 
 
 def of_exception(error: BaseException) -> ApiError:
@@ -90,6 +91,8 @@ def of_validation(error: RequestValidationError) -> ApiError:
     code = KINDS.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
     if first["loc"] == ("body",) and kind in ("missing", "model_attributes_type"):
         return ApiError(400, "The body is empty or not an object; send a JSON object.", code="invalid_body")
+    if kind == "too_many_fields":
+        return ApiError(400, f"Invalid value for '{param or 'body'}': {detail}.", param=param or None, code=kind)
     if kind == "json_invalid":
         return ApiError(400, template.format(detail=detail), code="invalid_json")
     return ApiError(400, template.format(param=param, detail=str(detail).rstrip(".")), param=param or None, code=code)

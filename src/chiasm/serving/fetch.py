@@ -16,10 +16,14 @@ from chiasm.serving.pictures import invalid
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = 3
 CHUNK = 65_536
-TRANSLATED = tuple(ipaddress.IPv6Network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
+TRANSLATED = tuple(
+    ipaddress.IPv6Network(net)
+    for net in ("::/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
+)
 """Addresses of IPv6 that hold one of IPv4, which a gateway would turn into whatever it is."""
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
+Take = Callable[[int], None]
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -56,8 +60,11 @@ class Fetcher:
     allowed: Callable[[str], bool] = is_public
     ports: tuple[int, ...] | None = tuple(PORTS.values())
 
-    async def __call__(self, url: str, param: str) -> bytes:
+    async def __call__(self, url: str, param: str, take: Take) -> bytes:
         """The bytes behind an address.
+
+        Args:
+            take: is told of the bytes as they come, and may refuse them.
 
         Raises:
             ApiError: the address is not allowed, or no picture came in time.
@@ -65,7 +72,7 @@ class Fetcher:
         try:
             async with asyncio.timeout(self.seconds):
                 for _ in range(REDIRECTS + 1):
-                    status, headers, body = await self._get(url, param)
+                    status, headers, body = await self._get(url, param, take)
                     location = headers.get("location")
                     if status not in (301, 302, 303, 307, 308) or location is None:
                         break
@@ -80,7 +87,7 @@ class Fetcher:
             raise invalid(f"{url!r} answered with status {status}", param)
         return body
 
-    async def _get(self, url: str, param: str) -> tuple[int, dict[str, str], bytes]:
+    async def _get(self, url: str, param: str, take: Take) -> tuple[int, dict[str, str], bytes]:
         parts = urlsplit(url)
         host, port = self._target(parts, param)
         address = await self._address(host, port, param)
@@ -89,7 +96,7 @@ class Fetcher:
             address, port, ssl=context, server_hostname=host if context else None
         )
         try:
-            return await self._exchange(parts, reader, writer, param)
+            return await self._exchange(parts, host, reader, writer, param, take)
         finally:
             writer.transport.abort()
 
@@ -114,11 +121,19 @@ class Fetcher:
         return addresses[0]
 
     async def _exchange(
-        self, parts: SplitResult, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, param: str
+        self,
+        parts: SplitResult,
+        host: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        param: str,
+        take: Take,
     ) -> tuple[int, dict[str, str], bytes]:
         connection = h11.Connection(h11.CLIENT)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        headers = [("Host", parts.netloc), ("Accept", "image/*"), ("User-Agent", "chiasm"), ("Connection", "close")]
+        name = f"[{host}]" if ":" in host else host
+        named = name if parts.port is None else f"{name}:{parts.port}"
+        headers = [("Host", named), ("Accept", "image/*"), ("User-Agent", "chiasm"), ("Connection", "close")]
         request = h11.Request(method="GET", target=_ascii(target), headers=headers)
         writer.write(connection.send(request) + connection.send(h11.EndOfMessage()))
         await writer.drain()
@@ -133,6 +148,7 @@ class Fetcher:
                     {key.decode(): value.decode("latin-1") for key, value in event.headers},
                 )
             elif isinstance(event, h11.Data):
+                take(len(event.data))
                 body += event.data
                 if len(body) > self.most:
                     raise invalid(f"it is larger than {self.most:,} bytes", param)

@@ -45,6 +45,9 @@ class Gate:
             refusal = self._refusal(scope)
             answer: ASGIApp = self.app if refusal is None else refusal.response()
             await answer(scope, receive, tell)
+        except Exception:
+            status = 500
+            raise
         finally:
             lease.release()
             metrics.open.dec()

@@ -13,6 +13,8 @@ from chiasm.vision.pictures import to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 BYTES_PER_PIXEL = 4
+SCAN, SCANS = b"\xff\xda", 100
+"""Every scan of a progressive JPEG goes through the whole picture; encoders write about ten."""
 
 
 def from_data_url(url: str, param: str) -> bytes:
@@ -33,7 +35,9 @@ def pixels(data: bytes, limits: Limits, param: str) -> int:
         ApiError: it is no picture, or has too many.
     """
     with _open(data, param) as picture:
-        width, height = picture.size
+        (width, height), scans = picture.size, data.count(SCAN) if picture.format == "JPEG" else 1
+    if scans > SCANS:
+        raise invalid(f"its JPEG has {scans:,} scans, more than {SCANS}", param)
     if width * height > limits.pixels:
         raise invalid(f"{width} × {height} pixels are more than {limits.pixels:,}", param)
     if max(width, height) > limits.side_ratio * max(1, min(width, height)):

@@ -27,7 +27,7 @@ async def read_prompt(shared: Shared, model: ChatModel, given: list[ChatMessage]
     """The conversation that a model can be asked.
 
     Raises:
-        ApiError: a message without content, too long a text, too many pictures, or one that cannot be had.
+        ApiError: too long a text, too many pictures, or one that cannot be had.
     """
     _check_length(given, model.characters)
     plain = Plain(model.processor)
@@ -45,7 +45,7 @@ async def read_prompt(shared: Shared, model: ChatModel, given: list[ChatMessage]
 
 def _check_length(given: list[ChatMessage], most: int) -> None:
     """Refuses what no context holds before anything goes through its letters."""
-    contents = [message.content or "" for message in given]
+    contents = [message.content for message in given]
     texts = [text for text in contents if isinstance(text, str)]
     texts += [part.text or "" for parts in contents if not isinstance(parts, str) for part in parts]
     if (length := sum(map(len, texts))) > most:
@@ -55,8 +55,6 @@ def _check_length(given: list[ChatMessage], most: int) -> None:
 
 def _parts(message: ChatMessage, param: str, plain: "Plain") -> tuple[Any, list[tuple[str, str]]]:
     """A message's content for the chat template, and its pictures' addresses with their places in the request."""
-    if message.content is None:
-        raise ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if isinstance(message.content, str):
         return plain(message.content), []
     parts: list[dict[str, str]] = []
@@ -135,6 +133,4 @@ async def _bytes(shared: Shared, url: str, param: str, lease: Lease) -> bytes | 
             param=param,
             code="image_urls_not_allowed",
         )
-    data = await shared.fetch(url, param)
-    lease.take(len(data))
-    return data
+    return await shared.fetch(url, param, lease.take)

@@ -2,14 +2,26 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
+
+MOST_FIELDS = 100
+"""Of an object that has names of its own: more are not gone through one by one."""
+FIRST: Any = Field(fail_fast=True)
+"""Of a list the first mistake is told: to collect a hundred thousand of them would take seconds."""
 
 
 class Strict(BaseModel):
     """A field that is not known is refused, as OpenAI does; a number is no text, and a text is no number."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MOST_FIELDS:
+            raise PydanticCustomError("too_many_fields", "more than {most} fields", {"most": MOST_FIELDS})
+        return value
 
 
 def _unused(value: Any) -> None:
@@ -32,7 +44,7 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 TopK = Annotated[int, Field(ge=0, le=2**31), BeforeValidator(_whole)]
 TopLogprobs = Annotated[int, Field(ge=0, le=20), BeforeValidator(_whole)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_whole)]
 
 
 class ImageUrl(Strict):
@@ -59,13 +71,14 @@ def _shape(*tags: tuple[type, str]) -> Any:
 
 
 Content = Annotated[
-    Annotated[str, Tag("#text")] | Annotated[list[Part], Tag("#parts")], _shape((str, "#text"), (list, "#parts"))
+    Annotated[str, Tag("#text")] | Annotated[list[Part], FIRST, Tag("#parts")],
+    _shape((str, "#text"), (list, "#parts")),
 ]
 
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content | None = None
+    content: Content
     name: Ignored = None
     refusal: Unused = None
     annotations: Unused = None
@@ -92,7 +105,8 @@ class ResponseFormat(Strict):
 
 
 Stop = Annotated[
-    Annotated[str, Tag("#text")] | Annotated[list[str], Tag("#texts")], _shape((str, "#text"), (list, "#texts"))
+    Annotated[str, Tag("#text")] | Annotated[list[str], FIRST, Tag("#texts")],
+    _shape((str, "#text"), (list, "#texts")),
 ]
 
 
@@ -100,14 +114,14 @@ class ChatRequest(Strict):
     """`POST /v1/chat/completions`. `top_k`, `min_p` and `repetition_penalty` come on top of OpenAI's."""
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
+    messages: Annotated[list[ChatMessage], FIRST] = Field(min_length=1, max_length=1024)
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: TopK | None = None
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     n: Count | None = None
     seed: Seed | None = None
     stop: Stop | None = None
@@ -126,7 +140,7 @@ class ChatRequest(Strict):
     audio: Unused = None
     prediction: Unused = None
     web_search_options: Unused = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], FIRST] | None = None
     parallel_tool_calls: Ignored = None
     reasoning_effort: Ignored = None
     verbosity: Ignored = None
@@ -189,13 +203,13 @@ class ChatCompletion(BaseModel):
 
 
 EmbeddingInput = Annotated[
-    Annotated[str, Tag("#text")] | Annotated[Part, Tag("#part")] | Annotated[list[Whole], Tag("#tokens")],
+    Annotated[str, Tag("#text")] | Annotated[Part, Tag("#part")] | Annotated[list[Whole], FIRST, Tag("#tokens")],
     _shape((str, "#text"), (dict, "#part"), (list, "#tokens")),
 ]
 EmbeddingInputs = Annotated[
     Annotated[str, Tag("#text")]
     | Annotated[Part, Tag("#part")]
-    | Annotated[list[EmbeddingInput | Whole], Tag("#list")],
+    | Annotated[list[EmbeddingInput | Whole], FIRST, Tag("#list")],
     _shape((str, "#text"), (dict, "#part"), (list, "#list")),
 ]
 
@@ -250,7 +264,7 @@ class AttentionRequest(Strict):
     """`POST /api/attention`: a conversation whose last message is the answer that is looked at."""
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=2, max_length=1024)
+    messages: Annotated[list[ChatMessage], FIRST] = Field(min_length=2, max_length=1024)
     image: Whole = Field(-1, description="which of the conversation's pictures; by default the last")
 
 

@@ -30,6 +30,8 @@ UNBOUNDED_CONTEXT = 32_768
 class Answering(Protocol):
     """An engine."""
 
+    @property
+    def alive(self) -> bool: ...
     def submit(self, messages: list[Message], images: list[Any], decoding: Decoding) -> Ticket: ...
     def stats(self) -> EngineStats: ...
     def close(self, finish: bool = True) -> None: ...
@@ -79,7 +81,7 @@ class EmbeddingModel:
     name: str
     encoder: Embedding
     created: int = field(default_factory=lambda: int(time.time()))
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    turn: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     kind: ClassVar[Literal["embedding"]] = "embedding"
 
@@ -147,6 +149,18 @@ class Shared:
             if abandoned is not None and not future.cancelled():
                 future.add_done_callback(lambda done: _give(done, abandoned))
             raise
+
+    async def in_turn(self, turn: asyncio.Semaphore, function: Callable[..., T], *args: Any) -> T:
+        """The same when its turn has come, which lasts until it has ended, also where nobody waits for it any more."""
+        loop = asyncio.get_running_loop()
+        await turn.acquire()
+        try:
+            future = self._threads.submit(function, *args)
+        except BaseException:
+            turn.release()
+            raise
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(turn.release))
+        return await asyncio.wrap_future(future)
 
     def close(self) -> None:
         """Ends when every answer that has begun is there."""

@@ -10,6 +10,9 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from starlette.types import Receive, Scope, Send
+
+from chiasm.serving.errors import overloaded
 from chiasm.serving.settings import Limits
 
 KEEP_ALIVE_SECONDS = 30
@@ -55,7 +58,6 @@ def server(app: FastAPI, limits: Limits, ready: Callable[[], None] | None = None
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=limits.connections,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=limits.shutdown_seconds,
     )
@@ -90,6 +92,8 @@ def patient(limits: Limits) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            if len(self.connections) > limits.connections:
+                self.app = _crowded
             self._wait_for_head()
 
         def data_received(self, data: bytes) -> None:
@@ -117,6 +121,12 @@ def patient(limits: Limits) -> type[asyncio.Protocol]:
             self._timer = self._timer or self.loop.call_later(limits.header_seconds, self.transport.abort)
 
     return PatientProtocol
+
+
+async def _crowded(scope: Scope, receive: Receive, send: Send) -> None:
+    """What a connection beyond the limit is told."""
+    error = overloaded("as many connections are open as may; try again", headers={"Connection": "close"})
+    await error.response()(scope, receive, send)
 
 
 def _stop(*timers: asyncio.TimerHandle | None) -> None:
