@@ -159,7 +159,12 @@ def to_transformers(
         notes.append("the model came without a processor, so the folder has none either")
     else:
         exported.processor.save_pretrained(folder)
-    difference = check_folder(folder, model, processor) if check else None
+    if exported.needs is not None:
+        notes.append(
+            f"AutoProcessor needs {exported.needs} for this folder, which is not installed here; AutoModelForImageTextToText "
+            "does not"
+        )
+    difference = check_folder(folder, model, processor, exported) if check else None
     return Converted(exported.model.config.model_type, folder, _files(folder), difference, notes)
 
 

@@ -18,7 +18,7 @@ from chiasm.fusion.config import ChiasmConfig
 from chiasm.interop.blip2 import all_tokens, blip2_table, qformer_settings
 from chiasm.interop.export.parts import (
     Exported,
-    generation,
+    filled,
     require,
     require_plain,
     require_same,
@@ -27,7 +27,6 @@ from chiasm.interop.export.parts import (
 )
 from chiasm.interop.export.pictures import published_images
 from chiasm.interop.export.prompts import pictures_first, portable_tokenizer
-from chiasm.interop.weights import counterpart
 
 TOWERS = ("blip_2_vision_model", "instructblip_vision_model")
 TEXT_BRANCH = ("words", "positions", "text_feed_forward")
@@ -60,8 +59,7 @@ def export_blip2(model: FusionModel, processor: ChiasmProcessor | None) -> Expor
     )
     require_same(model, back, kind)
     family: Any = InstructBlipForConditionalGeneration if kind == "InstructBLIP" else Blip2ForConditionalGeneration
-    theirs = counterpart(family, config, ours, blip2_table(config))
-    theirs.generation_config = generation(model)
+    theirs = filled(family, config, model, blip2_table(config), ours)
     return Exported(theirs, None if processor is None else _processor(model, processor))
 
 

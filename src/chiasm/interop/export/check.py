@@ -10,6 +10,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
+from chiasm.interop.export.parts import Exported
+from chiasm.language.adapter import vocabulary
 
 CLOSE = 1e-4
 """Largest share of the logits' spread by which they may differ in float32."""
@@ -20,7 +22,7 @@ THEIRS = {"instruction_ids": "qformer_input_ids", "instruction_mask": "qformer_a
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]}]
 
 
-def check_folder(folder: Path, model: FusionModel, processor: ChiasmProcessor | None) -> float:
+def check_folder(folder: Path, model: FusionModel, processor: ChiasmProcessor | None, exported: Exported) -> float:
     """The largest difference between the logits of a model and those of the folder that it was written to, as a share
     of their spread.
 
@@ -32,8 +34,9 @@ def check_folder(folder: Path, model: FusionModel, processor: ChiasmProcessor | 
     if processor is not None:
         inputs = dict(processor(messages=QUESTION, images=probe_picture(model)).to(model.device))
         inputs = {THEIRS.get(name, name): tensor for name, tensor in inputs.items()}
-        if model.config.fusion == "early":
-            _compare_inputs(folder, model, inputs)
+        if model.config.fusion != "intermediate":
+            theirs_processor = exported.processor if exported.needs else AutoProcessor.from_pretrained(folder)
+            _compare_inputs(theirs_processor, folder, model, inputs)
     inputs |= _more(model, inputs)
     with torch.no_grad():
         ours, found = model(**inputs).logits, theirs(**inputs).logits[..., : model.config.text_config.vocab_size]
@@ -53,12 +56,15 @@ def _more(model: FusionModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     more, words = {}, torch.ones(1, 3, dtype=torch.long, device=model.device)
     if model.config.is_encoder_decoder:
         more["decoder_input_ids"] = words
-    if model.connector.reads_instruction and "qformer_input_ids" not in inputs:
+    if model.reads_instruction and "qformer_input_ids" not in inputs:
         more |= {"qformer_input_ids": words, "qformer_attention_mask": words}
     if model.config.fusion == "intermediate":
-        seen = (inputs["input_ids"] == model.config.image_token_id).cumsum(dim=1).clamp(max=1)[..., None]
-        more["image_attention_mask"] = seen
-    by_row = model.config.fusion == "intermediate" or model.vision.features.resolution == "native"
+        places = inputs["input_ids"] == model.config.image_token_id
+        more["image_attention_mask"] = places.cumsum(dim=1).clamp(max=1)[..., None]
+        if model.config.image_token_id >= vocabulary(model.language):
+            more["input_ids"] = inputs["input_ids"].masked_fill(places, 0)
+    native = model.config.features is not None and model.vision.features.resolution == "native"
+    by_row = model.config.fusion == "intermediate" or native
     if by_row and inputs["pixel_values"].ndim == 4:
         more["pixel_values"] = inputs["pixel_values"][None]
     return more
@@ -101,10 +107,10 @@ def blank_inputs(model: FusionModel) -> dict[str, Tensor]:
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
-def _compare_inputs(folder: Path, model: FusionModel, inputs: dict[str, Any]) -> None:
+def _compare_inputs(theirs: Any, folder: Path, model: FusionModel, inputs: dict[str, Any]) -> None:
     picture = probe_picture(model)
     asked = [{**QUESTION[0], "content": [{"type": "image", "image": picture}, QUESTION[0]["content"][1]]}]
-    found = AutoProcessor.from_pretrained(folder).apply_chat_template(
+    found = theirs.apply_chat_template(
         asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     for name, wanted in inputs.items():
