@@ -8,6 +8,7 @@ from transformers.models.idefics.image_processing_pil_idefics import IdeficsImag
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
+from chiasm.interop.export.asking import PIECES_NOTE, by_pieces
 from chiasm.interop.export.parts import (
     Exported,
     generation,
@@ -57,7 +58,9 @@ def export_idefics(model: FusionModel, processor: ChiasmProcessor | None) -> Exp
     shaped = dict.fromkeys(_gates(config), lambda tensor: tensor.reshape(shape))
     idefics = counterpart(IdeficsForVisionText2Text, config, _decoupled(model, config), names, shaped)
     idefics.generation_config = generation(model)
-    return Exported(idefics, None if processor is None else _processor(model, processor))
+    if processor is None:
+        return Exported(idefics, None)
+    return Exported(idefics, _processor(model, processor), notes=(PIECES_NOTE,), ask=by_pieces)
 
 
 def _config(model: FusionModel, bare: bool) -> IdeficsConfig:

@@ -23,6 +23,11 @@ from chiasm.interop.internvl import FRAME, chiasm_config, table
 SHARED = ("size", "image_mean", "image_std", "resample", "do_resize", "do_rescale", "rescale_factor", "do_normalize")
 """Settings that the processors for pictures and for videos both have."""
 
+NOTE = (
+    "AutoProcessor and pipeline need torchvision for this folder, for InternVL reads videos too; it is not installed "
+    "here, so that the processor was compared before it was saved"
+)
+
 
 class VideoSettings(PushToHubMixin):
     """What a folder says of videos; the class that would read them needs torchvision."""
@@ -70,8 +75,8 @@ def export_internvl(model: FusionModel, processor: ChiasmProcessor | None) -> Ex
     theirs = filled(InternVLForConditionalGeneration, config, model, table(config))
     if processor is None:
         return Exported(theirs, None)
-    needs = None if is_torchvision_available() else "torchvision"
-    return Exported(theirs, _processor(model, processor), needs)
+    loads = is_torchvision_available()
+    return Exported(theirs, _processor(model, processor), loads, () if loads else (NOTE,))
 
 
 def _processor(model: FusionModel, processor: ChiasmProcessor) -> InternVLProcessor:

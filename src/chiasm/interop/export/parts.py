@@ -1,10 +1,12 @@
 """What kinds of transformers checkpoints share on the way out: weights, the text's configuration, what is refused."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
@@ -12,6 +14,7 @@ from chiasm.connectors import connector_settings
 from chiasm.fusion.adapters import merge_adapters
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.config import ChiasmConfig
+from chiasm.interop.export.asking import by_template
 from chiasm.interop.parts import DIRECT_HEAD
 from chiasm.interop.weights import DERIVED, Table, counterpart
 from chiasm.language.adapter import vocabulary
@@ -26,12 +29,16 @@ class Exported:
     """A checkpoint of transformers that is ready to be saved.
 
     Args:
-        needs: a package that the processor's class needs and that is not installed here.
+        loads: whether the processor can be loaded from a folder here.
+        notes: what is good to know before it is used.
+        ask: how the processor is given a conversation and a picture.
     """
 
     model: PreTrainedModel
     processor: ProcessorMixin | None
-    needs: str | None = None
+    loads: bool = True
+    notes: tuple[str, ...] = ()
+    ask: Callable[[Any, list[dict[str, Any]], Image.Image], Any] = by_template
 
 
 def merged(model: FusionModel) -> FusionModel:
