@@ -150,7 +150,7 @@ def evaluate(
     if task not in TASKS or (task != "answers" and isinstance(vlm, VLM)):
         of = "answers" if isinstance(vlm, VLM) else ", ".join(TASKS)
         raise ValueError(f"task {task!r} is not one of this model; choose of {of}")
-    unread = {"metric": metric, "shots": shots} if task != "answers" else {}
+    unread: dict[str, Any] = {"metric": metric, "shots": shots} if task != "answers" else {}
     unread |= {"templates": templates} if task != "zero-shot" else {}
     if given := next((name for name, value in unread.items() if value), None):
         raise ValueError(f"{given}={unread[given]!r} is not for task {task!r}, which does not read it; leave it out")

@@ -20,15 +20,13 @@ from chiasm.vision.image_processor import image_processor_for
 QFORMER_TOKENIZER = "qformer_tokenizer"
 
 
-BLIP2_TURN, INSTRUCTBLIP_TURN = "'Question: ' + words + ' Answer:'", "words"
+BLIP2_TURN, INSTRUCTBLIP_TURN = "Question: WORDS Answer:", "WORDS"
+SAID = "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
 
 CHAT_TEMPLATE = (
-    "{{% for message in messages %}}"
-    "{{% set text = message['content'] if message['content'] is string else message['content'][0]['text'] %}}"
-    "{{% set words = text.replace('<image>\n', '').replace('<image>', '') %}}"
-    "{{% if message['role'] == 'assistant' %}}{{{{ ' ' + words + ' ' }}}}{{% else %}}"
-    "{{{{ '<image>' * text.count('<image>') }}}}{{% if loop.first %}}{begin}{{% endif %}}{{{{ {turn} }}}}"
-    "{{% endif %}}{{% endfor %}}{end}"
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ ' ' }}WORDS{{ ' ' }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}"
+    "{% if loop.first %}BEGIN{% endif %}TURN{% endif %}{% endfor %}END"
 )
 """Pictures stand before the beginning of text, as in these models' training."""
 
@@ -84,11 +82,16 @@ def _processor(source: str, model: EarlyFusionModel) -> ChiasmProcessor | None:
             return None
         reader = AutoTokenizer.from_pretrained(source, subfolder=QFORMER_TOKENIZER)
     answers = model.config.is_encoder_decoder
-    words.chat_template = words.chat_template or CHAT_TEMPLATE.format(
-        begin="" if answers else "{{ bos_token }}",
-        turn=BLIP2_TURN if reader is None else INSTRUCTBLIP_TURN,
-        end="{{ eos_token }}" if answers else "",
-    )
+    written = {
+        "TURN": BLIP2_TURN if reader is None else INSTRUCTBLIP_TURN,
+        "BEGIN": "" if answers else "{{ bos_token }}",
+        "END": "{{ eos_token }}" if answers else "",
+        "WORDS": SAID,
+    }
+    template = CHAT_TEMPLATE
+    for name, text in written.items():
+        template = template.replace(name, text)
+    words.chat_template = words.chat_template or template
     images = image_processor_for(source, model.vision)
     if reader is None:
         return ChiasmProcessor(images, words, num_image_tokens=model.num_image_tokens)

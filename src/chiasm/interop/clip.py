@@ -109,7 +109,7 @@ def _reference(model: LateFusionModel) -> tuple[type[PreTrainedModel], PreTraine
     if model.vision.features.interpolate_positions:
         height, width = model.vision.image_size
         raise ValueError(
-            f"the vision encoder's positions are stretched to pictures of {height}×{width}, which transformers' CLIP and "
+            f"the vision encoder's positions are stretched to pictures of {height}×{width}, which CLIP and "
             "SigLIP do not do by themselves; connect without image_size"
         )
     towers: Any = {"vision_config": config.vision_config.to_dict(), "text_config": config.text_config.to_dict()}

@@ -15,7 +15,9 @@ from chiasm.fusion.base import FusionModel
 from chiasm.fusion.late import LateFusionModel
 from chiasm.interop.clip import export_late
 from chiasm.interop.export.blip2 import export_blip2
+from chiasm.interop.export.chameleon import export_chameleon
 from chiasm.interop.export.check import check_folder, check_late, check_onnx
+from chiasm.interop.export.fuyu import export_fuyu
 from chiasm.interop.export.gguf import export_gguf
 from chiasm.interop.export.idefics import export_idefics
 from chiasm.interop.export.idefics2 import export_idefics2
@@ -60,6 +62,8 @@ KINDS = {
         "CLIP, class token kept; Llama; `perceiver_resampler` or `linear` with `project: false`; Idefics' blocks",
         "no: it has no gated cross-attention; Chiasm's own server is the one to use",
     ),
+    "chameleon": Kind(export_chameleon, "an image tokenizer and a decoder that came from Chameleon", "yes"),
+    "fuyu": Kind(export_fuyu, "a decoder that came from Fuyu; weights without a processor", "yes"),
 }
 
 ROUTES = {
@@ -71,8 +75,10 @@ ROUTES = {
     ("early", "causal", "idefics2_resampler"): "idefics2",
     ("intermediate", "causal", "perceiver_resampler"): "idefics",
     ("intermediate", "causal", "linear"): "idefics",
+    ("unified", "causal", "vq"): "chameleon",
+    ("unified", "causal", "patches"): "fuyu",
 }
-"""(fusion, attention, connector) → kind."""
+"""(fusion, attention, connector, or unified fusion's image input) → kind."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +135,14 @@ def route(model: PreTrainedModel) -> str:
         ValueError: none.
     """
     config = model.config
-    key = (config.fusion, config.attention, (config.connector or {}).get("name"))
+    unified = config.fusion == "unified"
+    word = "image input" if unified else "connector"
+    key = (config.fusion, config.attention, model.vision.kind if unified else config.connector["name"])
     if key not in ROUTES:
         fitting = sorted({connector for fusion, _, connector in ROUTES if fusion == config.fusion})
         raise ValueError(
-            f"transformers has no model with fusion {key[0]!r}, attention {key[1]!r} and connector {key[2]!r}; "
-            + (f"with this fusion it has connectors {', '.join(fitting)}; " if fitting else "")
+            f"transformers has no model with fusion {key[0]!r}, attention {key[1]!r} and {word} {key[2]!r}; "
+            f"with this fusion it has {word}s {', '.join(fitting)}; "
             + ("--to onnx takes any connector" if config.fusion == "early" else "Chiasm's own server runs it")
         )
     return ROUTES[key]
@@ -154,12 +162,12 @@ def to_transformers(
     kind = route(model)
     exported = KINDS[kind].export(model, processor)
     exported.model.save_pretrained(folder)
-    notes = []
-    if exported.processor is None:
-        notes.append("the model came without a processor, so the folder has none either")
-    else:
+    notes = list(exported.notes)
+    if exported.processor is not None:
         exported.processor.save_pretrained(folder)
-    difference = check_folder(folder, model, processor) if check else None
+    elif processor is None:
+        notes.append("the model came without a processor, so the folder has none either")
+    difference = check_folder(folder, model, processor, exported) if check else None
     return Converted(exported.model.config.model_type, folder, _files(folder), difference, notes)
 
 

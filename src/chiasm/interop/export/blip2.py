@@ -16,9 +16,10 @@ from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.interop.blip2 import all_tokens, blip2_table, qformer_settings
+from chiasm.interop.export.asking import PROMPT_NOTE, by_prompt
 from chiasm.interop.export.parts import (
     Exported,
-    generation,
+    filled,
     require,
     require_plain,
     require_same,
@@ -26,8 +27,7 @@ from chiasm.interop.export.parts import (
     weights,
 )
 from chiasm.interop.export.pictures import published_images
-from chiasm.interop.export.prompts import pictures_first, portable_tokenizer
-from chiasm.interop.weights import counterpart
+from chiasm.interop.export.prompts import words_behind_pictures
 
 TOWERS = ("blip_2_vision_model", "instructblip_vision_model")
 TEXT_BRANCH = ("words", "positions", "text_feed_forward")
@@ -60,9 +60,10 @@ def export_blip2(model: FusionModel, processor: ChiasmProcessor | None) -> Expor
     )
     require_same(model, back, kind)
     family: Any = InstructBlipForConditionalGeneration if kind == "InstructBLIP" else Blip2ForConditionalGeneration
-    theirs = counterpart(family, config, ours, blip2_table(config))
-    theirs.generation_config = generation(model)
-    return Exported(theirs, None if processor is None else _processor(model, processor))
+    theirs = filled(family, config, model, blip2_table(config), ours)
+    if processor is None:
+        return Exported(theirs, None)
+    return Exported(theirs, _processor(model, processor), notes=(PROMPT_NOTE,), ask=by_prompt)
 
 
 def _config(model: FusionModel) -> Any:
@@ -94,11 +95,8 @@ def _config(model: FusionModel) -> Any:
 
 
 def _processor(model: FusionModel, processor: ChiasmProcessor) -> Any:
-    images, words = published_images(processor.image_processor), portable_tokenizer(processor)
-    template = pictures_first(processor)
+    images, words = published_images(processor.image_processor), words_behind_pictures(processor)
     tokens = model.config.connector["num_queries"]
     if isinstance(processor, InstructionProcessor):
-        words.chat_template = template
         return InstructBlipProcessor(images, words, processor.instruction_tokenizer, num_query_tokens=tokens)
-    words.chat_template = template
     return Blip2Processor(images, words, num_query_tokens=tokens)

@@ -8,6 +8,7 @@ from transformers.models.idefics.image_processing_pil_idefics import IdeficsImag
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
+from chiasm.interop.export.asking import PIECES_NOTE, by_pieces
 from chiasm.interop.export.parts import (
     Exported,
     generation,
@@ -21,6 +22,7 @@ from chiasm.interop.export.parts import (
 from chiasm.interop.export.prompts import portable_template, portable_tokenizer
 from chiasm.interop.idefics import BOUNDARY, DECOUPLED, TEXT_SETTINGS, chiasm_config, table
 from chiasm.interop.weights import counterpart, rename
+from chiasm.language.adapter import vocabulary
 from chiasm.vision.image_processor import ChiasmImageProcessor
 from chiasm.vision.towers import CLIP_SIZES
 
@@ -44,7 +46,8 @@ def export_idefics(model: FusionModel, processor: ChiasmProcessor | None) -> Exp
         f"Idefics has a CLIP encoder, this model one of type {tower.model_type!r}",
         "connect a clip_vision_model",
     )
-    config = _config(model)
+    bare = processor is None and vocabulary(model.language) <= model.config.image_token_id
+    config = _config(model, bare)
     back = chiasm_config(config)
     end = (model.config.cross_attention or {}).get("end_of_text")  # Idefics' processor knows it, its model does not
     end = end if processor is None else processor.tokenizer.eos_token_id
@@ -55,10 +58,16 @@ def export_idefics(model: FusionModel, processor: ChiasmProcessor | None) -> Exp
     shaped = dict.fromkeys(_gates(config), lambda tensor: tensor.reshape(shape))
     idefics = counterpart(IdeficsForVisionText2Text, config, _decoupled(model, config), names, shaped)
     idefics.generation_config = generation(model)
-    return Exported(idefics, None if processor is None else _processor(model, processor))
+    if processor is None:
+        return Exported(idefics, None)
+    return Exported(idefics, _processor(model, processor), notes=(PIECES_NOTE,), ask=by_pieces)
 
 
-def _config(model: FusionModel) -> IdeficsConfig:
+def _config(model: FusionModel, bare: bool) -> IdeficsConfig:
+    """
+    Args:
+        bare: no text of the model will hold its placeholder, which has no row in the table.
+    """
     text, tower = model.config.text_config, model.config.vision_config
     blocks, connector = model.config.cross_attention or {}, model.config.connector
     layers = blocks["layers"]
@@ -73,11 +82,12 @@ def _config(model: FusionModel) -> IdeficsConfig:
         }
     sizes = {name: getattr(tower, name) for name in CLIP_SIZES}
     settings = {name: getattr(text, name) for name in TEXT_SETTINGS} | {"tie_word_embeddings": tied(model)}
-    own = model.config.image_token_id - 1  # the placeholder is the second added word, as published
+    count = vocabulary(model.language) if bare else rows(model)
+    own = count if bare else model.config.image_token_id - 1  # the second added word is the placeholder, as published
     return IdeficsConfig(
         **settings | {"dtype": model.language.dtype},
         vocab_size=own,
-        additional_vocab_size=rows(model) - own,
+        additional_vocab_size=count - own,
         cross_layer_interval=layers[1] - layers[0] if len(layers) > 1 else text.num_hidden_layers,
         qk_layer_norms=blocks["qk_norm"],
         alpha_type="vector" if blocks["gate"] == "vector" else "float",
@@ -95,9 +105,9 @@ def _gates(config: IdeficsConfig) -> list[str]:
 
 def _decoupled(model: FusionModel, config: IdeficsConfig) -> dict[str, Tensor]:
     """The weights, where the rows behind the vocabulary stand apart."""
-    ours = weights(model)
+    ours = weights(model, config.vocab_size + config.additional_vocab_size)
     names = table(config)[0]
-    for whole, added in DECOUPLED.items():
+    for whole, added in DECOUPLED.items() if config.additional_vocab_size else ():
         mine = rename(whole, names) or ""
         ours[rename(added, names) or ""] = ours[mine][config.vocab_size :]
         ours[mine] = ours[mine][: config.vocab_size]

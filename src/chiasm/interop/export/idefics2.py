@@ -6,17 +6,15 @@ from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.interop.export.parts import (
     Exported,
-    generation,
+    filled,
     require,
     require_plain,
     require_same,
-    text_config,
-    tied,
-    weights,
+    require_tower,
+    text_settings,
 )
 from chiasm.interop.export.prompts import portable_template, portable_tokenizer
 from chiasm.interop.idefics2 import BOUNDARY, chiasm_config, table
-from chiasm.interop.weights import counterpart
 
 
 def export_idefics2(model: FusionModel, processor: ChiasmProcessor | None) -> Exported:
@@ -26,12 +24,8 @@ def export_idefics2(model: FusionModel, processor: ChiasmProcessor | None) -> Ex
         ValueError: Idefics2 cannot hold it; the message says why and what would fit.
     """
     require_plain(model, "Idefics2")
-    tower, settings = model.config.vision_config, model.config.connector
-    require(
-        tower.model_type == "idefics2_vision",
-        f"Idefics2 has an encoder of its own, this model one of type {tower.model_type!r}",
-        "connect an idefics2_vision encoder, or take connector mlp, which becomes LLaVA",
-    )
+    require_tower(model, "idefics2_vision", "Idefics2")
+    settings = model.config.connector
     perceiver = {
         "hidden_size": model.connector.language_width,
         "resampler_n_latents": settings["num_latents"],
@@ -42,16 +36,13 @@ def export_idefics2(model: FusionModel, processor: ChiasmProcessor | None) -> Ex
         "rms_norm_eps": settings["eps"],
     }
     config = Idefics2Config(
-        vision_config=tower.to_dict(),
+        vision_config=model.config.vision_config.to_dict(),
         perceiver_config=perceiver,
-        text_config=text_config(model),
         image_token_id=model.config.image_token_id,
-        tie_word_embeddings=tied(model),
-        dtype=model.language.dtype,
+        **text_settings(model),
     )
     require_same(model, chiasm_config(config), "Idefics2")
-    theirs = counterpart(Idefics2ForConditionalGeneration, config, weights(model), table(config))
-    theirs.generation_config = generation(model)
+    theirs = filled(Idefics2ForConditionalGeneration, config, model, table(config))
     return Exported(theirs, None if processor is None else _processor(model, processor))
 
 

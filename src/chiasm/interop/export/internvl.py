@@ -3,29 +3,52 @@
 from typing import Any
 
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor
+from transformers.utils import PushToHubMixin, is_torchvision_available
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.interop.export.parts import (
     Exported,
-    generation,
+    filled,
     require,
     require_plain,
     require_same,
-    text_config,
-    tied,
-    weights,
+    require_tower,
+    text_settings,
 )
 from chiasm.interop.export.prompts import portable_template, portable_tokenizer
 from chiasm.interop.internvl import FRAME, chiasm_config, table
-from chiasm.interop.weights import counterpart
+
+SHARED = ("size", "image_mean", "image_std", "resample", "do_resize", "do_rescale", "rescale_factor", "do_normalize")
+"""Settings that the processors for pictures and for videos both have."""
+
+NOTE = (
+    "AutoProcessor and pipeline need torchvision for this folder, for InternVL reads videos too; it is not installed "
+    "here, so that the processor was compared before it was saved"
+)
+
+
+class VideoSettings(PushToHubMixin):
+    """What a folder says of videos; the class that would read them needs torchvision."""
+
+    _auto_class = None
+
+    def __init__(self, images: Any) -> None:
+        self.images = images
+
+    def to_dict(self) -> dict[str, Any]:
+        told = self.images.to_dict()
+        return {name: told[name] for name in SHARED if name in told} | {
+            "video_processor_type": "InternVLVideoProcessor"
+        }
 
 
 class ProcessorOfPictures(InternVLProcessor):
-    """InternVL's processor without the one for videos, which needs torchvision."""
+    """InternVL's processor, which can be made and saved without torchvision."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        return argument and super().check_argument_for_proper_class(argument_name, argument)
+        if not isinstance(argument, VideoSettings):
+            super().check_argument_for_proper_class(argument_name, argument)
 
 
 ProcessorOfPictures.__name__ = InternVLProcessor.__name__
@@ -38,28 +61,23 @@ def export_internvl(model: FusionModel, processor: ChiasmProcessor | None) -> Ex
         ValueError: InternVL cannot hold it; the message says why and what would fit.
     """
     require_plain(model, "InternVL")
-    tower = model.config.vision_config
-    require(
-        tower.model_type == "internvl_vision",
-        f"InternVL has an encoder of its own, this model one of type {tower.model_type!r}",
-        "connect an internvl_vision encoder, or take connector mlp, which becomes LLaVA",
-    )
+    require_tower(model, "internvl_vision", "InternVL")
     settings = model.config.connector
     layer = model.vision.features.layers[0].layer
     config = InternVLConfig(
-        vision_config=tower.to_dict(),
-        text_config=text_config(model),
+        vision_config=model.config.vision_config.to_dict(),
         image_token_id=model.config.image_token_id,
         image_seq_length=model.num_image_tokens,
         downsample_ratio=1 / settings["factor"],
         vision_feature_layer=-1 if layer == "last" else layer,
-        tie_word_embeddings=tied(model),
-        dtype=model.language.dtype,
+        **text_settings(model),
     )
     require_same(model, chiasm_config(config), "InternVL")
-    theirs = counterpart(InternVLForConditionalGeneration, config, weights(model), table(config))
-    theirs.generation_config = generation(model)
-    return Exported(theirs, None if processor is None else _processor(model, processor))
+    theirs = filled(InternVLForConditionalGeneration, config, model, table(config))
+    if processor is None:
+        return Exported(theirs, None)
+    loads = is_torchvision_available()
+    return Exported(theirs, _processor(model, processor), loads, () if loads else (NOTE,))
 
 
 def _processor(model: FusionModel, processor: ChiasmProcessor) -> InternVLProcessor:
@@ -78,6 +96,7 @@ def _processor(model: FusionModel, processor: ChiasmProcessor) -> InternVLProces
     return ProcessorOfPictures(
         processor.image_processor,
         words,
+        VideoSettings(processor.image_processor),
         image_seq_length=model.num_image_tokens,
         chat_template=portable_template(processor),
     )

@@ -14,11 +14,10 @@ from chiasm.connectors.linear import LinearProjector
 from chiasm.connectors.mlp import MLPProjector
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
-from chiasm.interop.export.parts import Exported, generation, require, require_plain, text_config, tied, weights
+from chiasm.interop.export.parts import Exported, filled, require, require_plain, text_settings, weights
 from chiasm.interop.export.pictures import published_images
 from chiasm.interop.export.prompts import portable_template, portable_tokenizer
 from chiasm.interop.llava import table
-from chiasm.interop.weights import counterpart
 from chiasm.vision.encoder import VisionEncoder
 from chiasm.vision.probe import pair, twin
 
@@ -48,19 +47,16 @@ def export_llava(model: FusionModel, processor: ChiasmProcessor | None) -> Expor
     reading = find_reading(model.vision)
     config = LlavaConfig(
         vision_config=reading.vision_config,
-        text_config=text_config(model),
         image_token_index=model.config.image_token_id,
         image_seq_length=model.num_image_tokens,
         projector_hidden_act=activation,
         multimodal_projector_bias="connector.layers.0.bias" in projector,
         vision_feature_layer=reading.layers,
         vision_feature_select_strategy=reading.strategy,
-        tie_word_embeddings=tied(model),
-        dtype=model.language.dtype,
+        **text_settings(model),
     )
     ours = {name: tensor for name, tensor in weights(model).items() if not name.startswith("connector.")}
-    llava = counterpart(LlavaForConditionalGeneration, config, ours | projector, table(config))
-    llava.generation_config = generation(model)
+    llava = filled(LlavaForConditionalGeneration, config, model, table(config), ours | projector)
     return Exported(llava, None if processor is None else _processor(model, processor, reading))
 
 

@@ -6,19 +6,16 @@ from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.interop.export.parts import (
     Exported,
-    generation,
+    filled,
     require,
     require_plain,
     require_same,
     rows,
-    text_config,
-    tied,
-    weights,
+    text_settings,
 )
 from chiasm.interop.export.pictures import published_images
 from chiasm.interop.export.prompts import portable_tokenizer, writes
 from chiasm.interop.paligemma import TEMPLATE, chiasm_config, table
-from chiasm.interop.weights import counterpart
 
 PORTABLE = (
     "{% for message in messages %}{% for part in message['content'] %}"
@@ -50,17 +47,14 @@ def export_paligemma(model: FusionModel, processor: ChiasmProcessor | None) -> E
     width = model.connector.language_width
     config = PaliGemmaConfig(
         vision_config=model.config.vision_config.to_dict(),
-        text_config=text_config(model),
         image_token_index=model.config.image_token_id,
         vocab_size=rows(model),
         projection_dim=width,
         hidden_size=width,
-        tie_word_embeddings=tied(model),
-        dtype=model.language.dtype,
+        **text_settings(model),
     )
     require_same(model, chiasm_config(config), "PaliGemma")
-    theirs = counterpart(PaliGemmaForConditionalGeneration, config, weights(model), table(config))
-    theirs.generation_config = generation(model)
+    theirs = filled(PaliGemmaForConditionalGeneration, config, model, table(config))
     return Exported(theirs, None if processor is None else _processor(model, processor))
 
 

@@ -1,31 +1,46 @@
 """What kinds of transformers checkpoints share on the way out: weights, the text's configuration, what is refused."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from chiasm.connectors import connector_settings
 from chiasm.fusion.adapters import merge_adapters
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.config import ChiasmConfig
+from chiasm.interop.export.asking import by_template
 from chiasm.interop.parts import DIRECT_HEAD
-from chiasm.interop.weights import DERIVED
+from chiasm.interop.weights import DERIVED, Table, counterpart
 from chiasm.language.adapter import vocabulary
 from chiasm.vision.features import VisionFeatures
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
+Family = TypeVar("Family", bound=PreTrainedModel)
+
+
 @dataclass(frozen=True)
 class Exported:
-    """A checkpoint of transformers that is ready to be saved."""
+    """A checkpoint of transformers that is ready to be saved.
+
+    Args:
+        loads: whether the processor can be loaded from a folder here.
+        notes: what is good to know before it is used.
+        ask: how the processor is given a conversation and a picture.
+    """
 
     model: PreTrainedModel
     processor: ProcessorMixin | None
+    loads: bool = True
+    notes: tuple[str, ...] = ()
+    ask: Callable[[Any, list[dict[str, Any]], Image.Image], Any] = by_template
 
 
 def merged(model: Model) -> Model:
@@ -42,13 +57,16 @@ def rows(model: FusionModel) -> int:
     return max(vocabulary(model.language), model.config.image_token_id + 1)
 
 
-def weights(model: FusionModel) -> dict[str, Tensor]:
+def weights(model: FusionModel, count: int | None = None) -> dict[str, Tensor]:
     """The model's weights by name, with the placeholder's row in the embedding table and the head.
 
     Rows that are added are the mean of the others, so that a placeholder's logit is never the largest.
+
+    Args:
+        count: rows of the table; by default as many as hold the placeholder.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if name.rsplit(".", 1)[-1] not in DERIVED}
-    count = rows(model)
+    count = rows(model) if count is None else count
     if count == vocabulary(model.language):
         return state
     tables = {id(module.weight) for module in _tables(model)}
@@ -63,6 +81,38 @@ def text_config(model: FusionModel) -> dict[str, Any]:
     settings = model.config.text_config.to_dict()
     direct = {name: value for name, value in DIRECT_HEAD.items() if name in settings}
     return settings | direct | {"vocab_size": rows(model), "tie_word_embeddings": tied(model)}
+
+
+def text_settings(model: FusionModel) -> dict[str, Any]:
+    """What the configuration of an image-text model with a head of its own says of its language model."""
+    return {"text_config": text_config(model), "tie_word_embeddings": tied(model), "dtype": model.language.dtype}
+
+
+def filled(
+    family: type[Family],
+    config: PreTrainedConfig,
+    model: FusionModel,
+    table: Table,
+    ours: dict[str, Tensor] | None = None,
+) -> Family:
+    """A model of transformers with our weights, and our settings of `generate`.
+
+    Args:
+        ours: weights by name, where they are not `weights(model)`.
+    """
+    theirs = counterpart(family, config, weights(model) if ours is None else ours, table)
+    theirs.generation_config = generation(model)
+    return theirs
+
+
+def require_tower(model: FusionModel, wanted: str, kind: str) -> None:
+    """Refuses another encoder than the one that a kind of checkpoint has of its own."""
+    found = model.config.vision_config.model_type
+    require(
+        found == wanted,
+        f"{kind} has an encoder of its own, this model one of type {found!r}",
+        f"connect an {wanted} encoder, or take connector mlp, which becomes LLaVA",
+    )
 
 
 def require_same(model: FusionModel, back: ChiasmConfig, kind: str) -> None:

@@ -126,17 +126,46 @@ def writes(processor: ChiasmProcessor, template: str) -> bool:
     return all(_render(words, template, parts(probe)) == _expected(processor, probe) for probe in PROBES[:2])
 
 
-def pictures_first(processor: ChiasmProcessor) -> str:
-    """A chat template without pictures, for processors that put them in front of everything.
+def without_ending(processor: ChiasmProcessor, ending: str) -> str:
+    """A chat template that leaves out the last `ending`, for processors that write it behind everything.
 
     Raises:
-        ValueError: the model's prompts have them elsewhere.
+        ValueError: the model's prompts do not end with it.
     """
+    texts = [_expected(processor, probe) for probe in PROBES]
+    if unlike := next((text for text in texts if not text.endswith(ending)), None):
+        raise ValueError(
+            f"the other processor ends prompts with {ending!r}, this model's chat template with {unlike[-16:]!r}; "
+            f"give the tokenizer a chat_template that ends with {ending!r}"
+        )
+    return f"{{% set prompt %}}{portable_template(processor)}{{% endset %}}{{{{ prompt[:-{len(ending)}] }}}}"
+
+
+def words_behind_pictures(processor: ChiasmProcessor) -> PreTrainedTokenizerBase:
+    """A tokenizer for processors that put pictures in front of everything and read the prompt as an instruction too:
+    its chat template writes neither pictures nor the marks around a text, which the tokenizer adds.
+
+    Raises:
+        ValueError: the model's prompts have pictures elsewhere.
+    """
+    words, texts = portable_tokenizer(processor), []
     for probe in PROBES:
         text = _expected(processor, probe)
-        if not text.startswith(processor.image_token * text.count(processor.image_token)):
+        bare = text.replace(processor.image_token, "")
+        if text != processor.image_token * text.count(processor.image_token) + bare:
             raise ValueError(
                 "BLIP-2's processor puts a picture in front of the prompt, this model's chat template inside of it; "
                 "connect with a chat_template that begins with <image>"
             )
-    return f"{{% set prompt %}}{portable_template(processor)}{{% endset %}}{{{{ prompt | replace('<image>', '') }}}}"
+        texts.append(bare)
+    begin, end = words.bos_token, words.eos_token
+    begin = begin if begin and all(text.startswith(begin) for text in texts) else ""
+    end = end if end and all(text.endswith(end) for text in texts) else ""
+    if begin or end:
+        ids = [(mark, words.convert_tokens_to_ids(mark)) for mark in {begin, end} - {""}]
+        framed = " ".join(filter(None, [begin, "$A", end]))
+        words.backend_tokenizer.post_processor = processors.TemplateProcessing(single=framed, special_tokens=ids)
+    kept = f"[{len(begin)}:{-len(end) if end else ''}]"
+    template = portable_template(processor).replace(processor.image_token, "<image>")
+    words.chat_template = f"{{% set prompt %}}{template}{{% endset %}}{{{{ (prompt | replace('<image>', '')){kept} }}}}"
+    return words
