@@ -15,10 +15,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 """What happens to parts that were there before; what is new is always trained in full. `frozen` trains that alone."""
 
-LATE_BATCHES = 16
-"""Late fusion's head learns from vectors alone and wants larger batches than a language model: so many times larger."""
-
-
 def recipe_of(
     connector: str | None,
     fusion: str,
@@ -40,8 +36,6 @@ def recipe_of(
     validation_samples: int,
 ) -> dict[str, Any]:
     """A recipe for a model of a fusion. `captions`: whether the data has captions to start from."""
-    if fusion == "late":
-        batch_size *= LATE_BATCHES
     solved = init == "auto" and connector in CONNECTORS and issubclass(CONNECTORS[connector], AffineConnector)
     starts = fusion in ("early", "intermediate")
     new = new_parts(fusion, lr, solved_lr if solved and starts else lr)

@@ -29,7 +29,7 @@ def by_pieces(processor: Any, messages: Messages, picture: Image.Image) -> Any:
 
 
 PROMPT_NOTE = (
-    "this processor of transformers takes no chat template: write the prompt with processor.tokenizer.apply_chat_template("
+    "this processor takes no chat template: write the prompt with processor.tokenizer.apply_chat_template("
     "messages, add_generation_prompt=True, tokenize=False), and call processor(images=..., text=prompt)"
 )
 PIECES_NOTE = (
