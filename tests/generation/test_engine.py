@@ -362,7 +362,7 @@ def test_schemas_that_are_too_much_work(schema: dict[str, Any]) -> None:
     """They are refused in a moment: when they are compiled, or at the token that would take too long."""
     vlm = connect()
     engine, started = Engine(vlm.model, vlm.processor), time.monotonic()
-    with pytest.raises(ValueError, match="^the answer cannot be constrained so: [^\n]+$"):
+    with pytest.raises(ValueError, match=r"^the answer cannot be constrained so: [^\n]+$"):
         engine.submit(ask("What?"), [picture()], Decoding(json_schema=schema, max_new_tokens=100)).text()
     assert time.monotonic() - started < 10
     assert engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=3)).text()

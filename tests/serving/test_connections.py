@@ -119,7 +119,9 @@ def test_a_hundred_clients_of_whom_a_third_leaves(address: Callable[..., str], c
     answers = asyncio.run(_crowd(url, 100))
     assert {answer.status_code for answer in answers} == {200}
     whole = [answer.json()["choices"][0]["message"]["content"] for answer in answers if "chunk" not in answer.text]
-    again = [httpx.post(url + CHAT, json=json.loads(a.request.content)).json() for a in answers if "chunk" not in a.text]
+    again = [
+        httpx.post(url + CHAT, json=json.loads(a.request.content)).json() for a in answers if "chunk" not in a.text
+    ]
     assert whole == [answer["choices"][0]["message"]["content"] for answer in again]
     until(lambda: model.engine.stats().running == model.engine.stats().waiting == 0)
     until(lambda: "chiasm_requests_open 1.0" in httpx.get(url + "/metrics").text)

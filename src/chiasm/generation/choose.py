@@ -6,7 +6,6 @@ from torch import Tensor
 
 from chiasm.generation.decoding import Decoding
 
-
 SMALLEST = torch.finfo(torch.float32).tiny
 
 

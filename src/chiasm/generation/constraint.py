@@ -11,7 +11,6 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from chiasm.generation.decoding import Decoding
 
-
 WORK = {"max_grammar_size": 500_000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000}
 """What llguidance may spend on a grammar, and on each token of its answer: a second of work at most."""
 

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import h11
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chiasm.serving.errors import overloaded
 from chiasm.serving.settings import Limits
