@@ -311,10 +311,10 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor, where others use it too")
     parser.add_argument("--steps", action="store_true", help="measure that instead, in a minute and on one thread")
     parser.add_argument("--gguf", help="the alias's file, where it is already there")
-    parser.add_argument("--quick", action="store_true", help="one round, four tokens, two chats: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="one round, few tokens, two chats: shows that it runs")
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.tokens, options.chats = 1, 4, 2
+        options.rounds, options.tokens, options.chats, options.weights = 1, 4, 2, ["float32", "int4"]
     print(machine(options.threads))
     if options.steps:
         steps()

@@ -1,9 +1,11 @@
 """Embeddings of texts and pictures by a late fusion model, as OpenAI's client asks for them."""
 
+import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -57,6 +59,26 @@ def test_several_vectors_for_a_picture_say_their_shape(client: Callable[..., Tes
     picture = {"type": "image_url", "image_url": {"url": data_url()}}
     item = api.post("/v1/embeddings", json={"model": "blip", "input": [picture]}).json()["data"][0]
     assert item["shape"] == [3, WIDTH] and len(item["embedding"]) == 3 * WIDTH
+
+
+def test_a_client_that_leaves_keeps_its_turn_until_it_is_over(address: Callable[..., str]) -> None:
+    """Nobody makes the model work on many requests at once by hanging up on them."""
+    encoder, running, most, go_on = Encoder(), [0], [0], threading.Event()
+
+    def slow(texts: Sequence[str]) -> Tensor:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        assert go_on.wait(30)
+        running[0] -= 1
+        return Encoder().embed_texts(texts)
+
+    encoder.embed_texts = slow  # type: ignore[method-assign]
+    url, body = address(EmbeddingModel("clip", encoder)) + "/v1/embeddings", {"model": "clip", "input": "a"}
+    for _ in range(4):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body, timeout=0.15)
+    go_on.set()
+    assert httpx.post(url, json=body, timeout=30).status_code == 200 and most == [1]
 
 
 def test_the_python_client(address: Callable[..., str], chat_model: Any) -> None:
