@@ -15,6 +15,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 """What happens to parts that were there before; what is new is always trained in full. `frozen` trains that alone."""
 
+
 def recipe_of(
     connector: str | None,
     fusion: str,

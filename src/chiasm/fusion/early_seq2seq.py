@@ -11,8 +11,8 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
-from chiasm.fusion.base import PICTURE_INPUTS
 from chiasm.fusion.early import EarlyFusionModel
+from chiasm.fusion.generation_inputs import PICTURE_INPUTS
 from chiasm.language.next_token import IGNORE
 
 

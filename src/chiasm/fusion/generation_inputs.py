@@ -3,9 +3,21 @@
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList
+from transformers.generation.logits_process import SuppressTokensLogitsProcessor
+
+PICTURE_INPUTS = (
+    "pixel_values",
+    "pixel_attention_mask",
+    "image_features",
+    "instruction_ids",
+    "instruction_mask",
+    "qformer_input_ids",
+    "qformer_attention_mask",
+)
+"""Inputs with one row for each picture, which beams repeat by the pictures of a conversation."""
 
 
 def expand_images(images: Tensor, placeholders: Bool[Tensor, "B S"], num_tokens: int, times: int) -> Tensor:
@@ -32,3 +44,77 @@ class _TextOnly(LogitsProcessorList):
 def without_placeholders(processors: LogitsProcessorList, image_token_id: int) -> LogitsProcessorList:
     """The same processors, which then see no placeholder."""
     return _TextOnly(processors, image_token_id) if processors else processors
+
+
+class PictureGenerationMixin(GenerationMixin):
+    """`generate` of a model that finds its `placeholders` in a text, `num_image_tokens` for every picture."""
+
+    @property
+    def num_image_tokens(self) -> int:
+        raise NotImplementedError
+
+    def placeholders(
+        self, input_ids: Int[Tensor, "B S"] | None, inputs_embeds: Float[Tensor, "B S D_l"] | None
+    ) -> Bool[Tensor, "B S"]:
+        raise NotImplementedError
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Pictures are read once: afterwards the cache holds them."""
+        if use_cache and not is_first_iteration:
+            kwargs = {name: value for name, value in kwargs.items() if name not in PICTURE_INPUTS}
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def picture_prompts(self, count: int) -> Int[Tensor, "B S"]:
+        """The shortest prompt of a picture, `count` times: its placeholders and the beginning of text."""
+        begin = self.config.text_config.bos_token_id
+        prompt = [self.config.image_token_id] * self.num_image_tokens + ([] if begin is None else [begin])
+        return torch.tensor([prompt] * count, device=self.device)
+
+    def _maybe_initialize_input_ids_for_generation(
+        self, inputs: Tensor | None, bos_token_id: Tensor | int | None, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Pictures without text are prompts of their own."""
+        pictures = next((model_kwargs[name] for name in PICTURE_INPUTS[:2] if name in model_kwargs), None)
+        if inputs is None and pictures is not None and "inputs_embeds" not in model_kwargs:
+            return self.picture_prompts(len(pictures))
+        return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Beams and several answers repeat a row's pictures together, in the row's own order."""
+        pixels = kwargs.get("pixel_values")
+        by_row = ("pixel_values", "pixel_attention_mask") if pixels is not None and pixels.ndim == 5 else ()
+        names = [name for name in PICTURE_INPUTS if name not in by_row and kwargs.get(name) is not None]
+        pictures = {name: kwargs.pop(name) for name in names}
+        expanded = {}
+        if pictures:
+            embeddings = kwargs.get("inputs_embeds")
+            placeholders = self.placeholders(input_ids if embeddings is None else None, embeddings)
+            expanded = {
+                name: expand_images(tensor, placeholders, self.num_image_tokens, expand_size)
+                for name, tensor in pictures.items()
+            }
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, kwargs | expanded
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """The placeholder is never chosen, and processors that look tokens up in the scores never meet its id."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        token = self.config.image_token_id
+        if token < self.config.get_text_config().vocab_size:
+            processors.append(SuppressTokensLogitsProcessor([token], device=self.device))
+        return without_placeholders(processors, token)

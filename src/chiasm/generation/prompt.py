@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chiasm.fusion.base import PICTURE_INPUTS
+from chiasm.fusion.generation_inputs import PICTURE_INPUTS
 from chiasm.fusion.pictures import real_pictures
 
 Inputs = dict[str, Any]
