@@ -242,3 +242,19 @@ def test_schemas_that_are_none(api: TestClient) -> None:
     huge = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(4000)}}
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": huge}}
     assert code(api.post(CHAT, json=ask(response_format=form)))
+
+
+def test_a_page_on_an_allowed_origin_reads_refusals(client: Callable[..., TestClient]) -> None:
+    api = client(api_keys=("one-key",), origins=("https://page.example",))
+    origin = {"Origin": "https://page.example"}
+    for told in (api.post(CHAT, json=ask(), headers=origin), api.get("/v1/models", headers=origin)):
+        assert told.status_code == 401 and told.headers["access-control-allow-origin"] == origin["Origin"]
+    asking = origin | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    assert api.options(CHAT, headers=asking).status_code == 200
+    stranger = api.get("/v1/models", headers={"Origin": "https://other.example"})
+    assert "access-control-allow-origin" not in stranger.headers
+
+
+def test_health_is_told_without_a_body(client: Callable[..., TestClient]) -> None:
+    told = client().head("/health")
+    assert told.status_code == 200 and told.content == b""

@@ -45,11 +45,11 @@ def create_app(models: Sequence[Served], settings: Settings, fetcher: Fetcher | 
     app.include_router(_models(shared))
     app.include_router(_state(shared))
     app.include_router(_page())
-    if settings.origins:
+    app.add_middleware(Gate, shared=shared)
+    if settings.origins:  # around the gate, so that a page may read its refusals
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-    app.add_middleware(Gate, shared=shared)
     return app
 
 
@@ -75,6 +75,7 @@ def _models(shared: Shared) -> APIRouter:
 def _state(shared: Shared) -> APIRouter:
     routes = APIRouter(tags=["state"])
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", responses={503: RESPONSES[503]})
     async def health() -> Health:
         """Whether all models answer."""
