@@ -20,6 +20,7 @@ from chiasm.evaluation.zero_shot import TEMPLATES, evaluate_zero_shot
 from chiasm.fusion.late import LateFusionModel
 from chiasm.interop.convert import Converted
 from chiasm.interop.convert import convert as convert_model
+from chiasm.training.log import Reporter
 from chiasm.training.preview import StagePreview
 from chiasm.training.preview import preview as preview_stages
 from chiasm.training.recipe import load_recipe
@@ -108,11 +109,13 @@ def preview(
     data: Any = None,
     *,
     overrides: Sequence[str] = (),
+    quiet: bool = False,
 ) -> list[StagePreview]:
     """What a recipe would train, hold and take, by stage; time and activations are measured where data is given."""
     vlm = _trainable(model)
     samples = None if data is None else read(data)
-    return preview_stages(load_recipe(recipe, overrides), vlm.model, vlm.processor, samples)
+    reporter = Reporter("quiet" if quiet else "auto")
+    return preview_stages(load_recipe(recipe, overrides), vlm.model, vlm.processor, samples, reporter)
 
 
 def evaluate(

@@ -1,8 +1,12 @@
 """A tiny connected model, colour pictures with a question each, and recipes that take a second."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 
@@ -10,11 +14,14 @@ import chiasm
 import contracts
 import tiny
 from chiasm.data.schema import ImageRef, Sample
+from chiasm.training.log import read_log
+from chiasm.training.stage_run import StageRun
 from chiasm.training.trainer import TrainResult, train
 from chiasm.vision.image_processor import ChiasmImageProcessor
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "grey": (120, 120, 120)}
 SETTINGS = {"batch_size": 4, "dtype": "float32", "validation": {"samples": 0}, "checkpoint_every": 2}
+FORGETTING_OFF = {"text": False, "pictures": 0}
 FROZEN = {"*": "frozen"}
 FUSIONS = ("early", "intermediate")
 
@@ -64,8 +71,10 @@ def with_blocks(recipe: dict[str, Any], fusion: str) -> dict[str, Any]:
 
 
 def run(folder: Path, recipe: Any, model: chiasm.VLM | None = None, data: Any = None, **options: Any) -> TrainResult:
-    """`train` on the tiny model with a cache of its own, quietly."""
+    """`train` on the tiny model with a cache of its own, quietly; forgetting is measured where the recipe says so."""
     model = model or vlm()
+    if isinstance(recipe, dict):
+        recipe = {"forgetting": FORGETTING_OFF, **recipe}
     options = {"cache_root": folder.parent / "features", "quiet": True} | options
     data = samples() if data is None else data
     return train(recipe, model.model, model.processor, data, folder, **options)
@@ -74,3 +83,38 @@ def run(folder: Path, recipe: Any, model: chiasm.VLM | None = None, data: Any = 
 def weights(model: chiasm.VLM) -> dict[str, torch.Tensor]:
     """A copy of every weight."""
     return {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+
+
+class Killed(BaseException):
+    """Stands for a kill within this process: nothing catches it."""
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """Kills the run inside before its `step`-th optimizer step, counted over all stages."""
+    optimize, steps = StageRun._optimize, count(1)
+
+    def dying(self: Any, *arguments: Any) -> Any:
+        if next(steps) == step:
+            raise Killed
+        return optimize(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(StageRun, "_optimize", dying)
+        yield
+
+
+def whole_and_resumed(
+    folder: Path, recipe: Any, model: Callable[[], Any], data: list[Sample], dies_at: int
+) -> tuple[TrainResult, TrainResult]:
+    """A run that never stopped, and one that was killed and went on to the same losses and weights, bit for bit."""
+    finished, again = model(), model()
+    whole = run(folder / "whole", recipe, finished, data)
+    with killed_at(dies_at):
+        run(folder / "run", recipe, model(), data)
+    resumed = run(folder / "run", recipe, again, data)
+    told, expected = ([e["loss"] for e in read_log(result.log) if e["event"] == "step"] for result in (resumed, whole))
+    assert told == expected
+    ours, theirs = weights(again), weights(finished)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return whole, resumed

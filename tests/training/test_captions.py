@@ -7,14 +7,12 @@ import helpers
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import Killed
 from transformers import BertConfig, BertModel
 
 import chiasm
 import tiny
 from chiasm.data.captions import CaptionProcessor
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
-from chiasm.training import stage_run
 from chiasm.training.log import read_log
 from chiasm.training.recipe import RecipeError, load_recipe
 
@@ -98,29 +96,9 @@ def test_learning_tells_captions_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dies_at", [3, 5, 7])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, dies_at: int) -> None:
     settings = recipe(accumulate=2, checkpoint_every=1)
-    model = vlm(dropout=0.1)
-    whole = helpers.run(tmp_path / "whole", settings, model, data=data())
-    done = 0
-    optimize = stage_run.StageRun._optimize
-
-    def dying(self: Any, step: int, batches: Any) -> Any:
-        nonlocal done
-        done += 1
-        if done == dies_at:
-            raise Killed
-        return optimize(self, step, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stage_run.StageRun, "_optimize", dying)
-        with pytest.raises(Killed):
-            helpers.run(tmp_path / "run", settings, vlm(dropout=0.1), data=data())
-    again = vlm(dropout=0.1)
-    resumed = helpers.run(tmp_path / "run", settings, again, data=data())
-    assert [e["loss"] for e in events(resumed, "step")] == [e["loss"] for e in events(whole, "step")]
-    expected = helpers.weights(model)
-    assert all(torch.equal(expected[name], tensor) for name, tensor in helpers.weights(again).items())
+    whole, resumed = helpers.whole_and_resumed(tmp_path, settings, lambda: vlm(dropout=0.1), data(), dies_at)
     one, other = (load_file(run.stages["represent"] / "model.safetensors") for run in (whole, resumed))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from chiasm.training import tensor_files as module
 from chiasm.training.checkpoint import Checkpoint, Position, TrainingError, newest_checkpoint, save_checkpoint
+from chiasm.training.log import RunLog
 
 STAGES = ["b", "a"]
 
@@ -57,6 +58,14 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
     assert len(notes) == 1 and "checkpoint b-2 is ignored" in notes[0]
 
 
+def test_a_damaged_one_does_not_outlive_the_run_that_passed_it_over(tmp_path: Path) -> None:
+    save(tmp_path, "b", 2)
+    (save(tmp_path, "b", 6) / "weights.safetensors").write_bytes(b"torn")
+    assert step_of(tmp_path) == ("b", 2)
+    save(tmp_path, "b", 3, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["b-3"] and step_of(tmp_path) == ("b", 3)
+
+
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error (os error 28)")]
 )
@@ -76,6 +85,15 @@ def test_a_full_disk_is_one_line_and_the_last_one_survives(
         save(tmp_path, "b", 2)
     assert "\n" not in str(told.value)
     assert [path.name for path in tmp_path.iterdir()] == ["b-1"] and step_of(tmp_path) == ("b", 1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_log_on_a_full_disk_is_one_line() -> None:
+    log = RunLog(Path("/dev/full"))
+    with pytest.raises(TrainingError, match="/dev/full cannot be written: No space left on device; make room") as told:
+        log.write("step", "b", 1)
+    log.close()
+    assert "\n" not in str(told.value)
 
 
 def test_nothing_on_disk_needs_pickle(tmp_path: Path) -> None:

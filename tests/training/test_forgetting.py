@@ -21,7 +21,7 @@ PARTS: dict[str, dict[str, Any]] = {
 
 def measured(folder: Path, kind: str, dtype: str = "float32", **more: Any) -> list[dict[str, Any]]:
     parts = {**helpers.LORA, "language": "frozen", **PARTS[kind]}
-    recipe = {"stages": [helpers.stage(parts=parts, steps=6, dtype=dtype)], **more}
+    recipe = {"forgetting": {}, "stages": [helpers.stage(parts=parts, steps=6, dtype=dtype)], **more}
     result = helpers.run(folder / kind, recipe, data=helpers.samples(24))
     return [event for event in read_log(result.log) if event["event"] == "forgetting"]
 
@@ -43,7 +43,7 @@ def test_a_higher_rate_forgets_more(tmp_path: Path) -> None:
 
 
 def test_it_can_be_turned_off(tmp_path: Path) -> None:
-    assert measured(tmp_path, "frozen", forgetting={"text": False, "pictures": 0}) == []
+    assert measured(tmp_path, "frozen", forgetting=helpers.FORGETTING_OFF) == []
     only_text = measured(tmp_path / "text", "frozen", forgetting={"pictures": 0})[-1]
     assert "cka" not in only_text and only_text["perplexity"]
 

@@ -10,9 +10,15 @@ import torch
 
 import chiasm
 from chiasm.training import four_bit
+from chiasm.training.recipe import load_recipe
+from chiasm.training.schema import Stage
 
 QLORA = {"*": "frozen", "language": {"tune": "qlora", "lr": 1e-2, "rank": 2}}
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+
+
+def stage(**settings: Any) -> Stage:
+    return load_recipe({"stages": [helpers.stage(parts=QLORA, **settings)]}).stages[0]
 
 
 def test_without_the_package_or_the_device_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +27,9 @@ def test_without_the_package_or_the_device_it_is_refused(tmp_path: Path, monkeyp
         helpers.run(tmp_path / "run", {"stages": [helpers.stage(parts=QLORA)]})
     monkeypatch.setattr(four_bit, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match="cannot hold 4-bit weights on the device 'mps'"):
-        four_bit.require_four_bit("align", torch.device("mps"))
+        four_bit.require_four_bit(stage(), torch.device("mps"))
+    with pytest.raises(ValueError, match="whole 4-bit weights, which parallel: fsdp cannot shard; write parallel: ddp"):
+        four_bit.require_four_bit(stage(parallel="fsdp"), torch.device("cpu"))
 
 
 @needs_bitsandbytes

@@ -109,6 +109,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"language.model.layer.*": FULL}, r"matches no parameter of this model; did you mean 'language.model.layers'"),
     ({}, {ATTENTION: FULL, "language.*.q_proj.*": LORA}, "contradicts itself: language.* is full at lr 0.1 by 'lang"),
     ({}, {"language.model.norm": LORA}, "holds none of the linear layers that targets"),
+    ({}, {ATTENTION: {**LORA, "targets": ["q_proj", "qkv"]}}, r"none of the linear layers that targets \(qkv\) mean"),
     ({"connector": FULL}, {"connector.*": "frozen", "language.model.norm": FULL}, "connector: full matches nothing"),
     ({"language": {**LORA, "targets": ["qkv"]}}, {}, "'qkv' is no linear layer of part 'language'"),
     ({"cross_attention": FULL}, {}, "names the part 'cross_attention', which this model does not have"),

@@ -63,7 +63,6 @@ def test_transformers_trainer_learns_what_ours_learns(tmp_path: Path) -> None:
     trainer = InOrder(vlm.model, arguments, Collator(vlm.processor), data)
     trainer.train()
     recipe: dict[str, Any] = {"stages": [helpers.stage(group_by_length=False, schedule="constant", warmup=0)]}
-    recipe["forgetting"] = {"text": False, "pictures": 0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.randperm", lambda count, generator=None: torch.arange(count))
         ours = helpers.run(tmp_path / "ours", recipe, data=data)

@@ -48,7 +48,7 @@ def test_a_stage_packs_and_learns_the_same(tmp_path: Path) -> None:
     runs: dict[str, Any] = {"packed": {"pack": True}, "padded": {}, "again": {"gradient_checkpointing": True}}
     parts = {"parts": helpers.LORA, "optimizer": "sgd"}
     for name, settings in runs.items():
-        recipe = {"stages": [helpers.stage(**parts, **settings)], "forgetting": {"text": False, "pictures": 0}}
+        recipe = {"stages": [helpers.stage(**parts, **settings)]}
         helpers.run(tmp_path / name, recipe, cache_root=tmp_path / "features")
     logs = {name: read_log(tmp_path / name / "log.jsonl") for name in runs}
     losses = {name: [event["loss"] for event in log if event["event"] == "step"] for name, log in logs.items()}

@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 import helpers
 import pytest
@@ -22,6 +22,7 @@ from chiasm.data.schema import ImageRef
 from chiasm.training import stage_run
 from chiasm.training.errors import TrainingError
 from chiasm.training.log import read_log
+from chiasm.training.schema import Stage
 from chiasm.training.stage_model import AnswerModel
 
 FULL = {"tune": "full", "lr": 1e-2}
@@ -39,7 +40,7 @@ def recipe(parts: dict[str, Any], fusion: str = "early", **settings: Any) -> dic
     parts = {**helpers.FROZEN, **parts}
     settings = {"steps": 4, "accumulate": 2, "validation": {"samples": 4}, "optimizer": "sgd"} | settings
     stages = [helpers.stage(parts=parts, **settings)]
-    return helpers.with_blocks({"stages": stages, "forgetting": {"text": False, "pictures": 0}}, fusion)
+    return helpers.with_blocks({"stages": stages}, fusion)
 
 
 def compare(one: Path, other: Path, tolerance: float = 1e-6) -> None:
@@ -74,14 +75,9 @@ ADAMW = {"optimizer": "adamw", "accumulate": 1, "checkpoint_every": 2}
 UNEVEN = {**helpers.LORA, "vision": FULL}
 
 
-class Killed(BaseException):
-    """Stands for a kill."""
-
-
-def stop(folder: Path, settings: dict[str, Any], after: int = 3) -> None:
-    """A run that ends without a word after so many steps."""
-    dying = patch.object(stage_run.StageRun, "_log_step", Mock(side_effect=[None] * (after - 1) + [Killed]))
-    with dying, pytest.raises(Killed):
+def stop(folder: Path, settings: dict[str, Any]) -> None:
+    """A run that ends without a word in its third step."""
+    with helpers.killed_at(3):
         helpers.run(folder, settings, cache_root=folder.parent / "features")
 
 
@@ -111,6 +107,8 @@ def work(folder: Path) -> None:
     broken = helpers.samples(8)
     broken[6] = replace(broken[6], images=[ImageRef.of(b"no picture", "rotten.png")])
     caught(folder, "broken", recipe(FULL_CONNECTOR, cache_features=False, validation={"samples": 0}), data=broken)
+    with patch.object(Stage, "checkpoint_due", lambda self, step, seconds: step == 2 + dist.get_rank()):
+        helpers.run(folder / "clocks", recipe(FULL_CONNECTOR, parallel="fsdp"), cache_root=folder / "features")
     dist.destroy_process_group()
 
 
@@ -160,6 +158,11 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for code, said in finish(spawn("work", folder)):
         assert code == 0, said
     return folder
+
+
+def test_the_first_process_decides_when_a_checkpoint_is_due(together: Path) -> None:
+    saved = [event["step"] for event in read_log(together / "clocks" / "log.jsonl") if event["event"] == "checkpoint"]
+    assert saved == [2, 4]
 
 
 @pytest.mark.parametrize("name", jobs())

@@ -1,14 +1,18 @@
 """The preview of a run: counts, memory and time before the first step, on a model that stays as it is."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import helpers
 import pytest
 import torch
 from rich.console import Console
 
+from chiasm.data.schema import ImageRef
+from chiasm.training.log import read_log
 from chiasm.training.preview import preview, print_preview
-from chiasm.training.recipe import load_recipe
+from chiasm.training.recipe import apply_overrides, load_recipe
 
 DORA = {"*": "frozen", "language": {"tune": "dora", "lr": 0.1, "rank": 2}}
 RECIPE = load_recipe({"stages": [helpers.stage(), helpers.stage("second", parts=DORA, batch_size=8, steps=6)]})
@@ -48,6 +52,37 @@ def test_activations_are_what_autograd_keeps() -> None:
         data = [helpers.sample(0) for _ in range(16)]
         kept.append(preview(recipe, vlm.model, vlm.processor, data)[0].memory.activations)
     assert kept[1] == pytest.approx(2 * kept[0], rel=0.1)
+
+
+def test_gradient_checkpointing_keeps_fewer_activations() -> None:
+    vlm, kept = helpers.vlm(), []
+    parts = {"*": "frozen", "language": {"tune": "full", "lr": 0.1}}
+    for checkpointed in (False, True):
+        recipe = load_recipe({"stages": [helpers.stage(parts=parts, gradient_checkpointing=checkpointed)]})
+        kept.append(preview(recipe, vlm.model, vlm.processor, helpers.samples(16))[0].memory.activations)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_the_steps_are_those_that_training_takes(tmp_path: Path) -> None:
+    """Held-out samples, samples of another kind, and unusable ones are not counted."""
+    data = [helpers.sample(index) for index in range(40)]
+    data += [replace(helpers.sample(0), id="rotten", images=[ImageRef.of(b"no picture", "rotten.png")])]
+    data += [replace(helpers.sample(0), id="mute", messages=helpers.sample(0).messages[:1])] * 8
+    settings = {"data": "questions", "skip_bad": True, "validation": {"samples": 4}, "batch_size": 1, "steps": None}
+    recipe = load_recipe({"stages": [helpers.stage(**settings)], "forgetting": helpers.FORGETTING_OFF})
+    vlm = helpers.vlm()
+    shown = preview(recipe, vlm.model, vlm.processor, data)[0]
+    log = read_log(helpers.run(tmp_path / "run", recipe, vlm, data).log)
+    assert shown.steps == next(event["steps"] for event in log if event["event"] == "plan") < 40
+    with pytest.raises(ValueError, match=r"sample 'mute': .*; chiasm data check lists every such sample"):
+        preview(apply_overrides(recipe, ["skip_bad=false"]), vlm.model, vlm.processor, data)
+
+
+def test_a_preview_of_nothing_but_broken_pictures_is_refused() -> None:
+    data = [replace(helpers.sample(i), images=[ImageRef.of(b"no picture", "rotten.png")]) for i in range(9)]
+    recipe, vlm = load_recipe({"stages": [helpers.stage(skip_bad=True)]}), helpers.vlm()
+    with pytest.raises(ValueError, match="none of the 9 samples that were tried can be used; chiasm data check"):
+        preview(recipe, vlm.model, vlm.processor, data)
 
 
 def test_a_plan_that_does_not_fit_is_refused() -> None:

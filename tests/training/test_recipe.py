@@ -1,6 +1,7 @@
 """Recipes: what is read, what is refused, and that a refusal names file, line and key in one line."""
 
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
@@ -165,3 +166,31 @@ def test_own_recipes_are_found_by_name_and_others_are_listed() -> None:
     assert [stage.name for stage in load_recipe("llava").stages] == ["align", "instruct"]
     with pytest.raises(RecipeError, match=r"'lava' is neither a file nor one of Chiasm's own \(.*llava"):
         load_recipe("lava")
+
+
+UNREAD = [
+    (
+        {"pack": True, "objectives": ["contrastive"]},
+        "pack is for the objective next_token, not for contrastive",
+    ),
+    ({"max_length": 64, "objectives": ["reconstruction"]}, "max_length is for the objective next_token, not for recon"),
+    ({"captions": {"length": 8}}, "captions is for the objective contrastive or matching or grounded_generation, not"),
+    ({"chunk": 8}, "chunk is for the objective contrastive or sigmoid, not for next_token; remove it"),
+    ({"answer_head": {"hidden": 8}}, "answer_head is for the objective answers, not for next_token; remove it"),
+]
+
+
+@pytest.mark.parametrize(("settings", "told"), UNREAD)
+def test_settings_that_a_stage_would_not_read_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=rf"stages\.align: {told}"):
+        load_recipe({"stages": [helpers.stage(**settings)]})
+    with pytest.raises(RecipeError, match=told):
+        load_recipe({**settings, "stages": [helpers.stage()]})
+
+
+def test_settings_at_the_top_reach_the_stages_that_read_them() -> None:
+    shared = {"pack": True, "max_length": 64, "captions": {"length": 8}}
+    stages = [helpers.stage("represent", objectives=["contrastive"]), helpers.stage("generate")]
+    represent, generate = load_recipe({**shared, "stages": stages}).stages
+    assert (represent.pack, represent.max_length, represent.captions.length) == (False, None, 8)
+    assert (generate.pack, generate.max_length, generate.captions.length) == (True, 64, 32)

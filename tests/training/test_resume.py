@@ -31,10 +31,6 @@ RECIPE = {
 }
 
 
-class Killed(BaseException):
-    """Stands for a kill within this process: nothing catches it."""
-
-
 def outcome(folder: Path) -> tuple[list[Any], dict[str, torch.Tensor]]:
     log = [event for event in read_log(folder / "log.jsonl") if event["event"] in ("step", "validation", "stage_end")]
     told = [
@@ -67,24 +63,10 @@ KILLS = [("early", step) for step in (1, 5, 6, 7, 9, 10, 14, 16, 18)] + [("inter
 
 
 @pytest.mark.parametrize(("fusion", "dies_at"), KILLS)
-def test_a_run_goes_on_bit_for_bit(
-    tmp_path: Path, references: dict[str, Path], monkeypatch: pytest.MonkeyPatch, fusion: str, dies_at: int
-) -> None:
+def test_a_run_goes_on_bit_for_bit(tmp_path: Path, references: dict[str, Path], fusion: str, dies_at: int) -> None:
     recipe = helpers.with_blocks(RECIPE, fusion)
-    done = 0
-    optimize = stage_run.StageRun._optimize
-
-    def dying(self: Any, step: int, batches: Any) -> Any:
-        nonlocal done
-        done += 1
-        if done == dies_at:
-            raise Killed
-        return optimize(self, step, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stage_run.StageRun, "_optimize", dying)
-        with pytest.raises(Killed):
-            helpers.run(tmp_path / "run", recipe, helpers.vlm(fusion=fusion))
+    with helpers.killed_at(dies_at):
+        helpers.run(tmp_path / "run", recipe, helpers.vlm(fusion=fusion))
     helpers.run(tmp_path / "run", recipe, helpers.vlm(fusion=fusion))
     assert_same(tmp_path / "run", references[fusion])
 
@@ -133,18 +115,9 @@ def killed_and_resumed(folder: Path, dice: random.Random, at_most: int) -> int:
         kills += 1
 
 
-def test_the_newest_checkpoint_may_be_torn(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log_step = stage_run.StageRun._log_step
-
-    def dying(self: Any, step: int, *rest: Any) -> None:
-        if (self.stage.name, step) == ("align", 4):
-            raise Killed
-        log_step(self, step, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stage_run.StageRun, "_log_step", dying)
-        with pytest.raises(Killed):
-            helpers.run(tmp_path / "run", RECIPE)
+def test_the_newest_checkpoint_may_be_torn(tmp_path: Path, reference: Path) -> None:
+    with helpers.killed_at(5):
+        helpers.run(tmp_path / "run", RECIPE)
     torn = tmp_path / "run" / "checkpoints" / "align-4" / "optimizer.safetensors"
     torn.write_bytes(torn.read_bytes()[:-9])
     result = helpers.run(tmp_path / "run", RECIPE)
@@ -236,14 +209,15 @@ def test_the_same_command_passes_over_finished_stages(tmp_path: Path, monkeypatc
     def noted(self: Any) -> None:
         ran.append(self.stage.name)
         if self.stage.name == "instruct" and ran.count("instruct") == 1:
-            raise Killed
+            raise helpers.Killed
         start(self)
 
+    recipe = {**helpers.TWO_STAGES, "forgetting": {}}
     monkeypatch.setattr(stage_run.StageRun, "run", noted)
-    with pytest.raises(Killed):
-        helpers.run(tmp_path / "run", helpers.TWO_STAGES)
+    with pytest.raises(helpers.Killed):
+        helpers.run(tmp_path / "run", recipe)
     for _ in range(2):
-        result = helpers.run(tmp_path / "run", helpers.TWO_STAGES)
+        result = helpers.run(tmp_path / "run", recipe)
     assert ran == ["align", "instruct", "instruct"]
     forgetting = [event.get("stage") for event in read_log(result.log) if event["event"] == "forgetting"]
     assert forgetting == [None, "align", "instruct"]

@@ -15,7 +15,7 @@ from chiasm.training.trackers import TRACKERS, curves
 def run(folder: Path, name: str) -> Path:
     data = helpers.samples(24)
     stages = [helpers.stage(steps=3, validation={"samples": 4})]
-    return helpers.run(folder / "run", {"stages": stages, "logs": [name]}, data=data).output
+    return helpers.run(folder / "run", {"stages": stages, "logs": [name], "forgetting": {}}, data=data).output
 
 
 def test_numbers_of_an_event() -> None:

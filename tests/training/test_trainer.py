@@ -17,6 +17,7 @@ from chiasm.training import features
 from chiasm.training.checkpoint import TrainingError
 from chiasm.training.log import read_log
 from chiasm.training.recipe import load_recipe
+from chiasm.training.validation import Validator
 
 FULL = {**helpers.FROZEN, "connector": {"tune": "full", "lr": 1e-2}}
 
@@ -227,6 +228,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tmp_path:
     assert "\n" not in str(error.value)
 
 
+def test_a_validation_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen = Validator.run, []
+
+    def infinite(*arguments: Any) -> dict[str, Any]:
+        seen.append(run(*arguments))
+        return seen[-1] | {"shuffled_loss": math.nan if len(seen) > 1 else 1.0}
+
+    monkeypatch.setattr(Validator, "run", infinite)
+    recipe = {"stages": [helpers.stage(validation={"samples": 4, "every": 2})]}
+    with pytest.raises(TrainingError, match="step 2: the validation's shuffled_loss is nan; lower lr") as error:
+        helpers.run(tmp_path / "run", recipe)
+    assert "\n" not in str(error.value) and not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
 def broken(kind: str, folder: Path) -> Sample:
     good = helpers.sample(3, images=1)
     if kind == "picture":
@@ -244,16 +259,21 @@ def broken(kind: str, folder: Path) -> Sample:
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("kind", ["picture", "missing", "count", "answer", "long"])
-def test_a_bad_sample_stops_the_run_by_name_or_is_skipped_and_counted(tmp_path: Path, kind: str, cached: bool) -> None:
+def test_a_bad_sample_stops_the_run_by_name_or_is_skipped_and_counted(
+    tmp_path: Path, kind: str, cached: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = [*helpers.samples(6), broken(kind, tmp_path)]
     recipe = {"stages": [helpers.stage(steps=None, epochs=1, cache_features=cached)]}
     with pytest.raises(ValueError, match=r"sample 'bad': .*; chiasm data check lists every such sample") as error:
         helpers.run(tmp_path / "run", recipe, data=data)
     assert "\n" not in str(error.value)
-    result = helpers.run(tmp_path / "run", recipe, data=data, overrides=["skip_bad=true"])
+    result = helpers.run(tmp_path / "run", recipe, data=data, overrides=["skip_bad=true"], quiet=False)
+    assert "samples left out, since they cannot be used: 1; log.jsonl says why" in capsys.readouterr().err
     known = len(events(result, "start")[0]["bad"])
     skipped = [event["id"] for event in events(result, "skipped")]
     assert (known, skipped) in [(1, []), (0, ["bad"])]
+    if kind == "picture":
+        assert "broken.jpg: is not a picture" in events(result, "skipped")[0]["reason"]
     assert sum(event["samples"] for event in events(result, "step")) == 6
 
 
@@ -342,6 +362,16 @@ def test_a_run_that_skips_every_sample_stops(tmp_path: Path, settings: dict[str,
     ) as error:
         helpers.run(tmp_path / "run", recipe, data=data)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_control_asks_the_same_questions_where_pictures_are_broken(tmp_path: Path, cached: bool) -> None:
+    held_out = [helpers.sample(index) for index in range(6)]
+    held_out[2] = broken("picture", tmp_path)
+    settings = {"skip_bad": True, "cache_features": cached, "validation": {"samples": 6}}
+    result = helpers.run(tmp_path / "run", {"stages": [helpers.stage(**settings)]}, validation_samples=held_out)
+    assert [event["samples"] for event in events(result, "validation")] == [5, 5]
+    assert all(event["shuffled_loss"] is not None for event in events(result, "validation"))
 
 
 def test_a_run_without_one_usable_text_stops(tmp_path: Path) -> None:

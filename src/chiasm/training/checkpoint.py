@@ -78,6 +78,9 @@ def save_checkpoint(
 ) -> Path:
     """Writes `<stage>-<step>` into the folder and removes all but the newest `keep`.
 
+    One that stands behind it is of a later step that this run has yet to take, so it was damaged and passed over; it
+    goes too.
+
     Args:
         stages: names of the recipe's stages in order, which tells newer from older.
         team: the run's processes, which all call this; the first writes what is not sharded.
@@ -92,7 +95,9 @@ def save_checkpoint(
     else:
         team.first_does(lambda: _save_whole(target, checkpoint))
     if team.first:
-        for old in _in_order(folder, stages)[:-keep]:
+        ordered = _in_order(folder, stages)
+        behind = ordered.index(target) + 1
+        for old in (*ordered[:behind][:-keep], *ordered[behind:]):
             shutil.rmtree(old, ignore_errors=True)
     return target
 

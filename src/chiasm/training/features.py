@@ -20,7 +20,7 @@ from chiasm.training.schema import Stage
 from chiasm.training.stages import FreezePlan
 
 ENCODE_BATCH = 32
-HINT = "chiasm data check lists every such sample; skip_bad: true leaves them out"
+HINT = "chiasm data check lists every such sample; --skip-bad (skip_bad: true) leaves them out"
 WORTH_COMPILING = 2000
 """From so many pictures on, a compiled encoder makes up for the time that compiling takes."""
 
@@ -68,7 +68,7 @@ class Features:
                 raise ValueError(f"{short}; make room, set CHIASM_CACHE, or write cache_features: false")
             self.reporter.note(f"{short}: encoding in every epoch instead")
             return None
-        self._encode_missing(missing)
+        self._encode_missing(missing, rows.faults)
         return rows
 
     def _locate(self, samples: Sequence[Sample], indices: Sequence[int]) -> tuple["Rows", Missing]:
@@ -91,8 +91,8 @@ class Features:
         if not self.stage.skip_bad:
             raise with_hint(error) from error
 
-    def _encode_missing(self, missing: Missing) -> None:
-        """Encodes pictures into the cache; decoding runs ahead in threads."""
+    def _encode_missing(self, missing: Missing, faults: dict[str, list[Problem]]) -> None:
+        """Encodes pictures into the cache, and notes what is wrong with the others; decoding runs ahead in threads."""
         keys = list(missing)
         starts = range(0, len(keys), ENCODE_BATCH)
         if len(keys) >= WORTH_COMPILING and self.compiled is not None:
@@ -105,9 +105,10 @@ class Features:
 
             with closing(prefetch(make, 0, len(starts))) as batches:
                 for loaded in batches:
-                    for _, value in loaded:
+                    for key, value in loaded:
                         if isinstance(value, SampleError):
                             self._bad(value)
+                            faults[key] = value.problems
                     self._add([(key, value) for key, value in loaded if isinstance(value, Tensor)])
                     task.advance(len(loaded))
 
@@ -143,12 +144,14 @@ class Features:
 
 
 class Rows:
-    """Keys of the pictures of samples by index. `bad`: what is wrong with samples whose pictures cannot be read."""
+    """Keys of the pictures of samples by index. `bad`: what is wrong with samples whose pictures cannot be read;
+    `faults`: with pictures that cannot be decoded, by key."""
 
     def __init__(self, cache: FeatureCache) -> None:
         self.cache = cache
         self.keys: dict[int, list[str]] = {}
         self.bad: dict[int, SampleError] = {}
+        self.faults: dict[str, list[Problem]] = {}
 
     def read(self, index: int, sample: Sample) -> Float[Tensor, "images N D_v"] | None:
         """Features of a sample's pictures; None where it has none.
@@ -156,12 +159,13 @@ class Rows:
         Raises:
             SampleError: a picture could not be encoded.
         """
-        rows = [self.cache.row(key) for key in self.keys.get(index, ())]
         if index in self.bad:
             raise self.bad[index]
-        if index not in self.keys or None in rows:
-            raise SampleError(sample.id, [Problem("broken picture", "a picture cannot be decoded")])
-        return self.cache.read([row for row in rows if row is not None]) if rows else None
+        keys = self.keys[index]
+        broken = next((key for key in keys if self.cache.row(key) is None), None)
+        if broken is not None:
+            raise SampleError(sample.id, self.faults[broken])
+        return self.cache.read([row for key in keys if (row := self.cache.row(key)) is not None]) if keys else None
 
 
 def with_hint(error: SampleError) -> ValueError:

@@ -11,25 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chiasm.training.schema import Stage
+
 DEVICES = ("cuda", "xpu", "cpu")
 """Where bitsandbytes computes with 4-bit weights; on a CPU that saves memory but no time."""
 
 
-def require_four_bit(stage: str, device: torch.device) -> None:
+def require_four_bit(stage: Stage, device: torch.device) -> None:
     """Refuses `tune: qlora` where it cannot be done.
 
     Raises:
-        ValueError: bitsandbytes is not installed, or does not know the device.
+        ValueError: bitsandbytes is not installed, or does not know the device; or weights are to be sharded.
     """
+    if stage.parallel == "fsdp":
+        raise ValueError(
+            f"stage {stage.name!r}: tune: qlora holds whole 4-bit weights, which parallel: fsdp cannot shard; "
+            "write parallel: ddp, or tune: lora"
+        )
     if find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"stage {stage!r}: tune: qlora needs the package bitsandbytes, which is not installed; "
+            f"stage {stage.name!r}: tune: qlora needs the package bitsandbytes, which is not installed; "
             "pip install 'chiasm[qlora]' (for a GPU), or write tune: lora"
         )
     if device.type not in DEVICES:
         raise ValueError(
-            f"stage {stage!r}: tune: qlora cannot hold 4-bit weights on the device {device.type!r} (bitsandbytes knows "
-            f"{', '.join(DEVICES)}); write tune: lora"
+            f"stage {stage.name!r}: tune: qlora cannot hold 4-bit weights on the device {device.type!r} "
+            f"(bitsandbytes knows {', '.join(DEVICES)}); write tune: lora"
         )
 
 

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
+from chiasm.training.errors import TrainingError
 from chiasm.training.live import Dashboard
 from chiasm.training.stages import FreezePlan
 from chiasm.training.trackers import EVENTS, Tracker, curves
@@ -40,15 +41,14 @@ class RunLog:
         """
         self.path, self.trackers = path, trackers
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
         if path.stat().st_size > keep_bytes:
             os.truncate(path, keep_bytes)
 
     def write(self, event: str, stage: str | None = None, step: int | None = None, **fields: Any) -> None:
         place = {name: value for name, value in (("stage", stage), ("step", step)) if value is not None}
         line = {"event": event, "time": round(time.time(), 3), **place, **fields}
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        self._append(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         for listen in self.listeners:
             listen(line)
         if event in EVENTS and stage is not None and step is not None:
@@ -56,8 +56,22 @@ class RunLog:
             for tracker in self.trackers:
                 tracker.numbers(stage, step, numbers)
 
+    def _append(self, line: bytes) -> None:
+        try:
+            written = self._file.write(line)
+            reason = "the disk is full" if written < len(line) else None
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason is not None:
+            raise TrainingError(
+                f"{self.path} cannot be written: {reason}; make room and run the same command again: it goes on from "
+                "the last checkpoint"
+            )
+
     def num_bytes(self) -> int:
-        """Length so far: what a checkpoint remembers."""
+        """Length so far, all of it on the disk: what a checkpoint remembers."""
+        if self.path.is_file():
+            os.fsync(self._file.fileno())
         return self.path.stat().st_size
 
     def close(self) -> None:

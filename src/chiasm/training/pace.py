@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.collation import Batch, Item, load_pixels
-from chiasm.data.schema import Sample
+from chiasm.data.schema import Sample, SampleError
 from chiasm.training.attention import fast_attention
+from chiasm.training.features import with_hint
 from chiasm.training.four_bit import four_bit_layers
+from chiasm.training.gradient_checkpointing import checkpointed_layers
 from chiasm.training.learner import learner_of
 from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.precision import autocast, choose_dtype, stage_precision
@@ -58,22 +60,30 @@ def measure(
     dtype = choose_dtype(stage.dtype, model.device)
     plan = enter(model, stage)
     encode = model.vision.fast_encoder(dtype=model.vision.model.dtype) if "vision" in plan.frozen_parts() else None
-    encoding, stepping, kept = [], [], 0
+    encoding, stepping, kept = list[float](), list[float](), 0
     with ExitStack() as state:
         originals = state.enter_context(stage_precision(model, dtype))
         if "language" in plan.states:
             state.enter_context(fast_attention(model.language, dtype))
+        state.enter_context(checkpointed_layers(model, stage.gradient_checkpointing))
         optimizer = StageOptimizer(model, plan, stage, num_steps=len(samples))
         state.enter_context(four_bit_layers(model, plan.four_bit, dtype, originals))
         for step, first in enumerate(range(0, len(samples) - size + 1, size)):
             started = time.monotonic()
-            items = [_item(sample, learner, encode) for sample in samples[first : first + size]]
+            items = _items(samples[first : first + size], learner, encode, stage.skip_bad)
+            if not items:
+                continue
             encoded = time.monotonic()
-            with _counted(model) if step == 0 else nullcontext() as counter:
+            with nullcontext() if stepping else _counted(model) as counter:
                 _step(learner, learner.collate(items), optimizer, step, dtype)
             kept = counter.total if counter is not None else kept
-            encoding.append((encoded - started) / size)
-            stepping.append((time.monotonic() - encoded) / size)
+            encoding.append((encoded - started) / len(items))
+            stepping.append((time.monotonic() - encoded) / len(items))
+    if not stepping:
+        raise ValueError(
+            f"stage {stage.name!r}: none of the {len(samples)} samples that were tried can be used; chiasm data check "
+            "lists every such sample"
+        )
     return Pace(_middle(encoding), _middle(stepping), kept)
 
 
@@ -113,6 +123,17 @@ def _counted(model: nn.Module) -> Iterator[_Counter]:
 
 def _middle(times: list[float]) -> float:
     return statistics.median(times[1:] or times)
+
+
+def _items(samples: Sequence[Sample], learner: StageModel, encode: Callable | None, skip_bad: bool) -> list[Item]:
+    items = []
+    for sample in samples:
+        try:
+            items.append(_item(sample, learner, encode))
+        except SampleError as error:
+            if not skip_bad:
+                raise with_hint(error) from error
+    return items
 
 
 def _item(sample: Sample, learner: StageModel, encode: Callable | None) -> Item:

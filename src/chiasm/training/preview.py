@@ -13,10 +13,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 from chiasm.data.schema import Sample
 from chiasm.data.splits import Subset
 from chiasm.training.learner import learner_of
-from chiasm.training.log import plan_fields, plan_table
+from chiasm.training.log import Reporter, plan_fields, plan_table
 from chiasm.training.pace import BATCHES, Pace, measure
 from chiasm.training.precision import KEPT_PARTS, choose_dtype
 from chiasm.training.schema import Recipe, Stage
+from chiasm.training.source import Survey, split, survey
 from chiasm.training.stages import ADAM_BYTES, GRADIENT_BYTES, FreezePlan, enter, weight_bytes
 
 
@@ -55,28 +56,43 @@ class StagePreview:
 
 
 def preview(
-    recipe: Recipe, model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[Sample] | None = None
+    recipe: Recipe,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    samples: Sequence[Sample] | None = None,
+    reporter: Reporter | None = None,
 ) -> list[StagePreview]:
     """Every stage of a recipe.
 
     Args:
-        samples: the training data, of which a few batches are taken to measure time and activations.
+        samples: the training data, of which a few batches are taken to measure time and activations; as in training,
+            a share of it is held out.
 
     Raises:
-        ValueError: a stage's plan does not fit the model.
+        ValueError: a stage's plan does not fit the model, or a sample cannot be used.
     """
-    return [_preview(stage, number, model, processor, samples) for number, stage in enumerate(recipe.stages)]
+    found = None
+    if samples is not None:
+        samples, _ = split(samples, None, recipe)
+        found = survey(samples, processor.num_image_tokens, recipe.skips_bad, reporter or Reporter("quiet"))
+    return [_preview(stage, number, model, processor, samples, found) for number, stage in enumerate(recipe.stages)]
 
 
 def _preview(
-    stage: Stage, number: int, model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[Sample] | None
+    stage: Stage,
+    number: int,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    samples: Sequence[Sample] | None,
+    found: Survey | None,
 ) -> StagePreview:
-    learner = learner_of(_same_weights(model), processor, stage, number, samples)
+    learner = learner_of(
+        _same_weights(model), processor, stage, number, samples, None if found is None else found.usable
+    )
     plan, dtype = enter(learner.model, stage), choose_dtype(stage.dtype, model.device)
-    if samples is not None and stage.shows_one_picture:
-        samples = Subset(samples, [index for index, sample in enumerate(samples) if len(sample.images) == 1])
-    if not samples:
+    if samples is None or found is None:
         return StagePreview(plan, _memory(learner.model, plan, dtype, None))
+    samples = Subset(samples, found.of_stage(stage, samples).usable)
     wanted = BATCHES * stage.batch_size
     few = Subset(samples, range(0, len(samples), max(1, len(samples) // wanted))[:wanted])
     pace = measure(model, processor, stage, few, number)

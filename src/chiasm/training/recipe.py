@@ -8,32 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from chiasm.training.schema import (
     ADAPTERS,
     EXACT_LENGTHS,
     LENGTHS,
     LORA_KEYS,
-    AnswerHeadSettings,
-    Captions,
-    Forgetting,
+    NESTED,
     PartPlan,
     Recipe,
     Settings,
     Stage,
-    Validation,
 )
 
 __all__ = ["Recipe", "RecipeError", "apply_overrides", "find_recipe", "load_recipe", "read_yaml", "to_yaml"]
 
-NESTED: dict[str, type[BaseModel]] = {
-    "answer_head": AnswerHeadSettings,
-    "captions": Captions,
-    "forgetting": Forgetting,
-    "validation": Validation,
-}
-"""Keys that hold keys of their own."""
 EXPECTED = "a recipe is a mapping with the key 'stages'"
 
 Keys = tuple[str | int, ...]

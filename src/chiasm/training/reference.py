@@ -6,15 +6,19 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from chiasm.training.recipe import NESTED
-from chiasm.training.schema import OTHER_PARTS, PARTS, PartPlan, Recipe, Settings, Stage
+from chiasm.training.schema import NESTED, OTHER_PARTS, PARTS, PartPlan, Recipe, Settings, Stage
 
 TUNES = list(get_args(PartPlan.model_fields["tune"].annotation))
 
 SECTIONS: list[tuple[str, str, type[BaseModel], type[BaseModel] | None]] = [
     ("Of the recipe", "At the top of the file only.", Recipe, Settings),
     ("Of a stage", "For each item of `stages`.", Stage, Settings),
-    ("Of the recipe or a stage", "At the top they are for every stage; a stage that states one wins.", Settings, None),
+    (
+        "Of the recipe or a stage",
+        "At the top they are for every stage that reads them; a stage that states one wins.",
+        Settings,
+        None,
+    ),
     (
         "Of a part or pattern",
         f"For each entry of `parts` and `patterns`. The bare word of `tune` will do: `vision: {TUNES[0]}`.",

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from chiasm.fusion.adapters import ALL_LINEAR, linear_layers
+from chiasm.fusion.adapters import linear_layers
 from chiasm.training.schema import OTHER_PARTS, PARTS, PartPlan, Stage
 
 
@@ -80,19 +80,18 @@ def adapter_targets(model: PreTrainedModel, stage: Stage, group: Group, whole_pa
     """
     if whole_part and len(group.chosen) == len(group.names):
         return group.plan.targets
+    inside = [path for path in linear_layers(model, group.part) if f"{group.part}.{path}.weight" in group.chosen]
     wanted = group.plan.targets
-    paths = [
-        path
-        for path in linear_layers(model, group.part)
-        if f"{group.part}.{path}.weight" in group.chosen
-        and (wanted == ALL_LINEAR or path in wanted or path.rsplit(".", 1)[-1] in wanted)
-    ]
-    if not paths:
+    names = [] if isinstance(wanted, str) else wanted
+    meant = {name: {path for path in inside if name in (path, path.rsplit(".", 1)[-1])} for name in names}
+    found = set().union(*meant.values()) if names else set(inside)
+    empty = [name for name in names if not meant[name]] or ([] if found else [str(wanted)])
+    if empty:
         raise ValueError(
             f"stage {stage.name!r}: {group.label!r} is given {group.plan.words}, but holds none of the linear layers "
-            f"that targets ({wanted}) mean; choose others, or write tune: full"
+            f"that targets ({empty[0]}) mean; choose others, or write tune: full"
         )
-    return paths
+    return [path for path in inside if path in found]
 
 
 def norm_parameters(module: nn.Module) -> set[str]:

@@ -12,14 +12,18 @@ from torch import Tensor
 
 from chiasm.data.collation import Batch, Item, load_pixels
 from chiasm.data.schema import Sample, SampleError, text_of
+from chiasm.data.splits import hold_out
 from chiasm.training.closed_form import describes
 from chiasm.training.features import Rows, with_hint
 from chiasm.training.fingerprint import sample_fingerprint
 from chiasm.training.log import Reporter
+from chiasm.training.schema import Recipe, Stage
 from chiasm.training.stage_model import StageModel
 
 CHARACTERS_PER_TOKEN = 4
 STEPS_WITHOUT_SAMPLES = 8
+HELD_OUT_SHARE = 0.05
+FEWEST_HELD_OUT = 2
 
 
 @dataclass(frozen=True)
@@ -32,22 +36,43 @@ class Survey:
     fingerprint: str
     bad: dict[int, str] = field(default_factory=dict)
 
-    def with_one_picture(self) -> "Survey":
-        """The samples that a caption objective can use."""
-        return self._kept([count == 1 for count in self.pictures])
+    def with_pictures_for(self, stage: Stage) -> "Survey":
+        """The samples with as many pictures as a stage's objectives can use."""
+        return self._kept([stage.takes(count) for count in self.pictures])
 
-    def with_pictures(self) -> "Survey":
-        """The samples that have something to see."""
-        return self._kept([count > 0 for count in self.pictures])
+    def of_stage(self, stage: Stage, samples: Sequence[Sample]) -> "Survey":
+        """The samples that a stage reads.
 
-    def of_kind(self, samples: Sequence[Sample], captions: bool) -> "Survey":
-        """The samples that describe their pictures, or all others."""
-        return self._kept([describes(samples[index]) == captions for index in self.usable])
+        Raises:
+            ValueError: there are none.
+        """
+        found = self.with_pictures_for(stage)
+        if stage.data != "all":
+            captions = stage.data == "captions"
+            found = found._kept([describes(samples[index]) == captions for index in found.usable])
+        if not found.usable:
+            what: str = ("captions" if stage.reads_captions else "questions") if stage.data == "all" else stage.data
+            what = "pictures" if stage.reads_pictures else what
+            count = " of one picture each" if stage.shows_one_picture else ""
+            raise ValueError(f"stage {stage.name!r} reads {what}{count}, and the data has no such sample")
+        return found
 
     def _kept(self, keep: list[bool]) -> "Survey":
         names = ("usable", "lengths", "pictures")
         columns: dict[str, Any] = {name: list(compress(getattr(self, name), keep)) for name in names}
         return replace(self, **columns)
+
+
+def split(
+    samples: Sequence[Sample], validation_samples: Sequence[Sample] | None, recipe: Recipe
+) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """What is trained on, and what is held out: a share of the data where nothing else is given."""
+    if validation_samples is not None or not recipe.validates or len(samples) < 2:
+        return samples, validation_samples or []
+    try:
+        return hold_out(samples, max(HELD_OUT_SHARE, min(0.1, FEWEST_HELD_OUT / len(samples))))
+    except SampleError as error:
+        raise with_hint(error) from error
 
 
 def survey(samples: Sequence[Sample], tokens_per_image: int, skip_bad: bool, reporter: Reporter) -> Survey:

@@ -17,6 +17,7 @@ from chiasm.training.validation import by_objective
 class StageLog:
     def __init__(self, log: RunLog, reporter: Reporter, stage: Stage, model: PreTrainedModel) -> None:
         self.log, self.reporter, self.stage, self.model = log, reporter, stage, model
+        self.left_out: set[str] = set()
 
     def plan(self, plan: FreezePlan, first_step: int, num_steps: int, dtype: torch.dtype) -> None:
         self.reporter.plan(plan)
@@ -35,6 +36,7 @@ class StageLog:
     ) -> None:
         """`done`: steps so far, this one included."""
         loss = sum(taken.losses.values())
+        self.left_out |= skipped.keys()
         for sample, error in skipped.items():
             self.log.write("skipped", self.stage.name, done, id=sample, reason=str(error))
         self.log.write(
@@ -78,3 +80,10 @@ class StageLog:
     def end(self, num_steps: int, seconds: float) -> None:
         took = {"seconds": round(seconds, 3)}
         self.log.write("stage_end", self.stage.name, num_steps, **took, **gate_fields(self.model))
+        if self.left_out:
+            self.reporter.note(f"stage {self.stage.name}: {left_out(len(self.left_out))}")
+
+
+def left_out(count: int) -> str:
+    """What people are told of samples that are skipped."""
+    return f"samples left out, since they cannot be used: {count}; log.jsonl says why"

@@ -3,10 +3,12 @@
 A start (`starts`), then steps (`optimization`), told by `stage_log` and kept by `stage_state`.
 """
 
+import math
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from typing import Any
 
 import torch
 
@@ -16,6 +18,7 @@ from chiasm.training.attention import fast_attention
 from chiasm.training.batches import WORKERS, Order, prefetch, seed_of
 from chiasm.training.compiling import compiled_layers
 from chiasm.training.context import Context
+from chiasm.training.errors import TrainingError
 from chiasm.training.features import Rows, stage_features
 from chiasm.training.four_bit import four_bit_layers
 from chiasm.training.gradient_checkpointing import checkpointed_layers
@@ -53,17 +56,9 @@ class StageRun:
         self.dtype = choose_dtype(stage.dtype, self.device)
         self.resumed = context.run.resumed_in(stage.name)
         self.first_step = self.resumed.position.step if self.resumed is not None else 0
-        survey = context.survey.with_one_picture() if stage.shows_one_picture else context.survey
-        survey = survey.with_pictures() if stage.reads_pictures else survey
-        self.left_out = len(context.survey.usable) - len(survey.usable)
-        if stage.data != "all":
-            survey = survey.of_kind(context.samples, captions=stage.data == "captions")
+        self.left_out = len(context.survey.usable) - len(context.survey.with_pictures_for(stage).usable)
+        survey = context.survey.of_stage(stage, context.samples)
         self.order = Order(survey.usable, survey.lengths if stage.group_by_length else None, stage, number)
-        if not survey.usable:
-            what: str = ("captions" if stage.reads_captions else "questions") if stage.data == "all" else stage.data
-            what = "pictures" if stage.reads_pictures else what
-            count = " of one picture each" if stage.shows_one_picture else ""
-            raise ValueError(f"stage {stage.name!r} reads {what}{count}, and the data has no such sample")
         self.num_steps = stage.num_steps(len(survey.usable))
 
     def _learner(self, earlier: Sequence[Stage]) -> StageModel:
@@ -131,7 +126,8 @@ class StageRun:
                 hope.after(done, bool(taken.samples), skipped)
                 if done == self.num_steps or (self.stage.validation.every and done % self.stage.validation.every == 0):
                     self._validate(done)
-                if done < self.num_steps and self.stage.checkpoint_due(done, time.monotonic() - saved):
+                due = self.stage.checkpoint_due(done, time.monotonic() - saved)
+                if done < self.num_steps and self.team.first_says(due):
                     self.state.save(done, self.optimizer)
                     saved = time.monotonic()
                 started = time.monotonic()
@@ -186,13 +182,11 @@ class StageRun:
     def _validator(self) -> Validator | None:
         context, stage = self.context, self.stage
         held_out = usable_samples(context.held_out, stage.validation.samples, stage.skip_bad)
-        if stage.shows_one_picture:
-            held_out = [sample for sample in held_out if len(sample.images) == 1]
-        if stage.reads_pictures:
-            held_out = [sample for sample in held_out if sample.images]
+        held_out = [sample for sample in held_out if stage.takes(len(sample.images))]
         if not held_out:
             return None
-        others = [context.samples[index] for index in context.survey.usable[:SPARE_PICTURES]]
+        held_out = self._readable(held_out)
+        others = self._readable([context.samples[index] for index in context.survey.usable[:SPARE_PICTURES]])
         answers = stage.validation.answers
         validator = Validator(self.learner, self._source, held_out, others, stage.batch_size, answers, context.generate)
         if not validator.right:
@@ -202,6 +196,13 @@ class StageRun:
             self.log.warn(self.first_step, "no shuffled-image control: the data has no two different pictures")
         return validator
 
+    def _readable(self, samples: list[Sample]) -> list[Sample]:
+        """The samples whose pictures can be read, so that the control asks the same questions."""
+        if not self.stage.skip_bad:
+            return samples
+        source = self._source(samples)
+        return [sample for index, sample in enumerate(samples) if source.fault(index) is None]
+
     def _validate(self, done: int) -> None:
         if self.validator is None:
             return
@@ -209,7 +210,17 @@ class StageRun:
         self.engine.model.eval()
         result = self.validator.run(self.dtype, self.engine, self.team)
         set_modes(self.engine.model, self.plan)
+        self.team.stop_if_any(self._infinite(done, result))
         self.log.validation(done, result, time.monotonic() - started)
+
+    def _infinite(self, done: int, result: dict[str, Any]) -> TrainingError | None:
+        wrong = next((key for key in ("loss", "shuffled_loss") if not math.isfinite(result[key] or 0.0)), None)
+        if wrong is None:
+            return None
+        return TrainingError(
+            f"stage {self.stage.name!r}, step {done}: the validation's {wrong} is {result[wrong]}; lower lr, or look "
+            "at the held-out samples; the last checkpoint is intact"
+        )
 
     def _finish(self, seconds: float) -> None:
         self.log.end(self.num_steps, seconds)

@@ -78,7 +78,7 @@ def enter(model: PreTrainedModel, stage: Stage) -> FreezePlan:
         raise ValueError(f"stage {stage.name!r} trains nothing: every part is frozen")
     _refuse_split_tensors(model, stage.name, groups)
     if any(group.plan.tune == "qlora" for group in groups):
-        require_four_bit(stage.name, model.device)
+        require_four_bit(stage, model.device)
     targets = {
         (group.part, group.label): adapter_targets(model, stage, group, sum(g.part == group.part for g in groups) == 1)
         for group in groups

@@ -57,6 +57,10 @@ class Team:
         dist.all_gather_object(said, value)
         return said
 
+    def first_says(self, value: bool) -> bool:
+        """What the first process thinks, where clocks may differ."""
+        return bool(self.sums([value if self.first else False])[0])
+
     def stop_if_any(self, error: Exception | None) -> None:
         """Ends all processes where one has an error, which the first one raises."""
         if self.size == 1:

@@ -16,14 +16,12 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.collation import require_one_size
-from chiasm.data.schema import Sample, SampleError
-from chiasm.data.splits import hold_out
+from chiasm.data.schema import Sample
 from chiasm.fusion.adapters import plain_name
 from chiasm.fusion.late import LateFusionModel
 from chiasm.training.checkpoint import WEIGHTS, restore
 from chiasm.training.closed_form import closed_form as closed_form_start
 from chiasm.training.context import Context
-from chiasm.training.features import with_hint
 from chiasm.training.fingerprint import model_fingerprint
 from chiasm.training.forgetting import ForgettingProbe
 from chiasm.training.late_stage import give_answer_head
@@ -32,13 +30,11 @@ from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
 from chiasm.training.run import LOG, MODEL, fingerprint_of, open_run
 from chiasm.training.schema import Recipe
-from chiasm.training.source import survey
+from chiasm.training.source import split, survey
+from chiasm.training.stage_log import left_out
 from chiasm.training.stage_run import StageRun
 from chiasm.training.team import Team, processes
 from chiasm.training.validation import Generate
-
-HELD_OUT_SHARE = 0.05
-FEWEST_HELD_OUT = 2
 
 
 @dataclass(frozen=True)
@@ -89,10 +85,8 @@ def train(
         reporter = Reporter("auto" if team.first and not quiet else "quiet")
         loaded = team.all_do(lambda: load_recipe(recipe, overrides))
         team.all_do(lambda: require_one_size(processor, model.vision.image_size))
-        validates = any(stage.validation.samples for stage in loaded.stages)
-        kept, held_out = team.all_do(lambda: _split(samples, validation_samples, validates))
-        skip_bad = any(stage.skip_bad for stage in loaded.stages)
-        found = team.all_do(lambda: survey(kept, processor.num_image_tokens, skip_bad, reporter))
+        kept, held_out = team.all_do(lambda: split(samples, validation_samples, loaded))
+        found = team.all_do(lambda: survey(kept, processor.num_image_tokens, loaded.skips_bad, reporter))
         seen = fingerprint_of(loaded, model_fingerprint(model), found.fingerprint, _processor_fingerprint(processor))
         _require_one_mind(team, seen)
         environment = _environment(model, team)
@@ -121,15 +115,17 @@ def _begin(context: Context, recipe: Recipe, environment: dict[str, Any]) -> Non
         bad = context.survey.bad
         counts: dict[str, Any] = {"samples": len(context.survey.usable), "held_out": len(context.held_out), "bad": bad}
         run.log.write("start", **counts, **environment, model=_described(model))
+        if bad:
+            context.reporter.note(left_out(len(bad)))
         if context.probe is not None:
             run.log.write("forgetting", **context.probe.fields())
         return
     context.trained = {plain_name(name) for name in run.resumed.names(WEIGHTS)}
     position = run.resumed.position
+    if isinstance(model, LateFusionModel) and any(name.startswith("answer_head.") for name in context.trained):
+        taught = next(stage for stage in recipe.stages if stage.objectives == ["answers"])
+        give_answer_head(model, taught, context.samples, context.survey.usable)
     if position.finished:
-        if isinstance(model, LateFusionModel) and any(name.startswith("answer_head.") for name in context.trained):
-            taught = next(stage for stage in recipe.stages if stage.objectives == ["answers"])
-            give_answer_head(model, taught, context.samples, context.survey.usable)
         restore(dict(model.named_parameters()), run.resumed, {})
         if not next(stage for stage in recipe.stages if stage.name == position.stage).reads_captions:
             run.save_model(position.stage, model, context.processor)
@@ -161,17 +157,6 @@ def _require_one_mind(team: Team, seen: dict[str, Any]) -> None:
             f"process {other} sees another {key.removesuffix('s')} than process 0; give every machine the same files"
         )
         team.stop_if_any(fault)
-
-
-def _split(
-    samples: Sequence[Sample], validation_samples: Sequence[Sample] | None, validates: bool
-) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    if validation_samples is not None or not validates or len(samples) < 2:
-        return samples, validation_samples or []
-    try:
-        return hold_out(samples, max(HELD_OUT_SHARE, min(0.1, FEWEST_HELD_OUT / len(samples))))
-    except SampleError as error:
-        raise with_hint(error) from error
 
 
 def _described(model: PreTrainedModel) -> dict[str, Any]:

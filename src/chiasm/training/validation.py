@@ -50,7 +50,7 @@ class Validator:
         self.wrong = _batches(source([s for s in swapped if s is not None]), batch_size) if self.controlled else []
         self.generate = generate if learner.answers else None
         self.asked = [sample for sample in samples if sample.answer.strip()][:num_answers]
-        self.num_samples = len(samples)
+        self.num_samples = sum(len(batch.ids) for batch in self.right)
 
     def run(self, dtype: torch.dtype, engine: Engine | None = None, team: Team | None = None) -> dict[str, Any]:
         """The validation's fields in the log. Processes with whole models share the work; the first one answers."""
