@@ -5,34 +5,30 @@ from pathlib import Path
 
 from chiasm.connectors import CONNECTORS
 from chiasm.fusion.config import FUSIONS
+from chiasm.fusion.unified_build import INPUTS as UNIFIED_INPUTS
 from chiasm.interop.convert import KINDS, ROUTES
 from chiasm.interop.export.gguf_language import ARCHITECTURES
+from chiasm.interop.export.gguf_vision import CLASS_TOKEN, PROJECTORS, TOWERS
 
 PAGE = Path(__file__).parent / "convert.md"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
-GGUF = {
-    "mlp": "two layers with GELU, SigLIP or CLIP*",
-    "linear": "SigLIP or CLIP*",
-    "ldp": "24×24 patches of SigLIP or CLIP*",
-}
-"""Connectors that llama.cpp has a projector for, and on which condition."""
+ENCODERS = ", ".join(
+    f"`{name}`{' with `--inexact`*' if name in CLASS_TOKEN else ''}" for name in sorted(TOWERS, reverse=True)
+)
 
 
 def table() -> str:
     """One row for each fusion and connector, and for what has none."""
-    lines = ["| fusion | connector | transformers | vLLM | llama.cpp, ollama | ONNX |", "|---|---|---|---|---|---|"]
+    lines = ["| fusion | connector, image input | transformers | vLLM | llama.cpp, ollama | ONNX |", "|---|---|---|---|---|---|"]
     for fusion in FUSIONS:
-        if fusion == "unified":
-            continue
-        for name in CONNECTORS:
+        for name in UNIFIED_INPUTS if fusion == "unified" else CONNECTORS:
             kinds = {kind: attention for (f, attention, c), kind in ROUTES.items() if (f, c) == (fusion, name)}
-            if fusion == "intermediate" and not kinds:
+            if fusion != "early" and not kinds:
                 continue
             lines.append(_row(fusion, name, kinds))
     lines.append("| intermediate | others | none | none | none | none |")
     lines.append("| late | CLIP's and SigLIP's own | clip, siglip (`AutoModel`) | none | none | none |")
-    lines.append("| unified | none | none | none | none | none |")
     return "\n".join(lines)
 
 
@@ -43,7 +39,7 @@ def _row(fusion: str, name: str, kinds: dict[str, str]) -> str:
     )
     vllm = "; ".join(f"{kind}: {KINDS[kind].vllm}" for kind in kinds)
     early = fusion == "early"
-    gguf = GGUF.get(name, "none") if early else "none"
+    gguf = PROJECTORS[name].holds if early and name in PROJECTORS else "none"
     return f"| {fusion} | `{name}` | {into or 'none'} | {vllm or 'none'} | {gguf} | {'yes' if early else 'none'} |"
 
 
@@ -52,7 +48,8 @@ def page() -> str:
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     families = ", ".join(f"`{name}`" for name in ARCHITECTURES)
-    return f"{before}{BEGIN}\n{table()}\n\nLanguage models in GGUF: {families}.\n{END}{after}"
+    gguf = f"GGUF takes the encoders {ENCODERS}, and the language models {families}."
+    return f"{before}{BEGIN}\n{table()}\n\n{gguf}\n{END}{after}"
 
 
 if __name__ == "__main__":

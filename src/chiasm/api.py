@@ -40,6 +40,7 @@ def convert(
     *,
     quantize: str | None = None,
     check: bool = True,
+    inexact: bool = False,
 ) -> Converted:
     """Writes a model as another tool's checkpoint (`chiasm.interop.convert`).
 
@@ -49,9 +50,10 @@ def convert(
         output: a new folder.
         quantize: of GGUF files, such as `q8_0`.
         check: whether the result is loaded again and compared with the model.
+        inexact: of GGUF files, whether they are written where llama.cpp is known to compute something else.
     """
     loaded = load(model) if isinstance(model, str | Path) else model
-    return convert_model(loaded.model, loaded._processor, to, output, quantize=quantize, check=check)
+    return convert_model(loaded.model, loaded._processor, to, output, quantize=quantize, check=check, inexact=inexact)
 
 
 def train(

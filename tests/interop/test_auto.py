@@ -16,21 +16,26 @@ from chiasm.training.card import model_card
 FUSIONS: dict[str, dict[str, Any]] = {
     "early": {"connector": "mlp"},
     "intermediate": {"fusion": "intermediate", "connector": tiny.connector("perceiver_resampler", project=False)},
+    "unified": {"fusion": "unified", "vision": None, "image_input": {"name": "patches", "patch_size": 8}},
+    "instructed": {"connector": tiny.connector("qformer", instruction=True)},
 }
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_a_folder_loads_by_itself(fusion: str, tmp_path: Path) -> None:
-    vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer(), **FUSIONS[fusion])
+    options = {"vision": tiny.vision(), "language": tiny.language(), **FUSIONS[fusion]}
+    vlm = chiasm.connect(**options, tokenizer=tiny.tokenizer())
     vlm.save_pretrained(tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     assert type(model) is type(vlm.model)
-    inputs = AutoProcessor.from_pretrained(tmp_path)(messages=QUESTION, images=tiny.picture())
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert type(processor) is type(vlm.processor)
+    inputs = processor(messages=QUESTION, images=tiny.picture())
     with torch.no_grad():
         expected = vlm.model(**vlm.processor(messages=QUESTION, images=tiny.picture())).logits
         assert torch.equal(model(**inputs).logits, expected)
     card = (tmp_path / "README.md").read_text()
-    assert "pipeline_tag: image-text-to-text" in card and f"| fusion | {fusion} |" in card
+    assert "pipeline_tag: image-text-to-text" in card and f"| fusion | {vlm.model.config.fusion} |" in card
     assert type(chiasm.VLM.from_pretrained(tmp_path).model) is type(model)
 
 

@@ -166,6 +166,16 @@ def with_processor(folder: Path, kind: str) -> ProcessorMixin:
     return processor
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_can_be_learned(kind: str, tmp_path: Path) -> None:
+    reference(tmp_path, kind, "opt")
+    with_processor(tmp_path, kind)
+    processor = chiasm.load(tmp_path).processor
+    told = [*user_message("What?", 1), {"role": "assistant", "content": "A cat."}]
+    encoded = processor.encode(told, 1, supervise=True)
+    assert processor.tokenizer.decode([label for label in encoded["labels"] if label >= 0]).strip() == "A cat."
+
+
 @pytest.mark.parametrize(("kind", "text"), PAIRS)
 def test_processor_gives_the_same_inputs_and_chat_answers(kind: str, text: str, tmp_path: Path) -> None:
     theirs = reference(tmp_path, kind, text)

@@ -1,5 +1,6 @@
 """Chiasm models become checkpoints that transformers loads by itself, with the same inputs, logits and weights."""
 
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ import test_idefics2
 import test_internvl
 import test_llava
 import test_paligemma
+import test_unified_loaders
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, LlamaConfig, pipeline
+from transformers.utils import is_torchvision_available
+from typer.testing import CliRunner
 
 import chiasm
 import tiny
+from chiasm.cli import app
 from chiasm.fusion.adapters import add_adapter
-from chiasm.interop.convert import KINDS, ROUTES, convert
+from chiasm.interop.convert import KINDS, ROUTES, convert, route
 from chiasm.interop.export.check import QUESTION, probe_picture
 from chiasm.interop.export.prompts import portable_template
 
@@ -29,11 +34,32 @@ REFERENCES: dict[str, Any] = {
     "idefics patches": lambda folder: test_idefics.reference(
         folder, **test_idefics.CASES["patches, vector gates, qk norms"]
     ),
+    "idefics without added words": lambda folder: test_idefics.reference(folder, additional_vocab_size=0),
     "idefics2": test_idefics2.reference,
     "internvl": test_internvl.reference,
     "paligemma": test_paligemma.reference,
     "llava": lambda folder: (test_llava.reference(folder), test_llava.theirs(folder)),
     "llava tied": lambda folder: test_llava.reference(folder, "siglip", tie_word_embeddings=True),
+    "chameleon": lambda folder: test_unified_loaders.chameleon(tie_word_embeddings=True).save_pretrained(folder),
+    "chameleon 34b": lambda folder: test_unified_loaders.chameleon(
+        swin_norm=True, attention_bias=True, mlp_bias=True
+    ).save_pretrained(folder),
+    "fuyu": lambda folder: test_unified_loaders.fuyu().save_pretrained(folder),
+}
+
+
+def blip(kind: str, text: str) -> Any:
+    return lambda folder: (test_blip2.reference(folder, kind, text), test_blip2.with_processor(folder, kind))
+
+
+WITH_PROCESSORS: dict[str, Any] = {
+    "blip2": blip("blip2", "opt"),
+    "blip2 t5": blip("blip2", "t5"),
+    "instructblip": blip("instructblip", "llama"),
+    "idefics": lambda folder: test_idefics.processors(folder, use_resampler=True),
+    "idefics2": test_idefics2.with_processor,
+    "paligemma": test_paligemma.with_processor,
+    "chameleon": test_unified_loaders.chameleon_with_processor,
 }
 
 
@@ -46,6 +72,25 @@ def test_a_round_trip_is_exact(name: str, tmp_path: Path) -> None:
     before, after = vlm.model.state_dict(), chiasm.load(tmp_path / "out").model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", WITH_PROCESSORS)
+def test_a_processor_goes_along(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    WITH_PROCESSORS[name](tmp_path / "first")
+    vlm = chiasm.load(tmp_path / "first", dtype=dtype)
+    done = convert(vlm.model, vlm.processor, "transformers", tmp_path / "out")
+    assert done.difference is not None and done.difference < (1e-4 if dtype == torch.float32 else 0.05)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    exported = KINDS[route(vlm.model)].export(vlm.model, vlm.processor)
+    inputs = exported.ask(AutoProcessor.from_pretrained(tmp_path / "out"), QUESTION, tiny.picture()).to(dtype)
+    assert theirs.dtype == dtype
+    if dtype != torch.float32:
+        return  # roundings decide between words that are as likely
+    tokens = theirs.generate(**inputs, max_new_tokens=5, do_sample=False)
+    tokens = tokens if theirs.config.is_encoder_decoder else tokens[:, inputs["input_ids"].shape[1] :]
+    text = vlm.processor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+    assert text == vlm.chat(tiny.picture(), "What is it?", max_new_tokens=5)
 
 
 CONNECTED: dict[str, dict[str, Any]] = {
@@ -119,11 +164,53 @@ def test_a_prefix_model_becomes_paligemma(tmp_path: Path) -> None:
 
 
 def test_internvl_keeps_its_processor(tmp_path: Path) -> None:
-    """Its class needs torchvision, so that the files are compared here, not loaded."""
+    """Its class for videos needs torchvision to be loaded, not to be written down."""
     test_internvl.with_processor(tmp_path)
     vlm = chiasm.load(tmp_path)
     assert "<IMG_CONTEXT>" in portable_template(vlm.processor)
-    convert(vlm.model, None, "transformers", tmp_path / "out")
+    done = convert(vlm.model, vlm.processor, "transformers", tmp_path / "out")
+    assert done.difference is not None and done.difference < 1e-4
+    assert is_torchvision_available() or any("torchvision" in note for note in done.notes)
+    told = json.loads((tmp_path / "out" / "processor_config.json").read_text())
+    assert told["processor_class"] == "InternVLProcessor" and told["image_seq_length"] == 9
+    assert told["video_processor"]["video_processor_type"] == "InternVLVideoProcessor"
+    assert told["video_processor"]["size"] == told["image_processor"]["size"] == {"height": 24, "width": 24}
+    inputs = vlm.processor(messages=QUESTION, images=probe_picture(vlm.model))
+    found = chiasm.load(tmp_path / "out").processor(messages=QUESTION, images=probe_picture(vlm.model))
+    assert all(torch.equal(found[name], inputs[name]) for name in inputs)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_from_the_command_line(tied: bool, tmp_path: Path) -> None:
+    """Odd sizes, added words, bfloat16 and adapters that are not merged."""
+    words = tiny.tokenizer()
+    words.add_tokens(["<one>", "<two>"])
+    sizes = {"hidden_size": 42, "intermediate_size": 51, "num_hidden_layers": 2, "num_attention_heads": 3}
+    sizes |= {"num_key_value_heads": 1, "vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257}
+    language = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=tied, initializer_range=0.3))
+    language.resize_token_embeddings(len(words))
+    vlm = chiasm.connect(tiny.vision(), language, "mlp", tokenizer=words)
+    vlm.model.to(torch.bfloat16)
+    add_adapter(vlm.model, "language", rank=2)
+    for name, parameter in vlm.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    vlm.save_pretrained(tmp_path / "mine")
+    asked = ["convert", str(tmp_path / "mine"), "--to", "transformers", "-o", str(tmp_path / "out"), "--json"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["kind"] == "llava"
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert theirs.dtype == torch.bfloat16
+    assert (theirs.lm_head.weight.data_ptr() == theirs.get_input_embeddings().weight.data_ptr()) == tied
+    ask = pipeline("image-text-to-text", model=str(tmp_path / "out"))
+    message = {
+        "role": "user",
+        "content": [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "<one> What?"}],
+    }
+    answer = ask(text=[message], max_new_tokens=3, do_sample=False, return_full_text=False)[0]["generated_text"]
+    merged_vlm = chiasm.load(tmp_path / "out")
+    assert answer.strip() == merged_vlm.chat(tiny.picture(), "<one> What?", max_new_tokens=3).strip()
 
 
 def test_adapters_are_merged_in_a_copy(tmp_path: Path) -> None:
@@ -168,6 +255,8 @@ def test_every_route_leads_to_a_kind() -> None:
         convert(vlm.model, vlm.processor, "ollama", Path("nowhere"))
     with pytest.raises(ValueError, match="--quantize is for --to gguf"):
         convert(vlm.model, vlm.processor, "onnx", Path("nowhere"), quantize="q8_0")
+    with pytest.raises(ValueError, match="--inexact is for --to gguf"):
+        convert(vlm.model, vlm.processor, "onnx", Path("nowhere"), inexact=True)
 
 
 def test_the_table_of_the_guide_is_current() -> None:

@@ -128,18 +128,21 @@ def test_matrices_are_quantised_on_request(quantize: str, kind: str, tmp_path: P
         ({"connector": {"name": "mlp", "activation": "silu"}}, "activation='silu'"),
         ({"language": tiny.language("gemma3")}, "a language model of type 'gemma3_text'"),
         ({"vision": tiny.vision("dinov2")}, "llama.cpp's projector types read CLIP and SigLIP"),
+        ({"vision": tiny.vision("clip")}, "misplaces the class token .* with --inexact"),
         ({"features": {"layers": [1, 2]}}, "llama.cpp reads the patches of one hidden state"),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    parts = {"vision": tiny.vision(), "language": tiny.language(), "connector": "mlp"} | options
+    parts = {"vision": tiny.vision("siglip"), "language": tiny.language(), "connector": "mlp"} | options
     vlm = chiasm.connect(**parts, tokenizer=tiny.tokenizer())
     with pytest.raises(ValueError, match=message):
         convert(vlm.model, vlm.processor, "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_class_token_of_clip_is_told(tmp_path: Path) -> None:
-    vlm = chiasm.connect(tiny.vision(), tiny.language(), "mlp", tokenizer=tiny.tokenizer())
-    notes = convert(vlm.model, vlm.processor, "gguf", tmp_path).notes
-    assert any("class token" in note for note in notes)
+def test_clip_is_written_for_a_repaired_llama_cpp_only_on_request(tmp_path: Path) -> None:
+    vlm = chiasm.connect(tiny.vision("clip"), tiny.language(), "mlp", tokenizer=tiny.tokenizer())
+    notes = convert(vlm.model, vlm.processor, "gguf", tmp_path, inexact=True).notes
+    assert any("class token" in note and "wrong" in note for note in notes)
+    names = {tensor.name for tensor in GGUFReader(tmp_path / "mmproj.gguf").tensors}
+    assert "v.class_embd" in names

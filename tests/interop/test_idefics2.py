@@ -88,17 +88,22 @@ TEMPLATE = (
 )
 
 
-@pytest.mark.parametrize("splitting", [False, True])
-def test_the_processor_gives_the_same_inputs(splitting: bool, tmp_path: Path) -> None:
+def with_processor(folder: Path, splitting: bool = False) -> Idefics2Processor:
     text = tiny.language().config.to_dict() | {"vocab_size": 263}
-    reference(tmp_path, text_config=text)
+    reference(folder, text_config=text)
     tokenizer = tiny.tokenizer(None)
     tokenizer.add_tokens(["<image>", "<fake_token_around_image>", "<end_of_utterance>"], special_tokens=True)
     images = Idefics2ImageProcessorPil(
         size={"shortest_edge": 20, "longest_edge": 33}, do_image_splitting=splitting, do_convert_rgb=True
     )
     processor = Idefics2Processor(images, tokenizer, image_seq_len=LATENTS, chat_template=TEMPLATE)
-    processor.save_pretrained(tmp_path)
+    processor.save_pretrained(folder)
+    return processor
+
+
+@pytest.mark.parametrize("splitting", [False, True])
+def test_the_processor_gives_the_same_inputs(splitting: bool, tmp_path: Path) -> None:
+    processor = with_processor(tmp_path, splitting)
     vlm = chiasm.load(tmp_path)
     pictures = [tiny.picture(1), tiny.picture(2).resize((70, 21)), tiny.picture(3)]
     texts = ["What?<image><image>Both <image> here", "<image>One"]

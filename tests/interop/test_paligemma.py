@@ -131,14 +131,19 @@ def test_a_projection_of_another_width_is_told(tmp_path: Path) -> None:
         chiasm.load(tmp_path)
 
 
-def test_the_processor_gives_the_same_inputs(tmp_path: Path) -> None:
-    reference(tmp_path)
+def with_processor(folder: Path) -> PaliGemmaProcessor:
+    reference(folder)
     tokenizer = tiny.tokenizer(None)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     images = SiglipImageProcessorPil(size={"height": 30, "width": 30})
     images.image_seq_length = 9
     processor = PaliGemmaProcessor(images, tokenizer)
-    processor.save_pretrained(tmp_path)
+    processor.save_pretrained(folder)
+    return processor
+
+
+def test_the_processor_gives_the_same_inputs(tmp_path: Path) -> None:
+    processor = with_processor(tmp_path)
     vlm = chiasm.load(tmp_path)
     pictures = [tiny.picture(1), tiny.picture(2)]
     for texts in (["<image>caption en", "<image>ocr"], ["caption en", "ocr"]):

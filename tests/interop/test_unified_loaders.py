@@ -9,14 +9,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     ChameleonConfig,
     ChameleonForConditionalGeneration,
+    ChameleonProcessor,
     FuyuConfig,
     FuyuForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
 import chiasm
 import contracts
+import tiny
 from chiasm.fusion.packed import PackedFusionModel
 from chiasm.fusion.unified import UnifiedModel
 
@@ -43,18 +46,28 @@ def _shaken(model: Any) -> Any:
     return model.eval()
 
 
-def _chameleon(**options: Any) -> Any:
-    letters = "ABCDEFGHIJ"
-    codes = {f"IMGIMG{''.join(letters[int(digit)] for digit in str(code))}Z": 60 - code for code in range(13)}
+CODES = [f"IMGIMG{''.join('ABCDEFGHIJ'[int(digit)] for digit in str(code))}Z" for code in range(13)]
+
+
+def chameleon(**options: Any) -> Any:
+    words = {"<image>": IMAGE, **{word: 60 - code for code, word in enumerate(CODES)}}
     vq = {"embed_dim": 6, "num_embeddings": 13, "latent_channels": 5, "resolution": 16, "base_channels": 32}
     vq |= {"channel_multiplier": [1, 2, 1], "num_res_blocks": 1, "attn_resolutions": [4]}
-    config = ChameleonConfig(
-        **SIZES, num_key_value_heads=2, vq_config=vq, vocabulary_map={"<image>": IMAGE, **codes}, **options
-    )
-    return _shaken(ChameleonForConditionalGeneration(config))
+    options = {"vocabulary_map": words, "num_key_value_heads": 2, **options}
+    return _shaken(ChameleonForConditionalGeneration(ChameleonConfig(**SIZES | options, vq_config=vq)))
 
 
-def _fuyu() -> Any:
+def chameleon_with_processor(folder: Path) -> None:
+    words = tiny.tokenizer(None)
+    words.add_tokens(["<image>", "<racm3:break>", "<eoss>", "<reserved08706>", *CODES], special_tokens=True)
+    words.sep_token = "<reserved08706>"
+    ids = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    chameleon(vocab_size=len(words), vocabulary_map=words.get_vocab(), **ids).save_pretrained(folder)
+    images = ChameleonImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    ChameleonProcessor(images, words, image_seq_length=16).save_pretrained(folder)
+
+
+def fuyu() -> Any:
     text = {**SIZES, "model_type": "persimmon", "partial_rotary_factor": 0.5, "qk_layernorm": True, "head_dim": None}
     text.pop("head_dim")
     config = FuyuConfig(text_config={**text, "hidden_size": 48}, patch_size=5, image_size=20, image_token_id=IMAGE)
@@ -83,7 +96,7 @@ def _loaded(reference: Any, folder: Path) -> Any:
 
 @pytest.mark.parametrize("options", [{}, {"swin_norm": True, "attention_bias": True, "mlp_bias": True}])
 def test_chameleon(tmp_path: Path, options: dict[str, Any]) -> None:
-    reference = _chameleon(**options)
+    reference = chameleon(**options)
     model = _loaded(reference, tmp_path)
     assert isinstance(model, UnifiedModel)
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -94,7 +107,7 @@ def test_chameleon(tmp_path: Path, options: dict[str, Any]) -> None:
 
 
 def test_chameleon_without_a_code(tmp_path: Path) -> None:
-    reference = _chameleon()
+    reference = chameleon()
     reference.config.vocabulary_map.pop("IMGIMGBAZ")
     reference.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"vocabulary_map in config.json has no word for code 10 of 13"):
@@ -102,7 +115,7 @@ def test_chameleon_without_a_code(tmp_path: Path) -> None:
 
 
 def test_fuyu(tmp_path: Path) -> None:
-    reference = _fuyu()
+    reference = fuyu()
     model = _loaded(reference, tmp_path)
     assert isinstance(model, UnifiedModel) and model.kind == "raster"
     ids = _text([IMAGE] * 3, 71, [IMAGE] * 3, 71, 1, *range(3, 14))
@@ -161,7 +174,7 @@ def test_qwen2_vl_continues_without_being_told_positions(tmp_path: Path) -> None
 
 
 def test_saved_again_and_loaded(tmp_path: Path) -> None:
-    for name, reference in (("chameleon", _chameleon()), ("fuyu", _fuyu()), ("qwen2_vl", _qwen2_vl())):
+    for name, reference in (("chameleon", chameleon()), ("fuyu", fuyu()), ("qwen2_vl", _qwen2_vl())):
         model = _loaded(reference, tmp_path / name)
         model.save_pretrained(tmp_path / f"{name}-again")
         again = chiasm.load(tmp_path / f"{name}-again").model

@@ -17,6 +17,9 @@ def convert(
     quantize: Annotated[
         str | None, typer.Option(help="Of GGUF: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; else as it is.")
     ] = None,
+    inexact: Annotated[
+        bool, typer.Option("--inexact", help="Of GGUF: write it where llama.cpp is known to compute something else.")
+    ] = False,
     check: Annotated[bool, typer.Option(help="Load the result again and compare it with the model.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -24,7 +27,7 @@ def convert(
     from chiasm import api
 
     refuse_to_overwrite(output)
-    done = api.convert(model, to, output, quantize=quantize, check=check)
+    done = api.convert(model, to, output, quantize=quantize, check=check, inexact=inexact)
     if as_json:
         return emit(
             {

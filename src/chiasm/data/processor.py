@@ -102,6 +102,10 @@ class ChiasmProcessor(ProcessorMixin):
         options = {name: processor_dict.get(name, default) for name, default in OPTIONS.items()}
         return cls(image_processor, tokenizer, num_image_tokens=processor_dict["num_image_tokens"], **options)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is stored: all options, also those that a subclass only passes on."""
+        return super().to_dict() | {name: getattr(self, name) for name in OPTIONS}
+
     def __call__(
         self,
         images: Any = None,

@@ -8,7 +8,9 @@ from typing import Any
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from chiasm.data.captions import CaptionProcessor
+from chiasm.data.instruction import InstructionProcessor
 from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.unified import UnifiedProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.fusion.early_seq2seq import EarlySeq2SeqModel
@@ -24,6 +26,8 @@ RETRIEVAL: tuple[Any, ...] = (LateFusionModel, QFormerRetrieval)
 
 AutoModelForImageTextToText.register(ChiasmConfig, GENERATIVE, exist_ok=True)
 AutoProcessor.register(ChiasmConfig, ChiasmProcessor, exist_ok=True)
+for _kind in (InstructionProcessor, UnifiedProcessor):  # found by the name in the folder, under whichever configuration
+    AutoProcessor.register(type(f"{_kind.__name__}Config", (ChiasmConfig,), {}), _kind, exist_ok=True)
 for _kind in RETRIEVAL:
     AutoModel.register(_kind.config_class, _kind, exist_ok=True)
     AutoProcessor.register(_kind.config_class, CaptionProcessor, exist_ok=True)

@@ -106,6 +106,7 @@ def convert(
     folder: str | Path,
     quantize: str | None = None,
     check: bool = True,
+    inexact: bool = False,
 ) -> Converted:
     """Writes a model as a checkpoint of another tool.
 
@@ -114,6 +115,7 @@ def convert(
         folder: a new one.
         quantize: of GGUF files, a name of `chiasm.interop.gguf.QUANTIZATIONS`.
         check: whether the folder is loaded again and compared with the model.
+        inexact: of GGUF files, whether they are written where llama.cpp is known to compute something else.
 
     Raises:
         ValueError: the tool has nothing that fits; the message says why and what would.
@@ -122,10 +124,13 @@ def convert(
         raise ValueError(f"--to {target!r} is unknown; choose one of {', '.join(TARGETS)}")
     if quantize is not None and target != "gguf":
         raise ValueError(f"--quantize is for --to gguf, got --to {target}")
+    if inexact and target != "gguf":
+        raise ValueError(f"--inexact is for --to gguf, got --to {target}")
     folder = Path(folder)
     if isinstance(model, FusionModel | LateFusionModel):
         model = merged(model)
-    return TARGETS[target](model, processor, folder, quantize=quantize, check=check)
+    options = {"quantize": quantize, "inexact": inexact} if target == "gguf" else {"check": check}
+    return TARGETS[target](model, processor, folder, **options)
 
 
 def route(model: PreTrainedModel) -> str:
@@ -148,9 +153,7 @@ def route(model: PreTrainedModel) -> str:
     return ROUTES[key]
 
 
-def to_transformers(
-    model: PreTrainedModel, processor: Any, folder: Path, quantize: str | None = None, check: bool = True
-) -> Converted:
+def to_transformers(model: PreTrainedModel, processor: Any, folder: Path, check: bool = True) -> Converted:
     """A folder that transformers' Auto classes load without Chiasm."""
     if isinstance(model, LateFusionModel):
         return to_late(model, processor, folder, check)
@@ -179,17 +182,15 @@ def to_late(model: LateFusionModel, processor: Any, folder: Path, check: bool = 
 
 
 def to_gguf(
-    model: PreTrainedModel, processor: Any, folder: Path, quantize: str | None = None, check: bool = True
+    model: PreTrainedModel, processor: Any, folder: Path, quantize: str | None = None, inexact: bool = False
 ) -> Converted:
     """`model.gguf` and `mmproj.gguf` for llama.cpp."""
     _require_generative(model, "GGUF")
-    notes = export_gguf(model, processor, folder, quantize)
+    notes = export_gguf(model, processor, folder, quantize, inexact)
     return Converted("gguf", folder, _files(folder), None, notes)
 
 
-def to_onnx(
-    model: PreTrainedModel, processor: Any, folder: Path, quantize: str | None = None, check: bool = True
-) -> Converted:
+def to_onnx(model: PreTrainedModel, processor: Any, folder: Path, check: bool = True) -> Converted:
     """Graphs for ONNX Runtime."""
     _require_generative(model, "ONNX")
     try:

@@ -17,7 +17,7 @@ from chiasm.interop.export.gguf_language import (
     write_language,
 )
 from chiasm.interop.export.gguf_tokenizer import write_tokenizer
-from chiasm.interop.export.gguf_vision import depth, projector, write_vision
+from chiasm.interop.export.gguf_vision import CLASS_TOKEN, ELSEWHERE, depth, projector, write_vision
 from chiasm.interop.export.parts import require, require_plain, rows, weights
 from chiasm.interop.export.prompts import marked_template
 from chiasm.vision.image_processor import ChiasmImageProcessor
@@ -25,8 +25,13 @@ from chiasm.vision.image_processor import ChiasmImageProcessor
 LANGUAGE, VISION = "model.gguf", "mmproj.gguf"
 
 
-def export_gguf(model: FusionModel, processor: ChiasmProcessor | None, folder: Path, quantize: str | None) -> list[str]:
+def export_gguf(
+    model: FusionModel, processor: ChiasmProcessor | None, folder: Path, quantize: str | None, inexact: bool = False
+) -> list[str]:
     """Writes both files, and returns what is good to know about them.
+
+    Args:
+        inexact: whether they are written too where llama.cpp computes something else.
 
     Raises:
         ValueError: llama.cpp cannot run the model; the message says why and what would.
@@ -42,6 +47,12 @@ def export_gguf(model: FusionModel, processor: ChiasmProcessor | None, folder: P
     require_architecture(model.config.text_config)
     depth(model)
     projector(model)
+    require(
+        inexact or model.config.vision_config.model_type not in CLASS_TOKEN,
+        f"llama.cpp misplaces the class token of {model.config.vision_config.model_type!r} encoders (its issue 25814), so "
+        "that its answers about pictures would be wrong",
+        f"connect a siglip_vision_model, write the files for a repaired llama.cpp with --inexact, or {ELSEWHERE}",
+    )
     if processor is None:
         raise ValueError("a GGUF file holds its tokenizer, and this model came without; put its files into the folder")
     quantization = quantize or own_quantization(model.language.dtype)
@@ -83,10 +94,10 @@ def _close(writer: GGUFWriter) -> None:
 
 def _notes(model: FusionModel, processor: ChiasmProcessor) -> list[str]:
     notes = []
-    if model.config.vision_config.model_type == "clip_vision_model":
+    if model.config.vision_config.model_type in CLASS_TOKEN:
         notes.append(
-            "llama.cpp misplaces the class token of CLIP encoders (its issue 25814, still so in a build of 2026-10), "
-            "so answers about pictures differ from Chiasm's there; SigLIP has no such token"
+            "llama.cpp misplaces the class token of this encoder (its issue 25814, still so in a build of 2026-10): "
+            "answers about pictures are wrong until it is repaired"
         )
     images = processor.image_processor
     if isinstance(images, ChiasmImageProcessor) and images.resize_mode != "pad":

@@ -1,5 +1,7 @@
 """A CLIP or SigLIP encoder and its projector → the `mmproj` GGUF file of llama.cpp's multimodal part."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import gguf
@@ -30,6 +32,10 @@ ACTIVATIONS: dict[str, str | None] = {
 GELUS = ("gelu", "gelu_pytorch_tanh", "gelu_new")
 LDP_GRID = (24, 24)
 """The only grid of patches that llama.cpp's LDPv2 takes."""
+
+CLASS_TOKEN = ("clip_vision_model",)
+"""Encoders with a class token. llama.cpp puts it behind the patches, but counts positions and patches as if it stood in
+front of them (its issue 25814), so that no arrangement of the weights gives every patch: the first one is not read."""
 
 ELSEWHERE = "convert --to transformers for vLLM, or --to onnx"
 
@@ -64,20 +70,15 @@ def projector(model: FusionModel) -> tuple[str, dict[str, Tensor]]:
     Raises:
         ValueError: it knows no such projector.
     """
-    connector: Any = model.connector
     options = model.config.connector
-    if isinstance(connector, LinearProjector):
-        return "mlp", _linear(connector)
-    if isinstance(connector, MLPProjector) and len(connector.layers) == 2 and options["activation"] in GELUS:
-        first, last = connector.layers
-        return "mlp", _layer("mm.0", first) | _layer("mm.2", last)
-    if isinstance(connector, LightweightDownsampleProjector) and connector.grid == LDP_GRID:
-        tensors = _layer("mm.model.mlp.0", connector.up) | _layer("mm.model.mlp.2", connector.out)
-        return "ldpv2", tensors | _layer("mm.model.peg.0", connector.peg)
+    known = PROJECTORS.get(options["name"])
+    if known is not None and known.fits(model.connector, options):
+        return known.name, known.tensors(model.connector)
     shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    holds = "; ".join(f"{name}: {one.holds}" for name, one in PROJECTORS.items())
     raise ValueError(
-        f"llama.cpp has no projector for connector {shown}; it has mlp with 2 layers and GELU, linear, and ldp on a "
-        f"24×24 grid: connect with one of them, or {ELSEWHERE}"
+        f"llama.cpp has no projector for connector {shown}; connect with one of those that it has ({holds}), "
+        f"or {ELSEWHERE}"
     )
 
 
@@ -99,6 +100,42 @@ def _linear(connector: LinearProjector) -> dict[str, Tensor]:
         "mm.2.weight": torch.cat([unit, -unit], dim=1),
         "mm.2.bias": bias,
     }
+
+
+def _mlp(connector: MLPProjector) -> dict[str, Tensor]:
+    return _layer("mm.0", connector.layers[0]) | _layer("mm.2", connector.layers[1])
+
+
+def _ldp(connector: LightweightDownsampleProjector) -> dict[str, Tensor]:
+    mlp = _layer("mm.model.mlp.0", connector.up) | _layer("mm.model.mlp.2", connector.out)
+    return mlp | _layer("mm.model.peg.0", connector.peg)
+
+
+@dataclass(frozen=True)
+class Projector:
+    """A projector type of llama.cpp.
+
+    Args:
+        name: there.
+        holds: what it computes.
+        fits: whether that is what a connector with its settings computes.
+        tensors: the connector's weights by llama.cpp's names.
+    """
+
+    name: str
+    holds: str
+    fits: Callable[[Any, dict[str, Any]], bool]
+    tensors: Callable[[Any], dict[str, Tensor]]
+
+
+PROJECTORS = {
+    "mlp": Projector(
+        "mlp", "2 layers with GELU", lambda mlp, told: len(mlp.layers) == 2 and told["activation"] in GELUS, _mlp
+    ),
+    "linear": Projector("mlp", "one layer", lambda linear, _: linear.proj is not None, _linear),
+    "ldp": Projector("ldpv2", "24×24 patches", lambda ldp, _: ldp.grid == LDP_GRID, _ldp),
+}
+"""Connector → the projector that it becomes."""
 
 
 def write_vision(writer: GGUFWriter, model: FusionModel, images: Any, quantization: str) -> None:
