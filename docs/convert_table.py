@@ -20,7 +20,10 @@ ENCODERS = ", ".join(
 
 def table() -> str:
     """One row for each fusion and connector, and for what has none."""
-    lines = ["| fusion | connector, image input | transformers | vLLM | llama.cpp, ollama | ONNX |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| fusion | connector, image input | transformers | vLLM | llama.cpp, ollama | ONNX |",
+        "|---|---|---|---|---|---|",
+    ]
     for fusion in FUSIONS:
         for name in UNIFIED_INPUTS if fusion == "unified" else CONNECTORS:
             kinds = {kind: attention for (f, attention, c), kind in ROUTES.items() if (f, c) == (fusion, name)}

@@ -174,6 +174,7 @@ RECIPE = ["train", "RECIPE", "--model", "MODEL", "--data", "DATA", "-o", "OUT"]
         ([*PARTS, "--vision", "BROKEN"], "damaged or cut off"),
         (["inspect", "BROKEN"], "damaged or cut off"),
         (["inspect", "EMPTY"], "holds no config.json"),
+        (["inspect", "ADAPTER"], "holds PEFT adapters without their model"),
         (["inspect", "TYPELESS"], "is no JSON object with model_type"),
         ([*PARTS[:-1], "MODEL"], "exists and is not empty"),
         ([*RECIPE[:-1], "MODEL"], "is not empty and holds no run"),
@@ -190,7 +191,19 @@ RECIPE = ["train", "RECIPE", "--model", "MODEL", "--data", "DATA", "-o", "OUT"]
 def test_strange_values_are_one_line_and_exit_2(
     run: Any, model: Path, data: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    names = ("OUT", "MODEL", "VISION", "LANGUAGE", "BROKEN", "DAMAGED", "EMPTY", "TYPELESS", "RECIPE", "DATA")
+    names = (
+        "OUT",
+        "MODEL",
+        "VISION",
+        "LANGUAGE",
+        "BROKEN",
+        "DAMAGED",
+        "EMPTY",
+        "ADAPTER",
+        "TYPELESS",
+        "RECIPE",
+        "DATA",
+    )
     places: dict[str, Path] = {name: tmp_path / name.lower() for name in names} | {"DATA": data}
     tiny.vision().save_pretrained(places["VISION"])
     tiny.language().save_pretrained(places["LANGUAGE"])
@@ -201,6 +214,8 @@ def test_strange_values_are_one_line_and_exit_2(
     shutil.copytree(model, places["DAMAGED"])
     (places["DAMAGED"] / "processor_config.json").write_text("{cut off")
     places["EMPTY"].mkdir()
+    places["ADAPTER"].mkdir()
+    (places["ADAPTER"] / "adapter_config.json").write_text("{}")
     places["TYPELESS"].mkdir()
     (places["TYPELESS"] / "config.json").write_text("[]")
     places["RECIPE"].write_text("stages: [{name: a, steps: 1, lr: 1.0e-3, parts: {connector: full, '*': frozen}}]")

@@ -113,9 +113,8 @@ class DualEncoder:
         Raises:
             ValueError: a conversation has not exactly one picture.
         """
-        counts = [len(pictures) for pictures in images]
-        if any(count != 1 for count in counts):
-            raise ValueError(f"a model of two towers answers about one picture, got {max(counts)} in a conversation")
+        if wrong := [len(pictures) for pictures in images if len(pictures) != 1]:
+            raise ValueError(f"a model of two towers answers about one picture, got {wrong[0]} in a conversation")
         questions = [next(text_of(m["content"]) for m in reversed(c) if m["role"] == "user") for c in messages]
         return self.answer([pictures[0] for pictures in images], questions)
 

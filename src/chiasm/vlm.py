@@ -203,6 +203,8 @@ def ready_to_answer(vlm: VLM | DualEncoder) -> Any:
 
 def read_config(source: str) -> dict[str, Any]:
     path = find_file(source, "config.json")
+    if path is None and find_file(source, "adapter_config.json"):
+        raise ValueError(f"{source} holds PEFT adapters without their model; merge_and_unload them, and save the model")
     if path is None:
         raise ValueError(f"{source} holds no config.json, so it is no model; name the folder that has it")
     try:

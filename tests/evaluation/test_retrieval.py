@@ -97,6 +97,9 @@ def test_two_towers_are_scored_beside_the_wrong_picture() -> None:
     assert result.text_to_image == recall(scores.T, same_pairs(samples).T, (1, 12))
     with pytest.raises(ValueError, match="rerank=3 needs a matching head"):
         evaluate_retrieval(encoder.model, encoder.processor, samples, rerank=3)
+    for task in ("retrieval", "zero-shot"):
+        with pytest.raises(ValueError, match="batch_size is 0"):
+            chiasm.api.evaluate(encoder, samples, task=task, batch_size=0)
 
 
 def test_seeing_beats_the_control() -> None:

@@ -83,6 +83,8 @@ def test_what_a_sentence_encoder_says_of_its_pooling(tmp_path: Path) -> None:
         ({"text": "llama", "pooling": {"text": "own"}}, "pooling 'own' is for text encoders that pool by themselves"),
         ({"connector": "qformer"}, "does not project into a shared space"),
         ({"connector": {"name": "linear", "depth": 2}}, "has no option 'depth'"),
+        ({"connector": {"name": "linear", "space": 0}}, "has space=0, expected at least 1"),
+        ({"connector": {"name": "linear", "bias": "no"}}, "has bias='no', expected bool"),
         ({"connector": {"name": "none"}, "text": "llama"}, "'none' needs towers of one width"),
         ({"cross_attention": {}}, "cross_attention= is not for fusion 'late'"),
     ],

@@ -107,6 +107,8 @@ def test_scores_equal_the_reference(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected, found = (model(**pairs, return_loss=True) for model in (theirs, ours.model))
     torch.testing.assert_close(found.loss, expected.loss, **CLOSE)
+    with pytest.raises(ValueError, match=r"for pairs, got 3 picture\(s\) and 4 text\(s\)"):
+        ours.model(**inputs(kind), return_loss=True)
     with pytest.raises(ValueError, match="no processor"):
         ours.score(tiny.picture(), "a cat")
 
@@ -146,6 +148,24 @@ def test_files_of_both_processors_agree(kind: str, tmp_path: Path) -> None:
         reference = CLIPImageProcessor.from_pretrained(tmp_path / "back")
         pixels = reference(tiny.picture(), return_tensors="pt")["pixel_values"]
         torch.testing.assert_close(pixels, given["pixel_values"], rtol=0, atol=0.03)
+
+
+def test_a_tokenizer_without_words_is_none(tmp_path: Path) -> None:
+    make("clip", tmp_path)
+    ChiasmImageProcessor(35, [0.5] * 3, [0.5] * 3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no processor"):
+        chiasm.load(tmp_path).embed_texts("a cat")
+
+
+def test_siglip_reads_lower_case(tmp_path: Path) -> None:
+    make("siglip", tmp_path)
+    tiny.tokenizer(None).save_pretrained(tmp_path)
+    ChiasmImageProcessor(35, [0.5] * 3, [0.5] * 3).save_pretrained(tmp_path)
+    ours = chiasm.load(tmp_path)
+    ours.save_pretrained(tmp_path / "ours")
+    made = chiasm.connect(str(tmp_path), str(tmp_path), {"name": "none", "logit_bias": -10.0}, fusion="late")
+    for encoder in (ours, made, chiasm.load(tmp_path / "ours")):
+        assert torch.equal(encoder.embed_texts("A Cat"), encoder.embed_texts("a cat"))
 
 
 def test_half_understood_checkpoints_are_refused(tmp_path: Path) -> None:
@@ -223,7 +243,7 @@ def test_nothing_is_written_of_a_model_that_does_not_fit(tmp_path: Path) -> None
     assert not (tmp_path / "back").exists()
     towers = clip().vision_model, clip().text_model
     larger = chiasm.connect(*towers, {"name": "linear", "space": 9}, "late", image_size=49)
-    with pytest.raises(ValueError, match="stretched to pictures of 49×49"):
+    with pytest.raises(ValueError, match="stretched to 49×49 pixels"):
         chiasm.api.convert(larger, "transformers", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 

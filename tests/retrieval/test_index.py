@@ -85,13 +85,14 @@ def test_broken_pictures_stop_or_are_named(make: Any, tmp_path: Path) -> None:
     (photos / "002.png").write_bytes((photos / "002.png").read_bytes()[:40])
     with (photos / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "gone.png"}\n')
+    (photos / "link.png").symlink_to("nowhere")
     index = make(ColourEncoder())
     with pytest.raises(ImageError, match=r"002\.png"):
         index.add(read_pictures(photos), batch_size=2)
     assert len(index) == 2
     report = index.add(read_pictures(photos), skip_bad=True)
-    assert list(report.bad) == ["002.png", "gone.png"] and "no such file" in report.bad["gone.png"]
-    assert len(index) == 5 and report.summary() == "3 added, 2 already there, 2 skipped"
+    assert list(report.bad) == ["002.png", "link.png", "gone.png"] and "no such file" in report.bad["gone.png"]
+    assert len(index) == 5 and report.summary() == "3 added, 2 already there, 3 skipped"
 
 
 def test_one_id_for_two_pictures_is_refused(make: Any, tmp_path: Path) -> None:
@@ -153,6 +154,12 @@ def test_patterns_data_sets_and_what_is_neither(tmp_path: Path) -> None:
     assert [item.id for item in read_pictures(f"{tmp_path}/photos/*.png")] == [file.name for file in files]
     assert [item.id for item in read_pictures(f"{tmp_path}/**/*.jpg")] == ["photos/more/x.jpg"]
     assert next(iter(read_pictures(files[1]))).metadata == {"colour": "green", "number": 1}
+    odd = {"file_name": "000.png", "said": "a\u2028b\x85c"}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(odd, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert next(iter(read_pictures(tmp_path / "photos", tmp_path / "odd.jsonl"))).metadata == {"said": odd["said"]}
+    (tmp_path / "odd.jsonl").write_bytes(b"\n\xff")
+    with pytest.raises(ValueError, match=r"odd\.jsonl, line 2"):
+        read_pictures(tmp_path / "photos", tmp_path / "odd.jsonl")
     rows = [{"id": "a", "image": "photos/000.png", "caption": "a red square", "shop": 3}]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     (item,) = read_pictures(tmp_path / "data.json")

@@ -71,6 +71,21 @@ def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
     manifest.write_text(json.dumps(store.manifest() | {"format": 99}))
     with pytest.raises(ValueError, match="format 99, expected 1"):
         store.snapshot()
+    manifest.write_text("[]")
+    with pytest.raises(ValueError, match="format None, expected 1"):
+        store.snapshot()
+
+
+def test_an_index_whose_making_was_stopped_is_made(tmp_path: Path) -> None:
+    segments = tmp_path / "index" / "segments"
+    segments.mkdir(parents=True)
+    for name in ("lock", "manifest.json.new"):
+        (tmp_path / "index" / name).touch()
+    filled(tmp_path)
+    (tmp_path / "index" / "manifest.json").unlink()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        Store.create(tmp_path / "index", {})
+    assert len(list(segments.iterdir())) == 4
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:

@@ -96,7 +96,16 @@ def test_mistakes_are_one_line(run: Any, tmp_path: Path) -> None:
         ("search", index, "a", "--where", "color=red"): "no picture has the metadata 'color'",
         ("search", index, "a", "--model", other): "was made by model",
         ("index", "--add", tmp_path / "none", "-o", index): "no such file or folder",
+        ("index", model, tmp_path / "none", "-o", tmp_path / "new"): "no such file or folder",
+        ("index", model, photos, "-o", tmp_path / "new", "--batch-size", 0): "--batch-size is 0",
+        ("index", model, photos, "-o", photos): "is not empty",
+        ("search", "http://127.0.0.1:9/photos", "a"): "no Qdrant server answers for http://127.0.0.1:9/photos",
     }
     for arguments, reason in mistakes.items():
         code, _, err = run(*arguments)
         assert code == 2 and reason in " ".join(err.split()) and "Traceback" not in err, (arguments, err)
+    assert not (tmp_path / "new").exists()
+    model.rename(tmp_path / "moved")
+    code, _, err = run("search", index, "a")
+    assert code == 2 and "model, which is not there; pass --model FOLDER" in " ".join(err.split())
+    assert run("search", index, "a", "--model", tmp_path / "moved")[0] == 0

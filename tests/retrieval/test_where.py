@@ -35,7 +35,7 @@ def test_conditions(text: str, holds: bool) -> None:
     assert Where.parse(text).holds(ITEM) is holds
 
 
-@pytest.mark.parametrize("text", ["red", "=red", "colour in", "year>red", ""])
+@pytest.mark.parametrize("text", ["red", "=red", "colour==red", "year>==2020", "colour in", "year>red", ""])
 def test_what_is_no_condition(text: str) -> None:
     with pytest.raises(ValueError, match="condition"):
         Where.parse(text)

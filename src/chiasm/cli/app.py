@@ -59,7 +59,7 @@ def refuse_to_overwrite(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder with -o")
 
 
-def argument(path: Path) -> str:
+def argument(path: str | Path) -> str:
     """A path as one would type it in a shell, for a line with markup."""
     return escape(shlex.quote(str(path)))
 

@@ -47,7 +47,7 @@ def index(
     With a model and pictures: makes the index, or adds to it what is new. The same command again goes on where it was
     stopped. Without: one of --add, --delete, --delete-where, --list, --compact.
     """
-    from chiasm.retrieval import Index
+    from chiasm.retrieval import Index, read_pictures
 
     asked = {
         "MODEL IMAGES": images is not None,
@@ -63,8 +63,11 @@ def index(
     if where and not list_:
         raise ValueError("--where goes with --list; pictures are deleted by --delete-where")
     if images is not None or add is not None:
+        if batch_size < 1:
+            raise ValueError(f"--batch-size is {batch_size}, expected at least 1")
+        items = read_pictures(str(images or add), metadata)
         opened = _opened(location, other_model) if model is None else _opened_or_made(location, model)
-        return _add(opened, str(images or add), metadata, skip_bad, batch_size, as_json)
+        return _add(opened, items, skip_bad, batch_size, as_json)
     found = Index.open(location)
     if list_:
         return _list(found, where, as_json)
@@ -114,13 +117,9 @@ def search(
     return None
 
 
-def _add(opened: Any, images: str, metadata: Path | None, skip_bad: bool, batch_size: int, as_json: bool) -> None:
+def _add(opened: Any, items: Any, skip_bad: bool, batch_size: int, as_json: bool) -> None:
     from chiasm.api import progress_bar
-    from chiasm.retrieval import read_pictures
 
-    if batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}, expected at least 1")
-    items = read_pictures(images, metadata)
     with progress_bar("indexing", err) as update:
         done = 0
 
@@ -136,7 +135,7 @@ def _add(opened: Any, images: str, metadata: Path | None, skip_bad: bool, batch_
         )
     for reason in report.bad.values():
         err.print(f"skipped: {escape(reason)}", soft_wrap=True, highlight=False)
-    search = f"chiasm search {argument(Path(opened.location))} 'a red car'"
+    search = f"chiasm search {argument(opened.location)} 'a red car'"
     return out.print(f"{report.summary()}; search it: [bold]{search}[/bold]", soft_wrap=True, highlight=False)
 
 
@@ -154,10 +153,13 @@ def _list(opened: Any, where: list[str], as_json: bool) -> None:
 
 def _opened(location: str, model: str | None) -> Any:
     """An index with its model."""
-    from chiasm.retrieval import Index
+    from chiasm.retrieval.index import NOWHERE, Index
 
     found = Index.open(location)
-    return found.attach(_encoder(model or found.model["source"]))
+    source = model or found.model["source"]
+    if model is None and (Path(source).is_absolute() or source == NOWHERE) and not Path(source).exists():
+        raise FileNotFoundError(f"index {location} was made by model {source}, which is not there; pass --model FOLDER")
+    return found.attach(_encoder(source))
 
 
 def _opened_or_made(location: str, model: str) -> Any:

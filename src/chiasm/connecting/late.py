@@ -17,8 +17,8 @@ from chiasm.vision.towers import vision_type
 TEXT_LENGTH = 64
 """Tokens of the longest text, where the tower's own limit is not lower."""
 
-FIXED_LENGTH = ("siglip_text_model",)
-"""Text towers that were trained on texts filled up to their longest, whose fill they read."""
+AS_SIGLIP = ("siglip_text_model",)
+"""Text towers that were trained on lower-case texts, filled up to the longest, whose fill they read."""
 
 
 def connect_late(
@@ -52,9 +52,8 @@ def connect_late(
 
 def text_processor(pictures: Any, tokenizer: PreTrainedTokenizerBase, tower: PreTrainedModel, pooling: str) -> Any:
     """The processor for a text tower: texts of a causal one end with a token of their own, which is what is read."""
-    fixed = tower.config.model_type in FIXED_LENGTH
+    as_siglip = tower.config.model_type in AS_SIGLIP
     longest = getattr(tower.config, "max_position_embeddings", TEXT_LENGTH)
     length = longest if pooling == "own" else min(TEXT_LENGTH, longest)
-    return CaptionProcessor(
-        pictures, tokenizer, text_length=length, frame="both" if pooling == "last" else "own", fixed_length=fixed
-    )
+    options: dict[str, Any] = {"text_length": length, "fixed_length": as_siglip, "lowercase": as_siglip}
+    return CaptionProcessor(pictures, tokenizer, frame="both" if pooling == "last" else "own", **options)

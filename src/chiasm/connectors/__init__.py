@@ -1,6 +1,7 @@
 """Patch features → visual tokens: one idea, one short file; `CONNECTORS` is the whole registry."""
 
 import inspect
+from collections.abc import Callable
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -31,7 +32,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "qformer": QFormer,
 }
 
-__all__ = ["CONNECTORS", "AffineConnector", "Connector", "build_connector", "connector_settings"]
+__all__ = ["CONNECTORS", "AffineConnector", "Connector", "build_connector", "checked_options", "connector_settings"]
 
 
 def connector_settings(spec: str | dict[str, Any]) -> dict[str, Any]:
@@ -44,20 +45,29 @@ def connector_settings(spec: str | dict[str, Any]) -> dict[str, Any]:
     name = given.pop("name", None)
     if not isinstance(name, str) or name not in CONNECTORS:
         raise ValueError(f"connector {name!r} is unknown; choose one of {', '.join(CONNECTORS)}")
-    parameters = inspect.signature(CONNECTORS[name].__init__).parameters.values()
+    return {"name": name, **checked_options(f"connector {name!r}", CONNECTORS[name].__init__, given)}
+
+
+def checked_options(what: str, function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The keyword-only options of a function: those that are given, and the others' defaults.
+
+    Raises:
+        ValueError: an unknown option, or a value of another type or too small.
+    """
+    parameters = inspect.signature(function).parameters.values()
     options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     unknown = sorted(given.keys() - options.keys())
     if unknown:
         known = ", ".join(options) or "none"
-        raise ValueError(f"connector {name!r} has no option {', '.join(map(repr, unknown))}; its options are: {known}")
-    hints = get_type_hints(CONNECTORS[name].__init__)
+        raise ValueError(f"{what} has no option {', '.join(map(repr, unknown))}; its options are: {known}")
+    hints = get_type_hints(function)
     for option, value in given.items():
         kind = hints.get(option, object)
         if isinstance(kind, type | UnionType) and not _is_a(value, kind):
-            raise ValueError(f"connector {name!r} has {option}={value!r}, expected {getattr(kind, '__name__', kind)}")
+            raise ValueError(f"{what} has {option}={value!r}, expected {getattr(kind, '__name__', kind)}")
         if type(value) is int and value < 1 and float not in (get_args(kind) or (kind,)):
-            raise ValueError(f"connector {name!r} has {option}={value}, expected at least 1")
-    return {"name": name, **options, **given}
+            raise ValueError(f"{what} has {option}={value}, expected at least 1")
+    return options | given
 
 
 def _is_a(value: Any, kind: type | UnionType) -> bool:

@@ -26,6 +26,7 @@ class CaptionProcessor(ProcessorMixin):
         text_length: tokens of the longest text; what is longer loses its end.
         frame: `both`, as said above, or `own`: what the tokenizer itself puts around a text.
         fixed_length: whether every text is filled up to `text_length` and the fill is read like words (SigLIP).
+        lowercase: whether texts are read in lower case, whatever the tokenizer does (SigLIP).
     """
 
     num_image_tokens = 0
@@ -39,6 +40,7 @@ class CaptionProcessor(ProcessorMixin):
         chat_template: str | None = None,
         frame: str = "both",
         fixed_length: bool = False,
+        lowercase: bool = False,
     ) -> None:
         if frame not in FRAMES:
             raise ValueError(f"frame {frame!r} is unknown; choose one of {', '.join(FRAMES)}")
@@ -51,13 +53,16 @@ class CaptionProcessor(ProcessorMixin):
                 f"tokenizer {type(tokenizer).__name__} has no token that begins or ends a text; add eos_token"
             )
         self.text_length, self.frame, self.fixed_length = text_length, frame, fixed_length
+        self.lowercase = lowercase
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "CaptionProcessor":
         """A saved processor from its loaded parts and its own settings."""
         image_processor, tokenizer = args
-        options = {name: processor_dict[name] for name in ("frame", "fixed_length") if name in processor_dict}
+        options = {
+            name: processor_dict[name] for name in ("frame", "fixed_length", "lowercase") if name in processor_dict
+        }
         return cls(image_processor, tokenizer, text_length=processor_dict["text_length"], **options)
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
@@ -80,6 +85,7 @@ class CaptionProcessor(ProcessorMixin):
         Raises:
             ValueError: it has no token at all, where the tokenizer puts nothing around it.
         """
+        text = text.lower() if self.lowercase else text
         if self.frame == "own":
             tokens = self.tokenizer(text, truncation=True, max_length=self.text_length, verbose=False)["input_ids"]
             if not tokens:

@@ -120,7 +120,9 @@ def evaluate(
     """
     if metric is not None and metric not in METRICS:
         raise ValueError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
-    _check(samples, batch_size)
+    check(samples, batch_size)
+    for sample in samples:
+        sample.validate()
     names = names_of(samples)
     questions = [q for number, sample in enumerate(samples) for q in _questions(number, names[number], sample)]
     if examples is not None:
@@ -147,13 +149,12 @@ def evaluate(
     return EvalResult(rows, summary, notes)
 
 
-def _check(samples: Sequence[Sample], batch_size: int) -> None:
+def check(samples: Sequence[Sample], batch_size: int) -> None:
+    """Refuses to evaluate nothing, or in batches of nothing."""
     if not samples:
         raise ValueError("samples is empty: there is nothing to evaluate")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
-    for sample in samples:
-        sample.validate()
 
 
 def names_of(samples: Sequence[Sample]) -> list[str]:

@@ -4,7 +4,7 @@ The control takes another sample's picture for each: what is found then too, was
 candidates by cosine may be read again by a Q-Former's matching head, as BLIP-2 does (arXiv 2301.12597).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from chiasm.data.captions import CaptionProcessor, caption_of, encode_caption
 from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Sample
-from chiasm.evaluation.evaluate import EvalResult, names_of, wrong_pictures
+from chiasm.evaluation.evaluate import EvalResult, check, names_of, wrong_pictures
 from chiasm.evaluation.skills import Row, wilson
 from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
@@ -128,13 +128,12 @@ def evaluate_retrieval(
         SampleError: a sample has no caption, or not exactly one readable picture.
         ValueError: no samples, or rerank with a model that has no matching head.
     """
-    if not samples:
-        raise ValueError("samples is empty: there is nothing to evaluate")
+    check(samples, batch_size)
     if rerank and not isinstance(model, QFormerRetrieval):
         raise ValueError(f"rerank={rerank} needs a matching head, which a late-fusion model has not; leave it out")
     was_training = model.training
     model.eval()
-    collection = _Collection(model, processor, samples, batch_size, progress)
+    collection = _Collection(model, processor, samples, batch_size, progress, bool(rerank))
     by_cosine = model.similarity(collection.images.float(), collection.texts.float())
     to_text, to_image = by_cosine, by_cosine.T
     if rerank:
@@ -163,8 +162,14 @@ def _control(
 
 def same_pairs(samples: Sequence[Sample]) -> Bool[Tensor, "M M"]:
     """Which samples say the same or show the same."""
-    said = [(caption_of(sample), sample.images[0].key()) for sample in samples]
-    return torch.tensor([[text == other or key == shown for other, shown in said] for text, key in said])
+    said, shown = _numbers(map(caption_of, samples)), _numbers(sample.images[0].key() for sample in samples)
+    return (said[:, None] == said) | (shown[:, None] == shown)
+
+
+def _numbers(values: Iterable[str]) -> Int[Tensor, " M"]:
+    """A number for each value: equal where they are."""
+    known: dict[str, int] = {}
+    return torch.tensor([known.setdefault(value, len(known)) for value in values])
 
 
 class _Collection:
@@ -177,20 +182,23 @@ class _Collection:
         samples: Sequence[Sample],
         batch_size: int,
         progress: Progress | None,
+        keep_features: bool,
     ) -> None:
         self.model, self.batch_size = model, batch_size
         padded = processor.pad([encode_caption(sample, processor)["input_ids"] for sample in samples])
         self.tokens = {name: tensor.to(model.device) for name, tensor in padded.items()}
-        features, images, texts = [], [], []
+        kept, images, texts = list[Tensor](), [], []
         for start in range(0, len(samples), batch_size):
             rows = slice(start, start + batch_size)
             pixels = [load_pixels(samples[index], processor) for index in range(*rows.indices(len(samples)))]
-            features.append(model.encode_images(torch.cat([p for p in pixels if p is not None]).to(model.device)))
-            images.append(model.embed_images(model.patches(image_features=features[-1])))
+            features = model.encode_images(torch.cat([p for p in pixels if p is not None]).to(model.device))
+            images.append(model.embed_images(model.patches(image_features=features)))
+            kept += [features] if keep_features else []
             texts.append(model.embed_texts(**{name: tensor[rows] for name, tensor in self.tokens.items()}))
             if progress is not None:
                 progress(min(start + batch_size, len(samples)), len(samples))
-        self.features, self.images, self.texts = torch.cat(features), torch.cat(images), torch.cat(texts)
+        self.images, self.texts = torch.cat(images), torch.cat(texts)
+        self.features = torch.cat(kept) if kept else None
 
     def rerank(self, scores: Float[Tensor, "Q C"], count: int, from_text: bool = False) -> Float[Tensor, "Q C"]:
         """The first `count` candidates of each query by cosine plus the logit of a match; all others behind them."""
@@ -204,6 +212,7 @@ class _Collection:
 
     def _logits(self, pictures: Int[Tensor, " P"], texts: Int[Tensor, " P"]) -> Float[Tensor, " P"]:
         model: Any = self.model
+        assert self.features is not None
         logits = [
             model.match(model.patches(image_features=self.features[p]), **{n: t[rows] for n, t in self.tokens.items()})
             for p, rows in zip(pictures.split(self.batch_size), texts.split(self.batch_size), strict=True)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from chiasm.data.captions import CaptionProcessor, caption_of
 from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Problem, Sample, SampleError
-from chiasm.evaluation.evaluate import EvalResult, names_of, wrong_pictures
+from chiasm.evaluation.evaluate import EvalResult, check, names_of, wrong_pictures
 from chiasm.evaluation.retrieval import RetrievalModel, chance, found_within, outcome, proportion
 
 TEMPLATES = ("{}", "a picture of {}", "an image that shows {}", "a drawing of {}")
@@ -63,11 +63,10 @@ def evaluate_zero_shot(
     """Accuracy@k where the labels are all distinct captions of the samples, beside another sample's picture.
 
     Raises:
-        ValueError: no samples.
+        ValueError: no samples, or batches of none.
         SampleError: a sample has no caption, or not exactly one readable picture.
     """
-    if not samples:
-        raise ValueError("samples is empty: there is nothing to evaluate")
+    check(samples, batch_size)
     said = [_label(sample) for sample in samples]
     labels = list(dict.fromkeys(said))
     vectors = label_vectors(model, processor, labels, templates).float()

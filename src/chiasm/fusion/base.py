@@ -47,8 +47,6 @@ class FusionModel(PartDtypes, PictureGenerationMixin):
     vision: Any
     """What turns pictures into features; unified fusion has an image input of its own instead."""
     config_class = ChiasmConfig
-    base_model_prefix = ""
-    input_modalities = ("image", "text")
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ("cache",)
@@ -80,10 +78,6 @@ class FusionModel(PartDtypes, PictureGenerationMixin):
                 "features with resolution 'native' need a connector that takes a mask, such as idefics2_resampler, "
                 f"and patch_positions 'none', got {config.connector['name']!r} and {config.patch_positions!r}"
             )
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Nothing to do: the parts initialise themselves when they are built."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language.get_input_embeddings()

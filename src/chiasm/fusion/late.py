@@ -41,9 +41,7 @@ class LateFusionModel(PartDtypes):
 
     config_class = LateFusionConfig
     config: LateFusionConfig
-    base_model_prefix = ""
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -66,10 +64,6 @@ class LateFusionModel(PartDtypes):
         inject_adapters(self)
         cast_parts(self)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Nothing to do: the parts initialise themselves when they are built."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language.get_input_embeddings()
@@ -173,6 +167,8 @@ class LateFusionModel(PartDtypes):
 
 
 def _pair_loss(logits: Float[Tensor, "B B"], by_sigmoid: bool) -> Float[Tensor, ""]:
+    if logits.shape[0] != logits.shape[1]:
+        raise ValueError(f"return_loss is for pairs, got {logits.shape[0]} picture(s) and {logits.shape[1]} text(s)")
     places = torch.arange(len(logits), device=logits.device)
     if by_sigmoid:
         signs = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1

@@ -6,19 +6,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 import chiasm.vision  # noqa: F401  (registers the encoders of our own with AutoConfig)
+from chiasm.connectors import checked_options
+from chiasm.fusion.late_connector import LateConnector
 from chiasm.language.text_tower import POOLINGS as TEXT_POOLINGS
 from chiasm.vision.pooling import POOLINGS as VISION_POOLINGS
-
-CONNECTOR: dict[str, Any] = {
-    "name": "linear",
-    "space": 512,
-    "bias": False,
-    "hidden": 1024,
-    "logit_scale": 2.6592,
-    "logit_bias": None,
-}
-"""Options of the projections and what they are where nothing is said. `logit_scale` is the start of the natural
-logarithm of what cosines are multiplied by; with a `logit_bias` scores are SigLIP's, told by a sigmoid."""
 
 PROJECTIONS = ("linear", "mlp", "none")
 
@@ -27,18 +18,15 @@ def late_connector_settings(given: str | dict[str, Any]) -> dict[str, Any]:
     """Name and options of the projections, defaults included.
 
     Raises:
-        ValueError: the name or an option is unknown.
+        ValueError: the name or an option is unknown, or a value is none of its kind.
     """
-    given = {"name": given} if isinstance(given, str) else dict(given)
-    settings = CONNECTOR | given
-    if unknown := sorted(set(settings) - set(CONNECTOR)):
-        raise ValueError(f"connector of fusion 'late' has no option {unknown[0]!r}; it has {', '.join(CONNECTOR)}")
-    if settings["name"] not in PROJECTIONS:
+    given = {"name": given} if isinstance(given, str) else given
+    name = given.get("name", PROJECTIONS[0])
+    if name not in PROJECTIONS:
         raise ValueError(
-            f"connector {settings['name']!r} does not project into a shared space; fusion 'late' has "
-            f"{', '.join(PROJECTIONS)}"
+            f"connector {name!r} does not project into a shared space; fusion 'late' has {', '.join(PROJECTIONS)}"
         )
-    return settings
+    return checked_options(f"connector {name!r} of fusion 'late'", LateConnector.__init__, given)
 
 
 class LateFusionConfig(PreTrainedConfig):

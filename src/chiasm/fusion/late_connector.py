@@ -32,8 +32,8 @@ class LateConnector(nn.Module):
             space: width of the space.
             bias: whether linear projections have one.
             hidden: width of the MLPs' hidden layer.
-            logit_scale: start of the logarithm of the scale.
-            logit_bias: start of the bias; None for scores without one.
+            logit_scale: start of the natural logarithm of what cosines are multiplied by.
+            logit_bias: start of the bias, with which a sigmoid tells scores (SigLIP); None for scores without one.
         """
         super().__init__()
         if name == "none" and image_width != text_width:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 PART_CONFIGS = {"vision": "vision_config", "language": "text_config"}
@@ -12,11 +13,14 @@ PART_CONFIGS = {"vision": "vision_config", "language": "text_config"}
 
 
 class PartDtypes(PreTrainedModel):
-    """A model whose children are parts: `config.part_dtypes` has the dtype of each.
+    """A model whose children are parts, named after them: `config.part_dtypes` has the dtype of each.
 
     transformers knows one dtype for all of them, that of the first parameter. A dtype that is asked for when a model is
     loaded is still for all of them.
     """
+
+    base_model_prefix = ""
+    input_modalities = ("image", "text")
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, dtype: Any = "auto", **kwargs: Any) -> Any:
@@ -35,6 +39,10 @@ class PartDtypes(PreTrainedModel):
         dtypes = {part: str(dtype).removeprefix("torch.") for part, dtype in part_dtypes(self).items()}
         self.config.part_dtypes = dtypes if len(set(dtypes.values())) > 1 else None
         super().save_pretrained(*args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing to do: the parts initialise themselves when they are built."""
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Modules that stay in float32, in whichever part's dtype."""

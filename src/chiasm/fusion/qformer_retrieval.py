@@ -39,9 +39,7 @@ class QFormerRetrieval(PartDtypes):
 
     config_class = QFormerRetrievalConfig
     config: QFormerRetrievalConfig
-    base_model_prefix = ""
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
 
     def __init__(self, config: QFormerRetrievalConfig, vision: VisionEncoder | None = None) -> None:
         """An encoder that is not given is built from the configuration with fresh weights."""
@@ -59,10 +57,6 @@ class QFormerRetrieval(PartDtypes):
         inject_adapters(self)
         cast_parts(self)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Nothing to do: the parts initialise themselves when they are built."""
 
     def get_input_embeddings(self) -> nn.Module | None:
         return self.connector.words

@@ -41,7 +41,7 @@ def load_clip(source: str, dtype: torch.dtype | str = "auto") -> tuple[LateFusio
     connector = {"name": "linear", "space": config.projection_dim, "logit_scale": config.logit_scale_init_value}
     ours = _config(config, connector, config.vision_config.hidden_size, config.text_config.hidden_size)
     model = assemble(LateFusionModel, ours, read_weights(source), CLIP, dtype=dtype)
-    return model, _processor(source, model, fixed_length=False)
+    return model, _processor(source, model, as_siglip=False)
 
 
 def load_siglip(source: str, dtype: torch.dtype | str = "auto") -> tuple[LateFusionModel, CaptionProcessor | None]:
@@ -51,7 +51,7 @@ def load_siglip(source: str, dtype: torch.dtype | str = "auto") -> tuple[LateFus
     ours = _config(config, connector, config.vision_config.hidden_size, config.text_config.projection_size)
     scalars = {SIGLIP[name]: torch.Tensor.squeeze for name in SCALARS}
     model = assemble(LateFusionModel, ours, read_weights(source), SIGLIP, scalars, dtype=dtype)
-    return model, _processor(source, model, fixed_length=True)
+    return model, _processor(source, model, as_siglip=True)
 
 
 def _config(config: Any, connector: dict[str, Any], image_width: int, text_width: int) -> LateFusionConfig:
@@ -68,14 +68,14 @@ def _config(config: Any, connector: dict[str, Any], image_width: int, text_width
     )
 
 
-def _processor(source: str, model: LateFusionModel, fixed_length: bool) -> CaptionProcessor | None:
+def _processor(source: str, model: LateFusionModel, as_siglip: bool) -> CaptionProcessor | None:
     if not has_processor(source):
         return None
     text: Any = model.config.text_config
     longest = text.max_position_embeddings
-    images = image_processor_for(source, model.vision)
-    tokenizer = load_tokenizer(source)
-    return CaptionProcessor(images, tokenizer, text_length=longest, frame="own", fixed_length=fixed_length)
+    images, tokenizer = image_processor_for(source, model.vision), load_tokenizer(source)
+    options: dict[str, Any] = {"text_length": longest, "fixed_length": as_siglip, "lowercase": as_siglip}
+    return CaptionProcessor(images, tokenizer, frame="own", **options)
 
 
 def export_late(model: LateFusionModel, processor: CaptionProcessor | None, folder: str | Path) -> PreTrainedModel:
@@ -109,7 +109,7 @@ def _reference(model: LateFusionModel) -> tuple[type[PreTrainedModel], PreTraine
     if model.vision.features.interpolate_positions:
         height, width = model.vision.image_size
         raise ValueError(
-            f"the vision encoder's positions are stretched to pictures of {height}×{width}, which CLIP and "
+            f"the vision encoder's positions are stretched to {height}×{width} pixels, which transformers' CLIP and "
             "SigLIP do not do by themselves; connect without image_size"
         )
     towers: Any = {"vision_config": config.vision_config.to_dict(), "text_config": config.text_config.to_dict()}

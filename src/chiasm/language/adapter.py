@@ -84,13 +84,13 @@ def build_language(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a language model, or None where the folder holds none.
+    """The tokenizer beside a language model, or None where the folder holds none, or one without words.
 
     Raises:
         ValueError: its files are damaged, or of a kind that transformers does not read.
     """
     try:
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # tokenizers raises nothing more special
         known = _tokenizer_file(source)
         if known is None:
@@ -98,6 +98,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
         raise ValueError(
             f"the tokenizer in {source} cannot be loaded ({error}); fetch {known} and the files beside it again"
         ) from error
+    words = getattr(tokenizer, "vocab_files_names", {}).values()
+    return tokenizer if not words or any(find_file(source, name) for name in (TOKENIZER_FILES[0], *words)) else None
 
 
 def _tokenizer_file(source: str) -> str | None:

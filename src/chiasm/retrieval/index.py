@@ -19,6 +19,8 @@ from chiasm.retrieval.where import Where, conditions
 from chiasm.training.fingerprint import model_fingerprint
 
 THREADS = 4
+NOWHERE = "in memory"
+"""Source of a model that was not loaded from anywhere."""
 
 Conditions = str | Where | Sequence[str | Where] | None
 Progress = Callable[[int], None]
@@ -49,7 +51,7 @@ class Index(ABC):
         return self
 
     @staticmethod
-    def create(location: str | Path, encoder: Encoder, source: str = "in memory") -> "Index":
+    def create(location: str | Path, encoder: Encoder, source: str = NOWHERE) -> "Index":
         """An empty index.
 
         Args:

@@ -70,7 +70,7 @@ def _files(path: Path, root: Path, pattern: bool) -> list[Path]:
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower().lstrip(".") in PICTURES and path.is_file()
+    return path.suffix.lower().lstrip(".") in PICTURES and not path.is_dir()
 
 
 def _root(pattern: Path) -> Path:
@@ -91,12 +91,12 @@ def _rows(file: Path | None, root: Path) -> dict[Path, dict[str, Any]]:
     if file is None:
         return {}
     rows: dict[Path, dict[str, Any]] = {}
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{file}, line {number}: {error}") from error
         key = next((key for key in NAMES if isinstance(row, dict) and isinstance(row.get(key), str)), None)
         if key is None:

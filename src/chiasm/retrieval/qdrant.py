@@ -32,7 +32,7 @@ class QdrantIndex(Index):
 
     def __init__(self, location: str, encoder: Encoder | None, client: Any = None) -> None:
         self.client, self.collection = (client, _address(location)[1]) if client else _connect(location)
-        if not self.client.collection_exists(self.collection):
+        if not _exists(self.client, self.collection, location):
             raise FileNotFoundError(f"{location} holds no collection {self.collection!r}; make it with chiasm index")
         self._model: Any = (self.client.get_collection(self.collection).config.metadata or {}).get("chiasm")
         if self._model is None:
@@ -46,7 +46,7 @@ class QdrantIndex(Index):
         from qdrant_client import models
 
         client, collection = _connect(location)
-        if client.collection_exists(collection):
+        if _exists(client, collection, location):
             raise FileExistsError(f"collection {collection!r} exists; choose another name, or add to it")
         blank = encoder.embed_images([Image.new("RGB", (32, 32), "white")])
         several = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
@@ -142,7 +142,20 @@ def _connect(location: str) -> tuple[Any, str]:
         raise ValueError("a Qdrant index needs the package qdrant-client: pip install 'chiasm[retrieval]'") from None
     if server == IN_MEMORY:
         return QdrantClient(IN_MEMORY), collection
-    return QdrantClient(url=server, api_key=os.environ.get("QDRANT_API_KEY")), collection
+    key = os.environ.get("QDRANT_API_KEY")
+    return QdrantClient(url=server, api_key=key, check_compatibility=False), collection
+
+
+def _exists(client: Any, collection: str, location: str) -> bool:
+    """Whether there is such a collection. Raises ConnectionError where no server answers."""
+    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+    try:
+        return client.collection_exists(collection)
+    except (ResponseHandlingException, UnexpectedResponse) as error:
+        raise ConnectionError(
+            f"no Qdrant server answers for {location} ({error}); start it, or set QDRANT_API_KEY"
+        ) from error
 
 
 def _filter(asked: list[Where]) -> Any:

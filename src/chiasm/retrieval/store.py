@@ -26,6 +26,8 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 FLOAT = np.dtype("<f4")
 RETRIES = 5
+STARTED = ("lock", "segments", f"{MANIFEST}.new")
+"""What is in an index whose making was stopped."""
 
 
 class Records(Sequence[dict[str, Any]]):
@@ -102,9 +104,10 @@ class Store:
     @classmethod
     def create(cls, folder: Path, model: dict[str, str]) -> "Store":
         """A new index in a folder that is empty or not there yet."""
-        if folder.exists() and (not folder.is_dir() or any(path.name != "lock" for path in folder.iterdir())):
+        started = {folder / name for name in STARTED}
+        if folder.exists() and (not folder.is_dir() or any(path not in started for path in folder.rglob("*"))):
             raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or add to the index in it")
-        (folder / "segments").mkdir(parents=True)
+        (folder / "segments").mkdir(parents=True, exist_ok=True)
         store = cls(folder)
         store._commit({"format": FORMAT, "version": 0, "model": model, "shape": None, "segments": []})
         return store
@@ -117,8 +120,8 @@ class Store:
             raise FileNotFoundError(f"{self.folder} holds no index; make one with chiasm index MODEL IMAGES") from None
         except ValueError as error:
             raise ValueError(f"{self.folder / MANIFEST} is damaged ({error}); index the pictures again") from error
-        if manifest.get("format") != FORMAT:
-            found = manifest.get("format")
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        if found != FORMAT:
             raise ValueError(f"{self.folder} has the index format {found!r}, expected {FORMAT}; index again")
         return manifest
 

@@ -28,7 +28,7 @@ class Where:
     @classmethod
     def parse(cls, text: str) -> "Where":
         """Raises ValueError for a text that is no condition."""
-        found = re.fullmatch(r"\s*([^\s=!<>]+)\s*(!=|>=|<=|>|<|=)\s*(.*?)\s*", text, re.DOTALL)
+        found = re.fullmatch(r"\s*([^\s=!<>]+)\s*(!=|>=|<=|>|<|=)(?!=)\s*(.*?)\s*", text, re.DOTALL)
         if found is None:
             found = re.fullmatch(r"\s*([^\s=!<>]+)\s+(in)\s+(\S.*?)\s*", text, re.DOTALL)
         if found is None:

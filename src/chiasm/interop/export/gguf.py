@@ -49,8 +49,8 @@ def export_gguf(
     projector(model)
     require(
         inexact or model.config.vision_config.model_type not in CLASS_TOKEN,
-        f"llama.cpp misplaces the class token of {model.config.vision_config.model_type!r} encoders (its issue 25814), so "
-        "that its answers about pictures would be wrong",
+        f"llama.cpp misplaces the class token of {model.config.vision_config.model_type!r} encoders (its issue 25814), "
+        "so that its answers about pictures would be wrong",
         f"connect a siglip_vision_model, write the files for a repaired llama.cpp with --inexact, or {ELSEWHERE}",
     )
     if processor is None:
