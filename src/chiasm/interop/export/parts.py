@@ -23,9 +23,6 @@ from chiasm.vision.features import VisionFeatures
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-Family = TypeVar("Family", bound=PreTrainedModel)
-
-
 @dataclass(frozen=True)
 class Exported:
     """A checkpoint of transformers that is ready to be saved.
@@ -89,12 +86,12 @@ def text_settings(model: FusionModel) -> dict[str, Any]:
 
 
 def filled(
-    family: type[Family],
+    family: type[Model],
     config: PreTrainedConfig,
     model: FusionModel,
     table: Table,
     ours: dict[str, Tensor] | None = None,
-) -> Family:
+) -> Model:
     """A model of transformers with our weights, and our settings of `generate`.
 
     Args:
