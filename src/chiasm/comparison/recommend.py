@@ -173,7 +173,7 @@ def recommend(ways: Sequence[Way], budget: str) -> Recommendation:
         said.append("It is measurably better than every other way.")
     if worse:
         told = "; ".join(f"{way.name} by {found[way.name].words}" for way in worse)
-        said.append(f"Measurably better than these is {best.name}: {told}.")
+        said.append(f"{best.name} beats these measurably: {told}.")
     return Recommendation(chosen.name, best.name, *names, said + _doubts(ways))
 
 
