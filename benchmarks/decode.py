@@ -259,10 +259,26 @@ def _matrices(model: Any) -> list[torch.nn.Linear]:
 
 
 def report(blocks: dict[str, list[Block]]) -> None:
-    """The tables of the benchmark's README."""
-    load = foreign_text([block for found in blocks.values() for block in found])
+    """The tables of the benchmark's README, of the parts that were measured."""
+    told = blocks["transformers"][0].result
+    print(f"\nothers' load {foreign_text([block for found in blocks.values() for block in found])}")
+    if "story" in told:
+        _report_story(blocks)
+    if "again" in told:
+        _table("side", "first token, ms", "second question, ms", "times")
+        for name, found in _with(blocks, "again"):
+            times = " | ".join(f"{_median(found, part) * 1e3:.0f}" for part in ("fresh", "again"))
+            print(f"| {name} | {times} | {_ratio(found, blocks['transformers'], 'again'):.1f} |")
+    if "chats" in told:
+        _table("side", "chats at once, tokens/s", "times one by one")
+        for name, found in _with(blocks, "chats"):
+            times = f"{_ratio(found, blocks['transformers'], 'chats'):.1f}"
+            print(f"| {name} | {1 / _median(found, 'chats'):.1f} | {times} |")
+
+
+def _report_story(blocks: dict[str, list[Block]]) -> None:
     model, speed_limit = language(), bandwidth()
-    print(f"\nmemory is read at {speed_limit / 1e9:.1f} GB/s; others' load {load}\n")
+    print(f"memory is read at {speed_limit / 1e9:.1f} GB/s")
     _table("side", "tokens/s", "times transformers", "of the bandwidth limit", "peak memory, GiB")
     limits = {weights: speed_limit / lean.bytes for weights in WEIGHTS if (lean := lean_model(model, weights))}
     limits |= {"transformers": limits["float32"], "Q4_1": limits["int4"]}
@@ -271,21 +287,15 @@ def report(blocks: dict[str, list[Block]]) -> None:
         peak = max(block.result["peak_bytes"] for block in found) / 2**30
         times = _ratio(found, blocks["transformers"], "story")
         print(f"| {name} | {speed:.1f} | {times:.2f} | {speed / limit:.0%} | {peak:.2f} |")
-    print()
-    _table("side", "first token, ms", "second question, ms", "times", "chats at once, tokens/s", "times one by one")
-    for name, found in blocks.items():
-        peer, told = blocks["transformers"], found[0].result
-        if "again" in told:
-            times = [f"{_median(found, part) * 1e3:.0f}" for part in ("fresh", "again")]
-            print(f"| {name} | {' | '.join(times)} | {_ratio(found, peer, 'again'):.1f}", end=" | ")
-            chats = (
-                [f"{1 / _median(found, 'chats'):.1f}", f"{_ratio(found, peer, 'chats'):.1f}"] if "chats" in told else []
-            )
-            print(f"{' | '.join(chats or ['–', '–'])} |")
+
+
+def _with(blocks: dict[str, list[Block]], part: str) -> list[tuple[str, list[Block]]]:
+    """The sides that measured a part."""
+    return [(name, found) for name, found in blocks.items() if part in found[0].result]
 
 
 def _table(*columns: str) -> None:
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
 
 
 def _median(blocks: Sequence[Block], part: str) -> float:
