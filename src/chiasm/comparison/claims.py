@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from chiasm.comparison.plan import Claim
 from chiasm.comparison.recommend import Way, difference, ways_of
@@ -54,8 +55,7 @@ def _by_answers(claim: Claim, better: Way, than: Way, skill_of: Mapping[str, str
 
 
 def _mean(way: Way, questions: Sequence[str]) -> float:
-    scores = [answers[question] for answers in way.scores.values() for question in questions]
-    return sum(scores) / len(scores)
+    return fmean(answers[question] for answers in way.scores.values() for question in questions)
 
 
 def _by_gates(claim: Claim, cells: Sequence[Row]) -> Verdict:
@@ -66,13 +66,7 @@ def _by_gates(claim: Claim, cells: Sequence[Row]) -> Verdict:
     first, last = [one[0] for one in gates], [one[-1] for one in gates]
     verdict = SUPPORTED if not any(first) and all(last) else AGAINST
     seeds = f"{len(gates)} seed{'s' * (len(gates) > 1)}"
-    return Verdict(
-        claim.text, verdict, f"open by {_mean_of(first):.3f} before training, {_mean_of(last):.3f} after; {seeds}"
-    )
-
-
-def _mean_of(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return Verdict(claim.text, verdict, f"open by {fmean(first):.3f} before training, {fmean(last):.3f} after; {seeds}")
 
 
 def _by_numbers(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> Verdict:
@@ -88,7 +82,7 @@ def _by_numbers(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> Ver
     if not all(known):
         return Verdict(claim.text, OPEN, "text was not read before and after")
     (low, high), (other_low, other_high) = (_spread(side) for side in known)
-    means = [sum(side) / len(side) for side in known]
+    means = [fmean(side) for side in known]
     told = f"perplexity {means[0]:+.2f} against {means[1]:+.2f}"
     if min(map(len, known)) < 2:
         verdict = SUPPORTED if means[0] < means[1] else EQUAL if means[0] == means[1] else AGAINST
