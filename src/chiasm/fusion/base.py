@@ -96,11 +96,6 @@ class FusionModel(PartDtypes, PictureGenerationMixin):
         """Whether the connector takes each picture's instruction."""
         return self.connector.reads_instruction
 
-    @property
-    def num_image_tokens(self) -> int:
-        """Placeholders that one picture takes in the sequence."""
-        raise NotImplementedError
-
     def word_embeddings(
         self,
         input_ids: Int[Tensor, "B S"] | None,

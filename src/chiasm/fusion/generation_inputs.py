@@ -51,6 +51,7 @@ class PictureGenerationMixin(GenerationMixin):
 
     @property
     def num_image_tokens(self) -> int:
+        """Placeholders that one picture takes in the sequence."""
         raise NotImplementedError
 
     def placeholders(

@@ -68,7 +68,8 @@ def find_recipe(source: str | Path) -> Path:
     for folder in folders:
         if (own := folder / f"{source}.yaml").is_file():
             return own
-    known = sorted(file.stem for folder in folders if folder.is_dir() for file in folder.glob("*.yaml"))
+    files = [file.relative_to(folder) for folder in folders if folder.is_dir() for file in folder.rglob("*.yaml")]
+    known = sorted(file.with_suffix("").as_posix() for file in files)
     raise RecipeError(f"recipe {str(source)!r} is neither a file nor one of Chiasm's own ({', '.join(known)})")
 
 
