@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.schema import Sample
 from chiasm.data.splits import Subset
+from chiasm.fusion.late import LateFusionModel
+from chiasm.training.late_stage import give_answer_head
 from chiasm.training.learner import learner_of
 from chiasm.training.log import Reporter, plan_fields, plan_table
 from chiasm.training.pace import BATCHES, Pace, measure
@@ -75,7 +77,12 @@ def preview(
     if samples is not None:
         samples, _ = split(samples, None, recipe)
         found = survey(samples, processor.num_image_tokens, recipe.skips_bad, reporter or Reporter("quiet"))
-    return [_preview(stage, number, model, processor, samples, found) for number, stage in enumerate(recipe.stages)]
+    model, shown = _same_weights(model), []
+    for number, stage in enumerate(recipe.stages):
+        shown.append(_preview(stage, number, model, processor, samples, found))
+        if isinstance(model, LateFusionModel) and stage.objectives == ["answers"] and found is not None:
+            give_answer_head(model, stage, samples or [], found.usable)
+    return shown
 
 
 def _preview(
