@@ -35,6 +35,9 @@ def evaluate(
         str | None,
         typer.Option(help="Another model, or the -o folder of its evaluation, to compare with on the same questions."),
     ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Skip, count and name samples that cannot be used.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Score a model's answers per skill, or what it finds, with intervals, beside the wrong-picture control."""
@@ -52,6 +55,7 @@ def evaluate(
         "shots_from": shots_from,
         "task": task,
         "templates": template,
+        "skip_bad": skip_bad,
     }
     with api.progress_bar("answering", err) as update:
         result = api.evaluate(model, data, control=control, progress=update, **asked)
@@ -66,7 +70,7 @@ def evaluate(
     compared = {} if other is None else _compare(result, other, model, str(against))
     if as_json:
         plain = {key: value for key, value in compared.items() if key != "table"}
-        return emit({"summary": result.summary, "notes": result.notes, **plain})
+        return emit({"summary": result.summary, "notes": result.notes, "skipped": result.skipped, **plain})
     out.print(to_table(result.summary))
     for note in (*caption_lines(result.summary), *result.notes):
         out.print(note, markup=False, soft_wrap=True)
