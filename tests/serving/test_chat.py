@@ -1,6 +1,7 @@
 """Chat completions: OpenAI's shapes, the model's own answers, and every option that means something."""
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from fastapi.testclient import TestClient
 
 import chiasm
 import tiny
+from chiasm.generation.decode import Decoding, prepare
 
 
 def chunks(text: str) -> list[dict[str, Any]]:
@@ -56,6 +58,34 @@ def test_seeds_repeat_and_choices_differ(client: Callable[..., TestClient]) -> N
     for number, text in enumerate(texts):
         own = [chunk["choices"][0] for chunk in streamed if chunk["choices"][0]["index"] == number]
         assert "".join(choice["delta"].get("content", "") for choice in own).strip() == text
+
+
+def test_several_answers_are_prepared_once(client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[int] = []
+
+    def counting(*arguments: Any) -> Any:
+        prepared.append(arguments[-1])
+        return prepare(*arguments)
+
+    monkeypatch.setattr("chiasm.generation.engine.prepare", counting)
+    api = client()
+    answer = api.post(CHAT, json=ask(data_url(), data_url(), n=4, max_tokens=3)).json()
+    assert len(answer["choices"]) == 4 and prepared == [3]
+    body = ask(data_url(), n=3)
+    del body["max_tokens"]
+    assert len(api.post(CHAT, json=body).json()["choices"]) == 3 and len(prepared) <= 3
+
+
+def test_a_line_takes_all_answers_or_none(client: Callable[..., TestClient], chat_model: Any) -> None:
+    model = chat_model(max_batch=1, max_waiting=2)
+    api, engine = client(model), model.engine
+    first = engine.submit(ask()["messages"], [], Decoding(max_new_tokens=900))
+    next(iter(first))
+    assert api.post(CHAT, json=ask(n=3)).status_code == 429
+    first.cancel()
+    while engine.stats().running or engine.stats().waiting:
+        time.sleep(0.001)
+    assert len(api.post(CHAT, json=ask(n=2)).json()["choices"]) == 2
 
 
 def test_logprobs_and_stop(client: Callable[..., TestClient]) -> None:

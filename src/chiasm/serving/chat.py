@@ -82,32 +82,18 @@ class Answering:
         return EventStream(self._events(tickets, first, coming), lambda: self._closed(tickets))
 
     async def _submit(self, prompt: Prompt) -> list[Ticket]:
-        tickets: list[Ticket] = []
-        try:
-            for number in range(self.count):
-                tickets.append(await self._submit_one(prompt, number))
-        except BaseException:
-            cancel(tickets)
-            raise
-        return tickets
-
-    async def _submit_one(self, prompt: Prompt, number: int) -> Ticket:
-        options = dict(self.decoding)
-        if options["seed"] is not None:
-            options["seed"] = (options["seed"] + number) % 2**63
-
-        def submit() -> Ticket:
+        def submit() -> list[Ticket]:
             engine = self.model.engine
             try:
-                return engine.submit(prompt.messages, prompt.images, Decoding(**options))
+                return engine.submit_all(prompt.messages, prompt.images, self._decodings())
             except ContextError:
                 room = _room(self.model, prompt) if self.body_names_no_length else 0
                 if room < 1:
                     raise
-                return engine.submit(prompt.messages, prompt.images, Decoding(**options | {"max_new_tokens": room}))
+                return engine.submit_all(prompt.messages, prompt.images, self._decodings(max_new_tokens=room))
 
         try:
-            return await self.shared.in_thread(submit, abandoned=Ticket.cancel)
+            return await self.shared.in_thread(submit, abandoned=cancel)
         except QueueFull as error:
             raise overloaded(f"{error}", error.retry_after) from None
         except RuntimeError as error:
@@ -116,6 +102,12 @@ class Answering:
             raise of_exception(error) from error
         except Exception as error:
             raise of_exception(error) from error
+
+    def _decodings(self, **changed: Any) -> list[Decoding]:
+        """One for each answer, with a seed of its own where the request has one."""
+        options = self.decoding | changed
+        seeds = [None if options["seed"] is None else (options["seed"] + n) % 2**63 for n in range(self.count)]
+        return [Decoding(**options | {"seed": seed}) for seed in seeds]
 
     @property
     def body_names_no_length(self) -> bool:
