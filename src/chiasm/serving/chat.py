@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.generation.decode import Decoding
 from chiasm.generation.engine import Piece, QueueFull, Ticket
+from chiasm.generation.text import Trim
 from chiasm.language.adapter import ContextError, context_length
 from chiasm.serving.body import Lease, lease_of, limited_route
 from chiasm.serving.errors import RESPONSES, ApiError, of_exception, overloaded
@@ -135,9 +136,9 @@ class Answering:
         return {"object": "chat.completion", **self.head, "choices": choices, "usage": _usage(tickets)}
 
     async def _events(self, tickets: list[Ticket], first: Any, coming: AsyncIterator[Any]) -> AsyncIterator[str]:
-        """Chunks as server-sent events; leading space of an answer is left out, as in a whole one."""
+        """Chunks as server-sent events; space around an answer is left out, as in a whole one."""
         include = self.body.stream_options is not None and bool(self.body.stream_options.include_usage)
-        begun = [False] * len(tickets)
+        trims = [Trim() for _ in tickets]
         try:
             for number in range(len(tickets)):
                 yield self._chunk(include, number, {"role": "assistant", "content": "", "refusal": None})
@@ -150,9 +151,7 @@ class Answering:
                 else:
                     self._note_first()
                     number, piece = event
-                    text = piece.text if begun[number] else piece.text.lstrip()
-                    begun[number] = begun[number] or bool(text)
-                    logprobs = self._logprobs([piece])
+                    text, logprobs = trims[number](piece.text), self._logprobs([piece])
                     if text or (logprobs and logprobs["content"]):
                         yield self._chunk(include, number, {"content": text}, logprobs)
                 try:
