@@ -143,7 +143,7 @@ def _list(opened: Any, where: list[str], as_json: bool) -> None:
     items = list(opened.items(where))
     if as_json:
         rows = [{key: value for key, value in item.to_dict().items() if key != "score"} for item in items]
-        return emit({"model": opened.model, "pictures": rows})
+        return emit({"model": {key: opened.model[key] for key in ("source", "fingerprint")}, "pictures": rows})
     out.print(f"model {opened.model['source']}, {len(items)} pictures", markup=False, soft_wrap=True)
     for item in items:
         told = "  ".join(f"{key}={value}" for key, value in item.metadata.items())
@@ -159,7 +159,14 @@ def _opened(location: str, model: str | None) -> Any:
     source = model or found.model["source"]
     if model is None and (Path(source).is_absolute() or source == NOWHERE) and not Path(source).exists():
         raise FileNotFoundError(f"index {location} was made by model {source}, which is not there; pass --model FOLDER")
-    return found.attach(_encoder(source))
+    return _attached(found, _encoder(source))
+
+
+def _attached(found: Any, encoder: Any) -> Any:
+    found.attach(encoder)
+    if found.note is not None:
+        err.print(found.note, markup=False, soft_wrap=True, highlight=False)
+    return found
 
 
 def _opened_or_made(location: str, model: str) -> Any:
@@ -171,7 +178,7 @@ def _opened_or_made(location: str, model: str) -> Any:
     except FileNotFoundError:
         source = str(Path(model).resolve()) if Path(model).exists() else model
         return Index.create(location, encoder, source)
-    return found.attach(encoder)
+    return _attached(found, encoder)
 
 
 def _encoder(model: str) -> Any:
