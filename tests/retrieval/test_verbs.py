@@ -72,6 +72,20 @@ def test_index_and_search(save: Any, run: Any, tmp_path: Path) -> None:
     assert run("index", "-o", index, "--compact")[1].strip() == "6 pictures"
 
 
+def test_a_qformer_that_finds_is_inspected(run: Any, tmp_path: Path) -> None:
+    folder = save_blip2(tmp_path / "model")
+    code, out, err = run("inspect", folder, "--json")
+    assert code == 0, err
+    told, model = json.loads(out), chiasm.load(folder).model
+    counted = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("vision", "connector")}
+    assert {part: facts["parameters"] for part, facts in told["parts"].items()} == counted
+    assert told["space"] == 16 and told["queries"] == model.connector.num_tokens
+    code, out, err = run("inspect", folder)
+    assert code == 0 and f"→ {told['queries']} vectors, and a text → one, of 16 dimensions" in " ".join(out.split()), (
+        err
+    )
+
+
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"size": {"height": 36, "width": 36}}, r"makes pictures of shape \[3, 36, 36\], not \[3, 30, 30\]"),
     ({"resample": int(Image.Resampling.BILINEAR)}, "resizes, crops or normalises"),
