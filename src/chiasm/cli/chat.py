@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from chiasm.cli.app import Json, Model, app, emit, example, out
+from chiasm.cli.app import Json, Model, app, emit, example, out, require_picture_name
 
 
 @app.command(epilog=example("chiasm chat models/mine cat.jpg -p 'What is this?'"))
@@ -29,6 +29,8 @@ def chat(
     from chiasm.terminal import printable
     from chiasm.vlm import load_vlm, ready_to_answer
 
+    if show_attention is not None:
+        require_picture_name(show_attention, "--show-attention")
     examples = [_example(text) for text in solved]
     missing = [
         str(path) for path in (*images, *(path for shown, *_ in examples for path in shown)) if not path.is_file()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from chiasm.cli.app import Json, app, argument, emit, err, example, out
+from chiasm.cli.app import Json, app, argument, emit, err, example, out, require_picture_name
 
 Conditions = Annotated[
     list[str], typer.Option("--where", help="Only pictures with this metadata: colour=red, 'year>=2020', 'tag in a,b'.")
@@ -101,12 +101,15 @@ def search(
         raise ValueError("give a text or --image, one of them")
     if exclude_self and image is None:
         raise ValueError("--exclude-self goes with --image: a text is no picture of the index")
+    if sheet is not None:
+        require_picture_name(sheet, "--sheet")
     opened = _opened(location, other_model)
     if image is not None:
         hits = opened.search_images([image], k, where, exclude_self)[0]
     else:
         hits = opened.search(str(query), k, where)
     if sheet is not None:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(hits).save(sheet)
     if as_json:
         return emit([hit.to_dict() for hit in hits])
