@@ -113,14 +113,15 @@ def preview(
     model: VLM | DualEncoder | str | Path,
     data: Any = None,
     *,
+    validation_data: Any = None,
     overrides: Sequence[str] = (),
     quiet: bool = False,
 ) -> list[StagePreview]:
     """What a recipe would train, hold and take, by stage; time and activations are measured where data is given."""
     vlm = _trainable(model)
-    samples = None if data is None else read(data)
+    samples, held_out = (None if source is None else read(source) for source in (data, validation_data))
     reporter = Reporter("quiet" if quiet else "auto")
-    return preview_stages(load_recipe(recipe, overrides), vlm.model, vlm.processor, samples, reporter)
+    return preview_stages(load_recipe(recipe, overrides), vlm.model, vlm.processor, samples, reporter, held_out)
 
 
 def evaluate(
@@ -164,6 +165,8 @@ def evaluate(
     unread |= {"templates": templates} if task != "zero-shot" else {}
     if named := next((name for name, value in unread.items() if value), None):
         raise ValueError(f"{named}={unread[named]!r} is not for task {task!r}, which does not read it; leave it out")
+    if shots and isinstance(vlm, DualEncoder):
+        raise ValueError(f"shots={shots}: a model of two towers reads one question and no examples; leave shots out")
     samples, skipped = usable(given, progress) if skip_bad else (given, [])
     shown: dict[str, Any] = {"control": control, "batch_size": batch_size, "progress": progress}
     if task == "retrieval":

@@ -63,19 +63,20 @@ def preview(
     processor: ProcessorMixin,
     samples: Sequence[Sample] | None = None,
     reporter: Reporter | None = None,
+    validation_samples: Sequence[Sample] | None = None,
 ) -> list[StagePreview]:
     """Every stage of a recipe.
 
     Args:
         samples: the training data, of which a few batches are taken to measure time and activations; as in training,
-            a share of it is held out.
+            a share of it is held out where there are no `validation_samples`.
 
     Raises:
         ValueError: a stage's plan does not fit the model, or a sample cannot be used.
     """
     found = None
     if samples is not None:
-        samples, _ = split(samples, None, recipe)
+        samples, _ = split(samples, validation_samples, recipe)
         found = survey(samples, processor.num_image_tokens, recipe.skips_bad, reporter or Reporter("quiet"))
     model, shown = _same_weights(model), []
     for number, stage in enumerate(recipe.stages):
