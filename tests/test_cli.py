@@ -148,6 +148,15 @@ def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
             "--sheet 'x.foo' is no picture's name; it ends in .jpg",
         ),
         (["eval", "MODEL", "--data", "DATA", "--shots", "40"], "to take 40 examples from"),
+        (["chat", "MODEL", "--json"], "--json is for one answer; give -p"),
+        (["compare", "compare", "-o", "OUT", "--here", "--jobs", "2"], "--jobs 2 is not for --here"),
+        (["compare", "compare", "-o", "OUT", "--list", "--jobs", "2"], "--jobs 2 is not for --list"),
+        (["compare", "compare", "-o", "OUT", "--list", "--here"], "--list runs no cell, so --here is not for it"),
+        (["convert", "MODEL", "--to", "gguf", "-o", "OUT", "--no-check"], "--no-check is not for --to gguf"),
+        (
+            ["train", "llava", "--model", "MODEL", "--plan-only", "--validation-data", "DATA"],
+            "goes with --data; without",
+        ),
         (["frobnicate"], "No such command"),
     ],
 )

@@ -125,6 +125,26 @@ def test_an_older_index_is_read_with_a_line_that_says_so(run: Any, tmp_path: Pat
     assert [line for line in err.splitlines() if line.startswith(f"index {index} is older than this check")], err
 
 
+def test_options_that_a_retrieval_model_does_not_read_are_refused(run: Any, tmp_path: Path) -> None:
+    model, photos, index = save_blip2(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
+    paint(photos, 2)
+    assert run("index", model, photos, "-o", index, "--batch-size", 1)[0] == 0
+    refused = {
+        ("eval", model, "--data", photos, "--max-new-tokens", 5): "--max-new-tokens 5 is for models that write answers",
+        ("eval", model, "--data", photos, "--shots", 2): "--shots 2 is for models that read examples",
+        ("inspect", model, "--text-tokens", 9): "--text-tokens is of a prompt's cost",
+        ("serve", model, "--weights", "int8"): "--weights int8 is for models that answer",
+        ("index", "-o", index, "--list", "--batch-size", 2): "--batch-size is not for --list",
+        ("index", "-o", index, "--delete", "000.png", "--skip-bad"): "--skip-bad is not for --delete",
+        ("index", "-o", index, "--compact", "--metadata", photos / "metadata.jsonl"): "--metadata is not for --compact",
+        ("index", model, photos, "-o", index, "--model", model): "--model is not for MODEL IMAGES",
+    }
+    for arguments, reason in refused.items():
+        code, _, err = run(*arguments)
+        assert code == 2 and reason in " ".join(err.split()), (arguments, err)
+    assert run("index", "--add", photos, "-o", index, "--model", model, "--skip-bad", "--batch-size", 1)[0] == 0
+
+
 def test_a_text_without_tokens_is_one_line(run: Any, tmp_path: Path) -> None:
     model, photos, index = save_late(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
     paint(photos, 2)

@@ -39,6 +39,8 @@ def chat(
         raise FileNotFoundError(f"no such picture: {missing[0]}")
     if show_attention is not None and (prompt is None or not images):
         raise ValueError("--show-attention is for one answer about a picture; give a picture and -p")
+    if as_json and prompt is None:
+        raise ValueError("--json is for one answer; give -p")
     vlm = ready_to_answer(load_vlm(model))
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "examples": examples}
     if prompt is None:

@@ -15,6 +15,9 @@ OtherModel = Annotated[
     str | None, typer.Option("--model", help="Where the index's model is now, if it is not where it was.")
 ]
 
+TOGETHER = 32
+"""Pictures that are encoded together where nothing else is asked for."""
+
 
 @app.command(epilog=example("chiasm index models/clip photos -o photos.index"))
 def index(
@@ -38,7 +41,7 @@ def index(
     where: Conditions = [],  # noqa: B006
     compact: Annotated[bool, typer.Option("--compact", help="Give back the space of deleted pictures.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and name pictures that cannot be read.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Pictures encoded together.")] = 32,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures encoded together; else 32.")] = None,
     other_model: OtherModel = None,
     as_json: Json = False,
 ) -> None:
@@ -62,7 +65,12 @@ def index(
         raise ValueError(f"chiasm index got {given}, expected one of {', '.join(asked)}")
     if where and not list_:
         raise ValueError("--where goes with --list; pictures are deleted by --delete-where")
+    adds = {"--metadata": metadata, "--skip-bad": skip_bad or None, "--batch-size": batch_size, "--model": other_model}
+    unread = [] if add is not None else ["--model"] if images is not None else list(adds)
+    if option := next((option for option in unread if adds[option] is not None), None):
+        raise ValueError(f"{option} is not for {chosen[0]}, which does not read it; leave it out")
     if images is not None or add is not None:
+        batch_size = TOGETHER if batch_size is None else batch_size
         if batch_size < 1:
             raise ValueError(f"--batch-size is {batch_size}, expected at least 1")
         items = read_pictures(str(images or add), metadata)
