@@ -104,6 +104,10 @@ def test_late_fusion_from_end_to_end(run: Any, data: Path, tmp_path: Path) -> No
         assert code == 0, err
         summary = json.loads(out)["summary"]
         assert len(summary) == rows and summary[0]["n"] == summary[0]["control_n"] == 24
+        (tmp_path / "7.png").rename(tmp_path / "gone.png")
+        code, out, err = run("eval", trained, "--data", data, "--task", task, "--skip-bad", "--json")
+        assert code == 0 and json.loads(out)["summary"][0]["n"] == 23, err
+        (tmp_path / "gone.png").rename(tmp_path / "7.png")
     code, out, err = run(
         "train", "late_vqa", "--model", trained, "--data", data, "-o", tmp_path / "vqa", *short, "--json"
     )
@@ -136,8 +140,23 @@ def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
         (["chat", "MODEL", "nowhere.png", "-p", "Hi"], "no such picture: nowhere.png"),
         (["chat", "MODEL", "-p", "Hi", "--example", "a.png|what"], "has 2 part(s), expected picture|question|answer"),
         (["chat", "MODEL", "-p", "Hi", "--example", "no.png|what|this"], "no such picture: no.png"),
-        (["chat", "MODEL", "-p", "Hi", "--show-attention", "OUT"], "give a picture and -p"),
+        (["chat", "MODEL", "-p", "Hi", "--show-attention", "a.png"], "give a picture and -p"),
+        (["chat", "NOWHERE", "PICTURE", "-p", "Hi", "--show-attention", "a.foo"], "'a.foo' is no picture's name"),
+        (["draw", "NOWHERE", "an apple", "-o", "a"], "-o 'a' is no picture's name; it ends in .jpg, .jpeg, .png"),
+        (
+            ["search", "NOWHERE", "an apple", "--sheet", "x.foo"],
+            "--sheet 'x.foo' is no picture's name; it ends in .jpg",
+        ),
         (["eval", "MODEL", "--data", "DATA", "--shots", "40"], "to take 40 examples from"),
+        (["chat", "MODEL", "--json"], "--json is for one answer; give -p"),
+        (["compare", "compare", "-o", "OUT", "--here", "--jobs", "2"], "--jobs 2 is not for --here"),
+        (["compare", "compare", "-o", "OUT", "--list", "--jobs", "2"], "--jobs 2 is not for --list"),
+        (["compare", "compare", "-o", "OUT", "--list", "--here"], "--list runs no cell, so --here is not for it"),
+        (["convert", "MODEL", "--to", "gguf", "-o", "OUT", "--no-check"], "--no-check is not for --to gguf"),
+        (
+            ["train", "llava", "--model", "MODEL", "--plan-only", "--validation-data", "DATA"],
+            "goes with --data; without",
+        ),
         (["frobnicate"], "No such command"),
     ],
 )
@@ -308,6 +327,30 @@ def test_a_run_is_reported_and_compared(run: Any, model: Path, data: Path, tmp_p
     assert result["comparison"][-1]["n"] == 6 and result["verdict"].startswith("No evidence that")
     code, out, err = run("eval", model, *asked, "--against", tmp_path / "scores")
     assert code == 0 and "McNemar p = 1" in " ".join(out.split()), err
+
+
+def test_an_evaluation_skips_what_is_broken(run: Any, model: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "4.png").write_bytes((tmp_path / "4.png").read_bytes()[:60])
+    (tmp_path / "9.png").unlink()
+    rows = json.loads(data.read_text())
+    rows[13]["conversations"][0]["value"] = "<image> <image> Colour?"
+    data.write_text(json.dumps(rows))
+    asked = ["eval", model, "--data", data, "--max-new-tokens", 2]
+    assert run(*asked)[0] == 2
+    code, out, err = run(*asked, "--skip-bad", "--shots", 1, "-o", tmp_path / "scores", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["summary"][-1]["n"] == result["summary"][-1]["control_n"] == 21
+    assert [row["id"] for row in result["skipped"]] == ["4", "9", "13"]
+    assert result["skipped"] == json.loads((tmp_path / "scores" / "summary.json").read_text())["skipped"]
+    assert result["notes"][0].startswith("3 of 24 samples cannot be used and were skipped ('4': ")
+    code, out, err = run(*asked, "--skip-bad", "--limit", 6, "--against", tmp_path / "scores")
+    assert code == 2 and "the same questions" in " ".join(err.split())
+    code, out, err = run(*asked, "--skip-bad", "--limit", 6, "--against", model)
+    assert code == 0 and "1 of 6 samples cannot be used and were skipped ('4': " in out, err
+    data.write_text(json.dumps([rows[4], rows[9]]))
+    code, _, err = run(*asked, "--skip-bad")
+    assert code == 2 and "none of the 2 samples can be used, the first being '4'" in " ".join(err.split())
 
 
 def test_the_recipe_schema_is_printed(run: Any) -> None:

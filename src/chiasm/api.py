@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from chiasm.data.few_shot import draw_examples
+from chiasm.data.few_shot import MOST_CANDIDATES, draw_examples
 from chiasm.data.readers import read, read_train
 from chiasm.data.schema import Sample
+from chiasm.data.splits import Subset
 from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.evaluate import evaluate as evaluate_answers
 from chiasm.evaluation.retrieval import evaluate_retrieval
+from chiasm.evaluation.usable import skipped_note, usable
 from chiasm.evaluation.zero_shot import TEMPLATES, evaluate_zero_shot
 from chiasm.fusion.late import LateFusionModel
 from chiasm.interop.convert import Converted
@@ -110,14 +113,15 @@ def preview(
     model: VLM | DualEncoder | str | Path,
     data: Any = None,
     *,
+    validation_data: Any = None,
     overrides: Sequence[str] = (),
     quiet: bool = False,
 ) -> list[StagePreview]:
     """What a recipe would train, hold and take, by stage; time and activations are measured where data is given."""
     vlm = _trainable(model)
-    samples = None if data is None else read(data)
+    samples, held_out = (None if source is None else read(source) for source in (data, validation_data))
     reporter = Reporter("quiet" if quiet else "auto")
-    return preview_stages(load_recipe(recipe, overrides), vlm.model, vlm.processor, samples, reporter)
+    return preview_stages(load_recipe(recipe, overrides), vlm.model, vlm.processor, samples, reporter, held_out)
 
 
 def evaluate(
@@ -134,6 +138,7 @@ def evaluate(
     shots: int = 0,
     shots_from: Any = None,
     templates: Sequence[str] = (),
+    skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> EvalResult:
     """Scores a model's answers per skill, or how well it finds, beside the control that is shown another picture.
@@ -146,34 +151,39 @@ def evaluate(
         shots: solved examples in front of every question, of its skill and from other samples.
         shots_from: the data that they are drawn from; by default the train split where there is one.
         templates: prompts for zero-shot classification, with `{}` where the label stands.
+        skip_bad: look at every sample first and leave out those that cannot be used; the result names them.
     """
     if shots_from is not None and not shots:
         raise ValueError("shots_from names the data of solved examples, but shots is 0; pass shots=4 or leave it out")
     vlm = model if isinstance(model, VLM | DualEncoder) else ready_to_answer(load(model))
-    samples = spread(read(data, split=split), limit)
+    given = samples = spread(read(data, split=split), limit)
     task = task or _task_of(vlm)
     if task not in TASKS or (task != "answers" and isinstance(vlm, VLM)):
         of = "answers" if isinstance(vlm, VLM) else ", ".join(TASKS)
         raise ValueError(f"task {task!r} is not one of this model; choose of {of}")
     unread: dict[str, Any] = {"metric": metric, "shots": shots} if task != "answers" else {}
     unread |= {"templates": templates} if task != "zero-shot" else {}
-    if given := next((name for name, value in unread.items() if value), None):
-        raise ValueError(f"{given}={unread[given]!r} is not for task {task!r}, which does not read it; leave it out")
+    if named := next((name for name, value in unread.items() if value), None):
+        raise ValueError(f"{named}={unread[named]!r} is not for task {task!r}, which does not read it; leave it out")
+    if shots and isinstance(vlm, DualEncoder):
+        raise ValueError(f"shots={shots}: a model of two towers reads one question and no examples; leave shots out")
+    samples, skipped = usable(given, progress) if skip_bad else (given, [])
     shown: dict[str, Any] = {"control": control, "batch_size": batch_size, "progress": progress}
     if task == "retrieval":
-        return evaluate_retrieval(vlm.model, vlm.processor, samples, **shown).evaluation(samples)
-    if task == "zero-shot":
-        return evaluate_zero_shot(vlm.model, vlm.processor, samples, tuple(templates) or TEMPLATES, **shown)
-    examples = None
-    if shots:
-        pool = read(shots_from) if shots_from is not None else read_train(data)
-        examples = draw_examples(samples, pool, shots)
-
-    def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:
-        return vlm.generate(messages, images, max_new_tokens=max_new_tokens)
-
-    asked: dict[str, Any] = {"batch_size": batch_size, "control": control, "metric": metric, "examples": examples}
-    return evaluate_answers(generate, samples, progress=progress, **asked)
+        result = evaluate_retrieval(vlm.model, vlm.processor, samples, **shown).evaluation(samples)
+    elif task == "zero-shot":
+        result = evaluate_zero_shot(vlm.model, vlm.processor, samples, tuple(templates) or TEMPLATES, **shown)
+    else:
+        examples = None
+        if shots:
+            pool = read(shots_from) if shots_from is not None else read_train(data)
+            pool = usable(spread(pool, MOST_CANDIDATES))[0] if skip_bad else pool
+            examples = draw_examples(samples, pool, shots)
+        generate = partial(vlm.generate, max_new_tokens=max_new_tokens)
+        result = evaluate_answers(generate, samples, metric=metric, examples=examples, **shown)
+    result.skipped = skipped
+    result.notes = [*skipped_note(skipped, len(given)), *result.notes]
+    return result
 
 
 TASKS = ("answers", "retrieval", "zero-shot")
@@ -188,7 +198,7 @@ def spread(samples: Sequence[Sample], limit: int | None) -> Sequence[Sample]:
     """At most `limit` samples, evenly spread over the data."""
     if limit is None or limit >= len(samples):
         return samples
-    return [samples[index * len(samples) // limit] for index in range(limit)]
+    return Subset(samples, [index * len(samples) // limit for index in range(limit)])
 
 
 @contextmanager

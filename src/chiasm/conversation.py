@@ -17,6 +17,7 @@ from chiasm.data.chat import Message, user_message
 from chiasm.data.few_shot import put_first, solved
 from chiasm.generation.decode import Decoding
 from chiasm.generation.engine import Engine
+from chiasm.generation.text import Trim
 from chiasm.sources.cache import cache_folder
 from chiasm.vision.pictures import to_rgb
 from chiasm.vlm import VLM
@@ -105,16 +106,15 @@ class Conversation:
         pictures = [*self.shown, *self.waiting]
         ticket = self.engine.submit(put_first(self.turns, asked), [*self.examples, *pictures], self.decoding)
         self.waiting = []
-        pieces: list[str] = []
+        pieces, trim = list[str](), Trim()
         try:
             for piece in ticket:
-                text = terminal.printable(piece.text)
-                pieces.append(text if pieces else text.lstrip())
+                pieces.append(trim(terminal.printable(piece.text)))
                 self.console.print(pieces[-1], end="", markup=False, highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
             ticket.cancel()
         self.console.print()
-        self.history = [*asked, {"role": "assistant", "content": "".join(pieces).strip()}]
+        self.history = [*asked, {"role": "assistant", "content": "".join(pieces)}]
         self.shown = pictures
 
     def add(self, rest: str) -> None:

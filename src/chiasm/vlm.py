@@ -165,15 +165,25 @@ def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM | DualEnc
     `DualEncoder` of a retrieval model, told by `model_type` and `architectures` in its configuration."""
     source = sources.resolve(source)
     config = read_config(source)
-    model_type, kinds = config["model_type"], config.get("architectures") or []
+    model_type, kind = config["model_type"], _retrieval_kind(config)
     with readable_weights(source):
-        for kind in (model_type, *kinds):
-            if kind in RETRIEVAL_LOADERS:
-                return DualEncoder(*RETRIEVAL_LOADERS[kind](source, dtype))
+        if kind is not None:
+            return DualEncoder(*RETRIEVAL_LOADERS[kind](source, dtype))
         if model_type in LOADERS:
             return VLM(*LOADERS[model_type](source, dtype))
     known = ", ".join([*LOADERS, *RETRIEVAL_LOADERS])
     raise ValueError(f"{source} holds a {model_type!r} model; chiasm.load reads {known}")
+
+
+def is_retrieval(source: str | Path) -> bool:
+    """Whether a checkpoint is a retrieval model, by its configuration alone."""
+    return _retrieval_kind(read_config(sources.resolve(source))) is not None
+
+
+def _retrieval_kind(config: dict[str, Any]) -> str | None:
+    """The name in `RETRIEVAL_LOADERS` that a configuration goes by."""
+    names = (config["model_type"], *(config.get("architectures") or []))
+    return next((name for name in names if name in RETRIEVAL_LOADERS), None)
 
 
 def load_vlm(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM:

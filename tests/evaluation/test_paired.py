@@ -43,6 +43,7 @@ def test_a_clear_difference_is_said_and_a_small_one_is_not() -> None:
     one_more = [1.0, *base[1:50], 1.0, *base[51:]]
     assert verdict(compare(result(one_more), result(base))[-1], "A", "B").startswith("No evidence that A and B differ")
     assert "\n" not in verdict(total, "A", "B")
+    assert "right only for runs/a-1, " in verdict(total, "runs/a-1", "runs/b-2")
 
 
 def test_rows_are_per_skill_with_all_at_the_end() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 import tiny
-from chiasm.generation.text import TextStream, before_stop
+from chiasm.generation.text import TextStream, Trim, before_stop
 
 LONG = "Ein größerer Satz über das Bild: 한국어도 됩니다, and 🙂 too. " * 3
 
@@ -34,3 +34,11 @@ def test_stop_strings(stop: str) -> None:
 def test_what_only_begins_like_a_stop_string_is_shown_in_the_end() -> None:
     found, stopped = pieces("abc ##", ("###",))
     assert found[-1] == "##" and not stopped and "".join(found) == "abc ##"
+
+
+@pytest.mark.parametrize("text", ["", " ", " \n a", "a \n ", "\u3000한 국 어\u3000", "  a  b \n\nc\td  "])
+def test_space_around_an_answer_is_left_out(text: str) -> None:
+    for size in (1, 2, 5):
+        trim = Trim()
+        found = [trim(text[start : start + size]) for start in range(0, len(text), size)]
+        assert "".join(found) == text.strip()

@@ -177,6 +177,21 @@ def test_half_understood_checkpoints_are_refused(tmp_path: Path) -> None:
         chiasm.load(tmp_path)
 
 
+def test_a_siglip_without_its_pooling_head_is_refused(tmp_path: Path) -> None:
+    config = siglip().config
+    config.vision_config.vision_use_head = False
+    theirs = SiglipModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(AttributeError):
+        theirs(**inputs("siglip"))
+    with pytest.raises(ValueError, match=r"is a SigLIP without the head .* \(vision_use_head: false in its config"):
+        chiasm.load(tmp_path)
+    tiny.tokenizer(None).save_pretrained(tmp_path)
+    pooling = {"vision": "mean"}
+    made = chiasm.connect(str(tmp_path), str(tmp_path), "linear", fusion="late", pooling=pooling)
+    assert made.model(**inputs("siglip")).logits_per_image.shape == (3, 4)
+
+
 def test_what_transformers_has_no_class_for_is_refused(tmp_path: Path) -> None:
     other = chiasm.connect(tiny.vision(), tiny.language(), fusion="late").model
     with pytest.raises(ValueError, match="no class for late fusion of clip_vision_model and llama"):

@@ -12,6 +12,7 @@ import chiasm
 import tiny
 from chiasm.data.captions import CaptionProcessor
 from chiasm.fusion.qformer_retrieval import build_retrieval
+from chiasm.retrieval import Index
 from chiasm.vision.image_processor import ChiasmImageProcessor
 from retrieval.pretend import paint
 from training import helpers
@@ -69,6 +70,79 @@ def test_index_and_search(save: Any, run: Any, tmp_path: Path) -> None:
     code, out, err = run("index", "-o", index, "--delete-where", "colour=blue", "--json")
     assert json.loads(out)["pictures"] == 6
     assert run("index", "-o", index, "--compact")[1].strip() == "6 pictures"
+
+
+def test_a_qformer_that_finds_is_inspected(run: Any, tmp_path: Path) -> None:
+    folder = save_blip2(tmp_path / "model")
+    code, out, err = run("inspect", folder, "--json")
+    assert code == 0, err
+    told, model = json.loads(out), chiasm.load(folder).model
+    counted = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("vision", "connector")}
+    assert {part: facts["parameters"] for part, facts in told["parts"].items()} == counted
+    assert told["space"] == 16 and told["queries"] == model.connector.num_tokens
+    code, out, err = run("inspect", folder)
+    assert code == 0 and f"→ {told['queries']} vectors, and a text → one, of 16 dimensions" in " ".join(out.split()), (
+        err
+    )
+
+
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"size": {"height": 36, "width": 36}}, r"makes pictures of shape \[3, 36, 36\], not \[3, 30, 30\]"),
+    ({"resample": int(Image.Resampling.BILINEAR)}, "resizes, crops or normalises"),
+    ({"resize_mode": "squash"}, "resizes, crops or normalises"),
+    ({"crop_fraction": 0.9}, "resizes, crops or normalises"),
+    ({"image_mean": [0.45] * 3}, "resizes, crops or normalises"),
+    ({"image_std": [0.45] * 3}, "resizes, crops or normalises"),
+    ({"text_length": 9}, "makes other tokens of texts"),
+    ({"lowercase": True}, "makes other tokens of texts"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), CHANGES)
+def test_another_processor_is_refused(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+    encoder = chiasm.load(save_late(tmp_path / "model"))
+    index = Index.create(tmp_path / "index", encoder)
+    assert index.attach(chiasm.load(tmp_path / "model")).note is None
+    processor = encoder.processor
+    for name, value in change.items():
+        target = processor if hasattr(processor, name) else processor.image_processor
+        assert hasattr(target, name) and getattr(target, name) != value
+        setattr(target, name, value)
+    with pytest.raises(ValueError, match=f"was made with another processor: this one {told}.*or index again"):
+        index.attach(encoder)
+
+
+def test_an_older_index_is_read_with_a_line_that_says_so(run: Any, tmp_path: Path) -> None:
+    model, photos, index = save_late(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
+    paint(photos, 2)
+    assert run("index", model, photos, "-o", index)[0] == 0
+    assert "is older" not in run("search", index, "a")[2]
+    manifest = json.loads((index / "manifest.json").read_text())
+    del manifest["model"]["preparation"]
+    (index / "manifest.json").write_text(json.dumps(manifest))
+    code, out, err = run("search", index, "a", "--json")
+    assert code == 0 and len(json.loads(out)) == 2
+    assert [line for line in err.splitlines() if line.startswith(f"index {index} is older than this check")], err
+
+
+def test_options_that_a_retrieval_model_does_not_read_are_refused(run: Any, tmp_path: Path) -> None:
+    model, photos, index = save_blip2(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
+    paint(photos, 2)
+    assert run("index", model, photos, "-o", index, "--batch-size", 1)[0] == 0
+    refused = {
+        ("eval", model, "--data", photos, "--max-new-tokens", 5): "--max-new-tokens 5 is for models that write answers",
+        ("eval", model, "--data", photos, "--shots", 2): "--shots 2 is for models that read examples",
+        ("inspect", model, "--text-tokens", 9): "--text-tokens is of a prompt's cost",
+        ("serve", model, "--weights", "int8"): "--weights int8 is for models that answer",
+        ("index", "-o", index, "--list", "--batch-size", 2): "--batch-size is not for --list",
+        ("index", "-o", index, "--delete", "000.png", "--skip-bad"): "--skip-bad is not for --delete",
+        ("index", "-o", index, "--compact", "--metadata", photos / "metadata.jsonl"): "--metadata is not for --compact",
+        ("index", model, photos, "-o", index, "--model", model): "--model is not for MODEL IMAGES",
+    }
+    for arguments, reason in refused.items():
+        code, _, err = run(*arguments)
+        assert code == 2 and reason in " ".join(err.split()), (arguments, err)
+    assert run("index", "--add", photos, "-o", index, "--model", model, "--skip-bad", "--batch-size", 1)[0] == 0
 
 
 def test_a_text_without_tokens_is_one_line(run: Any, tmp_path: Path) -> None:

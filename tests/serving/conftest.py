@@ -46,7 +46,10 @@ class Metronome:
         self.seconds, self.running, self.generated = seconds, 0, 0
         self._threads: list[threading.Thread] = []
 
-    def submit(self, messages: list[Any], images: list[Any], decoding: Decoding) -> Ticket:
+    def submit_all(self, messages: list[Any], images: list[Any], decodings: list[Decoding]) -> list[Ticket]:
+        return [self.submit(decoding) for decoding in decodings]
+
+    def submit(self, decoding: Decoding) -> Ticket:
         ticket = Ticket(1)
         self.running += 1
         self._threads.append(threading.Thread(target=self._answer, args=(ticket, decoding.max_new_tokens)))

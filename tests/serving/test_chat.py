@@ -1,6 +1,7 @@
 """Chat completions: OpenAI's shapes, the model's own answers, and every option that means something."""
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from fastapi.testclient import TestClient
 
 import chiasm
 import tiny
+from chiasm.generation.decode import Decoding, prepare
+from chiasm.generation.text import TextStream
 
 
 def chunks(text: str) -> list[dict[str, Any]]:
@@ -37,12 +40,37 @@ def test_a_stream_is_the_same_answer_in_chunks(client: Callable[..., TestClient]
     got = chunks(response.text)
     assert got[0]["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
     text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in got[:-1])
-    assert text.strip() == whole["choices"][0]["message"]["content"]
+    assert text == whole["choices"][0]["message"]["content"]
     assert got[-2]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
     assert got[-1]["choices"] == []
     counts = ("prompt_tokens", "completion_tokens", "total_tokens")
     assert all(got[-1]["usage"][name] == whole["usage"][name] for name in counts)
     assert all(chunk["usage"] is None for chunk in got[:-1])
+
+
+def test_a_stream_has_no_space_around_the_answer_either(
+    client: Callable[..., TestClient], vlm: chiasm.VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = [" ", "\n a", " ", " b", " "]
+
+    def push(self: TextStream, token: int) -> str:
+        self._tokens.append(token)
+        return pieces[len(self._tokens) - 1]
+
+    monkeypatch.setattr(TextStream, "push", push)
+    monkeypatch.setattr(TextStream, "finish", lambda self: "\n")
+    monkeypatch.setattr("chiasm.generation.engine.end_tokens", lambda model: set())
+    api = client()
+    body = ask(data_url(), n=2, max_tokens=5)
+    whole = [choice["message"]["content"] for choice in api.post(CHAT, json=body).json()["choices"]]
+    streamed = ["", ""]
+    for chunk in chunks(api.post(CHAT, json=body | {"stream": True}).text):
+        (choice,) = chunk["choices"]
+        streamed[choice["index"]] += choice["delta"].get("content", "")
+    assert streamed == whole == ["a  b", "a  b"]
+    vlm.model.generation_config.eos_token_id, ends = None, vlm.model.generation_config.eos_token_id
+    assert "".join(vlm.stream(tiny.picture(), "What?", max_new_tokens=5)) == "a  b"
+    vlm.model.generation_config.eos_token_id = ends
 
 
 def test_seeds_repeat_and_choices_differ(client: Callable[..., TestClient]) -> None:
@@ -55,7 +83,35 @@ def test_seeds_repeat_and_choices_differ(client: Callable[..., TestClient]) -> N
     streamed = chunks(api.post(CHAT, json=ask(data_url(), stream=True, **fields)).text)
     for number, text in enumerate(texts):
         own = [chunk["choices"][0] for chunk in streamed if chunk["choices"][0]["index"] == number]
-        assert "".join(choice["delta"].get("content", "") for choice in own).strip() == text
+        assert "".join(choice["delta"].get("content", "") for choice in own) == text
+
+
+def test_several_answers_are_prepared_once(client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[int] = []
+
+    def counting(*arguments: Any) -> Any:
+        prepared.append(arguments[-1])
+        return prepare(*arguments)
+
+    monkeypatch.setattr("chiasm.generation.engine.prepare", counting)
+    api = client()
+    answer = api.post(CHAT, json=ask(data_url(), data_url(), n=4, max_tokens=3)).json()
+    assert len(answer["choices"]) == 4 and prepared == [3]
+    body = ask(data_url(), n=3)
+    del body["max_tokens"]
+    assert len(api.post(CHAT, json=body).json()["choices"]) == 3 and len(prepared) <= 3
+
+
+def test_a_line_takes_all_answers_or_none(client: Callable[..., TestClient], chat_model: Any) -> None:
+    model = chat_model(max_batch=1, max_waiting=2)
+    api, engine = client(model), model.engine
+    first = engine.submit(ask()["messages"], [], Decoding(max_new_tokens=900))
+    next(iter(first))
+    assert api.post(CHAT, json=ask(n=3)).status_code == 429
+    first.cancel()
+    while engine.stats().running or engine.stats().waiting:
+        time.sleep(0.001)
+    assert len(api.post(CHAT, json=ask(n=2)).json()["choices"]) == 2
 
 
 def test_logprobs_and_stop(client: Callable[..., TestClient]) -> None:

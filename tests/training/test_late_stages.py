@@ -125,6 +125,16 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, dies_at: int) -> None:
     helpers.whole_and_resumed(tmp_path, settings, encoder, data(), dies_at)
 
 
+def test_the_preview_knows_the_head_of_an_earlier_stage() -> None:
+    stages = [*TWO["stages"], stage(name="again", parts={**LIT, "answer_head": "frozen"}, steps=3)]
+    model = encoder()
+    *_, again = chiasm.api.preview({"stages": stages}, model, data(), quiet=True)
+    assert again.plan.states["answer_head"] == "frozen"
+    assert model.model.config.answer_head is None
+    with pytest.raises(ValueError, match="'answer' takes its answers from the data; pass --data"):
+        chiasm.api.preview({"stages": stages}, model)
+
+
 @pytest.mark.parametrize("combine", ["concat", "product", "mlp"])
 def test_a_head_learns_to_answer_and_leaves_the_towers(combine: str, tmp_path: Path) -> None:
     model = encoder()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import chiasm.api
 from chiasm.data.schema import ImageRef
 from chiasm.training.log import read_log
 from chiasm.training.preview import preview, print_preview
@@ -74,6 +75,10 @@ def test_the_steps_are_those_that_training_takes(tmp_path: Path) -> None:
     shown = preview(recipe, vlm.model, vlm.processor, data)[0]
     log = read_log(helpers.run(tmp_path / "run", recipe, vlm, data).log)
     assert shown.steps == next(event["steps"] for event in log if event["event"] == "plan") < 40
+    held_out = helpers.samples(4)
+    whole = chiasm.api.preview(recipe, vlm, data, validation_data=held_out, quiet=True)[0]
+    log = read_log(helpers.run(tmp_path / "whole", recipe, vlm, data, validation_samples=held_out).log)
+    assert whole.steps == next(event["steps"] for event in log if event["event"] == "plan") > shown.steps
     with pytest.raises(ValueError, match=r"sample 'mute': .*; chiasm data check lists every such sample"):
         preview(apply_overrides(recipe, ["skip_bad=false"]), vlm.model, vlm.processor, data)
 

@@ -177,6 +177,7 @@ UNREAD = [
     ({"captions": {"length": 8}}, "captions is for the objective contrastive or matching or grounded_generation, not"),
     ({"chunk": 8}, "chunk is for the objective contrastive or sigmoid, not for next_token; remove it"),
     ({"answer_head": {"hidden": 8}}, "answer_head is for the objective answers, not for next_token; remove it"),
+    ({"betas": [0.9, 0.95], "optimizer": "sgd"}, "betas is for the optimizer adamw, not for sgd; remove it"),
 ]
 
 
@@ -186,6 +187,12 @@ def test_settings_that_a_stage_would_not_read_are_refused(settings: dict[str, An
         load_recipe({"stages": [helpers.stage(**settings)]})
     with pytest.raises(RecipeError, match=told):
         load_recipe({**settings, "stages": [helpers.stage()]})
+
+
+def test_betas_at_the_top_reach_the_stages_of_adamw() -> None:
+    stages = [helpers.stage("plain", optimizer="sgd"), helpers.stage("adapted")]
+    plain, adapted = load_recipe({"betas": [0.8, 0.9], "stages": stages}).stages
+    assert (plain.betas, adapted.betas) == ((0.9, 0.999), (0.8, 0.9))
 
 
 def test_settings_at_the_top_reach_the_stages_that_read_them() -> None:

@@ -1,10 +1,12 @@
 """A run that was killed, at any moment and any number of times, ends with the bits of the run that never was."""
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ import helpers
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 
 import chiasm
+from chiasm.data.readers import read
+from chiasm.data.schema import Samples
 from chiasm.training import stage_run, tensor_files
 from chiasm.training.checkpoint import TrainingError
 from chiasm.training.log import read_log
@@ -160,6 +165,42 @@ def test_another_recipe_data_or_model_is_refused(tmp_path: Path, change: str, to
     with pytest.raises(ValueError, match=rf"holds another run: {told}\. Restore that .* --no-resume"):
         helpers.run(tmp_path / "run", recipe, **other)
     helpers.run(tmp_path / "run", recipe, resume=False, **other)
+
+
+def colours(folder: Path, shard: bool) -> Samples:
+    """Twelve questions about pictures on disk, as files or in a shard, all of the same size in bytes."""
+    folder.mkdir(parents=True)
+    for index in range(12):
+        Image.new("RGB", (150, 150), (index, 0, 0)).save(folder / f"{index}.bmp")
+    rows = [{"question": "colour", "answer": "red", "image": f"{index}.bmp"} for index in range(12)]
+    if shard:
+        with tarfile.open(folder / "shard.tar", "w") as tar:
+            for index, row in enumerate(rows):
+                (folder / f"{index}.json").write_text(json.dumps(row))
+                tar.add(folder / f"{index}.json", f"{index}.json")
+                tar.add(folder / f"{index}.bmp", f"{index}.bmp")
+    else:
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read(folder / ("shard.tar" if shard else "rows.jsonl"))
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_pictures_may_move_but_not_change(tmp_path: Path, shard: bool) -> None:
+    recipe = {"stages": [helpers.stage(checkpoint_every=1)]}
+    with helpers.killed_at(2):
+        helpers.run(tmp_path / "run", recipe, data=colours(tmp_path / "here", shard))
+    there = tmp_path / "there" / "copy"
+    moved = colours(there, shard)
+    changed = there / ("shard.tar" if shard else "7.bmp")
+    content, times = changed.read_bytes(), changed.stat()
+    place = content.rindex(bytes([0, 0, 7]) * 9)
+    changed.write_bytes(content[:place] + bytes([0, 0, 8]) * 9 + content[place + 27 :])
+    os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"holds another run: the pictures are not the same\. Restore that"):
+        helpers.run(tmp_path / "run", recipe, data=moved)
+    changed.write_bytes(content)
+    resumed = helpers.run(tmp_path / "run", recipe, data=moved)
+    assert [event["step"] for event in read_log(resumed.log) if event["event"] == "resume"] == [1]
 
 
 def test_settings_without_effect_on_weights_may_change(tmp_path: Path) -> None:

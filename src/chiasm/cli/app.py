@@ -59,6 +59,14 @@ def refuse_to_overwrite(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder with -o")
 
 
+def require_picture_name(path: Path, option: str) -> None:
+    """Refuses a file that no picture is written to, before anything is done for it."""
+    from chiasm.data.containers import PICTURES
+
+    if path.suffix.lower().removeprefix(".") not in PICTURES:
+        raise ValueError(f"{option} {str(path)!r} is no picture's name; it ends in .{', .'.join(PICTURES)}")
+
+
 def argument(path: str | Path) -> str:
     """A path as one would type it in a shell, for a line with markup."""
     return escape(shlex.quote(str(path)))

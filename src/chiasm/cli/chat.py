@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from chiasm.cli.app import Json, Model, app, emit, example, out
+from chiasm.cli.app import Json, Model, app, emit, example, out, require_picture_name
 
 
 @app.command(epilog=example("chiasm chat models/mine cat.jpg -p 'What is this?'"))
@@ -29,6 +29,8 @@ def chat(
     from chiasm.terminal import printable
     from chiasm.vlm import load_vlm, ready_to_answer
 
+    if show_attention is not None:
+        require_picture_name(show_attention, "--show-attention")
     examples = [_example(text) for text in solved]
     missing = [
         str(path) for path in (*images, *(path for shown, *_ in examples for path in shown)) if not path.is_file()
@@ -37,6 +39,8 @@ def chat(
         raise FileNotFoundError(f"no such picture: {missing[0]}")
     if show_attention is not None and (prompt is None or not images):
         raise ValueError("--show-attention is for one answer about a picture; give a picture and -p")
+    if as_json and prompt is None:
+        raise ValueError("--json is for one answer; give -p")
     vlm = ready_to_answer(load_vlm(model))
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "examples": examples}
     if prompt is None:

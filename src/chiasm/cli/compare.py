@@ -23,6 +23,11 @@ def compare(
     """Compare ways of connecting on your data and budget; a stopped comparison goes on where it was."""
     from chiasm.comparison import compare as comparing
 
+    if list_ and here:
+        raise ValueError("--list runs no cell, so --here is not for it; leave one out")
+    if jobs > 1 and (list_ or here):
+        other = "--list" if list_ else "--here"
+        raise ValueError(f"--jobs {jobs} is not for {other}, which starts no process; leave one out")
     if list_:
         loaded = comparing.load_plan(plan)
         choices, skipped = comparing.cells_of(comparing.quickened(loaded) if quick else loaded)

@@ -134,14 +134,20 @@ def connect(
 @app.command(epilog=example("chiasm inspect models/mine --images 2"))
 def inspect(
     model: Model,
-    images: Annotated[int, typer.Option(help="Pictures in the prompt.")] = 1,
-    text_tokens: Annotated[int, typer.Option(help="Text tokens in the prompt.")] = 64,
+    images: Annotated[int | None, typer.Option(help="Pictures in the prompt; else 1.")] = None,
+    text_tokens: Annotated[int | None, typer.Option(help="Text tokens in the prompt; else 64.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show a model's parts, parameters, visual tokens and cost."""
     import chiasm
+    from chiasm.vlm import is_retrieval
 
-    _show(chiasm.load(model), as_json, images=images, text_tokens=text_tokens)
+    prompt = {"images": images, "text_tokens": text_tokens}
+    given = {name: value for name, value in prompt.items() if value is not None}
+    if given and is_retrieval(model):
+        option = next(iter(given)).replace("_", "-")
+        raise ValueError(f"--{option} is of a prompt's cost, and {model} is a retrieval model, which has no prompt")
+    _show(chiasm.load(model), as_json, **given)
 
 
 def _regions(text: str | None) -> tuple[int, int] | None:

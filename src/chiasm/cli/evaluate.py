@@ -7,6 +7,8 @@ import typer
 
 from chiasm.cli.app import Data, Json, Model, app, emit, err, example, out
 
+LONGEST = 64
+
 
 @app.command("eval", epilog=example("chiasm eval runs/a/model --data test.json"))
 def evaluate(
@@ -16,12 +18,12 @@ def evaluate(
         str | None, typer.Option(help="Of a dual encoder: retrieval, zero-shot or answers; by default what it can.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="validation, test, ...; by default everything.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many samples, evenly spread.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples, evenly spread.")] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for results.jsonl and summary.json.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer that is written; else 64.")] = None,
     control: Annotated[bool, typer.Option(help="Ask again with another sample's picture.")] = True,
     metric: Annotated[str | None, typer.Option(help="One metric for all; by default chosen per skill.")] = None,
     shots: Annotated[int, typer.Option(help="Solved examples of the same skill in front of every question.")] = 0,
@@ -35,6 +37,9 @@ def evaluate(
         str | None,
         typer.Option(help="Another model, or the -o folder of its evaluation, to compare with on the same questions."),
     ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Skip, count and name samples that cannot be used.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Score a model's answers per skill, or what it finds, with intervals, beside the wrong-picture control."""
@@ -42,23 +47,26 @@ def evaluate(
     from chiasm.evaluation.evaluate import EvalResult
     from chiasm.evaluation.skills import caption_lines, to_table
 
+    scored = against is not None and (Path(against) / "results.jsonl").is_file()
+    _refuse_unread([model] if against is None or scored else [model, against], max_new_tokens, shots)
     asked: dict[str, Any] = {
         "split": split,
         "limit": limit,
         "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": LONGEST if max_new_tokens is None else max_new_tokens,
         "metric": metric,
         "shots": shots,
         "shots_from": shots_from,
         "task": task,
         "templates": template,
+        "skip_bad": skip_bad,
     }
     with api.progress_bar("answering", err) as update:
         result = api.evaluate(model, data, control=control, progress=update, **asked)
     if output is not None:
         result.save(output)
     other = None
-    if against is not None and (Path(against) / "results.jsonl").is_file():
+    if against is not None and scored:
         other = EvalResult.load(against)
     elif against is not None:
         with api.progress_bar("answering, the other model", err) as update:
@@ -66,7 +74,7 @@ def evaluate(
     compared = {} if other is None else _compare(result, other, model, str(against))
     if as_json:
         plain = {key: value for key, value in compared.items() if key != "table"}
-        return emit({"summary": result.summary, "notes": result.notes, **plain})
+        return emit({"summary": result.summary, "notes": result.notes, "skipped": result.skipped, **plain})
     out.print(to_table(result.summary))
     for note in (*caption_lines(result.summary), *result.notes):
         out.print(note, markup=False, soft_wrap=True)
@@ -74,6 +82,21 @@ def evaluate(
         out.print(compared["table"])
         out.print(compared["verdict"], markup=False, highlight=False, soft_wrap=True)
     return None
+
+
+def _refuse_unread(models: list[str], max_new_tokens: int | None, shots: int) -> None:
+    """Refuses options that the models do not read, before one of them is asked anything."""
+    from chiasm.vlm import is_retrieval
+
+    if max_new_tokens is None and not shots:
+        return
+    finding = [model for model in models if is_retrieval(model)]
+    if finding and shots:
+        raise ValueError(f"--shots {shots} is for models that read examples; {finding[0]} is a retrieval model")
+    if len(finding) == len(models) and max_new_tokens is not None:
+        raise ValueError(
+            f"--max-new-tokens {max_new_tokens} is for models that write answers; {finding[0]} is a retrieval model"
+        )
 
 
 def _compare(result: Any, other: Any, model: str, against: str) -> dict[str, Any]:

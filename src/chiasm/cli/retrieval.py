@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from chiasm.cli.app import Json, app, argument, emit, err, example, out
+from chiasm.cli.app import Json, app, argument, emit, err, example, out, require_picture_name
 
 Conditions = Annotated[
     list[str], typer.Option("--where", help="Only pictures with this metadata: colour=red, 'year>=2020', 'tag in a,b'.")
@@ -14,6 +14,9 @@ Conditions = Annotated[
 OtherModel = Annotated[
     str | None, typer.Option("--model", help="Where the index's model is now, if it is not where it was.")
 ]
+
+TOGETHER = 32
+"""Pictures that are encoded together where nothing else is asked for."""
 
 
 @app.command(epilog=example("chiasm index models/clip photos -o photos.index"))
@@ -38,7 +41,7 @@ def index(
     where: Conditions = [],  # noqa: B006
     compact: Annotated[bool, typer.Option("--compact", help="Give back the space of deleted pictures.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and name pictures that cannot be read.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Pictures encoded together.")] = 32,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures encoded together; else 32.")] = None,
     other_model: OtherModel = None,
     as_json: Json = False,
 ) -> None:
@@ -62,7 +65,12 @@ def index(
         raise ValueError(f"chiasm index got {given}, expected one of {', '.join(asked)}")
     if where and not list_:
         raise ValueError("--where goes with --list; pictures are deleted by --delete-where")
+    adds = {"--metadata": metadata, "--skip-bad": skip_bad or None, "--batch-size": batch_size, "--model": other_model}
+    unread = [] if add is not None else ["--model"] if images is not None else list(adds)
+    if option := next((option for option in unread if adds[option] is not None), None):
+        raise ValueError(f"{option} is not for {chosen[0]}, which does not read it; leave it out")
     if images is not None or add is not None:
+        batch_size = TOGETHER if batch_size is None else batch_size
         if batch_size < 1:
             raise ValueError(f"--batch-size is {batch_size}, expected at least 1")
         items = read_pictures(str(images or add), metadata)
@@ -101,12 +109,15 @@ def search(
         raise ValueError("give a text or --image, one of them")
     if exclude_self and image is None:
         raise ValueError("--exclude-self goes with --image: a text is no picture of the index")
+    if sheet is not None:
+        require_picture_name(sheet, "--sheet")
     opened = _opened(location, other_model)
     if image is not None:
         hits = opened.search_images([image], k, where, exclude_self)[0]
     else:
         hits = opened.search(str(query), k, where)
     if sheet is not None:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(hits).save(sheet)
     if as_json:
         return emit([hit.to_dict() for hit in hits])
@@ -143,7 +154,7 @@ def _list(opened: Any, where: list[str], as_json: bool) -> None:
     items = list(opened.items(where))
     if as_json:
         rows = [{key: value for key, value in item.to_dict().items() if key != "score"} for item in items]
-        return emit({"model": opened.model, "pictures": rows})
+        return emit({"model": {key: opened.model[key] for key in ("source", "fingerprint")}, "pictures": rows})
     out.print(f"model {opened.model['source']}, {len(items)} pictures", markup=False, soft_wrap=True)
     for item in items:
         told = "  ".join(f"{key}={value}" for key, value in item.metadata.items())
@@ -159,7 +170,14 @@ def _opened(location: str, model: str | None) -> Any:
     source = model or found.model["source"]
     if model is None and (Path(source).is_absolute() or source == NOWHERE) and not Path(source).exists():
         raise FileNotFoundError(f"index {location} was made by model {source}, which is not there; pass --model FOLDER")
-    return found.attach(_encoder(source))
+    return _attached(found, _encoder(source))
+
+
+def _attached(found: Any, encoder: Any) -> Any:
+    found.attach(encoder)
+    if found.note is not None:
+        err.print(found.note, markup=False, soft_wrap=True, highlight=False)
+    return found
 
 
 def _opened_or_made(location: str, model: str) -> Any:
@@ -171,7 +189,7 @@ def _opened_or_made(location: str, model: str) -> Any:
     except FileNotFoundError:
         source = str(Path(model).resolve()) if Path(model).exists() else model
         return Index.create(location, encoder, source)
-    return found.attach(encoder)
+    return _attached(found, encoder)
 
 
 def _encoder(model: str) -> Any:

@@ -49,9 +49,12 @@ def serve(
         from chiasm.serving.app import create_app
         from chiasm.serving.server import address_of, is_loopback, listen, run
         from chiasm.serving.settings import MIB, Limits, Settings
+        from chiasm.vlm import is_retrieval
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed, which serving needs: pip install 'chiasm[serve]'") from error
 
+    if weights != "float32" and all(is_retrieval(named(text)[1]) for text in models):
+        raise ValueError(f"--weights {weights} is for models that answer; {models[0]} is a retrieval model")
     limits = Limits(
         body_bytes=max_body * MIB,
         pixels=max_pixels,

@@ -36,7 +36,10 @@ def train(
 
     overrides = [*set_, "skip_bad=true"] if skip_bad else set_
     if plan_only:
-        return _show_plan(api.preview(recipe, model, data, overrides=overrides, quiet=as_json), as_json)
+        if validation_data is not None and data is None:
+            raise ValueError("--validation-data goes with --data; without it nothing is measured")
+        given: dict[str, Any] = {"validation_data": validation_data, "overrides": overrides, "quiet": as_json}
+        return _show_plan(api.preview(recipe, model, data, **given), as_json)
     if data is None or output is None:
         raise ValueError(f"{'--data' if data is None else '-o'} is missing: what to train on and where to write")
     result = api.train(

@@ -8,15 +8,18 @@ from rich.table import Table
 from chiasm.comparison.cost import cost, parts
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.late import LateFusionModel
+from chiasm.fusion.qformer_retrieval import QFormerRetrieval
 from chiasm.fusion.sequence import PositionedModel
 
 
-def describe(model: FusionModel | LateFusionModel, images: int = 1, text_tokens: int = 64) -> dict[str, Any]:
+def describe(
+    model: FusionModel | LateFusionModel | QFormerRetrieval, images: int = 1, text_tokens: int = 64
+) -> dict[str, Any]:
     """JSON-able facts about a model."""
     if isinstance(model, LateFusionModel):
         return _describe_late(model)
-    if not isinstance(model, FusionModel):
-        raise ValueError(f"a {type(model).__name__} has no description; name a model that answers, or late fusion")
+    if isinstance(model, QFormerRetrieval):
+        return _describe_retrieval(model)
     config, costs = model.config, cost(model, images=images, text_tokens=text_tokens)
     positioned = isinstance(model, PositionedModel)
     rows, columns = model.vision.grid
@@ -66,6 +69,25 @@ def _describe_late(model: LateFusionModel) -> dict[str, Any]:
     }
 
 
+def _describe_retrieval(model: QFormerRetrieval) -> dict[str, Any]:
+    config = model.config
+    kinds = {"vision": config.vision_config.model_type, "connector": "qformer, with its text branch and heads"}  # type: ignore[union-attr]
+    return {
+        "fusion": "late",
+        "parts": {part: {"kind": kind, **_parameters(getattr(model, part))} for part, kind in kinds.items()},
+        "connector": config.connector,
+        "features": config.features,
+        "patch_positions": config.patch_positions,
+        "image_size": list(model.vision.image_size),
+        "patches": model.vision.num_patches,
+        "queries": model.connector.num_tokens,
+        "space": config.space,
+        "temperature": model.temperature.item(),
+        "generation": config.generation,
+        "adapters": config.adapters or {},
+    }
+
+
 def _parameters(part: Any) -> dict[str, Any]:
     parameters = list(part.parameters())
     return {
@@ -82,6 +104,14 @@ def print_description(description: dict[str, Any], console: Console) -> None:
         table.add_row(part, facts["kind"], f"{facts['parameters']:,}", f"{facts['trainable']:,}", facts["dtype"])
     console.print(table)
     height, width = description["image_size"]
+    if "queries" in description:
+        console.print(
+            f"{height}×{width} pixels → {description['patches']} patches → {description['queries']} vectors, and a "
+            f"text → one, of {description['space']} dimensions; the nearest vector's cosine / "
+            f"{description['temperature']:.3f}, and a head that reads pairs",
+            soft_wrap=True,
+        )
+        return
     if description["fusion"] == "late":
         pooling = description["pooling"]
         console.print(

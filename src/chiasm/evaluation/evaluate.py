@@ -62,7 +62,8 @@ class Question:
 class EvalResult:
     """`rows`: one dict per question; `summary`: one per skill (`skills.summarise`); `notes`: what to know about them.
 
-    `loss` and `shuffled_loss` are the caller's: the validation loss with the right and with a wrong picture.
+    `loss` and `shuffled_loss` are the caller's: the validation loss with the right and with a wrong picture; so is
+    `skipped`: `id` and `reason` of the samples that were left out because they cannot be used.
     """
 
     rows: list[Row]
@@ -70,6 +71,7 @@ class EvalResult:
     notes: list[str] = field(default_factory=list)
     loss: float | None = None
     shuffled_loss: float | None = None
+    skipped: list[Row] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> Path:
         """Write `results.jsonl` (the rows) and `summary.json` (everything else) into `folder`."""
@@ -77,7 +79,7 @@ class EvalResult:
         folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.rows)
         (folder / "results.jsonl").write_text(lines, encoding="utf-8")
-        rest = {"summary": self.summary, "notes": self.notes, "loss": self.loss, "shuffled_loss": self.shuffled_loss}
+        rest = {key: value for key, value in vars(self).items() if key != "rows"}
         text = json.dumps(rest, ensure_ascii=False, allow_nan=False, indent=2)
         (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
         return folder

@@ -62,12 +62,13 @@ def paired_bootstrap(
 
 def verdict(total: Row, name: str, other: str) -> str:
     """One line that says no more than the interval and the test do."""
-    low, high = (f"{100 * total[key]:+.1f}" for key in ("low", "high"))
+    keys = ("difference", "low", "high")
+    difference, low, high = (f"{100 * total[key]:+.1f}".replace("-", "−") for key in keys)
     measured = (
-        f"{100 * total['difference']:+.1f} points (95 % interval {low} to {high}) on {total['n']} questions; "
+        f"{difference} points (95 % interval {low} to {high}) on {total['n']} questions; "
         f"{total['only_here']} right only for {name}, {total['only_there']} only for {other}, "
         f"McNemar p = {total['p']:.2g}"
-    ).replace("-", "−")
+    )
     certain = total["p"] < LEVEL or not total["binary"]
     if certain and total["low"] > 0:
         return f"{name} is better than {other}: {measured}."

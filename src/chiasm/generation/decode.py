@@ -14,7 +14,7 @@ from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.generation.constraint import Constraint, ConstraintProcessor, token_reader
 from chiasm.generation.decoding import Decoding
-from chiasm.generation.text import TextStream, before_stop
+from chiasm.generation.text import TextStream, Trim, before_stop
 from chiasm.language.adapter import ContextError, context_length, vocabulary
 
 __all__ = ["Decoding", "end_tokens", "generate", "prepare", "stop_at_end_of_turn", "stream"]
@@ -161,7 +161,7 @@ def stream(
 
     thread = Thread(target=decode, daemon=True)
     thread.start()
-    yield from (piece for piece in iter(streamer.queue.get, None) if piece)
+    yield from filter(None, map(Trim(), iter(streamer.queue.get, None)))
     thread.join()
     if failure:
         raise failure[0]

@@ -6,6 +6,7 @@ Requests join and leave between two tokens (continuous batching, Orca; PagedAtte
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from chiasm.generation.decode import Decoding, end_tokens, never_tokens, prepare
 from chiasm.generation.decoders import make_decoder
 from chiasm.generation.pictures import PictureCache
 from chiasm.generation.prefix_cache import PrefixCache
-from chiasm.generation.prompt import read_prompt
+from chiasm.generation.prompt import Prompt, read_prompt
 from chiasm.generation.request import Request
 from chiasm.generation.text import TextStream
 from chiasm.generation.ticket import Piece, Ticket
@@ -110,30 +111,46 @@ class Engine:
             ValueError: a conversation, picture or decoding that cannot be; the prompt is too long.
             RuntimeError: the engine is closed.
         """
-        decoding.check()
-        if decoding.beams > 1:
-            raise ValueError(f"beams={decoding.beams}: the engine follows one; use VLM.generate for more")
+        return self.submit_all(messages, images, [decoding])[0]
+
+    def submit_all(self, messages: list[Message], images: list[Any], decodings: Sequence[Decoding]) -> list[Ticket]:
+        """The same for several answers to one prompt, which is prepared once: all of them are in line, or none."""
+        for decoding in decodings:
+            decoding.check()
+            if decoding.beams > 1:
+                raise ValueError(f"beams={decoding.beams}: the engine follows one; use VLM.generate for more")
         with self._changed:
             self._admit()
         with self._preparing:
-            inputs = prepare(self.model, self.processor, [messages], [images], decoding.max_new_tokens)
-            reader = token_reader(self.processor.tokenizer, self._vocabulary) if decoding.constrained else None
-        constraint = None if reader is None else Constraint(reader, decoding, self._ends)
-        prompt = read_prompt(inputs)
-        generator = None
+            longest = max(decoding.max_new_tokens for decoding in decodings)
+            prompt = read_prompt(prepare(self.model, self.processor, [messages], [images], longest))
+        requests = [self._request(prompt, decoding) for decoding in decodings]
+        try:
+            for request in requests:
+                with self._changed:
+                    self._admit()
+                    self._waiting.append(request)
+                    self._counts["requests"] += 1
+                    self._changed.notify_all()
+        except BaseException:
+            for request in requests:
+                request.ticket.cancel()
+            raise
+        return [request.ticket for request in requests]
+
+    def _request(self, prompt: Prompt, decoding: Decoding) -> Request:
+        constraint = generator = None
+        if decoding.constrained:
+            with self._preparing:
+                reader = token_reader(self.processor.tokenizer, self._vocabulary)
+            constraint = Constraint(reader, decoding, self._ends)
         if decoding.seed is not None:
             generator = torch.Generator(self.model.device).manual_seed(decoding.seed)
         tokens = prompt.tokens
         if self.model.config.is_encoder_decoder:
             tokens = [self.model.language.generation_config.decoder_start_token_id]
         ticket, text = Ticket(len(prompt.tokens)), TextStream(self.processor.tokenizer, decoding.stop)
-        request = Request(ticket, prompt, decoding, text, generator, constraint, tokens)
-        with self._changed:
-            self._admit()
-            self._waiting.append(request)
-            self._counts["requests"] += 1
-            self._changed.notify_all()
-        return ticket
+        return Request(ticket, prompt, decoding, text, generator, constraint, tokens)
 
     def _admit(self) -> None:
         if self._closed:

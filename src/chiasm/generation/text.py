@@ -55,6 +55,20 @@ class TextStream:
         return text[: len(text) - kept]
 
 
+class Trim:
+    """Pieces of an answer without the space around the whole: space waits until something follows it."""
+
+    def __init__(self) -> None:
+        self._begun, self._held = False, ""
+
+    def __call__(self, piece: str) -> str:
+        """What can be shown now."""
+        text = self._held + piece if self._begun else piece.lstrip()
+        shown = text.rstrip()
+        self._begun, self._held = self._begun or bool(shown), text[len(shown) :]
+        return shown
+
+
 def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of a text are the beginning of a stop string."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

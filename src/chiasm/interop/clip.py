@@ -47,6 +47,12 @@ def load_clip(source: str, dtype: torch.dtype | str = "auto") -> tuple[LateFusio
 def load_siglip(source: str, dtype: torch.dtype | str = "auto") -> tuple[LateFusionModel, CaptionProcessor | None]:
     """Model and processor of a SigLIP folder or hub id; no processor where its files are missing."""
     config = AutoConfig.from_pretrained(source)
+    if not getattr(config.vision_config, "vision_use_head", True):
+        raise ValueError(
+            f"{source} is a SigLIP without the head that makes one vector of a picture (vision_use_head: false in its "
+            "config.json), so transformers cannot score with it either; connect its towers anew with fusion='late', "
+            "pooling={'vision': 'mean'}"
+        )
     connector = {"name": "none", "logit_bias": 0.0}
     ours = _config(config, connector, config.vision_config.hidden_size, config.text_config.projection_size)
     scalars = {SIGLIP[name]: torch.Tensor.squeeze for name in SCALARS}

@@ -126,6 +126,8 @@ def convert(
         raise ValueError(f"--quantize is for --to gguf, got --to {target}")
     if inexact and target != "gguf":
         raise ValueError(f"--inexact is for --to gguf, got --to {target}")
+    if not check and target == "gguf":
+        raise ValueError("--no-check is not for --to gguf, whose files are not compared; leave it out")
     folder = Path(folder)
     if isinstance(model, FusionModel | LateFusionModel):
         model = merged(model)

@@ -36,13 +36,13 @@ class FolderIndex(Index):
         super().__init__(str(folder), encoder)
 
     @classmethod
-    def make(cls, folder: Path, encoder: Encoder, model: dict[str, str]) -> "FolderIndex":
+    def make(cls, folder: Path, encoder: Encoder, model: dict[str, Any]) -> "FolderIndex":
         """A new one."""
         Store.create(folder, model)
         return cls(folder, encoder)
 
     @property
-    def model(self) -> dict[str, str]:
+    def model(self) -> dict[str, Any]:
         return self.state.manifest["model"]
 
     def __len__(self) -> int:

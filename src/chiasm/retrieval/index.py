@@ -14,6 +14,7 @@ from torch import Tensor
 
 from chiasm.data.schema import ImageRef, SampleError
 from chiasm.retrieval.adding import Intake, Known, Pending
+from chiasm.retrieval.preparation import Preparation, difference, preparation_of
 from chiasm.retrieval.records import Added, Encoder, Hit, Item
 from chiasm.retrieval.where import Where, conditions
 from chiasm.training.fingerprint import model_fingerprint
@@ -32,14 +33,15 @@ class Index(ABC):
     def __init__(self, location: str, encoder: Encoder | None) -> None:
         self.location = location
         self._encoder: Encoder | None = None
+        self.note: str | None = None
         if encoder is not None:
             self.attach(encoder)
 
     def attach(self, encoder: Encoder) -> "Index":
-        """Searches and adds with this model from now on.
+        """Searches and adds with this model from now on; `note` says what could not be compared.
 
         Raises:
-            ValueError: another model made the index.
+            ValueError: another model made the index, or its processor was another.
         """
         found = model_fingerprint(encoder.model)
         if found != self.model["fingerprint"]:
@@ -47,8 +49,24 @@ class Index(ABC):
                 f"index {self.location} was made by model {self.model['source']} with weights "
                 f"{self.model['fingerprint'][:12]}, this model's are {found[:12]}; use that model, or index again"
             )
+        self.note = self._compare_preparation(encoder)
         self._encoder = encoder
         return self
+
+    def _compare_preparation(self, encoder: Encoder) -> str | None:
+        if "preparation" not in self.model:
+            return (
+                f"index {self.location} is older than this check: whether its pictures were prepared as the model "
+                "prepares them now is not known; index again if the processor has changed"
+            )
+        before, now = self.model["preparation"], _preparation(encoder)
+        changed = None if before is None or now is None else difference(before, now)
+        if changed is not None:
+            raise ValueError(
+                f"index {self.location} was made with another processor: this one {changed}; use that of "
+                f"{self.model['source']} as it was, or index again"
+            )
+        return None
 
     @staticmethod
     def create(location: str | Path, encoder: Encoder, source: str = NOWHERE) -> "Index":
@@ -56,13 +74,14 @@ class Index(ABC):
 
         Args:
             location: a new folder, `http(s)://host:port/collection`, or `:memory:`.
-            encoder: makes the vectors; the index remembers a fingerprint of its weights.
+            encoder: makes the vectors; the index remembers a fingerprint of its weights and of its processor.
             source: where the encoder was loaded from, for whoever opens the index.
         """
         from chiasm.retrieval.folder import FolderIndex
         from chiasm.retrieval.qdrant import QdrantIndex, is_qdrant
 
-        model = {"source": source, "fingerprint": model_fingerprint(encoder.model)}
+        weights, preparation = model_fingerprint(encoder.model), _preparation(encoder)
+        model = {"source": source, "fingerprint": weights, "preparation": preparation}
         if is_qdrant(location):
             return QdrantIndex.make(str(location), encoder, model)
         return FolderIndex.make(Path(location), encoder, model)
@@ -165,8 +184,8 @@ class Index(ABC):
 
     @property
     @abstractmethod
-    def model(self) -> dict[str, str]:
-        """`source` and `fingerprint` of the model that made the index."""
+    def model(self) -> dict[str, Any]:
+        """`source`, `fingerprint` (of the weights) and `preparation` of the model that made the index."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -231,6 +250,12 @@ class Index(ABC):
     def _flush(self, pending: Pending) -> None:
         if pending.records:
             self._append(pending.records, torch.cat(pending.vectors))
+
+
+def _preparation(encoder: Encoder) -> Preparation | None:
+    """How a model prepares pictures and texts; None where it has no processor to be asked."""
+    processor = getattr(encoder, "processor", None)
+    return None if processor is None else preparation_of(processor)
 
 
 def _rows(vectors: Tensor) -> Float[Tensor, "rows K D"]:

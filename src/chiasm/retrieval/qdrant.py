@@ -40,7 +40,7 @@ class QdrantIndex(Index):
         super().__init__(location, encoder)
 
     @classmethod
-    def make(cls, location: str, encoder: Encoder, model: dict[str, str]) -> "QdrantIndex":
+    def make(cls, location: str, encoder: Encoder, model: dict[str, Any]) -> "QdrantIndex":
         """A new collection; its shape is that of the encoder's vectors."""
         from PIL import Image
         from qdrant_client import models
@@ -62,7 +62,7 @@ class QdrantIndex(Index):
         return cls(location, encoder, client)
 
     @property
-    def model(self) -> dict[str, str]:
+    def model(self) -> dict[str, Any]:
         return self._model
 
     def __len__(self) -> int:

@@ -102,7 +102,7 @@ class Store:
         self.folder = folder
 
     @classmethod
-    def create(cls, folder: Path, model: dict[str, str]) -> "Store":
+    def create(cls, folder: Path, model: dict[str, Any]) -> "Store":
         """A new index in a folder that is empty or not there yet."""
         started = {folder / name for name in STARTED}
         if folder.exists() and (not folder.is_dir() or any(path not in started for path in folder.rglob("*"))):

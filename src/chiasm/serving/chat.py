@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.generation.decode import Decoding
 from chiasm.generation.engine import Piece, QueueFull, Ticket
+from chiasm.generation.text import Trim
 from chiasm.language.adapter import ContextError, context_length
 from chiasm.serving.body import Lease, lease_of, limited_route
 from chiasm.serving.errors import RESPONSES, ApiError, of_exception, overloaded
@@ -82,32 +83,18 @@ class Answering:
         return EventStream(self._events(tickets, first, coming), lambda: self._closed(tickets))
 
     async def _submit(self, prompt: Prompt) -> list[Ticket]:
-        tickets: list[Ticket] = []
-        try:
-            for number in range(self.count):
-                tickets.append(await self._submit_one(prompt, number))
-        except BaseException:
-            cancel(tickets)
-            raise
-        return tickets
-
-    async def _submit_one(self, prompt: Prompt, number: int) -> Ticket:
-        options = dict(self.decoding)
-        if options["seed"] is not None:
-            options["seed"] = (options["seed"] + number) % 2**63
-
-        def submit() -> Ticket:
+        def submit() -> list[Ticket]:
             engine = self.model.engine
             try:
-                return engine.submit(prompt.messages, prompt.images, Decoding(**options))
+                return engine.submit_all(prompt.messages, prompt.images, self._decodings())
             except ContextError:
                 room = _room(self.model, prompt) if self.body_names_no_length else 0
                 if room < 1:
                     raise
-                return engine.submit(prompt.messages, prompt.images, Decoding(**options | {"max_new_tokens": room}))
+                return engine.submit_all(prompt.messages, prompt.images, self._decodings(max_new_tokens=room))
 
         try:
-            return await self.shared.in_thread(submit, abandoned=Ticket.cancel)
+            return await self.shared.in_thread(submit, abandoned=cancel)
         except QueueFull as error:
             raise overloaded(f"{error}", error.retry_after) from None
         except RuntimeError as error:
@@ -116,6 +103,12 @@ class Answering:
             raise of_exception(error) from error
         except Exception as error:
             raise of_exception(error) from error
+
+    def _decodings(self, **changed: Any) -> list[Decoding]:
+        """One for each answer, with a seed of its own where the request has one."""
+        options = self.decoding | changed
+        seeds = [None if options["seed"] is None else (options["seed"] + n) % 2**63 for n in range(self.count)]
+        return [Decoding(**options | {"seed": seed}) for seed in seeds]
 
     @property
     def body_names_no_length(self) -> bool:
@@ -143,9 +136,9 @@ class Answering:
         return {"object": "chat.completion", **self.head, "choices": choices, "usage": _usage(tickets)}
 
     async def _events(self, tickets: list[Ticket], first: Any, coming: AsyncIterator[Any]) -> AsyncIterator[str]:
-        """Chunks as server-sent events; leading space of an answer is left out, as in a whole one."""
+        """Chunks as server-sent events; space around an answer is left out, as in a whole one."""
         include = self.body.stream_options is not None and bool(self.body.stream_options.include_usage)
-        begun = [False] * len(tickets)
+        trims = [Trim() for _ in tickets]
         try:
             for number in range(len(tickets)):
                 yield self._chunk(include, number, {"role": "assistant", "content": "", "refusal": None})
@@ -158,9 +151,7 @@ class Answering:
                 else:
                     self._note_first()
                     number, piece = event
-                    text = piece.text if begun[number] else piece.text.lstrip()
-                    begun[number] = begun[number] or bool(text)
-                    logprobs = self._logprobs([piece])
+                    text, logprobs = trims[number](piece.text), self._logprobs([piece])
                     if text or (logprobs and logprobs["content"]):
                         yield self._chunk(include, number, {"content": text}, logprobs)
                 try:

@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer"
-FORMAT = 1
+FORMAT = 2
 _UNFINISHED = ".partial-"
 
 

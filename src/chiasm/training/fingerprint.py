@@ -1,15 +1,21 @@
 """What tells two runs apart: digests of weights, data and recipe."""
 
 import hashlib
+import io
 import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from chiasm.data.schema import Sample
+from chiasm.data.schema import ByteRange, ImageRef, Sample
 from chiasm.training.sharding import local
 
+THREADS, TOGETHER = 8, 64
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -38,10 +44,58 @@ def model_fingerprint(model: nn.Module) -> str:
     return digester.hexdigest()
 
 
-def sample_fingerprint(sample: Sample) -> bytes:
-    """Of what a sample says and of the names of its pictures."""
-    said = json.dumps([sample.id, sample.messages, [ref.name for ref in sample.images]], ensure_ascii=False)
+PictureFile = Path | ByteRange
+
+BLOCK, BLOCKS = 4096, 4
+"""Bytes of a block, and the blocks of a picture that are read to know it again; a small one is read whole."""
+
+
+def sample_fingerprint(sample: Sample, files: dict[PictureFile, int]) -> bytes:
+    """Of what a sample says and which pictures it shows, wherever their files lie now.
+
+    Args:
+        files: the distinct files of the samples so far by their number; the sample's own are added.
+    """
+    shown = [_shown(ref, files) for ref in sample.images]
+    said = json.dumps([sample.id, sample.messages, shown], ensure_ascii=False)
     return hashlib.sha256(said.encode()).digest()
+
+
+def _shown(ref: ImageRef, files: dict[PictureFile, int]) -> int | str:
+    if isinstance(ref.source, Path | ByteRange):
+        return files.setdefault(ref.source, len(files))
+    if isinstance(ref.source, bytes):
+        return _glance(io.BytesIO(ref.source), 0, len(ref.source)).hex()
+    return ref.name
+
+
+def files_fingerprint(files: Sequence[PictureFile], advance: Callable[[int], None]) -> str:
+    """Of the content of picture files, by their sizes and a few blocks of each; `advance` is told how many are done."""
+    digester = hashlib.sha256()
+    parts = [files[start : start + TOGETHER] for start in range(0, len(files), TOGETHER)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for part, known_by in zip(parts, pool.map(lambda part: [*map(_file_fingerprint, part)], parts), strict=True):
+            digester.update(b"".join(known_by))
+            advance(len(part))
+    return digester.hexdigest()
+
+
+def _file_fingerprint(source: PictureFile) -> bytes:
+    path, start, size = (source, 0, None) if isinstance(source, Path) else (source.path, source.offset, source.length)
+    try:
+        with path.open("rb", buffering=0) as file:
+            return _glance(file, start, os.fstat(file.fileno()).st_size if size is None else size)
+    except OSError as error:
+        return hashlib.sha256(type(error).__name__.encode()).digest()
+
+
+def _glance(file: io.RawIOBase | io.BytesIO, start: int, size: int) -> bytes:
+    digester, last = hashlib.sha256(f"{size}\n".encode()), max(0, size - BLOCK)
+    places = range(0, size, BLOCK) if size <= BLOCK * BLOCKS else [last * n // (BLOCKS - 1) for n in range(BLOCKS)]
+    for place in places:
+        file.seek(start + place)
+        digester.update(file.read(min(BLOCK, size - place)) or b"")
+    return digester.digest()
 
 
 def differences(before: Any, after: Any, at: str = "") -> list[str]:

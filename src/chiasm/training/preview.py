@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.schema import Sample
 from chiasm.data.splits import Subset
+from chiasm.fusion.late import LateFusionModel
+from chiasm.training.late_stage import give_answer_head
 from chiasm.training.learner import learner_of
 from chiasm.training.log import Reporter, plan_fields, plan_table
 from chiasm.training.pace import BATCHES, Pace, measure
@@ -61,21 +63,27 @@ def preview(
     processor: ProcessorMixin,
     samples: Sequence[Sample] | None = None,
     reporter: Reporter | None = None,
+    validation_samples: Sequence[Sample] | None = None,
 ) -> list[StagePreview]:
     """Every stage of a recipe.
 
     Args:
         samples: the training data, of which a few batches are taken to measure time and activations; as in training,
-            a share of it is held out.
+            a share of it is held out where there are no `validation_samples`.
 
     Raises:
         ValueError: a stage's plan does not fit the model, or a sample cannot be used.
     """
     found = None
     if samples is not None:
-        samples, _ = split(samples, None, recipe)
+        samples, _ = split(samples, validation_samples, recipe)
         found = survey(samples, processor.num_image_tokens, recipe.skips_bad, reporter or Reporter("quiet"))
-    return [_preview(stage, number, model, processor, samples, found) for number, stage in enumerate(recipe.stages)]
+    model, shown = _same_weights(model), []
+    for number, stage in enumerate(recipe.stages):
+        shown.append(_preview(stage, number, model, processor, samples, found))
+        if isinstance(model, LateFusionModel) and stage.objectives == ["answers"] and found is not None:
+            give_answer_head(model, stage, samples or [], found.usable)
+    return shown
 
 
 def _preview(

@@ -162,11 +162,11 @@ def _open(
         lock.release()
 
 
-def fingerprint_of(recipe: Recipe, model: str, data: str, processor: str) -> dict[str, Any]:
+def fingerprint_of(recipe: Recipe, model: str, data: str, pictures: str, processor: str) -> dict[str, Any]:
     """What must be the same for a run to go on: everything that a weight depends on."""
     plain = recipe.model_dump(mode="json", include={"stages"})
     stages = [{key: value for key, value in stage.items() if key not in WITHOUT_EFFECT} for stage in plain["stages"]]
-    return {"stages": stages, "model": model, "data": data, "processor": processor}
+    return {"stages": stages, "model": model, "data": data, "pictures": pictures, "processor": processor}
 
 
 def whole_file(path: Path, text: str) -> None:
@@ -209,12 +209,16 @@ def _compare(folder: Path, position: Position, fingerprint: dict[str, Any]) -> N
     found = differences(position.fingerprint, fingerprint)
     if not found:
         return
-    shown = [line if line.startswith("stages") else f"the {line.split(' ')[0]} is not the same" for line in found]
+    shown = [line if line.startswith("stages") else f"the {_is(line.split(' ')[0])} not the same" for line in found]
     listed = "; ".join(shown[:3]) + (f"; and {len(shown) - 3} more" if len(shown) > 3 else "")
     raise ValueError(
         f"{folder} holds another run: {listed}. Restore that to go on, choose another folder, "
         "or start anew in this one with --no-resume (resume=False)"
     )
+
+
+def _is(key: str) -> str:
+    return f"{key} are" if key.endswith("s") else f"{key} is"
 
 
 def _moved(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ Every key of `Settings` may stand at the recipe's top, for all stages that read 
 one. Files and command-line overrides are read by `chiasm.training.recipe`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, NonNegativeInt, PrivateAttr, field_validator, model_validator
@@ -106,7 +106,7 @@ class Stage(Settings):
 
     @model_validator(mode="after")
     def _says_what_is_read(self) -> "Stage":
-        _refuse_unread(self, self.objectives)
+        _refuse_unread(self, [self])
         return self
 
     @model_validator(mode="after")
@@ -164,20 +164,31 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _says_what_is_read(self) -> "Recipe":
-        _refuse_unread(self, list(dict.fromkeys(name for stage in self.stages for name in stage.objectives)))
+        _refuse_unread(self, self.stages)
         return self
 
 
-def _refuse_unread(settings: Settings, objectives: Sequence[str]) -> None:
-    unread = [key for key in unread_by(objectives) if getattr(settings, key) != _default(key)]
-    if unread:
-        readers = " or ".join(READ_BY[unread[0]])
-        raise ValueError(f"{unread[0]} is for the objective {readers}, not for {', '.join(objectives)}; remove it")
+def _refuse_unread(settings: Settings, stages: Sequence[Settings]) -> None:
+    """Refuses settings that none of the stages reads."""
+    names: dict[str, list[str]] = {
+        "objectives": list(dict.fromkeys(name for stage in stages for name in stage.objectives)),
+        "optimizer": list(dict.fromkeys(str(stage.optimizer) for stage in stages)),
+    }
+    for chooser, key in unread_by(names):
+        if getattr(settings, key) != _default(key):
+            readers = " or ".join(READ_BY[chooser][key])
+            noun = chooser.removesuffix("s")
+            raise ValueError(f"{key} is for the {noun} {readers}, not for {', '.join(names[chooser])}; remove it")
 
 
-def unread_by(objectives: Sequence[str]) -> list[str]:
-    """Settings that stages with these objectives do not read."""
-    return [key for key, readers in READ_BY.items() if not set(readers) & set(map(str, objectives))]
+def unread_by(names: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    """Settings that stages with these `objectives` and `optimizer`s do not read, each behind what decides it."""
+    return [
+        (chooser, key)
+        for chooser, table in READ_BY.items()
+        for key, readers in table.items()
+        if not set(readers) & set(map(str, names[chooser]))
+    ]
 
 
 def _default(key: str) -> Any:
@@ -196,9 +207,9 @@ def _inherited(shared: dict[str, Any], stage: Any) -> Any:
     dropped: set[str] = set(LENGTHS) if any(key in stage for key in LENGTHS) else set()
     if any(stage.get(key) is not None for key in EXACT_LENGTHS):
         dropped.add("min_steps")
-    objectives = stage.get("objectives", shared.get("objectives", _default("objectives")))
-    if isinstance(objectives, list):
-        dropped.update(unread_by(objectives))
+    names = {key: stage.get(key, shared.get(key, _default(key))) for key in READ_BY}
+    if isinstance(names["objectives"], list):
+        dropped.update(key for _, key in unread_by(names | {"optimizer": [names["optimizer"]]}))
     inherited = {key: value for key, value in shared.items() if key not in dropped}
     joined = {
         key: {**inherited[key], **stage[key]} for key in NESTED if _are_mappings(inherited.get(key), stage.get(key))

@@ -13,14 +13,17 @@ LENGTHS = ("epochs", "steps", "samples")
 EXACT_LENGTHS = ("steps", "samples")
 """Lengths beside which `min_steps` says nothing."""
 
-READ_BY: dict[str, tuple[str, ...]] = {
-    "answer_head": ("answers",),
-    "captions": CAPTION_OBJECTIVES,
-    "chunk": PAIR_OBJECTIVES,
-    "max_length": ("next_token",),
-    "pack": ("next_token",),
+READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "objectives": {
+        "answer_head": ("answers",),
+        "captions": CAPTION_OBJECTIVES,
+        "chunk": PAIR_OBJECTIVES,
+        "max_length": ("next_token",),
+        "pack": ("next_token",),
+    },
+    "optimizer": {"betas": ("adamw",)},
 }
-"""Settings that only stages with such an objective read."""
+"""Settings that only stages with such an objective, or such an optimizer, read."""
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 

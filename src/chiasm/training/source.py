@@ -15,7 +15,7 @@ from chiasm.data.schema import Sample, SampleError, text_of
 from chiasm.data.splits import hold_out
 from chiasm.training.closed_form import describes
 from chiasm.training.features import Rows, with_hint
-from chiasm.training.fingerprint import sample_fingerprint
+from chiasm.training.fingerprint import PictureFile, files_fingerprint, sample_fingerprint
 from chiasm.training.log import Reporter
 from chiasm.training.schema import Recipe, Stage
 from chiasm.training.stage_model import StageModel
@@ -28,13 +28,15 @@ FEWEST_HELD_OUT = 2
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the data found. `lengths` (in tokens, estimated) and `pictures` are aligned with `usable`."""
+    """What one pass over the data found. `lengths` (in tokens, estimated) and `pictures` are aligned with `usable`;
+    `files` are the distinct ones that hold pictures."""
 
     usable: list[int]
     lengths: list[int]
     pictures: list[int]
     fingerprint: str
     bad: dict[int, str] = field(default_factory=dict)
+    files: tuple[PictureFile, ...] = ()
 
     def with_pictures_for(self, stage: Stage) -> "Survey":
         """The samples with as many pictures as a stage's objectives can use."""
@@ -82,7 +84,7 @@ def survey(samples: Sequence[Sample], tokens_per_image: int, skip_bad: bool, rep
         SampleError: a sample is unusable and `skip_bad` is not set.
         ValueError: no sample is left.
     """
-    digest = hashlib.sha256()
+    digest, files = hashlib.sha256(), dict[PictureFile, int]()
     usable, lengths, pictures, bad = [], [], [], dict[int, SampleError]()
     with reporter.task("reading the data", len(samples)) as task:
         for index in range(len(samples)):
@@ -97,11 +99,20 @@ def survey(samples: Sequence[Sample], tokens_per_image: int, skip_bad: bool, rep
                 usable.append(index)
                 lengths.append(_length(sample, tokens_per_image))
                 pictures.append(len(sample.images))
-                digest.update(sample_fingerprint(sample))
+                digest.update(sample_fingerprint(sample, files))
             task.advance()
     if not usable:
         raise nothing_left(list(bad.values())) if bad else ValueError("the data holds no samples")
-    return Survey(usable, lengths, pictures, digest.hexdigest(), {index: str(error) for index, error in bad.items()})
+    reasons = {index: str(error) for index, error in bad.items()}
+    return Survey(usable, lengths, pictures, digest.hexdigest(), reasons, tuple(files))
+
+
+def picture_fingerprint(found: Survey, reporter: Reporter) -> str:
+    """Of the content of the picture files; they may have moved."""
+    if not found.files:
+        return ""
+    with reporter.task("looking at the pictures", len(found.files)) as task:
+        return files_fingerprint(found.files, task.advance)
 
 
 def nothing_left(skipped: Sequence[SampleError]) -> ValueError:

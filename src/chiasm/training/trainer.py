@@ -30,7 +30,7 @@ from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
 from chiasm.training.run import LOG, MODEL, fingerprint_of, open_run
 from chiasm.training.schema import Recipe
-from chiasm.training.source import split, survey
+from chiasm.training.source import picture_fingerprint, split, survey
 from chiasm.training.stage_log import left_out
 from chiasm.training.stage_run import StageRun
 from chiasm.training.team import Team, processes
@@ -87,7 +87,8 @@ def train(
         team.all_do(lambda: require_one_size(processor, model.vision.image_size))
         kept, held_out = team.all_do(lambda: split(samples, validation_samples, loaded))
         found = team.all_do(lambda: survey(kept, processor.num_image_tokens, loaded.skips_bad, reporter))
-        seen = fingerprint_of(loaded, model_fingerprint(model), found.fingerprint, _processor_fingerprint(processor))
+        pictures, processing = picture_fingerprint(found, reporter), _processor_fingerprint(processor)
+        seen = fingerprint_of(loaded, model_fingerprint(model), found.fingerprint, pictures, processing)
         _require_one_mind(team, seen)
         environment = _environment(model, team)
         with open_run(output, loaded, seen, environment, resume, reporter, team) as run:
