@@ -114,6 +114,28 @@ def test_late_fusion_from_end_to_end(run: Any, data: Path, tmp_path: Path) -> No
     assert code == 0 and "3 answers" in out, err
 
 
+def test_broken_samples_are_left_out_of_an_evaluation_on_demand(run: Any, model: Path, data: Path) -> None:
+    rows = json.loads(data.read_text())
+    rows[3] |= {"conversations": rows[3]["conversations"][:1]}
+    data.write_text(json.dumps(rows))
+    (data.parent / "5.png").write_bytes((data.parent / "5.png").read_bytes()[:60])
+    asked = ["eval", model, "--data", data, "--max-new-tokens", 2, "--json"]
+    code, _, err = run(*asked)
+    assert code == 2
+    assert "sample '3'" in err and "--skip-bad" in err and "Traceback" not in err
+    code, out, err = run(*asked, "--skip-bad")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["summary"][-1]["n"] == 22
+    assert told["notes"][-1].startswith(
+        "samples left out, since they cannot be used: 2 (no answer: 1, broken picture: 1)"
+    )
+    data.write_text(json.dumps([rows[5]] * 2))
+    code, _, err = run(*asked, "--skip-bad")
+    assert code == 2
+    assert "none of the 2 samples can be used (broken picture: 2)" in err
+
+
 def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
     assert run("data", "check", data)[0] == 0
     (data.parent / "3.png").write_bytes((data.parent / "3.png").read_bytes()[:60])

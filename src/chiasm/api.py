@@ -11,15 +11,17 @@ from rich.progress import Progress as Bar
 
 from chiasm.data.few_shot import draw_examples
 from chiasm.data.readers import read, read_train
-from chiasm.data.schema import Sample
+from chiasm.data.schema import ImageError, Sample, SampleError
 from chiasm.dual_encoder import DualEncoder
-from chiasm.evaluation.evaluate import EvalResult
+from chiasm.evaluation.evaluate import EvalResult, Generate
 from chiasm.evaluation.evaluate import evaluate as evaluate_answers
 from chiasm.evaluation.retrieval import evaluate_retrieval
+from chiasm.evaluation.usable import of_one_picture, without_bad
 from chiasm.evaluation.zero_shot import TEMPLATES, evaluate_zero_shot
 from chiasm.fusion.late import LateFusionModel
 from chiasm.interop.convert import Converted
 from chiasm.interop.convert import convert as convert_model
+from chiasm.training.features import with_hint
 from chiasm.training.log import Reporter
 from chiasm.training.preview import StagePreview
 from chiasm.training.preview import preview as preview_stages
@@ -134,6 +136,7 @@ def evaluate(
     shots: int = 0,
     shots_from: Any = None,
     templates: Sequence[str] = (),
+    skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> EvalResult:
     """Scores a model's answers per skill, or how well it finds, beside the control that is shown another picture.
@@ -146,6 +149,10 @@ def evaluate(
         shots: solved examples in front of every question, of its skill and from other samples.
         shots_from: the data that they are drawn from; by default the train split where there is one.
         templates: prompts for zero-shot classification, with `{}` where the label stands.
+        skip_bad: leave out, and count, samples that cannot be used.
+
+    Raises:
+        ValueError: an unusable sample without `skip_bad`, or an option that the task does not read.
     """
     if shots_from is not None and not shots:
         raise ValueError("shots_from names the data of solved examples, but shots is 0; pass shots=4 or leave it out")
@@ -160,20 +167,38 @@ def evaluate(
     if given := next((name for name, value in unread.items() if value), None):
         raise ValueError(f"{given}={unread[given]!r} is not for task {task!r}, which does not read it; leave it out")
     shown: dict[str, Any] = {"control": control, "batch_size": batch_size, "progress": progress}
-    if task == "retrieval":
-        return evaluate_retrieval(vlm.model, vlm.processor, samples, **shown).evaluation(samples)
-    if task == "zero-shot":
-        return evaluate_zero_shot(vlm.model, vlm.processor, samples, tuple(templates) or TEMPLATES, **shown)
-    examples = None
-    if shots:
-        pool = read(shots_from) if shots_from is not None else read_train(data)
-        examples = draw_examples(samples, pool, shots)
+    notes: list[str] = []
+    try:
+        if skip_bad:
+            samples, notes = without_bad(samples)
+        if task != "answers":
+            samples, others = of_one_picture(samples)
+            notes += others
+        if task == "retrieval":
+            result = evaluate_retrieval(vlm.model, vlm.processor, samples, **shown).evaluation(samples)
+        elif task == "zero-shot":
+            result = evaluate_zero_shot(vlm.model, vlm.processor, samples, tuple(templates) or TEMPLATES, **shown)
+        else:
+            asked = {"metric": metric, "examples": _examples(data, samples, shots, shots_from)}
+            result = evaluate_answers(_answers(vlm, max_new_tokens), samples, **shown, **asked)
+    except (SampleError, ImageError) as error:
+        raise with_hint(error) from error
+    result.notes += notes
+    return result
 
+
+def _examples(data: Any, samples: Sequence[Sample], shots: int, shots_from: Any) -> Sequence[Sequence[Sample]] | None:
+    if not shots:
+        return None
+    pool = read(shots_from) if shots_from is not None else read_train(data)
+    return draw_examples(samples, pool, shots)
+
+
+def _answers(vlm: VLM | DualEncoder, max_new_tokens: int) -> Generate:
     def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:
         return vlm.generate(messages, images, max_new_tokens=max_new_tokens)
 
-    asked: dict[str, Any] = {"batch_size": batch_size, "control": control, "metric": metric, "examples": examples}
-    return evaluate_answers(generate, samples, progress=progress, **asked)
+    return generate
 
 
 TASKS = ("answers", "retrieval", "zero-shot")

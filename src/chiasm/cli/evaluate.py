@@ -31,6 +31,7 @@ def evaluate(
     template: Annotated[
         list[str], typer.Option(help="Zero-shot: a prompt with {} where the label stands; repeatable.")
     ] = [],  # noqa: B006
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and count samples that cannot be used.")] = False,
     against: Annotated[
         str | None,
         typer.Option(help="Another model, or the -o folder of its evaluation, to compare with on the same questions."),
@@ -52,6 +53,7 @@ def evaluate(
         "shots_from": shots_from,
         "task": task,
         "templates": template,
+        "skip_bad": skip_bad,
     }
     with api.progress_bar("answering", err) as update:
         result = api.evaluate(model, data, control=control, progress=update, **asked)
