@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 import chiasm
 import chiasm.vlm
@@ -114,6 +115,29 @@ def test_late_fusion_from_end_to_end(run: Any, data: Path, tmp_path: Path) -> No
     assert code == 0 and "3 answers" in out, err
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, folder: Path, **_: Any) -> None:
+        Path(folder, "config.json").write_text("{}")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    loaded = chiasm.load(model)
+    parts = tmp_path / "vision", tmp_path / "language"
+    loaded.model.vision.model.save_pretrained(parts[0])
+    loaded.model.language.save_pretrained(parts[1])
+    tiny.tokenizer().save_pretrained(parts[1])
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    for verb in (
+        ("connect", "--vision", parts[0], "--language", parts[1]),
+        ("convert", model, "--to", "transformers", "--no-check"),
+    ):
+        code, _, err = run(*verb, "-o", tmp_path / "new" / "one")
+        assert code == 2
+        assert "new/one is not written: the disk is full" in err and "Traceback" not in err
+        assert list((tmp_path / "new").iterdir()) == []
+
+
 def test_broken_samples_are_left_out_of_an_evaluation_on_demand(run: Any, model: Path, data: Path) -> None:
     rows = json.loads(data.read_text())
     rows[3] |= {"conversations": rows[3]["conversations"][:1]}
@@ -127,6 +151,7 @@ def test_broken_samples_are_left_out_of_an_evaluation_on_demand(run: Any, model:
     assert code == 0, err
     told = json.loads(out)
     assert told["summary"][-1]["n"] == 22
+    assert run(*asked, "--limit", 8, "--skip-bad")[0] == 0
     assert told["notes"][-1].startswith(
         "samples left out, since they cannot be used: 2 (no answer: 1, broken picture: 1)"
     )

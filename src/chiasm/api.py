@@ -12,6 +12,7 @@ from rich.progress import Progress as Bar
 from chiasm.data.few_shot import draw_examples
 from chiasm.data.readers import read, read_train
 from chiasm.data.schema import ImageError, Sample, SampleError
+from chiasm.data.splits import Subset
 from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.evaluate import EvalResult, Generate
 from chiasm.evaluation.evaluate import evaluate as evaluate_answers
@@ -213,7 +214,7 @@ def spread(samples: Sequence[Sample], limit: int | None) -> Sequence[Sample]:
     """At most `limit` samples, evenly spread over the data."""
     if limit is None or limit >= len(samples):
         return samples
-    return [samples[index * len(samples) // limit] for index in range(limit)]
+    return Subset(samples, [index * len(samples) // limit for index in range(limit)])
 
 
 @contextmanager

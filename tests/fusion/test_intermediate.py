@@ -54,7 +54,6 @@ def test_every_language_model(language: str, settings: dict[str, Any]) -> None:
     contracts.check_losses_agree(vlm.model, inputs, inputs["input_ids"].masked_fill(inputs["input_ids"] > 200, -100))
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
 def test_embeddings_narrower_than_the_layers() -> None:
     sizes = {
         "hidden_size": 36,
@@ -72,6 +71,7 @@ def test_embeddings_narrower_than_the_layers() -> None:
     contracts.check_saved_equals_loaded(vlm, inputs)
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_gates_that_are_opened_first_change_nothing(settings: dict[str, Any]) -> None:
     """All weights but those behind the layers that are 0 have a gradient, and open gates are left alone."""
     vlm = connect(gates=None, cross_attention=settings)

@@ -3,6 +3,8 @@
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +59,23 @@ def json_option(text: str | None, option: str) -> Any:
 def refuse_to_overwrite(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder with -o")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write a model into, which appears as `output` when it is whole.
+
+    Raises:
+        OSError: `output` is there already and not empty, cannot be written, or the disk is full.
+    """
+    from chiasm.training.checkpoint import TrainingError, whole_folder
+
+    refuse_to_overwrite(output)
+    try:
+        with whole_folder(output, kept="") as place:
+            yield place
+    except TrainingError as error:
+        raise OSError(str(error)) from error
 
 
 def argument(path: str | Path) -> str:
