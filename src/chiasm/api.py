@@ -180,7 +180,7 @@ def evaluate(
         elif task == "zero-shot":
             result = evaluate_zero_shot(vlm.model, vlm.processor, samples, tuple(templates) or TEMPLATES, **shown)
         else:
-            asked = {"metric": metric, "examples": _examples(data, samples, shots, shots_from)}
+            asked: dict[str, Any] = {"metric": metric, "examples": _examples(data, samples, shots, shots_from)}
             result = evaluate_answers(_answers(vlm, max_new_tokens), samples, **shown, **asked)
     except (SampleError, ImageError) as error:
         raise with_hint(error) from error

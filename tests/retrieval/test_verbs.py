@@ -94,7 +94,7 @@ def test_mistakes_are_one_line(run: Any, tmp_path: Path) -> None:
         ("index", "-o", index, "--list", "--compact"): "got --list and --compact",
         ("search", tmp_path / "nowhere", "a"): "holds no index",
         ("search", index, photos / "000.png"): "is a file, not a text; search by the picture with --image",
-        ("index", model, broken, "-o", tmp_path / "new"): "--skip-bad leaves such pictures out",
+        ("index", model, broken, "-o", tmp_path / "partial"): "--skip-bad leaves such pictures out",
         ("search", index): "give a text or --image",
         ("search", index, "a", "--exclude-self"): "--exclude-self goes with --image",
         ("search", index, "a", "--where", "red"): "condition 'red' is not understood",

@@ -1,12 +1,11 @@
 """Which samples of a data set can be scored: broken ones stop an evaluation, or are left out and counted."""
 
 from collections import Counter
-from collections.abc import Sequence
 
-from chiasm.data.schema import ImageError, Sample, SampleError
+from chiasm.data.schema import ImageError, Sample, SampleError, Samples
 
 
-def without_bad(samples: Sequence[Sample]) -> tuple[Sequence[Sample], list[str]]:
+def without_bad(samples: Samples) -> tuple[Samples, list[str]]:
     """The samples that are whole and whose pictures can be decoded, and a note on the others.
 
     Raises:
@@ -37,7 +36,7 @@ def without_bad(samples: Sequence[Sample]) -> tuple[Sequence[Sample], list[str]]
     ]
 
 
-def of_one_picture(samples: Sequence[Sample]) -> tuple[Sequence[Sample], list[str]]:
+def of_one_picture(samples: Samples) -> tuple[Samples, list[str]]:
     """The samples that show exactly one picture, which two towers score against a text, and a note on the others.
 
     Raises:
