@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 import chiasm
 import chiasm.vlm
@@ -118,6 +119,50 @@ def test_late_fusion_from_end_to_end(run: Any, data: Path, tmp_path: Path) -> No
     assert code == 0 and "3 answers" in out, err
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, folder: Path, **_: Any) -> None:
+        Path(folder, "config.json").write_text("{}")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    loaded = chiasm.load(model)
+    parts = tmp_path / "vision", tmp_path / "language"
+    loaded.model.vision.model.save_pretrained(parts[0])
+    loaded.model.language.save_pretrained(parts[1])
+    tiny.tokenizer().save_pretrained(parts[1])
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    for verb in (
+        ("connect", "--vision", parts[0], "--language", parts[1]),
+        ("convert", model, "--to", "transformers", "--no-check"),
+    ):
+        code, _, err = run(*verb, "-o", tmp_path / "new" / "one")
+        assert code == 2
+        assert "new/one is not written: the disk is full" in err and "Traceback" not in err
+        assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_broken_samples_are_left_out_of_an_evaluation_on_demand(run: Any, model: Path, data: Path) -> None:
+    rows = json.loads(data.read_text())
+    rows[3] |= {"conversations": rows[3]["conversations"][:1]}
+    data.write_text(json.dumps(rows))
+    (data.parent / "5.png").write_bytes((data.parent / "5.png").read_bytes()[:60])
+    asked = ["eval", model, "--data", data, "--max-new-tokens", 2, "--json"]
+    code, _, err = run(*asked)
+    assert code == 2
+    assert "sample '3'" in err and "--skip-bad" in err and "Traceback" not in err
+    code, out, err = run(*asked, "--skip-bad")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["summary"][-1]["n"] == 22
+    assert run(*asked, "--limit", 8, "--skip-bad")[0] == 0
+    assert told["notes"][0].startswith("2 of 24 samples cannot be used and were skipped ('3': ")
+    data.write_text(json.dumps([rows[5]] * 2))
+    code, _, err = run(*asked, "--skip-bad")
+    assert code == 2
+    assert "none of the 2 samples can be used, the first being" in " ".join(err.split())
+
+
 def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
     assert run("data", "check", data)[0] == 0
     (data.parent / "3.png").write_bytes((data.parent / "3.png").read_bytes()[:60])
@@ -188,6 +233,7 @@ RECIPE = ["train", "RECIPE", "--model", "MODEL", "--data", "DATA", "-o", "OUT"]
         ([*PARTS, "--features", '{"grid": [0, 0]}'], "grid is [0, 0], expected a whole number above 0"),
         ([*PARTS, "--features", '{"grid": "x"}'], "grid is 'x', expected a whole number above 0"),
         ([*PARTS, "--image-size", "-3"], "image_size is -3, expected a whole number above 0"),
+        ([*PARTS, "--image-size", "100000"], "image_size is 100000, expected at most 4096 pixels a side"),
         ([*PARTS, "--language", "VISION"], "'clip_vision_model', which is no causal language model"),
         ([*PARTS, "--language", "BROKEN"], "damaged or cut off"),
         ([*PARTS, "--vision", "BROKEN"], "damaged or cut off"),

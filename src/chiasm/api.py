@@ -12,17 +12,19 @@ from rich.progress import Progress as Bar
 
 from chiasm.data.few_shot import MOST_CANDIDATES, draw_examples
 from chiasm.data.readers import read, read_train
-from chiasm.data.schema import Sample
+from chiasm.data.schema import ImageError, SampleError, Samples
 from chiasm.data.splits import Subset
 from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.evaluate import evaluate as evaluate_answers
 from chiasm.evaluation.retrieval import evaluate_retrieval
-from chiasm.evaluation.usable import skipped_note, usable
+from chiasm.evaluation.usable import of_one_picture, skipped_note, usable
 from chiasm.evaluation.zero_shot import TEMPLATES, evaluate_zero_shot
 from chiasm.fusion.late import LateFusionModel
 from chiasm.interop.convert import Converted
 from chiasm.interop.convert import convert as convert_model
+from chiasm.sources.writing import refuse_to_overwrite
+from chiasm.training.features import with_hint
 from chiasm.training.log import Reporter
 from chiasm.training.preview import StagePreview
 from chiasm.training.preview import preview as preview_stages
@@ -50,11 +52,12 @@ def convert(
     Args:
         model: a loaded one, or its folder or hub id.
         to: `transformers`, `gguf` or `onnx`.
-        output: a new folder.
+        output: a new folder, or an empty one.
         quantize: of GGUF files, such as `q8_0`.
         check: whether the result is loaded again and compared with the model.
         inexact: of GGUF files, whether they are written where llama.cpp is known to compute something else.
     """
+    refuse_to_overwrite(output)
     loaded = load(model) if isinstance(model, str | Path) else model
     return convert_model(loaded.model, loaded._processor, to, output, quantize=quantize, check=check, inexact=inexact)
 
@@ -152,6 +155,9 @@ def evaluate(
         shots_from: the data that they are drawn from; by default the train split where there is one.
         templates: prompts for zero-shot classification, with `{}` where the label stands.
         skip_bad: look at every sample first and leave out those that cannot be used; the result names them.
+
+    Raises:
+        ValueError: an unusable sample without `skip_bad`, or an option that the task does not read.
     """
     if shots_from is not None and not shots:
         raise ValueError("shots_from names the data of solved examples, but shots is 0; pass shots=4 or leave it out")
@@ -169,21 +175,33 @@ def evaluate(
         raise ValueError(f"shots={shots}: a model of two towers reads one question and no examples; leave shots out")
     samples, skipped = usable(given, progress) if skip_bad else (given, [])
     shown: dict[str, Any] = {"control": control, "batch_size": batch_size, "progress": progress}
-    if task == "retrieval":
-        result = evaluate_retrieval(vlm.model, vlm.processor, samples, **shown).evaluation(samples)
-    elif task == "zero-shot":
-        result = evaluate_zero_shot(vlm.model, vlm.processor, samples, tuple(templates) or TEMPLATES, **shown)
-    else:
-        examples = None
-        if shots:
-            pool = read(shots_from) if shots_from is not None else read_train(data)
-            pool = usable(spread(pool, MOST_CANDIDATES))[0] if skip_bad else pool
-            examples = draw_examples(samples, pool, shots)
-        generate = partial(vlm.generate, max_new_tokens=max_new_tokens)
-        result = evaluate_answers(generate, samples, metric=metric, examples=examples, **shown)
+    notes = skipped_note(skipped, len(given))
+    try:
+        if task != "answers":
+            samples, others = of_one_picture(samples)
+            notes += others
+        if task == "retrieval":
+            result = evaluate_retrieval(vlm.model, vlm.processor, samples, **shown).evaluation(samples)
+        elif task == "zero-shot":
+            result = evaluate_zero_shot(vlm.model, vlm.processor, samples, tuple(templates) or TEMPLATES, **shown)
+        else:
+            examples = _examples(data, samples, shots, shots_from, skip_bad)
+            generate = partial(vlm.generate, max_new_tokens=max_new_tokens)
+            result = evaluate_answers(generate, samples, metric=metric, examples=examples, **shown)
+    except (SampleError, ImageError) as error:
+        if skip_bad:
+            raise
+        raise with_hint(error) from error
     result.skipped = skipped
-    result.notes = [*skipped_note(skipped, len(given)), *result.notes]
+    result.notes = [*notes, *result.notes]
     return result
+
+
+def _examples(data: Any, samples: Samples, shots: int, shots_from: Any, skip_bad: bool) -> Sequence[Samples] | None:
+    if not shots:
+        return None
+    pool = read(shots_from) if shots_from is not None else read_train(data)
+    return draw_examples(samples, usable(spread(pool, MOST_CANDIDATES))[0] if skip_bad else pool, shots)
 
 
 TASKS = ("answers", "retrieval", "zero-shot")
@@ -194,7 +212,7 @@ def _task_of(model: VLM | DualEncoder) -> str:
     return "answers" if answers else "retrieval"
 
 
-def spread(samples: Sequence[Sample], limit: int | None) -> Sequence[Sample]:
+def spread(samples: Samples, limit: int | None) -> Samples:
     """At most `limit` samples, evenly spread over the data."""
     if limit is None or limit >= len(samples):
         return samples

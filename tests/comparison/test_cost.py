@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import T5Config
+from transformers import Siglip2VisionConfig, Siglip2VisionModel, T5Config
 from transformers.modeling_outputs import BaseModelOutput
 
 import chiasm
@@ -92,6 +92,14 @@ def test_encode_connect_and_parameters(vision: str, connector: str) -> None:
     assert counter.get_total_flops() == cost.connect_flops
     assert sum(cost.parameters.values()) == sum(p.numel() for p in model.parameters())
     assert cost.visual_tokens == 2 * model.num_image_tokens
+
+
+def test_an_encoder_that_looks_at_values_is_counted() -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = load_vision(Siglip2VisionModel(Siglip2VisionConfig(num_patches=9, patch_size=10, **sizes)))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vision(torch.zeros(1, 3, *vision.image_size))
+    assert encode_flops(vision) == counter.get_total_flops() > 0
 
 
 def test_description_is_complete() -> None:

@@ -56,6 +56,8 @@ def test_settings_hold_the_defaults() -> None:
 def test_unknown_names_and_options_are_errors() -> None:
     with pytest.raises(ValueError, match=r"'mlpp' is unknown; choose one of .*mlp"):
         build_connector("mlpp", 4, 4, (1, 1))
+    with pytest.raises(ValueError, match=r"connector {'depth': 3} has no 'name'; name one of .*mlp"):
+        build_connector({"depth": 3}, 4, 4, (1, 1))
     with pytest.raises(ValueError, match="no option 'dept'; its options are: depth, width, bias, activation"):
         build_connector({"name": "mlp", "dept": 3}, 4, 4, (1, 1))
     with pytest.raises(ValueError, match="activation='gelus', which is unknown; choose one of gelu"):

@@ -449,6 +449,14 @@ def test_values_of_the_wrong_type_are_named(folder: Path, row: dict, expected: s
         read(folder / "d.json")[0]
 
 
+def test_the_pictures_of_a_mixture_lie_where_its_file_says(tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "a.jsonl").write_text('{"image": "red.png", "caption": "red"}\n')
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
+    (tmp_path / "lists" / "mix.yaml").write_text("- {path: a.jsonl, image_root: ..}\n")
+    assert colour_of(read(tmp_path / "lists" / "mix.yaml")[0]) == (255, 0, 0)
+
+
 def test_a_mixture_of_itself_and_a_size_that_is_no_number_are_refused(folder: Path) -> None:
     (folder / "a.yaml").write_text("- path: b.yaml\n")
     (folder / "b.yaml").write_text("- path: a.yaml\n")

@@ -102,6 +102,18 @@ def test_two_towers_are_scored_beside_the_wrong_picture() -> None:
             chiasm.api.evaluate(encoder, samples, task=task, batch_size=0)
 
 
+def test_samples_without_exactly_one_picture_are_left_out_and_counted() -> None:
+    samples = [helpers.sample(index) for index in range(12)]
+    mixed = [*samples[:6], helpers.sample(20, images=0), *samples[6:], helpers.sample(21, images=2)]
+    for task in ("retrieval", "zero-shot"):
+        alone = chiasm.api.evaluate(late(), samples, task=task)
+        result = chiasm.api.evaluate(late(), mixed, task=task)
+        assert result.summary == alone.summary
+        assert "samples left out, since they do not have exactly one picture: 2" in result.notes
+        with pytest.raises(ValueError, match="none of the 1 samples has exactly one picture"):
+            chiasm.api.evaluate(late(), [helpers.sample(1, images=2)], task=task)
+
+
 def test_seeing_beats_the_control() -> None:
     samples = [helpers.sample(index) for index in range(12)]
     found = chiasm.api.evaluate(seeing(late()), samples)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM
 
 import chiasm
 import contracts
@@ -51,6 +52,23 @@ def test_every_language_model(language: str, settings: dict[str, Any]) -> None:
     contracts.check_embeddings_equal_tokens(vlm.model, inputs)
     contracts.check_generation_strategies(vlm.model, inputs)
     contracts.check_losses_agree(vlm.model, inputs, inputs["input_ids"].masked_fill(inputs["input_ids"] > 200, -100))
+
+
+def test_embeddings_narrower_than_the_layers() -> None:
+    sizes = {
+        "hidden_size": 36,
+        "ffn_dim": 52,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "word_embed_proj_dim": 20,
+    }
+    torch.manual_seed(0)
+    language = OPTForCausalLM(OPTConfig(vocab_size=261, max_position_embeddings=1024, **sizes))
+    vlm = chiasm.connect(tiny.vision(), language, fusion="intermediate", tokenizer=tiny.tokenizer())
+    contracts.open_gates(vlm.model, 1.0)
+    inputs = batch(vlm)
+    contracts.check_image_matters(vlm.model, inputs)
+    contracts.check_saved_equals_loaded(vlm, inputs)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

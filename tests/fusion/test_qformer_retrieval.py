@@ -169,7 +169,7 @@ def test_pixels_and_features_score_alike_and_padding_is_ignored() -> None:
 
 
 def test_other_connectors_and_vocabularies_are_refused() -> None:
-    with pytest.raises(ValueError, match="captions are learned by connector 'qformer', this model has 'mlp'"):
+    with pytest.raises(ValueError, match="this model has the connector 'mlp'; connect one with fusion='late' or"):
         build_retrieval(helpers.vlm().model, VOCABULARY)
     with pytest.raises(ValueError, match="text branch has 99 tokens, the captions' tokenizer 260"):
         build_retrieval(vlm(vocabulary=99).model, VOCABULARY)

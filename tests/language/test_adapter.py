@@ -30,6 +30,13 @@ def test_what_is_read_from_a_model(family: str) -> None:
     assert adapter.embedding_scale(model) > 0
 
 
+def test_loading_gives_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr("transformers.utils.generic.logger.warning_once", heard.append)
+    adapter.load_language(tiny.language())
+    assert heard == []
+
+
 def test_a_capped_head_is_noticed() -> None:
     model = tiny.language("gemma3")
     model.config.final_logit_softcapping = 0.05

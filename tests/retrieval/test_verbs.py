@@ -158,12 +158,17 @@ def test_mistakes_are_one_line(run: Any, tmp_path: Path) -> None:
     paint(photos, 2)
     assert run("index", model, photos, "-o", index)[0] == 0
     other = save_blip2(tmp_path / "other", seed=1)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes((photos / "000.png").read_bytes()[:60])
     mistakes = {
         ("index", other, photos, "-o", index): "was made by model",
         ("index", "-o", index): "got nothing to do, expected one of MODEL IMAGES, --add",
         ("index", model, "-o", index): "got MODEL alone",
         ("index", "-o", index, "--list", "--compact"): "got --list and --compact",
         ("search", tmp_path / "nowhere", "a"): "holds no index",
+        ("search", index, photos / "000.png"): "is a file, not a text; search by the picture with --image",
+        ("index", model, broken, "-o", tmp_path / "partial"): "--skip-bad leaves such pictures out",
         ("search", index): "give a text or --image",
         ("search", index, "a", "--exclude-self"): "--exclude-self goes with --image",
         ("search", index, "a", "--where", "red"): "condition 'red' is not understood",

@@ -169,5 +169,5 @@ def test_recipes_that_make_no_sense_are_refused(change: dict[str, Any], told: st
 
 
 def test_other_connectors_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="captions are learned by connector 'qformer', this model has 'mlp'"):
+    with pytest.raises(ValueError, match="this model has the connector 'mlp'; connect one with fusion='late' or"):
         helpers.run(tmp_path / "run", {"stages": [captions()]}, data=data())

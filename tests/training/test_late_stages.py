@@ -183,7 +183,7 @@ def test_stages_that_make_no_sense_are_refused(settings: dict[str, Any], told: s
 
 
 def test_late_objectives_are_for_late_fusion(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="objective 'answers' is for fusion 'late'"):
+    with pytest.raises(ValueError, match="objective 'answers' is for fusion 'late', this model has 'early'; connect"):
         helpers.run(tmp_path / "run", {"stages": [stage(objectives=["answers"])]}, data=data())
 
 

@@ -107,6 +107,17 @@ def test_an_override_of_the_length_replaces_any_other() -> None:
     assert (recipe.stages[0].samples, recipe.stages[0].steps, recipe.stages[0].epochs) == (100, None, None)
 
 
+def test_an_override_of_the_rate_replaces_that_of_parts_and_patterns() -> None:
+    norms = {"patterns": {"language.*norm*": {"tune": "full", "lr": 1e-4}}}
+    recipe = {"stages": [helpers.stage(**norms), helpers.stage("instruct", parts=helpers.LORA)]}
+    align, instruct = load_recipe(recipe, ["stages.align.lr=3e-3"]).stages
+    assert align.parts["connector"].lr == align.patterns["language.*norm*"].lr == 3e-3
+    assert instruct == load_recipe(recipe).stages[1]
+    align, instruct = load_recipe(recipe, ["lr=3e-3", "stages.instruct.parts.language.lr=1e-5"]).stages
+    assert align.parts["connector"].lr == instruct.parts["connector"].lr == 3e-3
+    assert instruct.parts["language"].lr == 1e-5
+
+
 def test_the_fewest_steps_go_with_epochs_only() -> None:
     stages = [helpers.stage(steps=None), helpers.stage("exact"), helpers.stage("short", steps=None, epochs=0.5)]
     recipe = load_recipe({"min_steps": 30, "stages": stages})

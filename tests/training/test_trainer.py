@@ -328,6 +328,21 @@ def test_the_connector_starts_in_closed_form_where_it_can(tmp_path: Path, connec
     assert len(events(result, "closed_form")) == started
 
 
+@pytest.mark.parametrize("images", [0, 1])
+def test_where_no_two_captions_differ_the_connector_starts_as_it_is(tmp_path: Path, images: int) -> None:
+    parts = {**FULL, "language": {"tune": "full", "lr": 1e-2}}
+    data = [helpers.sample(0, images=images)] * 4
+    recipe = {"stages": [helpers.stage(steps=1, init="auto", parts=parts)]}
+    result = helpers.run(tmp_path / "run", recipe, data=data, validation_samples=data)
+    assert "no two captions differ, so the connector starts as it is" in events(result, "note")[0]["text"]
+    warned = [event["text"] for event in events(result, "warning") if "the data has no pictures" in event["text"]]
+    assert len(warned) == (images == 0)
+    with pytest.raises(ValueError, match="init: closed_form needs pictures with captions that differ"):
+        helpers.run(
+            tmp_path / "other", recipe, data=data, validation_samples=data, overrides=["stages.align.init=closed_form"]
+        )
+
+
 def test_a_connector_that_has_learned_is_not_started_again(tmp_path: Path) -> None:
     model = helpers.vlm()
     recipe = {"stages": [helpers.stage(steps=1, init="auto")]}

@@ -238,6 +238,12 @@ def test_what_is_not_a_picture_is_told(image: object, message: str) -> None:
         processor()(image)
 
 
+def test_a_decompression_bomb_is_told(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match=r"bomb\.png cannot be read as a picture: .*200000000 pixels"):
+        processor()(tmp_path / "bomb.png")
+
+
 def written(folder: Path, **config: object) -> Path:
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
     return folder

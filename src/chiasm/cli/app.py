@@ -54,16 +54,17 @@ def json_option(text: str | None, option: str) -> Any:
     return value
 
 
-def refuse_to_overwrite(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty; choose another folder with -o")
+def names_a_picture(path: Path) -> bool:
+    from chiasm.data.containers import PICTURES
+
+    return path.suffix.lower().removeprefix(".") in PICTURES
 
 
 def require_picture_name(path: Path, option: str) -> None:
     """Refuses a file that no picture is written to, before anything is done for it."""
     from chiasm.data.containers import PICTURES
 
-    if path.suffix.lower().removeprefix(".") not in PICTURES:
+    if not names_a_picture(path):
         raise ValueError(f"{option} {str(path)!r} is no picture's name; it ends in .{', .'.join(PICTURES)}")
 
 

@@ -15,6 +15,7 @@ from chiasm.cli.app import (
     example,
     json_option,
     name_or_json,
+    new_folder,
     out,
     refuse_to_overwrite,
 )
@@ -116,7 +117,8 @@ def connect(
         image_size=image_size,
         seed=seed,
     )
-    vlm.save_pretrained(output)
+    with new_folder(output) as place:
+        vlm.save_pretrained(place)
     _show(vlm, as_json)
     if not as_json:
         kinds = {"intermediate": "flamingo", "unified": "unified", "qformer": "blip2"}

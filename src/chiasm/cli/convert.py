@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from chiasm.cli.app import Json, Model, app, emit, example, out, refuse_to_overwrite
+from chiasm.cli.app import Json, Model, app, emit, example, new_folder, out, refuse_to_overwrite
 
 
 @app.command(epilog=example("chiasm convert models/mine --to transformers -o models/mine-llava"))
@@ -24,22 +24,24 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write a model as another tool's checkpoint, or say why there is none."""
-    from chiasm import api
+    import chiasm
 
     refuse_to_overwrite(output)
-    done = api.convert(model, to, output, quantize=quantize, check=check, inexact=inexact)
+    loaded = chiasm.load(model)
+    with new_folder(output) as place:
+        done = chiasm.api.convert(loaded, to, place, quantize=quantize, check=check, inexact=inexact)
     if as_json:
         return emit(
             {
                 "kind": done.kind,
-                "folder": str(done.folder),
+                "folder": str(output),
                 "files": done.files,
                 "difference": done.difference,
                 "notes": done.notes,
             }
         )
     compared = "" if done.difference is None else f"; its logits differ by {done.difference:.1g} of their spread"
-    out.print(f"{escape(str(done.folder))}: {done.kind}, {len(done.files)} files{compared}", soft_wrap=True)
+    out.print(f"{escape(str(output))}: {done.kind}, {len(done.files)} files{compared}", soft_wrap=True)
     for note in done.notes:
         out.print(f"note: {note}", markup=False, soft_wrap=True)
     return None

@@ -107,6 +107,8 @@ def search(
 
     if (query is None) == (image is None):
         raise ValueError("give a text or --image, one of them")
+    if query is not None and Path(query).is_file():
+        raise ValueError(f"{query!r} is a file, not a text; search by the picture with --image {query}")
     if exclude_self and image is None:
         raise ValueError("--exclude-self goes with --image: a text is no picture of the index")
     if sheet is not None:
@@ -130,6 +132,7 @@ def search(
 
 def _add(opened: Any, items: Any, skip_bad: bool, batch_size: int, as_json: bool) -> None:
     from chiasm.api import progress_bar
+    from chiasm.data.schema import ImageError, SampleError
 
     with progress_bar("indexing", err) as update:
         done = 0
@@ -139,7 +142,10 @@ def _add(opened: Any, items: Any, skip_bad: bool, batch_size: int, as_json: bool
             done += count
             update(min(done, items.count), items.count)
 
-        report = opened.add(items, skip_bad=skip_bad, batch_size=batch_size, progress=progress)
+        try:
+            report = opened.add(items, skip_bad=skip_bad, batch_size=batch_size, progress=progress)
+        except (ImageError, SampleError) as error:
+            raise ValueError(f"{error}; --skip-bad leaves such pictures out") from error
     if as_json:
         return emit(
             {"added": report.added, "replaced": report.replaced, "unchanged": report.unchanged, "bad": report.bad}

@@ -1,10 +1,12 @@
 """What a picture costs, in closed form: parameters by part, visual tokens, FLOPs and KV-cache bytes."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils.flop_counter import FlopCounterMode
 
 from chiasm.comparison.seq2seq_cost import LanguageCost, seq2seq_cost
@@ -140,13 +142,21 @@ def kv_bytes_per_token(model: FusionModel) -> int:
 def encode_flops(vision: VisionEncoder) -> int:
     """FLOPs of one picture through the encoder, counted by running its own code on tensors without data.
 
-    They are fake tensors of the meta device: transformers does not look at the values of their masks.
+    They are fake tensors of the meta device: transformers does not look at the values of their masks. An encoder that
+    looks at other values runs on a blank picture instead.
     """
     with torch.device("meta"):
         shadow = VisionEncoder.from_config(vision.model.config, vision.features).eval()
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shadow(torch.empty(1, 3, *vision.image_size, device="meta"))
+    try:
+        return _counted(shadow, torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True))
+    except DataDependentOutputException:  # its forward looks at values (SigLIP 2's sizes of pictures)
+        return _counted(vision, vision.model.device, nullcontext())
+
+
+def _counted(vision: VisionEncoder, device: torch.device, mode: AbstractContextManager) -> int:
+    blank = torch.zeros(1, 3, *vision.image_size, device=device, dtype=vision.model.dtype)
+    with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vision(blank)
     return counter.get_total_flops()
 
 

@@ -42,7 +42,9 @@ def connector_settings(spec: str | dict[str, Any]) -> dict[str, Any]:
         ValueError: an unknown name or option; the message lists the known ones.
     """
     given = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = given.pop("name", None)
+    if "name" not in given:
+        raise ValueError(f"connector {spec!r} has no 'name'; name one of {', '.join(CONNECTORS)}")
+    name = given.pop("name")
     if not isinstance(name, str) or name not in CONNECTORS:
         raise ValueError(f"connector {name!r} is unknown; choose one of {', '.join(CONNECTORS)}")
     return {"name": name, **checked_options(f"connector {name!r}", CONNECTORS[name].__init__, given)}

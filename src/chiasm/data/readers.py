@@ -148,13 +148,16 @@ class Mixture(Sequence[Sample]):
 
     @classmethod
     def of(cls, file: Path, entries: list[dict], split: str | None, options: dict[str, Any]) -> "Mixture":
-        """From the entries of a YAML file: `path` (relative to the file), `weight`, `split`, and options of `read`."""
+        """From the entries of a YAML file: `path` and `image_root` (relative to the file), `weight`, `split`, and other
+        options of `read`."""
         sources, weights = [], []
         for entry in entries:
             entry = dict(entry)
             path, weight = str(entry.pop("path")), entry.pop("weight", 1)
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
                 raise ValueError(f"{file}: the weight of {path} is {weight!r}, expected a number above 0")
+            if isinstance(entry.get("image_root"), str):
+                entry["image_root"] = file.parent / entry["image_root"]
             named = path.startswith((EMOJI_SCENES, "hf:"))
             inherited = {} if path.startswith(EMOJI_SCENES) else options
             own_split = entry.pop("split", split)

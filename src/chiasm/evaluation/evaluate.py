@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from chiasm.data.few_shot import put_first
-from chiasm.data.schema import Sample, text_of
+from chiasm.data.schema import Sample, Samples, text_of
 from chiasm.evaluation import captions
 from chiasm.evaluation.metrics import METRICS, anls, contains, token_f1, tokens
 from chiasm.evaluation.skills import ALL, Row, summarise
@@ -95,13 +95,13 @@ class EvalResult:
 
 def evaluate(
     generate: Generate,
-    samples: Sequence[Sample],
+    samples: Samples,
     batch_size: int = 8,
     control: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
     metric: str | None = None,
-    examples: Sequence[Sequence[Sample]] | None = None,
+    examples: Sequence[Samples] | None = None,
 ) -> EvalResult:
     """Score `generate` on `samples`, with the shuffled-image control beside it.
 
@@ -151,7 +151,7 @@ def evaluate(
     return EvalResult(rows, summary, notes)
 
 
-def check(samples: Sequence[Sample], batch_size: int) -> None:
+def check(samples: Samples, batch_size: int) -> None:
     """Refuses to evaluate nothing, or in batches of nothing."""
     if not samples:
         raise ValueError("samples is empty: there is nothing to evaluate")
@@ -159,7 +159,7 @@ def check(samples: Sequence[Sample], batch_size: int) -> None:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
 
 
-def names_of(samples: Sequence[Sample]) -> list[str]:
+def names_of(samples: Samples) -> list[str]:
     """The samples' ids; where one comes again, as in a mixture that takes it twice, it is numbered."""
     ids = [sample.id for sample in samples]
     taken, times = set(ids), Counter[str]()
@@ -193,7 +193,7 @@ def _count_images(messages: list[dict]) -> int:
 
 def _ask(
     generate: Generate,
-    samples: Sequence[Sample],
+    samples: Samples,
     questions: list[Question],
     pictures_of: dict[int, int],
     batch_size: int,
@@ -215,7 +215,7 @@ def _ask(
     return answers
 
 
-def wrong_pictures(samples: Sequence[Sample], seed: int = 0) -> tuple[dict[int, int], list[str]]:
+def wrong_pictures(samples: Samples, seed: int = 0) -> tuple[dict[int, int], list[str]]:
     """For every sample with images another one whose pictures stand in for them, and notes on those without.
 
     The other has the same number of images and shares none of them (by content). It is of the same skill where that has

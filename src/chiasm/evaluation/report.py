@@ -27,6 +27,7 @@ from chiasm.evaluation.plots import (
 )
 from chiasm.evaluation.progress import forgetting_table, skill_progress
 from chiasm.evaluation.skills import ALL, Row
+from chiasm.sources.writing import naming_full_disk
 
 Event = Mapping[str, Any]
 
@@ -108,7 +109,8 @@ def write_report(
         timings=_timings(info.get("timings") or {}),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(page.encode("utf-8", "replace"))
+    with naming_full_disk(path):
+        path.write_bytes(page.encode("utf-8", "replace"))
     return path
 
 

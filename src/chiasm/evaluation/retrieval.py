@@ -14,7 +14,7 @@ from torch import Tensor
 
 from chiasm.data.captions import CaptionProcessor, caption_of, encode_caption
 from chiasm.data.collation import load_pixels
-from chiasm.data.schema import Sample
+from chiasm.data.schema import Samples
 from chiasm.evaluation.evaluate import EvalResult, check, names_of, wrong_pictures
 from chiasm.evaluation.skills import Row, wilson
 from chiasm.fusion.late import LateFusionModel
@@ -43,7 +43,7 @@ class RetrievalResult:
     control: dict[tuple[str, int], list[bool]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def evaluation(self, samples: Sequence[Sample]) -> EvalResult:
+    def evaluation(self, samples: Samples) -> EvalResult:
         """As `chiasm eval` shows it: a line for each direction and k with its interval and the control's, and a row for
         each query, scored by the first k."""
         summary = [
@@ -110,7 +110,7 @@ def chance(right: Bool[Tensor, "Q C"], ks: Sequence[int] = KS) -> Recalls:
 def evaluate_retrieval(
     model: RetrievalModel,
     processor: CaptionProcessor,
-    samples: Sequence[Sample],
+    samples: Samples,
     *,
     rerank: int = 0,
     control: bool = True,
@@ -148,7 +148,7 @@ def evaluate_retrieval(
 
 
 def _control(
-    scores: dict[str, Tensor], right: Bool[Tensor, "M M"], samples: Sequence[Sample], ks: Sequence[int]
+    scores: dict[str, Tensor], right: Bool[Tensor, "M M"], samples: Samples, ks: Sequence[int]
 ) -> tuple[dict[tuple[str, int], list[bool]], list[str]]:
     """What is found where another sample's picture stands in for each one's own."""
     donors, notes = wrong_pictures(samples)
@@ -160,7 +160,7 @@ def _control(
     return hits, notes
 
 
-def same_pairs(samples: Sequence[Sample]) -> Bool[Tensor, "M M"]:
+def same_pairs(samples: Samples) -> Bool[Tensor, "M M"]:
     """Which samples say the same or show the same."""
     said, shown = _numbers(map(caption_of, samples)), _numbers(sample.images[0].key() for sample in samples)
     return (said[:, None] == said) | (shown[:, None] == shown)
@@ -179,7 +179,7 @@ class _Collection:
         self,
         model: RetrievalModel,
         processor: CaptionProcessor,
-        samples: Sequence[Sample],
+        samples: Samples,
         batch_size: int,
         progress: Progress | None,
         keep_features: bool,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from chiasm.data.check import WARNINGS, check
-from chiasm.data.schema import Sample
+from chiasm.data.schema import Samples
 from chiasm.data.splits import Subset
 from chiasm.evaluation.skills import Row
 
@@ -11,9 +11,7 @@ NAMED = 5
 """Skipped samples that a note names; a result has all of them."""
 
 
-def usable(
-    samples: Sequence[Sample], progress: Callable[[int, int], None] | None = None
-) -> tuple[Sequence[Sample], list[Row]]:
+def usable(samples: Samples, progress: Callable[[int, int], None] | None = None) -> tuple[Samples, list[Row]]:
     """The samples that can be used, and `id` and `reason` of each other one. Every picture is decoded.
 
     Raises:
@@ -39,3 +37,17 @@ def skipped_note(skipped: Sequence[Row], total: int) -> list[str]:
     named = "; ".join(f"{row['id']!r}: {row['reason']}" for row in skipped[:NAMED])
     more = "; ..." if len(skipped) > NAMED else ""
     return [f"{len(skipped)} of {total} samples cannot be used and were skipped ({named}{more})"] if skipped else []
+
+
+def of_one_picture(samples: Samples) -> tuple[Samples, list[str]]:
+    """The samples that show exactly one picture, which two towers score against a text, and a note on the others.
+
+    Raises:
+        ValueError: none is left.
+    """
+    kept = Subset(samples, [index for index, sample in enumerate(samples) if len(sample.images) == 1])
+    left_out = len(samples) - len(kept)
+    if left_out and not len(kept):
+        raise ValueError(f"none of the {left_out} samples has exactly one picture, which a model of two towers needs")
+    note = f"samples left out, since they do not have exactly one picture: {left_out}"
+    return kept, [note] if left_out else []

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from chiasm.data.captions import CaptionProcessor, caption_of
 from chiasm.data.collation import load_pixels
-from chiasm.data.schema import Problem, Sample, SampleError
+from chiasm.data.schema import Problem, Sample, SampleError, Samples
 from chiasm.evaluation.evaluate import EvalResult, check, names_of, wrong_pictures
 from chiasm.evaluation.retrieval import RetrievalModel, chance, found_within, outcome, proportion
 
@@ -52,7 +52,7 @@ def label_vectors(
 def evaluate_zero_shot(
     model: RetrievalModel,
     processor: CaptionProcessor,
-    samples: Sequence[Sample],
+    samples: Samples,
     templates: Sequence[str] = TEMPLATES,
     *,
     control: bool = True,

@@ -18,7 +18,7 @@ from chiasm.fusion.early_seq2seq import EarlySeq2SeqModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.fusion.packed import PackedFusionModel
 from chiasm.fusion.unified import UnifiedModel
-from chiasm.language.adapter import embedding_scale, embedding_width, head_is_direct, layers, vocabulary
+from chiasm.language.adapter import embedding_scale, head_is_direct, hidden_width, layers, vocabulary
 from chiasm.vision.encoder import VisionEncoder
 from chiasm.vision.packed import PACKED_TOWERS
 
@@ -120,7 +120,7 @@ def read_placeholder(model: IntermediateFusionModel) -> None:
 
 def _cross_attention(fusion: str, wanted: dict[str, Any] | None, language: PreTrainedModel) -> dict[str, Any] | None:
     if fusion == "intermediate":
-        return asdict(cross_attention_settings(wanted, len(layers(language)), embedding_width(language)))
+        return asdict(cross_attention_settings(wanted, len(layers(language)), hidden_width(language)))
     if wanted is not None:
         raise ValueError(f"cross_attention= is for fusion='intermediate', got fusion={fusion!r}")
     return None

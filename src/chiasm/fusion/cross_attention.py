@@ -119,14 +119,20 @@ def _normed(norm: Any, states: Tensor) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """The part `cross_attention`: blocks, the norm in front of their keys and values, the placeholder's embedding."""
+    """The part `cross_attention`: blocks, the norm in front of their keys and values, the placeholder's embedding.
 
-    def __init__(self, width: int, visual_width: int, settings: CrossAttentionSettings) -> None:
+    Args:
+        width: of the states between the language model's layers.
+        visual_width: of the pictures' tokens.
+        word_width: of its embeddings.
+    """
+
+    def __init__(self, width: int, visual_width: int, word_width: int, settings: CrossAttentionSettings) -> None:
         super().__init__()
         self.settings = settings
         self.visual_norm = nn.LayerNorm(visual_width) if settings.visual_norm else nn.Identity()
         self.blocks: Any = nn.ModuleList(GatedCrossAttention(width, visual_width, settings) for _ in settings.layers)
-        self.image_embedding = nn.Parameter(torch.zeros(width)) if settings.image_embedding else None
+        self.image_embedding = nn.Parameter(torch.zeros(word_width)) if settings.image_embedding else None
 
     def attach(self, layers: nn.ModuleList) -> None:
         """Puts the blocks in front of their layers, by PyTorch's own hooks: no class and no weight name changes."""

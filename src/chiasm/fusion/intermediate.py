@@ -23,7 +23,7 @@ from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.cross_attention import CrossAttention, KeysValues, Look, looking
 from chiasm.fusion.cross_attention_settings import CrossAttentionSettings
 from chiasm.fusion.part_dtypes import cast_parts
-from chiasm.language.adapter import embedding_width, layers
+from chiasm.language.adapter import embedding_width, hidden_width, layers
 from chiasm.vision.encoder import VisionEncoder
 
 FOREIGN = {
@@ -82,7 +82,8 @@ class IntermediateFusionModel(FusionModel):
     ) -> None:
         super().__init__(config, vision, language)
         settings = CrossAttentionSettings(**(config.cross_attention or {}))
-        self.cross_attention = CrossAttention(embedding_width(self.language), self.connector.width, settings)
+        widths = hidden_width(self.language), self.connector.width, embedding_width(self.language)
+        self.cross_attention = CrossAttention(*widths, settings)
         self.cross_attention.attach(layers(self.language))
         inject_adapters(self)
         cast_parts(self)

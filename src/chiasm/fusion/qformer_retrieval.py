@@ -169,7 +169,10 @@ def build_retrieval(
     theirs = model.connector
     if not isinstance(theirs, QFormer):
         name = model.config.connector["name"]
-        raise ValueError(f"captions are learned by connector 'qformer', this model has {name!r}")
+        raise ValueError(
+            f"captions are learned by two towers or by a Q-Former, this model has the connector {name!r}; connect one "
+            "with fusion='late' or with connector='qformer'"
+        )
     if theirs.words is not None and theirs.words.num_embeddings != vocabulary:
         raise ValueError(
             f"the Q-Former's text branch has {theirs.words.num_embeddings} tokens, the captions' tokenizer "

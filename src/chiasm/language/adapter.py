@@ -75,7 +75,7 @@ def _caches_attention(model: PreTrainedModel) -> bool:
     if not hasattr(model.config.get_text_config(), "num_attention_heads") or not accepts(model, "use_cache"):
         return False
     token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    return getattr(model(input_ids=token, use_cache=True), "past_key_values", None) is not None
+    return getattr(model(input_ids=token, use_cache=True), "cache", None) is not None
 
 
 def build_language(config: PreTrainedConfig) -> PreTrainedModel:
@@ -118,6 +118,11 @@ def context_length(config: PreTrainedConfig) -> int | None:
 def embedding_width(language: PreTrainedModel) -> int:
     """D_l: the width of the token embeddings, which is what a connector must produce."""
     return language.get_input_embeddings().weight.shape[1]
+
+
+def hidden_width(language: PreTrainedModel) -> int:
+    """Width of the states between the layers, which some models (OPT) project the embeddings to."""
+    return language.config.get_text_config().hidden_size
 
 
 def vocabulary(language: PreTrainedModel) -> int:

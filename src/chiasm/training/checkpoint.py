@@ -164,8 +164,11 @@ def restore(parameters: dict[str, nn.Parameter], saved: Saved, originals: dict[s
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, kept: str = "; earlier checkpoints are intact") -> Iterator[Path]:
     """A folder to write into that appears as `target`, complete and on disk, or not at all.
+
+    Args:
+        kept: ends the error.
 
     Raises:
         TrainingError: the disk is full or not writable.
@@ -183,9 +186,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         _flush(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(place, ignore_errors=True)
-        raise TrainingError(
-            f"{target} is not written: {_why(error, target)}; earlier checkpoints are intact"
-        ) from error
+        raise TrainingError(f"{target} is not written: {_why(error, target)}{kept}") from error
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise

@@ -31,6 +31,10 @@ FEWEST_CAPTIONS = 50
 """Where fewer pictures are described, short answers have to do."""
 
 
+class NothingDescribed(ValueError):
+    """No two pictures of the data are described in different words, so there is nothing to solve for."""
+
+
 def caption_indices(samples: Sequence[Sample], indices: Sequence[int]) -> list[int]:
     """The samples to start from: those that describe their pictures, or all where hardly any does.
 
@@ -107,7 +111,8 @@ def closed_form(
         The number of pictures that were used.
 
     Raises:
-        ValueError: the connector cannot start as an affine map, or no two captions differ.
+        NothingDescribed: no two captions differ.
+        ValueError: the connector cannot start as an affine map.
     """
     if not isinstance(model.connector, AffineConnector):
         raise ValueError(
@@ -131,7 +136,7 @@ def closed_form(
                     ridge.add(features, [number[w] for w in words], torch.tensor([weights[w] for w in words]))
                     pictures += 1
     if ridge is None:
-        raise ValueError(
+        raise NothingDescribed(
             "init: closed_form needs pictures with captions that differ; this data has none; use init: keep"
         )
     vocabulary = torch.stack([embeddings.of(word) for word in number])

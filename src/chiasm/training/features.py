@@ -168,7 +168,7 @@ class Rows:
         return self.cache.read([row for key in keys if (row := self.cache.row(key)) is not None]) if keys else None
 
 
-def with_hint(error: SampleError) -> ValueError:
+def with_hint(error: SampleError | ImageError) -> ValueError:
     """The error that stops a run, with what to do about it."""
     return ValueError(f"{error}; {HINT}")
 

@@ -4,6 +4,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from chiasm.training.schema import (
 
 __all__ = ["Recipe", "RecipeError", "apply_overrides", "find_recipe", "load_recipe", "read_yaml", "to_yaml"]
 
+REPLACED = [["lr"], *([key] for key in LENGTHS)]
+"""Settings of a stage that an override also removes where they stand in another place or under another name."""
+
 EXPECTED = "a recipe is a mapping with the key 'stages'"
 
 Keys = tuple[str | int, ...]
@@ -39,8 +43,8 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
     """A recipe from a YAML file, the name of one that comes with Chiasm (`llava`), or a dictionary.
 
     Args:
-        overrides: `key=value` with a dotted key: `batch_size=8` is for every stage,
-            `stages.align.parts.connector.lr=1e-3` for one.
+        overrides: `key=value` with a dotted key: `batch_size=8` is for every stage, `stages.align.lr=1e-3` for all
+            that one tunes, `stages.align.parts.connector.lr=1e-3` for one part.
     """
     if isinstance(source, Recipe):
         return apply_overrides(source, overrides)
@@ -155,7 +159,7 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any, text: str, origins: O
             )
         at = ("stages", names.index(keys[1]))
         target, keys = stages[at[1]], keys[2:]
-    if keys[-1] in LENGTHS and len(keys) == 1:
+    if keys in REPLACED:
         _drop(target, keys)
     for key in keys[:-1]:
         at = (*at, key)
@@ -169,7 +173,13 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any, text: str, origins: O
 
 
 def _drop(target: dict[str, Any], keys: list[str]) -> None:
-    """Removes a setting that an override replaces; a stage has only one length, and `min_steps` is part of it."""
+    """Removes a setting that an override replaces; a stage has only one length, and `min_steps` is part of it. A
+    learning rate is replaced where parts and patterns state their own too."""
+    if keys == ["lr"]:
+        plans = [target[key].values() for key in ("parts", "patterns") if isinstance(target.get(key), dict)]
+        for plan in chain.from_iterable(plans):
+            if isinstance(plan, dict):
+                plan.pop("lr", None)
     if len(keys) == 1:
         for key in LENGTHS if keys[0] in LENGTHS else (keys[0],):
             target.pop(key, None)

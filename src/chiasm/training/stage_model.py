@@ -160,7 +160,10 @@ def stage_model(
     """
     late = [name for name in stage.objectives if name in ("sigmoid", "answers")]
     if late:
-        raise ValueError(f"stage {stage.name!r}: objective {late[0]!r} is for fusion 'late'")
+        raise ValueError(
+            f"stage {stage.name!r}: objective {late[0]!r} is for fusion 'late', this model has "
+            f"{model.config.fusion!r}; connect one with fusion='late'"
+        )
     if stage.chunk is not None:
         raise ValueError(f"stage {stage.name!r}: chunk is for fusion 'late'; remove it")
     if not stage.reads_captions:

@@ -58,6 +58,7 @@ class StageRun:
         self.first_step = self.resumed.position.step if self.resumed is not None else 0
         self.left_out = len(context.survey.usable) - len(context.survey.with_pictures_for(stage).usable)
         survey = context.survey.of_stage(stage, context.samples)
+        self.shows_pictures = any(survey.pictures)
         self.order = Order(survey.usable, survey.lengths if stage.group_by_length else None, stage, number)
         self.num_steps = stage.num_steps(len(survey.usable))
 
@@ -76,6 +77,8 @@ class StageRun:
         if self.left_out:
             need = "a picture" if self.stage.reads_pictures else "exactly one picture"
             self.log.warn(self.first_step, f"{self.left_out} samples do not have {need} and are left out")
+        if not self.shows_pictures:
+            self.log.warn(self.first_step, "the data has no pictures, so only the language model can learn from it")
         self._prepare_data()
         if self.resumed is None:
             start = Start(self.context, self.stage, self.plan, self.model, self._source, self.features)

@@ -11,7 +11,7 @@ from chiasm.connectors import AffineConnector
 from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Sample
 from chiasm.data.splits import Subset
-from chiasm.training.closed_form import caption_indices
+from chiasm.training.closed_form import NothingDescribed, caption_indices
 from chiasm.training.context import Context
 from chiasm.training.features import Features
 from chiasm.training.schema import Stage
@@ -52,8 +52,15 @@ class Start:
             self._open_gates()
         fresh = getattr(self.model.config, "fresh_connector", False) and self.plan.states["connector"] == "full"
         affine = fresh and isinstance(self.model.connector, AffineConnector)
-        if self.stage.init == "closed_form" or (self.stage.init == "auto" and affine):
-            self._solve_connector()
+        try:
+            if self.stage.init == "closed_form" or (self.stage.init == "auto" and affine):
+                self._solve_connector()
+        except NothingDescribed:
+            if self.stage.init == "closed_form":
+                raise
+            note = f"stage {self.stage.name}: no two captions differ, so the connector starts as it is"
+            self.context.reporter.note(note)
+            self.context.run.log.write("note", self.stage.name, 0, text=note)
 
     def _open_gates(self) -> None:
         if not hasattr(self.model, "cross_attention"):

@@ -46,7 +46,7 @@ def _open(path: str | os.PathLike, draft: int | None) -> Image.Image:
         if draft is not None:
             picture.draft("RGB", (draft, draft))
         picture.load()
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
     return picture
 

@@ -190,7 +190,7 @@ def _export(module: Any, example: Any, path: Path, inputs: list[str], outputs: l
 
 def _cache_shape(language: PreTrainedModel) -> tuple[int, int]:
     """Heads and width of a layer's keys, found out on one token."""
-    cache = language(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values
+    cache = language(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True).cache
     shapes = {tuple(layer.keys.shape) for layer in cache.layers} | {tuple(layer.values.shape) for layer in cache.layers}
     require(len(shapes) == 1, "the layers' keys and values have different shapes", "use Chiasm's own server")
     return shapes.pop()[1], cache.layers[0].keys.shape[3]
