@@ -140,6 +140,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
     _no_split_modules = ["InvertedBottleneck"]  # noqa: RUF012
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # no attention: each implementation suits
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)
