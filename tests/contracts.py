@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 import chiasm
 import tiny
@@ -80,19 +81,24 @@ def check_saved_equals_loaded(vlm: chiasm.VLM, inputs: dict[str, Tensor]) -> Non
         again = chiasm.load(folder)
         assert torch.equal(again.model(**inputs).logits, before)
         assert {n for n, _ in again.model.named_parameters()} == {n for n, _ in vlm.model.named_parameters()}
-        check_attention_implementations(vlm.model, folder, inputs, "logits")
+        real = inputs["attention_mask"].bool()
+        check_attention_implementations(vlm.model, folder, lambda model: model(**inputs).logits[real])
 
 
-def check_attention_implementations(model: Any, folder: str, inputs: Any, field: str) -> None:
+def check_attention_implementations(model: Any, folder: str, scores: Callable[[Any], Tensor]) -> None:
     """Whichever a saved model is loaded with, or is set to later, its scores are the same."""
     with torch.no_grad():
-        before = model(**inputs)[field]
+        before = scores(model)
         for first, then in (("eager", "sdpa"), ("sdpa", "eager")):
             again = type(model).from_pretrained(pretrained_model_name_or_path=folder, attn_implementation=first).eval()
             for implementation in (first, then):
                 again.set_attn_implementation(implementation)
-                assert again.language.config._attn_implementation == implementation
-                torch.testing.assert_close(again(**inputs)[field], before, rtol=1e-4, atol=1e-4)
+                assert all(part.config._attn_implementation == implementation for part in _parts(again))
+                torch.testing.assert_close(scores(again), before, rtol=1e-4, atol=1e-4)
+
+
+def _parts(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def check_dual_encoder(encoder: chiasm.DualEncoder) -> None:
@@ -113,13 +119,14 @@ def check_dual_encoder(encoder: chiasm.DualEncoder) -> None:
         cached = model(inputs["input_ids"], attention_mask=inputs["attention_mask"], image_features=features)
     torch.testing.assert_close(output.logits_per_image, model.connector.logits(images @ words.T), **TOLERANCE)
     assert torch.equal(cached.logits_per_image, output.logits_per_image)
+    assert torch.equal(model(**inputs, return_dict=False)[0], output.logits_per_image)
     model(**inputs, return_loss=True).loss.backward()
     for part in ("vision", "language", "connector"):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.get_submodule(part).parameters()), part
     model.zero_grad()
     with tempfile.TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
-        check_attention_implementations(model, folder, inputs, "logits_per_image")
+        check_attention_implementations(model, folder, lambda model: model(**inputs).logits_per_image)
         again = chiasm.load(folder)
         assert isinstance(again, chiasm.DualEncoder)
         torch.testing.assert_close(again.score(pictures, texts), images @ words.T, rtol=0, atol=1e-6)
