@@ -1,5 +1,6 @@
 """The invariants, written once: each function takes a member of a family and fails where it breaks its promise."""
 
+import copy
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 import chiasm
 import tiny
@@ -72,13 +74,31 @@ def check_connector_prefix(settings: dict[str, Any], vision_width: int, language
 
 
 def check_saved_equals_loaded(vlm: chiasm.VLM, inputs: dict[str, Tensor]) -> None:
-    """save → load → the same logits, bit for bit."""
+    """save → load → the same logits, bit for bit, and the same to rounding with any implementation of attention."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         before = vlm.model.eval()(**inputs).logits
         vlm.save_pretrained(folder)
         again = chiasm.load(folder)
         assert torch.equal(again.model(**inputs).logits, before)
         assert {n for n, _ in again.model.named_parameters()} == {n for n, _ in vlm.model.named_parameters()}
+        real = inputs["attention_mask"].bool()
+        check_attention_implementations(vlm.model, folder, lambda model: model(**inputs).logits[real])
+
+
+def check_attention_implementations(model: Any, folder: str, scores: Callable[[Any], Tensor]) -> None:
+    """Whichever a saved model is loaded with, or is set to later, its scores are the same."""
+    with torch.no_grad():
+        before = scores(model)
+        for first, then in (("eager", "sdpa"), ("sdpa", "eager")):
+            again = type(model).from_pretrained(pretrained_model_name_or_path=folder, attn_implementation=first).eval()
+            for implementation in (first, then):
+                again.set_attn_implementation(implementation)
+                assert all(part.config._attn_implementation == implementation for part in _parts(again))
+                torch.testing.assert_close(scores(again), before, rtol=1e-4, atol=1e-4)
+
+
+def _parts(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def check_dual_encoder(encoder: chiasm.DualEncoder) -> None:
@@ -99,12 +119,14 @@ def check_dual_encoder(encoder: chiasm.DualEncoder) -> None:
         cached = model(inputs["input_ids"], attention_mask=inputs["attention_mask"], image_features=features)
     torch.testing.assert_close(output.logits_per_image, model.connector.logits(images @ words.T), **TOLERANCE)
     assert torch.equal(cached.logits_per_image, output.logits_per_image)
+    assert torch.equal(model(**inputs, return_dict=False)[0], output.logits_per_image)
     model(**inputs, return_loss=True).loss.backward()
     for part in ("vision", "language", "connector"):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.get_submodule(part).parameters()), part
     model.zero_grad()
     with tempfile.TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
+        check_attention_implementations(model, folder, lambda model: model(**inputs).logits_per_image)
         again = chiasm.load(folder)
         assert isinstance(again, chiasm.DualEncoder)
         torch.testing.assert_close(again.score(pictures, texts), images @ words.T, rtol=0, atol=1e-6)
@@ -244,6 +266,38 @@ def check_generation_strategies(model: FusionModel, inputs: dict[str, Tensor]) -
     rows = 2 * inputs["input_ids"].shape[0]
     assert model.generate(**inputs, **several, num_beams=3, do_sample=False).shape[0] == rows
     assert model.generate(**inputs, **several, do_sample=True).shape[0] == rows
+
+
+def check_continues(model: FusionModel, inputs: dict[str, Tensor]) -> None:
+    """Generation that goes on from an earlier one's cache, without its pictures, says what it would have said."""
+    kwargs: dict[str, Any] = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 258}
+    kwargs |= {"output_logits": True, "return_dict_in_generate": True}
+    whole, first = (model.generate(**inputs, **kwargs, max_new_tokens=tokens) for tokens in (5, 3))
+    text = {
+        "input_ids": first.sequences,
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1),
+    }
+    rest = model.generate(**text, cache=first.cache, **kwargs, max_new_tokens=2)
+    assert torch.equal(rest.sequences, whole.sequences)
+    torch.testing.assert_close(torch.stack(first.logits + rest.logits), torch.stack(whole.logits), rtol=1e-4, atol=1e-4)
+
+
+def check_assistant(vlm: chiasm.VLM) -> None:
+    """A model that drafts for its own copy guesses every token: it reads the same picture."""
+    inputs = vlm.processor(messages=[tiny.ask("What?")], images=[[tiny.picture(1)]])
+    kwargs: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": -1, "pad_token_id": 258}
+    expected = vlm.model.generate(**inputs, **kwargs)
+    assistant, runs = copy.deepcopy(vlm.model), list[None]()
+    drafts = {
+        "num_assistant_tokens": 4,
+        "num_assistant_tokens_schedule": "constant",
+        "assistant_confidence_threshold": 0,
+    }
+    assistant.generation_config.update(**drafts)
+    handle = vlm.model.register_forward_hook(lambda *_: runs.append(None))
+    found = vlm.model.generate(**inputs, **kwargs, assistant_model=assistant)
+    handle.remove()
+    assert torch.equal(found, expected) and len(runs) == 1
 
 
 def check_equals_reference(model: FusionModel, reference: Any, inputs: dict[str, Tensor], **options: Any) -> None:

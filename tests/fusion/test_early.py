@@ -34,6 +34,8 @@ def test_every_pair(vision: str, language: str) -> None:
     contracts.check_padding_is_ignored(vlm.model, inputs, vlm.processor.tokenizer.pad_token_id)
     contracts.check_embeddings_equal_tokens(vlm.model, inputs)
     contracts.check_generation_strategies(vlm.model, inputs)
+    contracts.check_continues(vlm.model, inputs)
+    contracts.check_assistant(vlm)
     contracts.check_text_only_is_the_language_model(vlm.model, tiny.language(language), torch.randint(0, 250, (2, 9)))
 
 

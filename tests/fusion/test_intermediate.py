@@ -51,6 +51,8 @@ def test_every_language_model(language: str, settings: dict[str, Any]) -> None:
     contracts.check_padding_is_ignored(vlm.model, inputs, vlm.processor.tokenizer.pad_token_id)
     contracts.check_embeddings_equal_tokens(vlm.model, inputs)
     contracts.check_generation_strategies(vlm.model, inputs)
+    contracts.check_continues(vlm.model, inputs)
+    contracts.check_assistant(vlm)
     contracts.check_losses_agree(vlm.model, inputs, inputs["input_ids"].masked_fill(inputs["input_ids"] > 200, -100))
 
 

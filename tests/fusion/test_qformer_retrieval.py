@@ -14,6 +14,7 @@ from transformers import (
 )
 
 import chiasm
+import contracts
 import tiny
 from chiasm.data.captions import CaptionProcessor
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval, build_retrieval
@@ -136,6 +137,8 @@ def test_saved_equals_loaded(tmp_path: Path) -> None:
     again = QFormerRetrieval.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits_per_image, model(**inputs).logits_per_image)
+        assert torch.equal(again(**inputs, return_dict=False)[0], model(**inputs).logits_per_image)
+    contracts.check_attention_implementations(model, str(tmp_path), lambda one: one(**inputs).logits_per_image)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
     read = CaptionProcessor.from_pretrained(tmp_path)

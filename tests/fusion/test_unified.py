@@ -44,6 +44,8 @@ def test_invariants(image_input: str, positions: str) -> None:
     contracts.check_padding_is_ignored(vlm.model, inputs, vlm.processor.tokenizer.pad_token_id)
     contracts.check_embeddings_equal_tokens(vlm.model, inputs)
     contracts.check_generation_strategies(vlm.model, inputs)
+    contracts.check_continues(vlm.model, inputs)
+    contracts.check_assistant(vlm)
 
 
 @pytest.mark.parametrize("attention", ["causal", "prefix"])

@@ -89,6 +89,7 @@ def test_survives_saving(model: EfficientNetLiteModel, tmp_path: Path) -> None:
     assert isinstance(loaded, EfficientNetLiteModel)
     picture = torch.randn(2, 3, 64, 64)
     assert torch.equal(loaded(pixel_values=picture).last_hidden_state, model(picture).last_hidden_state)
+    assert torch.equal(loaded(picture, return_dict=False)[0], model(picture).last_hidden_state)
 
 
 def test_every_parameter_learns(model: EfficientNetLiteModel) -> None:

@@ -7,13 +7,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
-from chiasm.fusion.build import CONVOLUTIONAL, build_fusion
+from chiasm.fusion.build import build_fusion
 from chiasm.fusion.start import start_of
 from chiasm.generation import decode
 from chiasm.language.adapter import load_language
 from chiasm.presets import Preset
 from chiasm.vision.encoder import load_vision
 from chiasm.vision.image_processor import ChiasmImageProcessor, image_processor_for
+from chiasm.vision.towers import CONVOLUTIONAL
 from chiasm.vlm import read_config
 
 

@@ -21,6 +21,7 @@ from chiasm.fusion.unified import UnifiedModel
 from chiasm.language.adapter import embedding_scale, head_is_direct, hidden_width, layers, vocabulary
 from chiasm.vision.encoder import VisionEncoder
 from chiasm.vision.packed import PACKED_TOWERS
+from chiasm.vision.towers import CONVOLUTIONAL
 
 FUSION_MODELS: dict[str, type[FusionModel]] = {
     "early": EarlyFusionModel,
@@ -40,10 +41,6 @@ def fusion_class(config: ChiasmConfig) -> type[FusionModel]:
     if config.is_encoder_decoder:
         raise ValueError(f"fusion {config.fusion!r} takes no encoder-decoder language model; use fusion early")
     return FUSION_MODELS[config.fusion]
-
-
-CONVOLUTIONAL = ("efficientnet_lite", "convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet", "mobilenet_v2")
-"""Encoders without position embeddings, to whose patch features `patch_positions: auto` appends coordinates."""
 
 
 def build_fusion(

@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
@@ -18,7 +18,7 @@ from chiasm.fusion.prefix import counted, prefix_mask, with_suffix
 from chiasm.fusion.splice import splice
 
 
-class EarlyFusionModel(FusionModel):
+class EarlyFusionModel(FusionModel, GenerationMixin):
     """A picture takes T places in the sequence, and every layer of the language model reads them like words."""
 
     def __init__(self, config: ChiasmConfig, vision: Any = None, language: PreTrainedModel | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -23,7 +23,7 @@ class Seq2SeqFusionOutput(Seq2SeqLMOutput):
     visual_tokens: Tensor | None = None
 
 
-class EarlySeq2SeqModel(EarlyFusionModel):
+class EarlySeq2SeqModel(EarlyFusionModel, GenerationMixin):
     """A picture takes T places in the encoder's sequence; labels are the decoder's own tokens."""
 
     @can_return_tuple

@@ -47,7 +47,10 @@ def without_placeholders(processors: LogitsProcessorList, image_token_id: int) -
 
 
 class PictureGenerationMixin(GenerationMixin):
-    """`generate` of a model that finds its `placeholders` in a text, `num_image_tokens` for every picture."""
+    """`generate` of a model that finds its `placeholders` in a text, `num_image_tokens` for every picture.
+
+    Classes that can be built name `GenerationMixin` as a base too: transformers' own checks look for it there.
+    """
 
     @property
     def num_image_tokens(self) -> int:
@@ -67,7 +70,9 @@ class PictureGenerationMixin(GenerationMixin):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Pictures are read once: afterwards the cache holds them."""
+        """Pictures are read once: afterwards the cache holds them. An assistant is never told that a step is its first."""
+        cache = kwargs.get("cache")
+        is_first_iteration = is_first_iteration or cache is None or cache.get_seq_length() == 0
         if use_cache and not is_first_iteration:
             kwargs = {name: value for name, value in kwargs.items() if name not in PICTURE_INPUTS}
         return super().prepare_inputs_for_generation(

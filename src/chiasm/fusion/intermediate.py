@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
@@ -31,6 +31,9 @@ FOREIGN = {
     "perceiver_embeddings": "pixel_values or image_features",
 }
 """Inputs of Idefics in transformers that have another name here, or none."""
+
+PICTURES = "image_cache"
+"""Attribute of the language model's cache: the pictures of the text that it holds."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class IntermediateFusionOutput(FusionOutput):
     image_cache: ImageCache | None = None
 
 
-class IntermediateFusionModel(FusionModel):
+class IntermediateFusionModel(FusionModel, GenerationMixin):
     """Pictures stay outside of the sequence; parameters of the new layers are the part `cross_attention`."""
 
     def __init__(
@@ -135,7 +138,8 @@ class IntermediateFusionModel(FusionModel):
                 `image_attention_mask`.
             image_features: encoded pictures instead, as `encode_images` returns them, in either arrangement.
             image_attention_mask: `(B, S, I)`, which pictures each token sees, in place of the most recent one.
-            image_cache: pictures of an earlier forward of the same rows, whose output had it.
+            image_cache: pictures of an earlier forward of the same rows, whose output had it; by default those that it
+                left in `cache`.
             labels: the tokens themselves where they are supervised, −100 elsewhere.
             return_logits: with labels, whether to return logits of the whole sequence beside the loss.
 
@@ -151,6 +155,8 @@ class IntermediateFusionModel(FusionModel):
             ends = ends | _before_restarts(position_ids)
         inputs_embeds = self.embed(input_ids, inputs_embeds, placeholders)
         tokens = None
+        if image_cache is None and cache is not None and cache.get_seq_length() > 0:
+            image_cache = getattr(cache, PICTURES, None)
         if image_cache is not None and image_attention_mask is None and placeholders.any():
             raise ValueError(
                 f"the text holds {int(placeholders.sum())} new image placeholders, but image_cache holds pictures of "
@@ -169,6 +175,8 @@ class IntermediateFusionModel(FusionModel):
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         with looking(look):
             fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
+        if image_cache is not None and fields.get("cache") is not None:
+            setattr(fields["cache"], PICTURES, image_cache)
         return IntermediateFusionOutput(**fields, visual_tokens=tokens, image_cache=image_cache)
 
     def remember(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from chiasm.fusion.adapters import inject_adapters
 from chiasm.fusion.late_config import LateFusionConfig
@@ -41,7 +42,7 @@ class LateFusionModel(PartDtypes):
 
     config_class = LateFusionConfig
     config: LateFusionConfig
-    main_input_name = "pixel_values"
+    main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -143,6 +144,7 @@ class LateFusionModel(PartDtypes):
         self.answer_head = head.to(device=self.device, dtype=self.connector.dtype)
         self.config.answer_head = head.settings
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "texts L"],

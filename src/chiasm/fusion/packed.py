@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
@@ -22,7 +22,7 @@ PACKED_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video
 TEXT, IMAGE, VIDEO = 0, 1, 2
 
 
-class PackedFusionModel(PositionedModel):
+class PackedFusionModel(PositionedModel, GenerationMixin):
     """A tower for packed patches, a connector that merges blocks of them, and a decoder with M-RoPE.
 
     The connector is built for one block: what it merges does not depend on a picture's size.

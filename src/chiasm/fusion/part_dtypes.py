@@ -23,7 +23,7 @@ class PartDtypes(PreTrainedModel):
     input_modalities = ("image", "text")
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, dtype: Any = "auto", **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, dtype: Any = "auto", **kwargs: Any) -> Any:
         """Loads every part in the dtype that it was saved in, or the whole model in `dtype`."""
         dtype = kwargs.pop("torch_dtype", None) or dtype
         if dtype not in (None, "auto"):
@@ -32,7 +32,7 @@ class PartDtypes(PreTrainedModel):
                 kwargs["config"].part_dtypes = None
             else:
                 kwargs["part_dtypes"] = None
-        return super().from_pretrained(source, *args, dtype=dtype or "auto", **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, dtype=dtype or "auto", **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Writes weights and configuration, with the dtypes of the parts in it where they differ."""

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from chiasm.connectors.qformer import QFormer
 from chiasm.fusion.adapters import inject_adapters
@@ -39,7 +40,11 @@ class QFormerRetrieval(PartDtypes):
 
     config_class = QFormerRetrievalConfig
     config: QFormerRetrievalConfig
-    main_input_name = "pixel_values"
+    main_input_name = "input_ids"
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(self, config: QFormerRetrievalConfig, vision: VisionEncoder | None = None) -> None:
         """An encoder that is not given is built from the configuration with fresh weights."""
@@ -118,6 +123,7 @@ class QFormerRetrieval(PartDtypes):
         states, _ = connector.encode(connector.query_tokens(patches), input_ids, mask, patches)
         return connector.matching_head(states).mean(dim=1)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "texts L"],

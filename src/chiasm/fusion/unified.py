@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
@@ -24,7 +24,7 @@ from chiasm.positions.sequence import Grid, split_positions
 from chiasm.vision.image_inputs import build_image_input
 
 
-class UnifiedModel(PositionedModel):
+class UnifiedModel(PositionedModel, GenerationMixin):
     """An image input (`vision`: a patch embedding or an image tokenizer) and a decoder (`language`)."""
 
     def build_parts(self, config: ChiasmConfig, vision: Any, language: PreTrainedModel | None) -> None:

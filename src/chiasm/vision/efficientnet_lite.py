@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 STEM_CHANNELS = 32
 STAGES = (  # repeats, kernel, stride, expansion, channels: before scaling
@@ -140,6 +141,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
     _no_split_modules = ["InvertedBottleneck"]  # noqa: RUF012
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # no attention: each implementation suits
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)
@@ -154,6 +156,7 @@ class EfficientNetLiteModel(PreTrainedModel):
         self.head = ConvNorm(config, (width, config.hidden_size))
         self.post_init()
 
+    @can_return_tuple
     def forward(self, pixel_values: Float[Tensor, "B channels height width"], **_: object) -> EfficientNetLiteOutput:
         maps = [self.stem(pixel_values)]
         for stage in self.stages:

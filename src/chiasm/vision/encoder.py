@@ -21,7 +21,15 @@ from chiasm.vision.efficientnet_lite import EfficientNetLiteModel
 from chiasm.vision.fast_inference import fast_inference
 from chiasm.vision.features import FeatureLayer, Grid, VisionFeatures
 from chiasm.vision.probe import default_image_size, describe, find, pair, trace, twin
-from chiasm.vision.towers import build_tower, check_inputs, load_tower, picture_inputs, take_tower, takes
+from chiasm.vision.towers import (
+    CONVOLUTIONAL,
+    build_tower,
+    check_inputs,
+    load_tower,
+    picture_inputs,
+    take_tower,
+    takes,
+)
 
 __all__ = ["FastEncoder", "FeatureLayer", "VisionEncoder", "VisionFeatures", "load_vision"]
 
@@ -47,6 +55,8 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.model = model
         self.features = features
+        if model.config.model_type in CONVOLUTIONAL:
+            model._supports_sdpa = model._supports_flash_attn = model._supports_flex_attn = True
         # What transformers collects from the children of a composite model.
         self._no_split_modules = model._no_split_modules
         self._keep_in_fp32_modules = model._keep_in_fp32_modules

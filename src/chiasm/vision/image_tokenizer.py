@@ -98,6 +98,7 @@ class ImageTokenizer(PreTrainedModel):
 
     config_class = ImageTokenizerConfig
     main_input_name = "pixel_values"
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # no attention: each implementation suits
     kind = "vq"
     draws = True
 

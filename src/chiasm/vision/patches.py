@@ -40,6 +40,7 @@ class PatchEmbedding(PreTrainedModel):
     """Patches `(P, 3 · patch_size²)` → `(P, D_l)`."""
 
     config_class = PatchConfig
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # no attention: each implementation suits
     kind = "patches"
 
     def __init__(self, config: PatchConfig) -> None:

@@ -54,6 +54,10 @@ CLIP_SIZES = (
     "initializer_factor",
 )
 
+CONVOLUTIONAL = ("efficientnet_lite", "convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet", "mobilenet_v2")
+"""Model types without position embeddings, to whose patch features `patch_positions: auto` appends coordinates, and
+without attention, so that every attention implementation suits them."""
+
 UNSUITABLE = {
     "pixtral": "it joins the pictures of a batch into one sequence",
     "vit_mae": "it drops most patches at random; set model_type to 'vit' in its config.json to read all of them",
@@ -111,6 +115,8 @@ def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """A vision model with fresh weights."""
     config = standalone(config)
     kind = model_class(config)
+    if config.model_type in CONVOLUTIONAL:
+        config._attn_implementation = "eager"
     return kind._from_config(config, **_without_pooler(kind))
 
 
