@@ -3,26 +3,48 @@
 Real weights (the defaults of `chiasm.connect()`), the same data, rates and order of samples in both runs; at regular
 steps the loss and the answers on scenes that neither run trains on.
 
-    python benchmarks/closed_form.py [--quick] [--steps 48] [--every 6] [--threads 2]
+`--starts` asks every connector, before any training: of the things in new pictures, how many have a name that lies
+nearest to a visual token, and how long did the start take?
+
+    python benchmarks/closed_form.py [--quick] [--steps 48] [--every 6] [--threads 2] [--starts]
 """
 
 import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 import chiasm
 from chiasm.data.emoji_scenes import EmojiScenes
+from chiasm.data.emoji_vocabulary import OBJECTS, name_of
+from chiasm.data.schema import Sample
+from chiasm.training.closed_form import WordEmbeddings, closed_form
 from chiasm.training.log import read_log
 from chiasm.training.trainer import train
 from measure import ForeignLoad, machine
 
 BATCH = 16
+FEATURES = {"layers": ["stage5", "head"], "grid": [4, 4], "reduce": "pool"}
+CONNECTORS: tuple[dict[str, Any], ...] = (
+    {"name": "linear"},
+    {"name": "mlp"},
+    {"name": "avg_pool"},
+    {"name": "pixel_shuffle"},
+    {"name": "patch_merger"},
+    {"name": "ldp"},
+    {"name": "c_abstractor", "width": 512, "depth": 2},
+    {"name": "token_packer", "head_dim": 64},
+    {"name": "perceiver_resampler", "num_latents": 16, "depth": 2},
+    {"name": "qformer", "num_queries": 16, "width": 384, "depth": 4, "heads": 6},
+)
 STARTS = ("keep", "closed_form")
 NAMES = {"keep": "random", "closed_form": "closed form"}
 
@@ -104,6 +126,55 @@ def report(logs: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def starts(captions: int, asked: int) -> str:
+    """Every connector's start from captions: time, what it misses of the regression, names told at random and after."""
+    encoded: dict[str, Tensor] = {}
+    train_on = list(EmojiScenes("train", size=captions, seed=1000, form="caption"))
+    scenes = list(EmojiScenes("test", size=asked, weights={"naming": 1}))
+    lines = [
+        "| connector | visual tokens | start, s | missed | named at random | named after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for settings in CONNECTORS:
+        vlm = chiasm.connect(connector=settings, features=FEATURES, dtype=torch.float32)
+
+        def features_of(sample: Sample, vlm: chiasm.VLM = vlm) -> Tensor:
+            if sample.id not in encoded:
+                loaded = [image.load() for image in sample.images]
+                pixels = vlm.processor.image_processor(loaded, return_tensors="pt")["pixel_values"]
+                with torch.no_grad():
+                    encoded[sample.id] = vlm.model.encode_images(torch.as_tensor(pixels))
+            return encoded[sample.id]
+
+        for sample in train_on:
+            features_of(sample)
+        before, began = named(vlm, scenes, features_of), time.monotonic()
+        made = closed_form(vlm.model, vlm.processor.tokenizer, train_on, features_of)
+        seconds, after = time.monotonic() - began, named(vlm, scenes, features_of)
+        tokens = vlm.model.connector.num_tokens
+        lines.append(
+            f"| `{settings['name']}` | {tokens} | {seconds:.1f} | {made.missed:.1%} | {before:.0%} | {after:.0%} |"
+        )
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def named(vlm: chiasm.VLM, scenes: list[Sample], features_of: Callable[[Sample], Tensor]) -> float:
+    """In a picture of k kinds, the share of these among the k of 64 names that come nearest to any visual token."""
+    words = WordEmbeddings(vlm.model, vlm.processor.tokenizer)
+    names = [name_of(code, "en") for code in OBJECTS]
+    vocabulary = torch.stack([torch.stack([words.of(word) for word in name.split()]).mean(dim=0) for name in names])
+    centre, right, total = vocabulary.mean(dim=0), 0, 0
+    for scene in scenes:
+        shown = {placed["name"] for placed in scene.meta["objects"]}
+        tokens = vlm.model.connect_features(features_of(scene))[0].float() - centre
+        likeness = functional.normalize(tokens, dim=1) @ functional.normalize(vocabulary - centre, dim=1).T
+        right += len(shown & {names[index] for index in likeness.amax(dim=0).topk(len(shown)).indices.tolist()})
+        total += len(shown)
+    return right / total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps: shows that it runs")
@@ -112,11 +183,17 @@ def main() -> None:
     parser.add_argument("--asked", type=int, default=64, help="scenes of a validation")
     parser.add_argument("--lr", type=float, default=1e-3, help="of the connector")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--starts", action="store_true", help="every connector's start, and nothing else")
     options = parser.parse_args()
     if options.quick:
         options.steps, options.every, options.asked = 4, 2, 8
     torch.set_num_threads(options.threads)
     print(machine(options.threads), flush=True)
+    if options.starts:
+        with ForeignLoad() as foreign:
+            print(starts(80 if options.quick else 400, 20 if options.quick else 150))
+        print(f"load by others {foreign.share:.0%}", file=sys.stderr)
+        return
     logs = {}
     with tempfile.TemporaryDirectory() as folder:
         for start in STARTS:

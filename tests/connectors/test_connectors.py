@@ -6,7 +6,7 @@ from torch import nn
 
 import tiny
 from chiasm.connectors import CONNECTORS, build_connector, connector_settings
-from chiasm.connectors.closed_form import Ridge, initialise
+from chiasm.connectors.closed_form import NothingToLearn, Ridge, solve, start
 from contracts import check_connector, check_connector_prefix
 
 
@@ -31,7 +31,7 @@ def test_linear_without_its_matrix_is_the_patches() -> None:
     features = torch.randn(3, 4, 20)
     assert torch.equal(connector(features), features)
     assert connector.width == 20 and connector.output is None and connector.dtype is None and connector.flops() == 0
-    with pytest.raises(ValueError, match="needs a matrix and a bias, got connector linear with project: false or bias"):
+    with pytest.raises(ValueError, match="connector linear without a matrix or a bias is no affine map"):
         connector.set_affine(torch.randn(36, 20), torch.randn(36), 1.0)
 
 
@@ -75,9 +75,11 @@ def test_mlp_can_be_any_affine_map_of_its_rank(width: int | None, activation: st
     torch.testing.assert_close(connector(features), features @ weight.T + bias, rtol=1e-3, atol=1e-3)
 
 
-def test_an_activation_that_cannot_pass_a_map_through_is_refused() -> None:
-    connector = build_connector({"name": "mlp", "activation": "tanh"}, 12, 36, (2, 2))
-    with pytest.raises(ValueError, match="closed_form needs an activation"):
+@pytest.mark.parametrize("options", [{"activation": "tanh"}, {"depth": 3}, {"bias": False}])
+def test_an_mlp_that_cannot_pass_a_map_through_is_refused(options: dict) -> None:
+    connector = build_connector({"name": "mlp"} | options, 12, 36, (2, 2))
+    assert not connector.can_be_affine
+    with pytest.raises(ValueError, match="only with depth 2, a bias and an activation such as gelu"):
         connector.set_affine(torch.randn(36, 12), torch.randn(36), spread=1.0)
 
 
@@ -97,7 +99,8 @@ def test_closed_form_names_what_it_saw(name: str, rounds: int) -> None:
             ridge.add(patches, two.tolist(), torch.ones(2))
     connector = build_connector(name, 20, width, (2, 3))
     scale = words.square().mean().sqrt().item()
-    initialise(connector, ridge, words, words.mean(dim=0), scale)
+    solution = solve(ridge, words, words.mean(dim=0), scale)
+    assert start(connector, solution, None, lambda features: features) == 0
     tokens = connector(kinds[None] + 0.1 * torch.randn(1, 4, 20))[0]
     assert (tokens @ words.T).argmax(dim=1).tolist() == [0, 1, 2, 3]
     assert 0.5 * scale < tokens.square().mean().sqrt().item() < 2.0 * scale
@@ -107,8 +110,8 @@ def test_closed_form_refuses_captions_that_all_agree() -> None:
     ridge = Ridge(8, 2)
     for _ in range(5):
         ridge.add(torch.randn(4, 8), [0, 1], torch.ones(2))
-    with pytest.raises(ValueError, match="every caption has the same words"):
-        initialise(build_connector("linear", 8, 6, (2, 2)), ridge, torch.randn(2, 6), torch.zeros(6), 1.0)
+    with pytest.raises(NothingToLearn, match="every caption has the same words"):
+        solve(ridge, torch.randn(2, 6), torch.zeros(6), 1.0)
 
 
 def test_alignment_tells_words_of_one_caption_apart() -> None:

@@ -10,9 +10,12 @@ from torch import Tensor
 
 import chiasm
 import tiny
+from chiasm.connectors import CONNECTORS
 from chiasm.data.schema import ImageRef, Sample
+from chiasm.training import closed_form as start
 from chiasm.training.closed_form import (
     FEWEST_CAPTIONS,
+    Kept,
     WordEmbeddings,
     caption_indices,
     closed_form,
@@ -20,6 +23,7 @@ from chiasm.training.closed_form import (
     words_by_picture,
 )
 
+FITTED = [name for name in CONNECTORS if name not in ("linear", "mlp", "idefics2_resampler")]
 PICTURES = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 200, 20)}
 
 
@@ -43,20 +47,40 @@ def encoder(vlm: chiasm.VLM) -> Callable[[Sample], Tensor]:
     return features_of
 
 
+def nearest_words(vlm: chiasm.VLM, data: list[Sample], features_of: Callable[[Sample], Tensor]) -> list[int]:
+    """For every sample the word, by number, that its mean visual token lies nearest to."""
+    words = WordEmbeddings(vlm.model, vlm.processor.tokenizer)
+    vocabulary = torch.stack([words.of(name) for name in PICTURES])
+    with torch.no_grad():
+        tokens = torch.stack([vlm.model.connect_features(features_of(s))[0].mean(dim=0) for s in data])
+    return ((tokens - tokens.mean(dim=0)) @ (vocabulary - vocabulary.mean(dim=0)).T).argmax(dim=1).tolist()
+
+
 @pytest.mark.parametrize("connector", ["linear", "mlp"])
 @pytest.mark.parametrize("vision", ["clip", "convnext"])
 @pytest.mark.parametrize("fusion", ["early", "intermediate"])
 def test_tokens_lie_near_their_words(connector: str, vision: str, fusion: str) -> None:
     vlm = chiasm.connect(tiny.vision(vision), tiny.language(), connector, fusion, tokenizer=tiny.tokenizer())
     data, features_of = samples(), encoder(vlm)
-    assert closed_form(vlm.model, vlm.processor.tokenizer, data, features_of) == len(data)
-    words = WordEmbeddings(vlm.model, vlm.processor.tokenizer)
-    vocabulary = torch.stack([words.of(name) for name in PICTURES])
-    vocabulary = vocabulary - vocabulary.mean(dim=0)
-    with torch.no_grad():
-        tokens = torch.stack([vlm.model.connect_features(features_of(s))[0].mean(dim=0) for s in data[:3]])
-    tokens = tokens - tokens.mean(dim=0)
-    assert (tokens @ vocabulary.T).argmax(dim=1).tolist() == [0, 1, 2]
+    assert closed_form(vlm.model, vlm.processor.tokenizer, data, features_of) == (len(data), 0.0)
+    assert nearest_words(vlm, data[:3], features_of) == [0, 1, 2]
+
+
+def test_a_norm_at_the_end_cannot_be_fitted() -> None:
+    connector = tiny.connector("idefics2_resampler")
+    vlm = chiasm.connect(tiny.vision(), tiny.language(), connector, tokenizer=tiny.tokenizer())
+    with pytest.raises(ValueError, match="connector idefics2_resampler does not end in a linear layer"):
+        closed_form(vlm.model, vlm.processor.tokenizer, samples(), encoder(vlm))
+
+
+def test_features_are_kept_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = torch.arange(60.0).reshape(20, 3, 1).expand(20, 3, 5).contiguous()
+    monkeypatch.setattr(start, "KEPT_BYTES", 5 * pictures[0].nbytes)
+    kept = Kept(20)
+    for count in (3, 1, 6, 10):
+        kept.add(pictures[kept.seen : kept.seen + count])
+    assert torch.equal(torch.cat(kept.features), pictures[::4])
+    assert sum(tensor.untyped_storage().nbytes() for tensor in kept.features) == 5 * pictures[0].nbytes
 
 
 def test_each_picture_has_its_own_words() -> None:
@@ -101,3 +125,14 @@ def test_it_starts_from_captions_where_there_are_enough() -> None:
     assert caption_indices(mixed, range(len(mixed) - 1)) == list(range(len(mixed) - 1))
     assert caption_indices(short, [3, 5]) == [3, 5]
     assert len(caption_indices([*mixed, words_only], range(len(mixed) + 1))) == len(captions)
+
+
+@pytest.mark.parametrize("fusion", ["early", "intermediate"])
+@pytest.mark.parametrize("name", FITTED)
+def test_other_connectors_are_fitted_to_it(name: str, fusion: str) -> None:
+    """Their tokens, too, lie near the words for their pictures."""
+    vlm = chiasm.connect(tiny.vision(), tiny.language(), tiny.connector(name), fusion, tokenizer=tiny.tokenizer())
+    data, features_of = samples(), encoder(vlm)
+    pictures, missed = closed_form(vlm.model, vlm.processor.tokenizer, data, features_of)
+    assert pictures == len(data) and 0 < missed < 1
+    assert nearest_words(vlm, data[:3], features_of) == [0, 1, 2]

@@ -116,6 +116,7 @@ def test_an_override_of_the_rate_replaces_that_of_parts_and_patterns() -> None:
     align, instruct = load_recipe(recipe, ["lr=3e-3", "stages.instruct.parts.language.lr=1e-5"]).stages
     assert align.parts["connector"].lr == instruct.parts["connector"].lr == 3e-3
     assert instruct.parts["language"].lr == 1e-5
+    assert load_recipe(recipe, ["stages.instruct.parts.language.lr=1e-5", "lr=3e-3"]).stages == [align, instruct]
 
 
 def test_the_fewest_steps_go_with_epochs_only() -> None:

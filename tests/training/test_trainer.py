@@ -15,6 +15,7 @@ import contracts
 from chiasm.data.schema import ImageRef, Sample
 from chiasm.training import features
 from chiasm.training.checkpoint import TrainingError
+from chiasm.training.closed_form import Started
 from chiasm.training.log import read_log
 from chiasm.training.recipe import load_recipe
 from chiasm.training.validation import Validator
@@ -307,24 +308,27 @@ def test_validation_says_that_a_question_leaves_no_room_for_an_answer(tmp_path: 
 def test_closed_form_is_asked_once_with_features(tmp_path: Path) -> None:
     asked = []
 
-    def closed_form(model: Any, tokenizer: Any, samples: Any, features_of: Any) -> int:
+    def closed_form(model: Any, tokenizer: Any, samples: Any, features_of: Any) -> Started:
         asked.append([features_of(sample).shape for sample in samples if sample.images])
         model.connector.output.bias.data.fill_(3.0)
-        return len(asked[0])
+        return Started(len(asked[0]), 0.25)
 
     for cached in (True, False):
         recipe = {"stages": [helpers.stage(steps=1, lr=1e-6, init="closed_form", cache_features=cached)]}
         model = helpers.vlm()
         result = helpers.run(tmp_path / str(cached), recipe, model, data=helpers.samples(8), closed_form=closed_form)
         assert model.model.connector.output.bias.mean().item() == pytest.approx(3.0, abs=0.1)
-        assert events(result, "closed_form")[0]["pictures"] == len(asked[0])
+        (event,) = events(result, "closed_form")
+        assert (event["pictures"], event["missed"]) == (len(asked[0]), 0.25)
     assert len(asked) == 2 and asked[0] == asked[1] and set(asked[0]) == {(1, 9, 24), (2, 9, 24)}
 
 
-@pytest.mark.parametrize(("connector", "started"), [("mlp", 1), ({"name": "perceiver_resampler", "heads": 2}, 0)])
-def test_the_connector_starts_in_closed_form_where_it_can(tmp_path: Path, connector: Any, started: int) -> None:
-    recipe = {"stages": [helpers.stage(steps=1, init="auto")]}
-    result = helpers.run(tmp_path / "run", recipe, helpers.vlm(connector=connector))
+@pytest.mark.parametrize(("project", "started"), [(True, 1), (False, 0)])
+def test_a_connector_starts_in_closed_form_where_it_makes_words(tmp_path: Path, project: bool, started: int) -> None:
+    """Tokens that keep the vision width are read by cross-attention alone."""
+    recipe = {"stages": [helpers.stage(steps=1, init="auto", parts={"*": "frozen", "connector": "full"}, lr=1e-4)]}
+    connector = {"name": "perceiver_resampler", "heads": 2, "depth": 1, "project": project}
+    result = helpers.run(tmp_path / "run", recipe, helpers.vlm(connector=connector, fusion="intermediate"))
     assert len(events(result, "closed_form")) == started
 
 
@@ -359,8 +363,8 @@ def test_a_connector_that_has_learned_is_not_started_again(tmp_path: Path) -> No
 def test_closed_form_never_meets_a_bad_picture(tmp_path: Path, cached: bool) -> None:
     data = [*helpers.samples(6), broken("picture", tmp_path)]
 
-    def closed_form(model: Any, tokenizer: Any, samples: Any, features_of: Any) -> int:
-        return sum(len(features_of(sample)) for sample in samples if sample.images)
+    def closed_form(model: Any, tokenizer: Any, samples: Any, features_of: Any) -> Started:
+        return Started(sum(len(features_of(sample)) for sample in samples if sample.images), 0.0)
 
     recipe = {"stages": [helpers.stage(init="closed_form", cache_features=cached, skip_bad=True)]}
     result = helpers.run(tmp_path / "run", recipe, data=data, closed_form=closed_form)

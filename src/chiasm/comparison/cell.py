@@ -24,7 +24,6 @@ from chiasm.comparison.peak_memory import peak_memory
 from chiasm.comparison.plan import Plan, Source
 from chiasm.comparison.strategies import STRATEGIES, recipe_of
 from chiasm.connecting.connect import connect
-from chiasm.data.chat import LEAN_TEMPLATE
 from chiasm.data.readers import Mixture, read
 from chiasm.data.schema import Sample, Samples
 from chiasm.data.splits import hold_out
@@ -32,6 +31,7 @@ from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.skills import summarise
 from chiasm.generation.attention import WEIGHTS
+from chiasm.training.closed_form import cannot_start, is_slow
 from chiasm.training.log import read_log
 from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
@@ -125,11 +125,10 @@ def connect_cell(plan: Plan, choice: Choice) -> Any:
     """The cell's model as it is before training, on the best device."""
     base, device = plan.base, vlm.best_device()
     dtype: Any = torch.float32 if choose_dtype("auto", device) == torch.float32 else "auto"
-    template = LEAN_TEMPLATE if base.chat_template == "lean" else base.chat_template
     options: dict[str, Any] = {"dtype": dtype, "seed": choice.seed}
     if choice.fusion == "unified":
         language = base.decoder or base.language
-        options |= {"image_input": base.image_input or "patches", "chat_template": template}
+        options |= {"image_input": base.image_input or "patches", "chat_template": base.chat_template}
         options |= {"positions": None if choice.positions == "auto" else choice.positions}
         return connect(language=language, fusion="unified", **options).to(device)
     options |= {"features": base.features, "image_size": base.image_size}
@@ -138,7 +137,7 @@ def connect_cell(plan: Plan, choice: Choice) -> Any:
     early = choice.fusion == "early" and keeps_places(choice.connector["name"])  # type: ignore[index]
     named = choice.positions in ("auto", "regions") and early
     regions = base.regions or ((2, 2) if choice.positions == "regions" else None)
-    options |= {"regions": regions if named else None, "chat_template": template}
+    options |= {"regions": regions if named else None, "chat_template": base.chat_template}
     options |= {"patch_positions": choice.positions if choice.positions in ("none", "grid") else "auto"}
     if choice.fusion == "intermediate":
         options["cross_attention"] = base.cross_attention
@@ -171,12 +170,13 @@ def _recipe(plan: Plan, choice: Choice, folder: Path, model: Any, train: Samples
         part: plan if isinstance(plan, dict) else plan.model_dump(mode="json", exclude_unset=True)
         for part, plan in named.items()
     }
-    connector = choice.connector["name"] if choice.connector else None
     how = plan.training.model_dump()
+    starts = how["init"] == "auto" and choice.fusion in ("early", "intermediate") and not cannot_start(model.model)
+    how["solved"] = starts and not is_slow(model.model.connector)
     captions = plan.data.captions is not None
 
     def make(samples: int) -> Recipe:
-        return load_recipe(recipe_of(connector, choice.fusion, strategy, samples, choice.seed, captions, **how))
+        return load_recipe(recipe_of(choice.fusion, strategy, samples, choice.seed, captions, **how))
 
     path = folder / BUDGET
     if not path.is_file():

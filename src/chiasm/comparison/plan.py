@@ -109,7 +109,7 @@ class Training(Strict):
     caption_samples: PositiveInt = Field(40, description="samples of the first stage, beside the budget")
     lr: PositiveFloat = Field(1e-3, description="of connectors that start at random, and of new layers")
     solved_lr: PositiveFloat = Field(1e-4, description="of connectors that start in closed form")
-    init: Literal["auto", "keep"] = Field("auto", description="`auto` starts linear and mlp in closed form")
+    init: Literal["auto", "keep"] = Field("auto", description="`auto` starts connectors in closed form")
     gates: Literal["open", "keep"] = Field("open", description="intermediate fusion: `keep` starts with closed gates")
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
     betas: tuple[float, float] = (0.9, 0.95)

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from chiasm.connectors import CONNECTORS, AffineConnector
-
 LORA = {"tune": "lora", "lr": 1.5e-3, "rank": 16, "alpha": 32}
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -17,7 +15,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(
-    connector: str | None,
     fusion: str,
     strategy: Mapping[str, Any],
     samples: int,
@@ -28,6 +25,7 @@ def recipe_of(
     caption_samples: int,
     lr: float,
     solved_lr: float,
+    solved: bool,
     init: str,
     gates: str,
     warmup: float,
@@ -36,10 +34,14 @@ def recipe_of(
     validations: int,
     validation_samples: int,
 ) -> dict[str, Any]:
-    """A recipe for a model of a fusion. `captions`: whether the data has captions to start from."""
-    solved = init == "auto" and connector in CONNECTORS and issubclass(CONNECTORS[connector], AffineConnector)
+    """A recipe for a model of a fusion.
+
+    Args:
+        captions: whether the data has captions to start from.
+        solved: whether the connector starts in closed form.
+    """
     starts = fusion in ("early", "intermediate")
-    new = new_parts(fusion, lr, solved_lr if solved and starts else lr)
+    new = new_parts(fusion, lr, solved_lr if solved else lr)
     questions: dict[str, Any] = {
         "name": "questions",
         "samples": samples,

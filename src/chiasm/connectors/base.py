@@ -89,6 +89,11 @@ class Connector(nn.Module, ABC):
 class AffineConnector(Connector):
     """A connector that can start as a given affine map, patch by patch: what a closed-form initialisation needs."""
 
+    @property
+    @abstractmethod
+    def can_be_affine(self) -> bool:
+        """Whether its options allow `set_affine`."""
+
     @abstractmethod
     def set_affine(self, weight: Float[Tensor, "D_l D_v"], bias: Float[Tensor, " D_l"], spread: float) -> None:
         """Become `features @ weight.T + bias`.

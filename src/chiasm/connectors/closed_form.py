@@ -3,19 +3,28 @@
 Which of a caption's words a patch shows is found as words of two languages are aligned (IBM model 1, Brown 1993):
 at first every patch takes all of them, the rare ones most; then, round by round, those that the regression of the round
 before expects of it. The solution is rescaled to the language model's embedding scale, because regression shrinks. A
-caption cannot tell where a patch stands, but its coordinates can: they are mapped to the words for places.
+caption cannot tell where a patch stands, but its coordinates can: they are mapped to the words for places. Connectors
+`linear` and `mlp` become the solution as far as their width allows, all others are fitted to it.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from chiasm.connectors.base import AffineConnector
+from chiasm.connectors.base import AffineConnector, Connector
+from chiasm.connectors.fitting import Features, fit
 
 PLACE_SHARE = 0.5
 """Loudness of where a patch stands beside what it shows."""
 SHARPNESS = 2.0
 """Power of a word's expected share when patches choose among the words of their caption."""
+
+
+class NothingToLearn(ValueError):
+    """The data holds nothing to start from: no pictures with captions that differ."""
 
 
 class Ridge:
@@ -80,16 +89,23 @@ class Ridge:
         return self.covariance.diagonal().mean().clamp(min=0).sqrt().item()
 
 
-def initialise(
-    connector: AffineConnector,
+class Map(NamedTuple):
+    """`features @ weight.T + bias`; `spread` is the root mean square of the centred features."""
+
+    weight: Float[Tensor, "D_l D_v"]
+    bias: Float[Tensor, " D_l"]
+    spread: float
+
+
+def solve(
     ridge: Ridge,
     embeddings: Float[Tensor, "words D_l"],
     embedding_mean: Float[Tensor, " D_l"],
     scale: float,
     coordinates: Float[Tensor, "N C"] | None = None,
     places: Float[Tensor, "N D_l"] | None = None,
-) -> None:
-    """Sets the connector to the regression, centred on the mean embedding and as loud as the words are.
+) -> Map:
+    """The regression as a map of patches, centred on the mean embedding and as loud as the words are.
 
     Args:
         ridge: moments of at least two pictures whose captions differ.
@@ -100,18 +116,42 @@ def initialise(
         places: what the words for a patch's place embed to.
 
     Raises:
-        ValueError: the captions do not differ.
+        NothingToLearn: the captions do not differ.
     """
     weight = (ridge.solve() @ embeddings.double()).T
     loudness = ridge.loudness(weight)
     if not loudness > 1e-8 * scale:
-        raise ValueError("init: closed_form found nothing to learn: every caption has the same words; use init: keep")
+        raise NothingToLearn(
+            "init: closed_form found nothing to learn: every caption has the same words; use init: keep"
+        )
     weight *= scale / loudness
     if coordinates is not None and places is not None:
         marks = (places - places.mean(dim=0)).double().cpu()
         marks *= PLACE_SHARE * scale / marks.square().mean().sqrt()
         centred = (coordinates - coordinates.mean(dim=0)).double().cpu()
         weight[:, -coordinates.shape[1] :] = torch.linalg.lstsq(centred, marks, driver="gelsd").solution.T
-    bias = embedding_mean.double().cpu() - weight @ ridge.mean
-    like = next(connector.parameters(), weight)
-    connector.set_affine(weight.to(like.device, like.dtype), bias.to(like.device, like.dtype), ridge.spread())
+    return Map(weight, embedding_mean.double().cpu() - weight @ ridge.mean, ridge.spread())
+
+
+def is_exact(connector: Connector) -> bool:
+    """Whether the connector can be the map itself, as far as its width allows."""
+    return isinstance(connector, AffineConnector) and connector.can_be_affine
+
+
+def start(
+    connector: Connector, solution: Map, features: Features | None, with_positions: Callable[[Features], Features]
+) -> float:
+    """Makes the connector the map where it can be one, else as near to it as a short training comes.
+
+    Args:
+        features: of some pictures, for connectors that are fitted; `with_positions` appends their coordinates.
+
+    Returns:
+        The share of the map's variance that the connector misses.
+    """
+    if features is not None:
+        return fit(connector, features, with_positions, solution.weight, solution.bias)
+    like = next(connector.parameters(), solution.weight)
+    weight, bias = (tensor.to(like.device, like.dtype) for tensor in (solution.weight, solution.bias))
+    connector.set_affine(weight, bias, solution.spread)  # type: ignore[operator]
+    return 0.0

@@ -42,13 +42,14 @@ class LinearProjector(AffineConnector):
     def flops(self) -> int:
         return 0 if self.proj is None else 2 * self.num_tokens * self.proj.weight.numel()
 
+    @property
+    def can_be_affine(self) -> bool:
+        return self.proj is not None and self.proj.bias is not None
+
     @torch.no_grad()
     def set_affine(self, weight: Float[Tensor, "D_l D_v"], bias: Float[Tensor, " D_l"], spread: float) -> None:
         if self.proj is None or self.proj.bias is None:
-            raise ValueError(
-                "init: closed_form needs a matrix and a bias, got connector linear with project: false or bias: false; "
-                "remove that option"
-            )
+            raise ValueError("connector linear without a matrix or a bias is no affine map; remove project or bias")
         self.proj.weight.copy_(weight)
         self.proj.bias.copy_(bias)
 

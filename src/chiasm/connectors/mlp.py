@@ -63,23 +63,23 @@ class MLPProjector(AffineConnector):
     def flops(self) -> int:
         return 2 * self.num_tokens * sum(layer.in_features * layer.out_features for layer in self.layers)
 
+    @property
+    def can_be_affine(self) -> bool:
+        """With depth 2, a bias, and an activation f for which f(x) − f(−x) = x."""
+        first = self.layers[0].weight
+        probe = torch.linspace(-3, 3, 13, device=first.device, dtype=first.dtype)
+        passes = torch.allclose(self.activation(probe) - self.activation(-probe), probe, atol=1e-2)
+        return passes and len(self.layers) == 2 and self.output.bias is not None
+
     @torch.no_grad()
     def set_affine(self, weight: Float[Tensor, "D_l D_v"], bias: Float[Tensor, " D_l"], spread: float) -> None:
         """The best map of rank width / 2, exactly: GELU(x) − GELU(−x) = x, so opposite units pass x through.
 
         Other gates of x by a symmetric share (SiLU, quick GELU, ReLU) do so as well.
         """
-        if len(self.layers) != 2 or self.output.bias is None:
-            raise ValueError(
-                f"init: closed_form needs connector mlp with depth 2 and a bias, got depth {len(self.layers)}; "
-                "use init: keep"
-            )
+        if not self.can_be_affine:
+            raise ValueError("connector mlp is an affine map only with depth 2, a bias and an activation such as gelu")
         first, last = self.layers[0], self.layers[1]
-        probe = torch.linspace(-3, 3, 13, device=first.weight.device, dtype=first.weight.dtype)
-        if not torch.allclose(self.activation(probe) - self.activation(-probe), probe, atol=1e-2):
-            raise ValueError(
-                "init: closed_form needs an activation f with f(x) − f(−x) = x, such as gelu; use init: keep"
-            )
         pairs = first.out_features // 2
         left, strength, right = torch.linalg.svd(weight.double(), full_matrices=False)
         rank = min(pairs, strength.numel())

@@ -76,7 +76,7 @@ def build_fusion(
         image_token_id=image_token_id,
         direct_head=head_is_direct(language),
         cross_attention=_cross_attention(fusion, cross_attention, language),
-        fresh_connector=True,
+        fresh_connector=initialise is None,
         dtype=language.dtype,
     )
     with torch.random.fork_rng(devices=[]):

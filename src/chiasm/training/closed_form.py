@@ -5,19 +5,20 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chiasm.connectors import AffineConnector
-from chiasm.connectors.closed_form import Ridge, initialise
+from chiasm.connectors import Connector
+from chiasm.connectors.closed_form import NothingToLearn, Ridge, is_exact, solve, start
+from chiasm.connectors.fitting import FEWEST_STEPS, steps_within_reach
 from chiasm.data.chat import IMAGE_TOKEN, flatten
 from chiasm.data.schema import Sample
 from chiasm.fusion.base import FusionModel
-from chiasm.language.adapter import embedding_scale
+from chiasm.language.adapter import embedding_scale, embedding_width
 from chiasm.positions.grid import WIDTH
 
 WORD = re.compile(r"\w+")
@@ -29,10 +30,33 @@ CAPTION_WORDS = 5
 """Answers of at least so many words on average describe a picture; shorter ones leave most of it unsaid."""
 FEWEST_CAPTIONS = 50
 """Where fewer pictures are described, short answers have to do."""
+KEPT_BYTES = 2**29
+"""Memory for the features to which connectors are fitted."""
 
 
-class NothingDescribed(ValueError):
-    """No two pictures of the data are described in different words, so there is nothing to solve for."""
+class Started(NamedTuple):
+    """How many pictures a connector was started from, and what share of the regression's variance it misses."""
+
+    pictures: int
+    missed: float
+
+
+def cannot_start(model: PreTrainedModel) -> str | None:
+    """Why the connector cannot start in closed form, None where it can."""
+    connector, language = getattr(model, "connector", None), getattr(model, "language", None)
+    if connector is None or language is None:
+        return "the model has no connector in front of a language model"
+    name = model.config.connector["name"]
+    if connector.output is None or connector.width != embedding_width(language):
+        return f"connector {name} does not end in a linear layer to the language model's width"
+    if model.vision.features.resolution == "native":
+        return "pictures keep their own size, so that their patches differ"
+    return None
+
+
+def is_slow(connector: Connector) -> bool:
+    """Whether a start takes longer than one that nobody asked for should."""
+    return not is_exact(connector) and steps_within_reach(connector) < FEWEST_STEPS
 
 
 def caption_indices(samples: Sequence[Sample], indices: Sequence[int]) -> list[int]:
@@ -101,50 +125,63 @@ def closed_form(
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Sample],
     features_of: Callable[[Sample], Float[Tensor, "images N D_v"]],
-) -> int:
+) -> Started:
     """Initialises the model's connector from samples with pictures and answers.
 
     Args:
         features_of: patch features of a sample's pictures, from the feature cache or the encoder.
 
-    Returns:
-        The number of pictures that were used.
-
     Raises:
-        NothingDescribed: no two captions differ.
-        ValueError: the connector cannot start as an affine map.
+        NothingToLearn: no two pictures have captions that differ.
+        ValueError: the connector cannot start in closed form.
     """
-    if not isinstance(model.connector, AffineConnector):
-        raise ValueError(
-            f"init: closed_form is for connectors linear and mlp, got {model.config.connector['name']}; use init: keep"
-        )
+    if reason := cannot_start(model):
+        raise ValueError(f"init: closed_form: {reason}; use init: keep")
     chosen = [sample for sample in samples if sample.images]
     weights = {word: weight for word, weight in sorted(rarity(chosen).items()) if weight > 0}
     number = {word: index for index, word in enumerate(weights)}
     embeddings = WordEmbeddings(model, tokenizer)
+    kept = None if is_exact(model.connector) else Kept(sum(len(sample.images) for sample in chosen))
     ridge, pictures = None, 0
-    for _ in range(ROUNDS):
+    for number_of_round in range(ROUNDS):
         if ridge is not None:
             ridge.align()
         pictures = 0
         for sample in chosen:
-            for features, said in zip(
-                model.with_positions(features_of(sample).float()), words_by_picture(sample), strict=True
-            ):
+            encoded = features_of(sample)
+            for features, said in zip(model.with_positions(encoded.float()), words_by_picture(sample), strict=True):
                 if words := sorted(said & weights.keys()):
                     ridge = ridge or Ridge(features.shape[-1], len(number))
                     ridge.add(features, [number[w] for w in words], torch.tensor([weights[w] for w in words]))
                     pictures += 1
+            if kept is not None and number_of_round == 0:
+                kept.add(encoded)
     if ridge is None:
-        raise NothingDescribed(
+        raise NothingToLearn(
             "init: closed_form needs pictures with captions that differ; this data has none; use init: keep"
         )
     vocabulary = torch.stack([embeddings.of(word) for word in number])
     every = torch.arange(embeddings.table.weight.shape[0], device=embeddings.table.weight.device)
     mean_embedding = embeddings.table(every).float().mean(dim=0)
     where = _places(model, embeddings) if model.config.patch_positions == "grid" else (None, None)
-    initialise(model.connector, ridge, vocabulary, mean_embedding, embedding_scale(model.language), *where)
-    return pictures
+    solution = solve(ridge, vocabulary, mean_embedding, embedding_scale(model.language), *where)
+    features = None if kept is None else torch.cat(kept.features)
+    with torch.enable_grad():
+        return Started(pictures, start(model.connector, solution, features, model.with_positions))
+
+
+class Kept:
+    """Features of some of the pictures, evenly spread, in bounded memory."""
+
+    def __init__(self, pictures: int) -> None:
+        self.pictures, self.seen = pictures, 0
+        self.features: list[Tensor] = []
+
+    def add(self, features: Float[Tensor, "images N D_v"]) -> None:
+        every = -(-self.pictures * features[0].nbytes // KEPT_BYTES)
+        if len(chosen := features[-self.seen % every :: every]):
+            self.features.append(chosen.to("cpu", copy=True))
+        self.seen += len(features)
 
 
 def _places(model: FusionModel, embeddings: WordEmbeddings) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N D_l"]]:

@@ -80,7 +80,8 @@ class Stage(Settings):
     )
     init: Literal["keep", "closed_form", "auto"] = Field(
         "keep",
-        description="what the connector starts from; `auto` is `closed_form` where a new connector can, else `keep`",
+        description="what the connector starts from: `closed_form`, the ridge regression from patches to captions, or "
+        "as near to it as a connector comes; `auto` is that where a new connector can, else `keep`",
     )
     gates: Literal["keep", "open"] = Field(
         "keep", description="`open`: gates that are still closed start open, behind layers that start at 0"

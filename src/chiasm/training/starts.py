@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chiasm.connectors import AffineConnector
+from chiasm.connectors.closed_form import NothingToLearn
 from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Sample
 from chiasm.data.splits import Subset
-from chiasm.training.closed_form import NothingDescribed, caption_indices
+from chiasm.training.closed_form import cannot_start, caption_indices, is_slow
 from chiasm.training.context import Context
 from chiasm.training.features import Features
 from chiasm.training.schema import Stage
@@ -50,17 +50,27 @@ class Start:
         """
         if self.stage.gates == "open":
             self._open_gates()
-        fresh = getattr(self.model.config, "fresh_connector", False) and self.plan.states["connector"] == "full"
-        affine = fresh and isinstance(self.model.connector, AffineConnector)
-        try:
-            if self.stage.init == "closed_form" or (self.stage.init == "auto" and affine):
+        if self.stage.init == "closed_form":
+            self._solve_connector()
+        elif self.stage.init == "auto" and self._is_new():
+            try:
                 self._solve_connector()
-        except NothingDescribed:
-            if self.stage.init == "closed_form":
-                raise
-            note = f"stage {self.stage.name}: no two captions differ, so the connector starts as it is"
-            self.context.reporter.note(note)
-            self.context.run.log.write("note", self.stage.name, 0, text=note)
+            except NothingToLearn:
+                self._note("no two captions differ, so the connector starts as it is")
+
+    def _is_new(self) -> bool:
+        """Whether the stage is the first to train the connector, and it can start from captions in little time."""
+        new = getattr(self.model.config, "fresh_connector", False) and self.plan.states["connector"] == "full"
+        if not new or cannot_start(self.model):
+            return False
+        if slow := is_slow(self.model.connector):
+            self._note("the connector is large and starts as it is; init: closed_form starts it from captions")
+        return not slow
+
+    def _note(self, text: str) -> None:
+        note = f"stage {self.stage.name}: {text}"
+        self.context.reporter.note(note)
+        self.context.run.log.write("note", self.stage.name, 0, text=note)
 
     def _open_gates(self) -> None:
         if not hasattr(self.model, "cross_attention"):
@@ -86,10 +96,10 @@ class Start:
         samples = self._readable(Subset(context.samples, chosen[:: -(-len(chosen) // CLOSED_FORM_SAMPLES)]))
         features_of = self.features.of if self.features is not None else self._encode
         with context.reporter.task("closed-form start of the connector", 1) as task:
-            pictures = context.closed_form(self.model, context.processor.tokenizer, samples, features_of)
+            pictures, missed = context.closed_form(self.model, context.processor.tokenizer, samples, features_of)
             task.advance()
         seconds = round(time.monotonic() - started, 3)
-        context.run.log.write("closed_form", self.stage.name, 0, pictures=pictures, seconds=seconds)
+        context.run.log.write("closed_form", self.stage.name, 0, pictures=pictures, missed=missed, seconds=seconds)
 
     def _readable(self, samples: Subset) -> Subset:
         """The samples whose pictures can be read, with these in the cache where there is one."""

@@ -122,6 +122,8 @@ def _begin(context: Context, recipe: Recipe, environment: dict[str, Any]) -> Non
             run.log.write("forgetting", **context.probe.fields())
         return
     context.trained = {plain_name(name) for name in run.resumed.names(WEIGHTS)}
+    if any(name.startswith("connector.") for name in context.trained) and hasattr(model.config, "fresh_connector"):
+        model.config.fresh_connector = False
     position = run.resumed.position
     if isinstance(model, LateFusionModel) and any(name.startswith("answer_head.") for name in context.trained):
         taught = next(stage for stage in recipe.stages if stage.objectives == ["answers"])
