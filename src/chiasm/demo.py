@@ -16,7 +16,6 @@ from rich.markup import escape
 from chiasm import api, sources, vlm
 from chiasm.comparison.cost import cost
 from chiasm.connecting.connect import DEFAULT_LANGUAGE, DEFAULT_VISION, connect
-from chiasm.data.chat import LEAN_TEMPLATE
 from chiasm.data.emoji_scenes import EmojiScenes
 from chiasm.data.schema import Sample
 from chiasm.evaluation.evaluate import EvalResult
@@ -28,14 +27,14 @@ from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
 from chiasm.training.run import LOG
 
-FEATURES = {"layers": ["stage5", "head"], "grid": [4, 4], "reduce": "pool"}
-"""16 visual tokens: enough for four corners and a middle, and three times as many pictures in the same time as 49."""
+FEATURES = {"layers": ["stage5", "head"], "grid": [2, 2], "reduce": "pool"}
+"""Four visual tokens, one for each corner: an object is one token, as a word is, so that counting is soon learned."""
 REGIONS = (2, 2)
 """Corners by name, in front of their tokens: words for places are learned from far fewer pictures than coordinates."""
-SKILLS = {"naming": 0.8, "counting": 1.0, "position": 1.2, "colour": 0.2}
+SKILLS = {"naming": 0.8, "counting": 1.0, "position": 1.2, "colour": 0.3}
 """How often each skill is asked about. Reading needs finer patches and more than minutes."""
-CAPTIONS, QUESTIONS, TESTS = 400, 3, 300
-MINUTES, MOST_SCENES = 6.2, 8000
+CAPTIONS, QUESTIONS, TESTS = 400, 4, 300
+MINUTES, MOST_SCENES = 7.0, 8000
 """How long the second stage may take, and how many scenes are enough on a faster machine."""
 QUICK = ("stages.align.steps=2", "stages.instruct.steps=3")
 
@@ -54,7 +53,7 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, console: Console 
             sources.pull(alias)
     with _phase("connect", seconds, console):
         device = vlm.best_device()
-        options: dict[str, Any] = {"features": FEATURES, "regions": REGIONS, "chat_template": LEAN_TEMPLATE}
+        options: dict[str, Any] = {"features": FEATURES, "regions": REGIONS, "chat_template": "lean"}
         model = connect(**options, dtype=_weights(device), seed=seed)
         model.to(device)
     share = 0.02 if quick else 1.0

@@ -1,5 +1,6 @@
 """The feature cache: equal to what was put in, shared, and never wrong after a kill."""
 
+import errno
 import hashlib
 import json
 import os
@@ -156,3 +157,13 @@ def test_the_least_recently_used_caches_go_when_space_is_short(tmp_path: Path) -
 def test_a_wrong_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"features are \(1, 2, 5\), expected \(1, 3, 5\)"):
         FeatureCache(IDENTITY, SHAPE, tmp_path).add([key(1)], torch.zeros(1, 2, 5))
+
+
+def test_a_full_disk_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache = FeatureCache(IDENTITY, SHAPE, tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"features.bin is not written: the disk is full"):
+        fill(cache, 1)

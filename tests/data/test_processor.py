@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+import chiasm
 import tiny
-from chiasm.data.chat import render
+from chiasm.data.chat import LEAN_TEMPLATE, render
 from chiasm.data.processor import IGNORE, ChiasmProcessor
 from chiasm.vision.image_processor import ChiasmImageProcessor
 
@@ -135,3 +136,8 @@ def test_a_template_that_reads_only_parts_gets_parts() -> None:
     made = words.encode(conversation("What is it?", "An apple."), 1, supervise=True)
     assert made["input_ids"].count(words.image_token_id) == 3
     assert supervised(made, words).startswith("An apple.")
+
+
+def test_a_chat_template_may_be_one_of_ours_by_name() -> None:
+    vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer(), chat_template="lean")
+    assert vlm.processor.tokenizer.chat_template == LEAN_TEMPLATE

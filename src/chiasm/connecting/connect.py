@@ -10,6 +10,7 @@ from chiasm import sources
 from chiasm.connecting.generative import connect_generative
 from chiasm.connecting.late import connect_late
 from chiasm.connecting.unified import connect_unified
+from chiasm.data.chat import TEMPLATES
 from chiasm.fusion.config import FUSIONS
 from chiasm.language.adapter import load_tokenizer
 from chiasm.presets import preset_named
@@ -60,7 +61,8 @@ def connect(
         fusion: where the two meet, `early` where nothing says otherwise.
         preset: a system of `chiasm.presets.PRESETS`, whose choices stand where these arguments are not given.
         tokenizer: needed only where `language` is a loaded module without files behind it.
-        chat_template: a Jinja template in place of the tokenizer's own.
+        chat_template: a Jinja template in place of the tokenizer's own, or the name of one of ours: `lean` (question,
+            line break, answer) or `plain`.
         features: which feature maps to read, as `{"layers": [...], "reduce": ..., "grid": ...}` of
             `chiasm.vision.encoder.load_vision`; by default what suits the encoder's type.
         image_size: pixels, where it shall differ from the encoder's own.
@@ -83,6 +85,7 @@ def connect(
         seed: of the new connector's weights.
     """
     chosen = preset_named(preset)
+    chat_template = TEMPLATES.get(chat_template or "", chat_template)
     fusion = chosen.fusion if fusion is None else fusion
     if fusion not in (*FUSIONS, "late"):
         raise ValueError(f"fusion {fusion!r} is unknown; choose one of {', '.join(FUSIONS)}, late")

@@ -26,6 +26,8 @@ LEAN_TEMPLATE = (
     "{% endfor %}"
 )
 """A question, a line break, an answer. The language model's own marks are about half of every short turn."""
+TEMPLATES = {"plain": PLAIN_TEMPLATE, "lean": LEAN_TEMPLATE}
+"""Chat templates that have a name."""
 
 Message = dict[str, Any]
 

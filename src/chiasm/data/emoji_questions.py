@@ -1,9 +1,9 @@
 """Questions about an emoji scene, each about one fact that nothing else in the conversation tells, and captions.
 
 The facts come first and the scene is built around them, so every answer of a skill is equally frequent. In a
-conversation no answer follows from an earlier turn: what one turn names or asks about, no other turn does; the count is
-the first turn (a crowd of four leaves little else to ask, which would tell), and the position comes before names (after
-two named corners an object could only be in the other two).
+conversation no answer follows from an earlier turn: what one turn names or asks about, no other turn does; counts are
+the first turns (a crowd of four leaves little else to ask, which would tell), of two kinds at most (and of one after
+three of a kind), and the position comes before names (after two named corners an object could only be in the others).
 """
 
 from collections import Counter
@@ -32,6 +32,8 @@ from chiasm.data.emoji_vocabulary import (
 
 SKILLS = ("naming", "counting", "colour", "position", "reading")
 MAX_QUESTIONS = 6
+OFTEN = {"naming": len(CORNERS), "counting": 2}
+"""Skills that one scene can be asked about more than once, and how often at most."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class Fact:
 def choose_skills(dice: Dice, weights: Mapping[str, int | float], number: int) -> tuple[list[str], dict[str, str]]:
     """Up to `number` skills by weight that one scene can be asked about, and the count if it is among them.
 
-    A corner serves one question, and only names can be asked for twice. The count is drawn regardless of the rest, so
-    corners that it fills give their turn to colour or reading, or to nothing where four of a kind leave nothing to ask.
+    A corner serves one question. The count is drawn regardless of the rest, so corners that it fills give their turn to
+    colour or reading, or to nothing where four of a kind leave nothing to ask.
     """
     chosen: list[str] = []
     while len(chosen) < number:
@@ -87,7 +89,7 @@ def choose_skills(dice: Dice, weights: Mapping[str, int | float], number: int) -
             skill: weight
             for skill, weight in weights.items()
             if weight
-            and (skill == "naming" or skill not in chosen)
+            and chosen.count(skill) < OFTEN.get(skill, 1)
             and (skill not in ("naming", "position") or corners_asked < 4)
         }
         if not open_skills:
@@ -106,7 +108,10 @@ def choose_skills(dice: Dice, weights: Mapping[str, int | float], number: int) -
 
 
 def compose(dice: Dice, skills: Sequence[str], world: World, dealt: Mapping[str, str]) -> tuple[Scene, list[Fact]]:
-    """A scene with a fact for each skill (of `choose_skills`), in the order of asking; answers are dealt or drawn."""
+    """A scene with a fact for each skill (of `choose_skills`), in the order of asking; answers are dealt or drawn.
+
+    A second count is of what fills the scene; where nothing or one thing alone can, it is not asked.
+    """
     used = [dealt["naming"]] if "naming" in dealt else []
 
     def new_kind() -> str:
@@ -134,6 +139,8 @@ def compose(dice: Dice, skills: Sequence[str], world: World, dealt: Mapping[str,
     for place in free[: others if kinds else max(others, 1)]:
         filler = filler if filler and dice.happens(0.5) else new_kind()
         kinds[place] = filler
+    if filler and skills.count("counting") == 2 and COUNTS.index(facts[0].answer) < len(CORNERS) - 1:
+        facts.insert(1, Fact("counting", COUNTS[list(kinds.values()).count(filler)], filler))
     if len(kinds) == 1 and "position" not in skills and "counting" not in skills and dice.happens(0.5):
         kinds = {MIDDLE: next(iter(kinds.values()))}
         named = kinds if named else named
@@ -141,7 +148,7 @@ def compose(dice: Dice, skills: Sequence[str], world: World, dealt: Mapping[str,
     facts += [Fact("naming", kind, "" if alone else place) for place, kind in named.items()]
     for skill, answer in (("colour", colour), ("reading", sign)):
         if skill in skills:
-            first = int("counting" in skills)
+            first = sum(fact.skill == "counting" for fact in facts)
             facts.insert(first + dice.below(len(facts) - first + 1), Fact(skill, str(answer)))
     return _arrange(dice, colour, kinds, sign), facts
 

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from chiasm.sources.cache import cache_folder
+from chiasm.sources.writing import naming_full_disk
 
 KEY_BYTES = 32
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -70,7 +71,8 @@ class FeatureCache:
         self._lock = FileLock(self.folder / "lock")
         self._rows: dict[bytes, int] = {}
         self._map: np.ndarray | None = None
-        (self.folder / "identity.json").write_text(text)
+        with naming_full_disk(self.folder):
+            (self.folder / "identity.json").write_text(text)
         self._keys.touch()
         self._features.touch()
         prune(root, float(os.environ.get("CHIASM_FEATURE_CACHE_GB", DEFAULT_LIMIT_GB)), keep=self.folder)
@@ -147,7 +149,7 @@ def _size(folder: Path) -> int:
 
 def _write(path: Path, offset: int, data: Any) -> None:
     """Writes at an offset, cuts off whatever a killed process left behind it, and flushes to disk."""
-    with path.open("r+b") as file:
+    with naming_full_disk(path), path.open("r+b") as file:
         file.seek(offset)
         file.write(data)
         file.truncate()
