@@ -278,3 +278,41 @@ def test_new_pictures_beside_kept_ones_are_refused() -> None:
         ValueError, match="2 new image placeholders, but image_cache holds pictures of earlier text only"
     ):
         model(input_ids=more, cache=output.cache, image_cache=output.image_cache)
+
+
+def test_a_drafted_end_of_text_that_is_taken_back_hides_no_picture() -> None:
+    """As assisted decoding does it: two drafted tokens are read, refused, and cut from the cache."""
+    vlm = connect(cross_attention={**SETTINGS[0], "end_of_text": 97}, gates=2.0)
+    asked = vlm.processor(messages=[ask("What?")], images=[[picture(1)]])
+    ids, pixels = asked["input_ids"], asked["pixel_values"]
+
+    def after(*tokens: int) -> Tensor:
+        return torch.cat([ids, torch.tensor([tokens])], dim=1)
+
+    with torch.no_grad():
+        drafted = vlm.model(after(73, 97), pixel_values=pixels, use_cache=True)
+        drafted.cache.crop(-2)
+        step = {
+            "cache": drafted.cache,
+            "image_cache": drafted.image_cache,
+            "attention_mask": torch.ones_like(after(74)),
+        }
+        inputs = vlm.model.prepare_inputs_for_generation(after(74), next_sequence_length=1, **step)
+        said = vlm.model(**inputs).logits[:, -1]
+        expected = vlm.model(after(74), pixel_values=pixels).logits[:, -1]
+    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_new_pictures_may_follow_on_a_cache() -> None:
+    """A text that begins with another picture is read with that one, which is the most recent."""
+    vlm = chiasm.connect(tiny.vision(), tiny.language(), "mlp", "intermediate", tokenizer=tiny.tokenizer())
+    contracts.open_gates(vlm.model, 2.0)
+    first, second = (vlm.processor(messages=[tiny.ask("What?")], images=[[tiny.picture(n)]]) for n in (1, 2))
+    more = second["input_ids"][:, int((second["input_ids"] == vlm.model.config.image_token_id).int().argmax()) :]
+    with torch.no_grad():
+        cache = vlm.model(**first, use_cache=True).cache
+        ids = torch.cat([first["input_ids"], more], dim=1)
+        mask, pixels = torch.ones_like(ids), torch.cat([first["pixel_values"], second["pixel_values"]])
+        whole = vlm.model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
+        went_on = vlm.model(more, attention_mask=mask, cache=cache, pixel_values=second["pixel_values"]).logits
+    torch.testing.assert_close(went_on, whole[:, first["input_ids"].shape[1] :], rtol=1e-4, atol=1e-5)

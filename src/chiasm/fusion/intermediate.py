@@ -45,12 +45,14 @@ class ImageCache:
         tokens: T, visual tokens of one picture.
         seen: pictures that each row's text has passed so far.
         ended: 1 where a row's text has ended since its last picture.
+        length: tokens that were read so far.
     """
 
     keys_values: list[KeysValues]
     tokens: int
     seen: Int[Tensor, " B"]
     ended: Int[Tensor, " B"]
+    length: int = 0
 
     @property
     def images(self) -> int:
@@ -66,8 +68,14 @@ class ImageCache:
         picture = (placeholders * places).cummax(dim=1).values
         end = torch.cat([self.ended[:, None], ends * (places + 1)], dim=1).cummax(dim=1).values
         visible = latest[..., None] - 1 == torch.arange(self.images, device=device)
-        after = replace(self, seen=latest[:, -1], ended=(end[:, -1] > picture[:, -1]).long())
+        ended, length = (end[:, -1] > picture[:, -1]).long(), self.length + placeholders.shape[1]
+        after = replace(self, seen=latest[:, -1], ended=ended, length=length)
         return visible & (end[:, :-1] <= picture)[..., None], after
+
+    def from_start(self, placeholders: Bool[Tensor, "B S"], ends: Bool[Tensor, "B S"]) -> "ImageCache":
+        """The same pictures after another text: what is left of it where drafted tokens were taken back."""
+        nothing = torch.zeros_like(self.seen)
+        return replace(self, seen=nothing, ended=nothing, length=0).read(placeholders, ends)[1]
 
 
 @dataclass
@@ -150,12 +158,13 @@ class IntermediateFusionModel(FusionModel, GenerationMixin):
             if kwargs.pop(theirs, None) is not None:
                 raise ValueError(f"{theirs} is not read here; pass {ours}")
         placeholders = self.placeholders(input_ids, inputs_embeds)
-        ends = self.places(self.cross_attention.settings.end_of_text, input_ids, inputs_embeds)
+        ends = self._ends(input_ids, inputs_embeds)
         if position_ids is not None:
             ends = ends | _before_restarts(position_ids)
         inputs_embeds = self.embed(input_ids, inputs_embeds, placeholders)
         tokens = None
-        if image_cache is None and cache is not None and cache.get_seq_length() > 0:
+        goes_on = image_attention_mask is not None or not placeholders.any()
+        if image_cache is None and goes_on and cache is not None and cache.get_seq_length() > 0:
             image_cache = getattr(cache, PICTURES, None)
         if image_cache is not None and image_attention_mask is None and placeholders.any():
             raise ValueError(
@@ -178,6 +187,9 @@ class IntermediateFusionModel(FusionModel, GenerationMixin):
         if image_cache is not None and fields.get("cache") is not None:
             setattr(fields["cache"], PICTURES, image_cache)
         return IntermediateFusionOutput(**fields, visual_tokens=tokens, image_cache=image_cache)
+
+    def _ends(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Bool[Tensor, "B S"]:
+        return self.places(self.cross_attention.settings.end_of_text, input_ids, inputs_embeds)
 
     def remember(
         self,
@@ -220,6 +232,10 @@ class IntermediateFusionModel(FusionModel, GenerationMixin):
         """With a cache of the pictures, a step brings its own tokens' part of the mask only."""
         if not kwargs.get("use_cache", True):
             kwargs.pop("image_cache", None)
+        pictures, cache = kwargs.get(PICTURES), kwargs.get("cache")
+        if pictures is not None and cache is not None and (kept := cache.get_seq_length()) < pictures.length:
+            text = input_ids[:, :kept]
+            kwargs[PICTURES] = pictures.from_start(self.placeholders(text, None), self._ends(text, None))
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds, **kwargs)
         if (visible := inputs.get("image_attention_mask")) is not None and inputs.get("input_ids") is not None:
             inputs["image_attention_mask"] = visible[:, -inputs["input_ids"].shape[1] :]
