@@ -1,5 +1,6 @@
 """`chiasm report RUN` on a run that goes on, stopped or finished: curves, skills, forgetting and answers over time."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,13 @@ def test_unchanged_is_said_in_the_forgetting_table() -> None:
         ["a", "20.00 (unchanged)", "100.0 %", "1.0000"],
     ]
     assert forgetting_table([]) is None
+
+
+def test_a_full_disk_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = run_folder(tmp_path / "mine")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"page\.html is not written: the disk is full"):
+        report_run(run, tmp_path / "page.html")

@@ -10,10 +10,13 @@ import chiasm
 import chiasm.api
 import tiny
 from chiasm.data.captions import CaptionProcessor
+from chiasm.data.schema import ImageError
+from chiasm.data.splits import Subset
 from chiasm.evaluation import paired
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.retrieval import chance, evaluate_retrieval, recall, same_pairs
 from chiasm.evaluation.skills import to_table
+from chiasm.evaluation.usable import of_one_picture
 from chiasm.evaluation.zero_shot import label_vectors
 from chiasm.fusion.qformer_retrieval import build_retrieval
 from chiasm.vision.image_processor import ChiasmImageProcessor
@@ -112,6 +115,19 @@ def test_samples_without_exactly_one_picture_are_left_out_and_counted() -> None:
         assert "samples left out, since they do not have exactly one picture: 2" in result.notes
         with pytest.raises(ValueError, match="none of the 1 samples has exactly one picture"):
             chiasm.api.evaluate(late(), [helpers.sample(1, images=2)], task=task)
+    kept, _ = of_one_picture(mixed)
+    assert isinstance(kept, Subset) and list(kept) == samples
+
+
+def test_an_error_does_not_advise_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise ImageError("missing", "7.png", "it is gone")
+
+    monkeypatch.setattr(chiasm.api, "evaluate_retrieval", gone)
+    for skip_bad in (False, True):
+        with pytest.raises(ValueError, match=r"7\.png") as told:
+            chiasm.api.evaluate(late(), [helpers.sample(0)], task="retrieval", skip_bad=skip_bad)
+        assert ("--skip-bad" in str(told.value)) != skip_bad
 
 
 def test_seeing_beats_the_control() -> None:

@@ -218,6 +218,25 @@ def test_cancelled_requests_and_full_lines() -> None:
         engine.submit(ask("c"), [picture()], long)
 
 
+def test_answers_to_one_prompt_are_all_in_line_or_none() -> None:
+    vlm = connect()
+    vlm.model.generation_config.eos_token_id = 259
+    engine = Engine(vlm.model, vlm.processor, max_batch=1, max_waiting=2)
+    first = engine.submit(ask("a"), [picture()], Decoding(max_new_tokens=900))
+    next(iter(first))
+    short = [Decoding(max_new_tokens=2)]
+    with pytest.raises(QueueFull):
+        engine.submit_all(ask("b"), [picture()], short * 3)
+    assert engine.stats().waiting == 0 and engine.stats().requests == 1
+    tickets = engine.submit_all(ask("b"), [picture()], short * 2)
+    first.cancel()
+    assert [len(list(ticket)) for ticket in tickets] == [2, 2]
+    while engine.stats().running:
+        time.sleep(0.001)
+    assert [len(list(ticket)) for ticket in engine.submit_all(ask("b"), [picture()], short * 3)] == [2, 2, 2]
+    engine.close()
+
+
 def test_closing_without_finishing() -> None:
     vlm = connect()
     vlm.model.generation_config.eos_token_id = 259

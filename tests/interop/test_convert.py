@@ -19,6 +19,7 @@ from transformers.utils import is_torchvision_available
 from typer.testing import CliRunner
 
 import chiasm
+import chiasm.api
 import tiny
 from chiasm.cli import app
 from chiasm.fusion.adapters import add_adapter
@@ -257,6 +258,28 @@ def test_every_route_leads_to_a_kind() -> None:
         convert(vlm.model, vlm.processor, "onnx", Path("nowhere"), quantize="q8_0")
     with pytest.raises(ValueError, match="--inexact is for --to gguf"):
         convert(vlm.model, vlm.processor, "onnx", Path("nowhere"), inexact=True)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_conversion_is_whole_or_leaves_nothing(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, out = connected(connector="mlp"), tmp_path / "out"
+    if there:
+        out.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("chiasm.interop.export.check.CLOSE", -1.0)
+        with pytest.raises(ValueError, match="the checkpoint gives other logits than the model") as told:
+            chiasm.api.convert(vlm, "transformers", out)
+    assert str(tmp_path) not in str(told.value)
+    assert list(tmp_path.rglob("*")) == ([out] if there else [])
+    done = chiasm.api.convert(vlm, "transformers", out)
+    assert done.folder == out and (out / "config.json").is_file() and list(tmp_path.iterdir()) == [out]
+    with pytest.raises(FileExistsError, match="is not empty"):
+        chiasm.api.convert(vlm, "transformers", out)
+
+
+def test_files_that_are_not_compared_need_no_option_for_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="GGUF files are for models that answer"):
+        convert(tiny.vision(), None, "gguf", tmp_path / "out", check=False)
 
 
 def test_the_table_of_the_guide_is_current() -> None:

@@ -13,6 +13,7 @@ import tiny
 from chiasm.data.captions import CaptionProcessor
 from chiasm.fusion.qformer_retrieval import build_retrieval
 from chiasm.retrieval import Index
+from chiasm.retrieval.preparation import difference
 from chiasm.vision.image_processor import ChiasmImageProcessor
 from retrieval.pretend import paint
 from training import helpers
@@ -37,7 +38,7 @@ def save_blip2(folder: Path, seed: int = 0) -> Path:
 
 
 @pytest.mark.parametrize("save", [save_late, save_blip2])
-def test_index_and_search(save: Any, run: Any, tmp_path: Path) -> None:
+def test_index_and_search(save: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, photos, index = save(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
     files = paint(photos, 9)
     code, out, err = run("index", model, photos, "-o", index)
@@ -52,6 +53,12 @@ def test_index_and_search(save: Any, run: Any, tmp_path: Path) -> None:
     assert code == 0 and out.strip().endswith("004.png") and out.split()[0] == "1.000"
     code, out, err = run("search", index, "--image", files[4], "-k", 9, "--exclude-self", "--json")
     assert len(json.loads(out)) == 8
+    code, out, err = run("search", index, files[4], "-k", 1)
+    assert code == 2 and "is a file, not a text" in err
+    monkeypatch.chdir(tmp_path)
+    Path("LICENSE").touch()
+    for text in ("LICENSE", "\ube68" * 86):
+        assert run("search", index, text, "-k", 1)[0] == 0
     shown = chiasm.load(model)
     scores = shown.score(files, "a red car")[:, 0]
     code, out, err = run("search", index, "a red car", "-k", 9, "--json")
@@ -110,6 +117,13 @@ def test_another_processor_is_refused(change: dict[str, Any], told: str, tmp_pat
         setattr(target, name, value)
     with pytest.raises(ValueError, match=f"was made with another processor: this one {told}.*or index again"):
         index.attach(encoder)
+
+
+def test_the_shape_that_differs_is_told() -> None:
+    before = {"shapes": [[3, 30, 30], [3, 30, 30]], "values": [], "texts": ""}
+    assert difference(before, before) is None
+    now = before | {"shapes": [[3, 30, 30], [3, 60, 30]]}
+    assert difference(before, now) == "makes pictures of shape [3, 60, 30], not [3, 30, 30]"
 
 
 def test_an_older_index_is_read_with_a_line_that_says_so(run: Any, tmp_path: Path) -> None:

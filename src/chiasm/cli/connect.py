@@ -15,9 +15,7 @@ from chiasm.cli.app import (
     example,
     json_option,
     name_or_json,
-    new_folder,
     out,
-    refuse_to_overwrite,
 )
 from chiasm.presets import PRESETS, preset_named
 
@@ -97,27 +95,27 @@ def connect(
 ) -> None:
     """Connect a vision encoder to a language model; the connector is new."""
     import chiasm
+    from chiasm.sources.writing import new_folder
 
-    refuse_to_overwrite(output)
-    vlm = chiasm.connect(
-        vision,
-        language and name_or_json(language, "--language"),
-        connector and name_or_json(connector, "--connector"),
-        fusion,
-        preset=preset,
-        cross_attention=json_option(cross_attention, "--cross-attention"),
-        features=json_option(features, "--features"),
-        regions=_regions(regions),
-        pooling=json_option(pooling, "--pooling"),
-        image_input=image_input and name_or_json(image_input, "--image-input"),
-        positions=positions,
-        unified=json_option(unified, "--unified"),
-        tokenizer=tokenizer,
-        resize_mode=resize_mode,
-        image_size=image_size,
-        seed=seed,
-    )
     with new_folder(output) as place:
+        vlm = chiasm.connect(
+            vision,
+            language and name_or_json(language, "--language"),
+            connector and name_or_json(connector, "--connector"),
+            fusion,
+            preset=preset,
+            cross_attention=json_option(cross_attention, "--cross-attention"),
+            features=json_option(features, "--features"),
+            regions=_regions(regions),
+            pooling=json_option(pooling, "--pooling"),
+            image_input=image_input and name_or_json(image_input, "--image-input"),
+            positions=positions,
+            unified=json_option(unified, "--unified"),
+            tokenizer=tokenizer,
+            resize_mode=resize_mode,
+            image_size=image_size,
+            seed=seed,
+        )
         vlm.save_pretrained(place)
     _show(vlm, as_json)
     if not as_json:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from chiasm.cli.app import Json, Model, app, emit, example, new_folder, out, refuse_to_overwrite
+from chiasm.cli.app import Json, Model, app, emit, example, out
 
 
 @app.command(epilog=example("chiasm convert models/mine --to transformers -o models/mine-llava"))
@@ -24,12 +24,11 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write a model as another tool's checkpoint, or say why there is none."""
-    import chiasm
+    from chiasm.api import convert as convert_model
 
-    refuse_to_overwrite(output)
-    loaded = chiasm.load(model)
-    with new_folder(output) as place:
-        done = chiasm.api.convert(loaded, to, place, quantize=quantize, check=check, inexact=inexact)
+    if not check and to == "gguf":
+        raise ValueError("--no-check is not for --to gguf, whose files are not compared; leave it out")
+    done = convert_model(model, to, output, quantize=quantize, check=check, inexact=inexact)
     if as_json:
         return emit(
             {

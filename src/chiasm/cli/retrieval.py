@@ -1,12 +1,13 @@
 """`chiasm index` and `chiasm search`: pictures found by text or by picture."""
 
+import os.path
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from chiasm.cli.app import Json, app, argument, emit, err, example, out, require_picture_name
+from chiasm.cli.app import Json, app, argument, emit, err, example, names_a_picture, out, require_picture_name
 
 Conditions = Annotated[
     list[str], typer.Option("--where", help="Only pictures with this metadata: colour=red, 'year>=2020', 'tag in a,b'.")
@@ -107,7 +108,7 @@ def search(
 
     if (query is None) == (image is None):
         raise ValueError("give a text or --image, one of them")
-    if query is not None and Path(query).is_file():
+    if query is not None and names_a_picture(Path(query)) and os.path.isfile(query):
         raise ValueError(f"{query!r} is a file, not a text; search by the picture with --image {query}")
     if exclude_self and image is None:
         raise ValueError("--exclude-self goes with --image: a text is no picture of the index")

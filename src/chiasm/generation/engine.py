@@ -120,22 +120,16 @@ class Engine:
             if decoding.beams > 1:
                 raise ValueError(f"beams={decoding.beams}: the engine follows one; use VLM.generate for more")
         with self._changed:
-            self._admit()
+            self._admit(len(decodings))
         with self._preparing:
             longest = max(decoding.max_new_tokens for decoding in decodings)
             prompt = read_prompt(prepare(self.model, self.processor, [messages], [images], longest))
         requests = [self._request(prompt, decoding) for decoding in decodings]
-        try:
-            for request in requests:
-                with self._changed:
-                    self._admit()
-                    self._waiting.append(request)
-                    self._counts["requests"] += 1
-                    self._changed.notify_all()
-        except BaseException:
-            for request in requests:
-                request.ticket.cancel()
-            raise
+        with self._changed:
+            self._admit(len(requests))
+            self._waiting.extend(requests)
+            self._counts["requests"] += len(requests)
+            self._changed.notify_all()
         return [request.ticket for request in requests]
 
     def _request(self, prompt: Prompt, decoding: Decoding) -> Request:
@@ -152,11 +146,11 @@ class Engine:
         ticket, text = Ticket(len(prompt.tokens)), TextStream(self.processor.tokenizer, decoding.stop)
         return Request(ticket, prompt, decoding, text, generator, constraint, tokens)
 
-    def _admit(self) -> None:
+    def _admit(self, count: int) -> None:
         if self._closed:
             raise RuntimeError("the engine is closed and takes no more requests")
         waiting = sum(request.sequence is None for request in self._waiting)
-        if waiting >= self.max_waiting:
+        if waiting + count > self.max_waiting + self.max_batch - len(self._running):
             raise QueueFull(waiting, max(1.0, self._seconds * waiting / self.max_batch))
 
     @property

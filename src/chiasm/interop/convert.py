@@ -5,7 +5,7 @@ fusion and a connector become in transformers; `KINDS`, those kinds. The table i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from chiasm.interop.export.internvl import export_internvl
 from chiasm.interop.export.llava import export_llava
 from chiasm.interop.export.paligemma import export_paligemma
 from chiasm.interop.export.parts import Exported, merged
+from chiasm.sources.writing import new_folder
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,14 @@ def convert(
 
     Args:
         target: a name of `TARGETS`.
-        folder: a new one.
+        folder: a new one, which is there when the checkpoint is whole, or an empty one.
         quantize: of GGUF files, a name of `chiasm.interop.gguf.QUANTIZATIONS`.
-        check: whether the folder is loaded again and compared with the model.
+        check: whether the folder is loaded again and compared with the model, which is not done with GGUF files.
         inexact: of GGUF files, whether they are written where llama.cpp is known to compute something else.
 
     Raises:
         ValueError: the tool has nothing that fits; the message says why and what would.
+        OSError: the folder is not empty, cannot be written, or the disk is full.
     """
     if target not in TARGETS:
         raise ValueError(f"--to {target!r} is unknown; choose one of {', '.join(TARGETS)}")
@@ -126,13 +128,12 @@ def convert(
         raise ValueError(f"--quantize is for --to gguf, got --to {target}")
     if inexact and target != "gguf":
         raise ValueError(f"--inexact is for --to gguf, got --to {target}")
-    if not check and target == "gguf":
-        raise ValueError("--no-check is not for --to gguf, whose files are not compared; leave it out")
-    folder = Path(folder)
     if isinstance(model, FusionModel | LateFusionModel):
         model = merged(model)
     options = {"quantize": quantize, "inexact": inexact} if target == "gguf" else {"check": check}
-    return TARGETS[target](model, processor, folder, **options)
+    with new_folder(folder) as place:
+        done = TARGETS[target](model, processor, place, **options)
+    return replace(done, folder=Path(folder))
 
 
 def route(model: PreTrainedModel) -> str:

@@ -31,8 +31,9 @@ def preparation_of(processor: Any) -> Preparation:
 
 def difference(before: Preparation, now: Preparation) -> str | None:
     """What is prepared otherwise, in words; None if nothing is."""
-    if before["shapes"] != now["shapes"]:
-        return f"makes pictures of shape {now['shapes'][0]}, not {before['shapes'][0]}"
+    for was, shape in zip(before["shapes"], now["shapes"], strict=True):
+        if shape != was:
+            return f"makes pictures of shape {shape}, not {was}"
     if not np.allclose(before["values"], now["values"], rtol=0, atol=TOLERANCE):
         return "resizes, crops or normalises pictures in another way"
     return None if before["texts"] == now["texts"] else "makes other tokens of texts"

@@ -6,10 +6,8 @@ A checkpoint holds the tensors that any stage has trained so far, the optimizer'
 of samples, the learning rate and all random numbers are functions of the recipe and the step: nothing else is needed.
 """
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from chiasm.sources.writing import UNFINISHED, appearing, unfinished, why
 from chiasm.training.errors import TrainingError
 from chiasm.training.sharding import is_sharded
 from chiasm.training.team import Stopped, Team
@@ -33,7 +32,6 @@ STATE = "state.json"
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer"
 FORMAT = 2
-_UNFINISHED = ".partial-"
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def _save_whole(target: Path, checkpoint: Checkpoint) -> None:
 
 def _save_shards(target: Path, checkpoint: Checkpoint, team: Team) -> None:
     try:
-        with whole_folder(target) if team.first else nullcontext(_unfinished(target)) as place:
+        with whole_folder(target) if team.first else nullcontext(unfinished(target)) as place:
             team.wait()
             write_shards(place, WEIGHTS, checkpoint.weights)
             write_shards(place, OPTIMIZER, checkpoint.optimizer)
@@ -164,50 +162,23 @@ def restore(parameters: dict[str, nn.Parameter], saved: Saved, originals: dict[s
 
 
 @contextmanager
-def whole_folder(target: Path, kept: str = "; earlier checkpoints are intact") -> Iterator[Path]:
+def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to write into that appears as `target`, complete and on disk, or not at all.
-
-    Args:
-        kept: ends the error.
 
     Raises:
         TrainingError: the disk is full or not writable.
     """
-    place = _unfinished(target)
     try:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        yield place
-        for path in [*(p for p in place.rglob("*") if p.is_file()), place]:
-            _flush(path)
-        if target.exists():
-            shutil.rmtree(target)
-        place.rename(target)
-        _flush(target.parent)
+        with appearing(target) as place:
+            yield place
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(place, ignore_errors=True)
-        raise TrainingError(f"{target} is not written: {_why(error, target)}{kept}") from error
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
+        raise TrainingError(f"{target} is not written: {why(error, target)}; earlier checkpoints are intact") from error
 
 
 def remove_unfinished(folder: Path) -> None:
     """Clears away what a killed run left half-written."""
-    for path in folder.glob(f"{_UNFINISHED}*"):
+    for path in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _unfinished(target: Path) -> Path:
-    return target.parent / f"{_UNFINISHED}{target.name}"
-
-
-def _why(error: BaseException, target: Path) -> str:
-    full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "os error 28" in str(error)
-    if not full:
-        return " ".join(str(error).split())
-    free = shutil.disk_usage(target.parent).free
-    return f"the disk is full ({free / 1e6:.0f} MB free); make room and run the same command again"
 
 
 def _in_order(folder: Path, stages: list[str]) -> list[Path]:
@@ -234,13 +205,3 @@ def _damage(path: Path) -> str | None:
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -44,7 +44,7 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
 
     Args:
         overrides: `key=value` with a dotted key: `batch_size=8` is for every stage, `stages.align.lr=1e-3` for all
-            that one tunes, `stages.align.parts.connector.lr=1e-3` for one part.
+            that one tunes, `stages.align.parts.connector.lr=1e-3` for one part. `lr=1e-3` comes before the others.
     """
     if isinstance(source, Recipe):
         return apply_overrides(source, overrides)
@@ -132,7 +132,7 @@ def _note_lines(node: yaml.Node, at: Keys, path: Path, origins: Origins) -> None
 
 
 def _override(raw: dict[str, Any], origins: Origins, overrides: Sequence[str]) -> tuple[dict[str, Any], Origins]:
-    for text in overrides:
+    for text in sorted(overrides, key=lambda text: not text.startswith("lr=")):
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise RecipeError(f"override {text!r}: expected key=value, such as stages.align.batch_size=8")

@@ -44,6 +44,9 @@ POOLING_HEADS = ("aimv2_vision_model", "siglip2_vision_model", "siglip_vision_mo
 
 FEATURE_OPTIONS = ("layers", "reduce", "grid", "prefix", "resolution")
 
+LARGEST_SIDE = 4096
+"""Pixels of a side that may be asked for; the features of more are beyond any machine's memory."""
+
 NATIVE = ("idefics2_vision",)
 """Model types that take pictures of any size, with a mask of their patches."""
 
@@ -245,6 +248,8 @@ def _measure(model: PreTrainedModel, wanted: dict[str, Any], image_size: int | G
         raise ValueError(f"features has an unknown key {unknown[0]!r}; known keys: {', '.join(FEATURE_OPTIONS)}")
     native = default_image_size(model.config)
     size = native if image_size is None else pair(image_size, "image_size")
+    if max(size) > LARGEST_SIDE:
+        raise ValueError(f"image_size is {image_size!r}, expected at most {LARGEST_SIDE} pixels a side")
     layers = wanted.get("layers") or DEFAULT_LAYERS.get(model.config.model_type, ("last",))
     if not isinstance(layers, list | tuple) or not all(type(layer) in (int, str) for layer in layers):
         raise ValueError(f"layers is {layers!r}, expected a list of 'last', indices and names of feature maps")

@@ -45,7 +45,7 @@ def check_folder(folder: Path, model: FusionModel, processor: ChiasmProcessor | 
     inputs |= _more(model, inputs)
     with torch.no_grad():
         ours, found = model(**inputs).logits, theirs(**inputs).logits[..., : model.config.text_config.vocab_size]
-    return _difference(folder, model, ours, found)
+    return _difference(model, ours, found)
 
 
 def check_late(folder: Path, model: LateFusionModel) -> float:
@@ -61,17 +61,17 @@ def check_late(folder: Path, model: LateFusionModel) -> float:
     pixels = torch.randn(PAIRS, 3, *model.vision.image_size, generator=generator)
     inputs = {"input_ids": ids.to(model.device), "pixel_values": pixels.to(model.device, model.dtype)}
     with torch.no_grad():
-        return _difference(folder, model, model(**inputs).logits_per_image, theirs(**inputs).logits_per_image)
+        return _difference(model, model(**inputs).logits_per_image, theirs(**inputs).logits_per_image)
 
 
-def _difference(folder: Path, model: PartDtypes, ours: Tensor, found: Tensor) -> float:
+def _difference(model: PartDtypes, ours: Tensor, found: Tensor) -> float:
     hidden = ours == torch.finfo(ours.dtype).min  # of codes, in both; they would make the spread infinite
     spread = ours[~hidden].float().std().clamp(min=1e-6)
     apart, exact = (ours - found).float().abs(), set(part_dtypes(model).values()) == {torch.float32}
     difference = float(((apart.max() if exact else apart.square().mean().sqrt()) / spread).item())
     if not difference <= (CLOSE if exact else CLOSE_IN_HALF):
         raise ValueError(
-            f"the checkpoint in {folder} gives other logits than the model, by {difference:.2g} of their spread; "
+            f"the checkpoint gives other logits than the model, by {difference:.2g} of their spread; "
             "this is a fault of the conversion: report it with the model's config.json"
         )
     return difference
@@ -110,9 +110,7 @@ def check_onnx(folder: Path, model: FusionModel) -> float:
         ours = model(**inputs).logits.cpu()
     difference = float(((ours - torch.from_numpy(found)).abs().max() / ours.std().clamp(min=1e-6)).item())
     if not difference <= 1e-3:
-        raise ValueError(
-            f"the graphs in {folder} give other logits than the model, by {difference:.2g} of their spread"
-        )
+        raise ValueError(f"the graphs give other logits than the model, by {difference:.2g} of their spread")
     return difference
 
 
@@ -145,6 +143,6 @@ def _compare_inputs(folder: Path, model: FusionModel, exported: Exported, inputs
             given = given.reshape(wanted.shape)  # some count a row's pictures apart
         if given is None or given.shape != wanted.shape or not torch.allclose(given, wanted, rtol=1e-4, atol=1e-4):
             raise ValueError(
-                f"the processor in {folder} gives other {name} than the model's own; "
+                f"the processor that was written gives other {name} than the model's own; "
                 "this is a fault of the conversion: report it with the model's processor files"
             )
