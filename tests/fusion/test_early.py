@@ -36,6 +36,9 @@ def test_every_pair(vision: str, language: str) -> None:
     contracts.check_generation_strategies(vlm.model, inputs)
     contracts.check_continues(vlm.model, inputs)
     contracts.check_assistant(vlm)
+    contracts.check_attention_implementations(
+        vlm.model, lambda model: model(**inputs).logits[inputs["attention_mask"].bool()]
+    )
     contracts.check_text_only_is_the_language_model(vlm.model, tiny.language(language), torch.randint(0, 250, (2, 9)))
 
 

@@ -53,6 +53,9 @@ def test_every_language_model(language: str, settings: dict[str, Any]) -> None:
     contracts.check_generation_strategies(vlm.model, inputs)
     contracts.check_continues(vlm.model, inputs)
     contracts.check_assistant(vlm)
+    contracts.check_attention_implementations(
+        vlm.model, lambda model: model(**inputs).logits[inputs["attention_mask"].bool()]
+    )
     contracts.check_losses_agree(vlm.model, inputs, inputs["input_ids"].masked_fill(inputs["input_ids"] > 200, -100))
 
 

@@ -46,6 +46,9 @@ def test_invariants(image_input: str, positions: str) -> None:
     contracts.check_generation_strategies(vlm.model, inputs)
     contracts.check_continues(vlm.model, inputs)
     contracts.check_assistant(vlm)
+    contracts.check_attention_implementations(
+        vlm.model, lambda model: model(**inputs).logits[inputs["attention_mask"].bool()]
+    )
 
 
 @pytest.mark.parametrize("attention", ["causal", "prefix"])

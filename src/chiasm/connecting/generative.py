@@ -51,7 +51,7 @@ def connect_generative(
         processor = start.processor(pictures, words, token_types=attention == "prefix", regions=regions)
         image_token_id = processor.image_token_id
     new: dict[str, Any] = {"patch_positions": patch_positions, "seed": seed, "cross_attention": cross_attention}
-    new |= {"attention": attention, "regions": regions, "initialise": start.initialise}
+    new |= {"attention": attention, "regions": regions, "initialise": start.initialise if start.encoder else None}
     model = build_fusion(encoder, language_model, start.settings, image_token_id, fusion, **new)
     if processor is not None:
         processor.num_image_tokens = model.num_image_tokens

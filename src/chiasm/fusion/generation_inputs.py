@@ -70,7 +70,7 @@ class PictureGenerationMixin(GenerationMixin):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Pictures are read once: afterwards the cache holds them. Assistants are not told which step is the first."""
+        """Pictures are read once: afterwards the cache holds them. An assistant is not told of its first step."""
         cache = kwargs.get("cache")
         is_first_iteration = is_first_iteration or cache is None or cache.get_seq_length() == 0
         if use_cache and not is_first_iteration:
