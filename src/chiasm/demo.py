@@ -34,7 +34,7 @@ REGIONS = (2, 2)
 SKILLS = {"naming": 0.8, "counting": 1.0, "position": 1.2, "colour": 0.3}
 """How often each skill is asked about. Reading needs finer patches and more than minutes."""
 CAPTIONS, QUESTIONS, TESTS = 400, 4, 300
-MINUTES, MOST_SCENES = 7.0, 8000
+MINUTES, MOST_SCENES = 6.5, 8000
 """How long the second stage may take, and how many scenes are enough on a faster machine."""
 QUICK = ("stages.align.steps=2", "stages.instruct.steps=3")
 
