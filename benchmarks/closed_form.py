@@ -3,8 +3,8 @@
 Real weights (the defaults of `chiasm.connect()`), the same data, rates and order of samples in both runs; at regular
 steps the loss and the answers on scenes that neither run trains on.
 
-`--starts` asks every connector, before any training: of the things in new pictures, how many have a name that lies
-nearest to a visual token, and how long did the start take?
+`--starts` asks every connector of `recipes/compare.yaml`, before any training: of the things in new pictures, how many
+have a name that lies nearest to a visual token, and how long did the start take?
 
     python benchmarks/closed_form.py [--quick] [--steps 48] [--every 6] [--threads 2] [--starts]
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import chiasm
+from chiasm.comparison.plan import load_plan
 from chiasm.data.emoji_scenes import EmojiScenes
 from chiasm.data.emoji_vocabulary import OBJECTS, name_of
 from chiasm.data.schema import Sample
@@ -32,19 +33,6 @@ from chiasm.training.trainer import train
 from measure import ForeignLoad, machine
 
 BATCH = 16
-FEATURES = {"layers": ["stage5", "head"], "grid": [4, 4], "reduce": "pool"}
-CONNECTORS: tuple[dict[str, Any], ...] = (
-    {"name": "linear"},
-    {"name": "mlp"},
-    {"name": "avg_pool"},
-    {"name": "pixel_shuffle"},
-    {"name": "patch_merger"},
-    {"name": "ldp"},
-    {"name": "c_abstractor", "width": 512, "depth": 2},
-    {"name": "token_packer", "head_dim": 64},
-    {"name": "perceiver_resampler", "num_latents": 16, "depth": 2},
-    {"name": "qformer", "num_queries": 16, "width": 384, "depth": 4, "heads": 6},
-)
 STARTS = ("keep", "closed_form")
 NAMES = {"keep": "random", "closed_form": "closed form"}
 
@@ -129,14 +117,15 @@ def report(logs: dict[str, list[dict[str, Any]]]) -> str:
 def starts(captions: int, asked: int) -> str:
     """Every connector's start from captions: time, what it misses of the regression, names told at random and after."""
     encoded: dict[str, Tensor] = {}
+    plan = load_plan("compare")
     train_on = list(EmojiScenes("train", size=captions, seed=1000, form="caption"))
     scenes = list(EmojiScenes("test", size=asked, weights={"naming": 1}))
     lines = [
         "| connector | visual tokens | start, s | missed | named at random | named after |",
         "|---|---|---|---|---|---|",
     ]
-    for settings in CONNECTORS:
-        vlm = chiasm.connect(connector=settings, features=FEATURES, dtype=torch.float32)
+    for settings in plan.grid.connector if plan.grid else ():
+        vlm = chiasm.connect(connector=settings, features=plan.base.features, dtype=torch.float32)
 
         def features_of(sample: Sample, vlm: chiasm.VLM = vlm) -> Tensor:
             if sample.id not in encoded:
@@ -152,9 +141,8 @@ def starts(captions: int, asked: int) -> str:
         made = closed_form(vlm.model, vlm.processor.tokenizer, train_on, features_of)
         seconds, after = time.monotonic() - began, named(vlm, scenes, features_of)
         tokens = vlm.model.connector.num_tokens
-        lines.append(
-            f"| `{settings['name']}` | {tokens} | {seconds:.1f} | {made.missed:.1%} | {before:.0%} | {after:.0%} |"
-        )
+        name = vlm.model.config.connector["name"]
+        lines.append(f"| `{name}` | {tokens} | {seconds:.1f} | {made.missed:.1%} | {before:.0%} | {after:.0%} |")
         print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines)
 

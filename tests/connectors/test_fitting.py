@@ -44,7 +44,7 @@ def test_a_connector_says_what_the_map_says(name: str) -> None:
     connector = built(name)
     before = {key: value.clone() for key, value in connector.state_dict().items()}
     missed = fitting.fit(connector, features, identity, weight, bias)
-    assert missed < 0.8
+    assert missed < 0.95
     assert any(not torch.equal(value, before[key]) for key, value in connector.state_dict().items())
     again = built(name)
     assert fitting.fit(again, features, identity, weight, bias) == missed
