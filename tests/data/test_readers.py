@@ -497,3 +497,6 @@ def test_hold_out_of_mixtures_and_subsets_builds_no_sample(folder: Path) -> None
         assert held.ids() == [sample.id for sample in held]
     with pytest.raises(SampleError, match="'broken'"):
         list(mixture)
+    save(folder / "all.json", [{"id": f"s{number}", "conversations": 7} for number in range(9)])
+    kept, held = hold_out(read(folder / "all.json"), fraction=0.3)
+    assert len(kept) + len(held) == 9

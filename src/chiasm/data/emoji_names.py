@@ -5,7 +5,6 @@ What retrieval and zero-shot classification are measured by. `train` and `test` 
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ import emoji
 from PIL import Image
 
 from chiasm import sources
-from chiasm.data.schema import ImageRef, Sample
+from chiasm.data.schema import ImageRef, Sample, Samples
 from chiasm.data.splits import Subset
 
 SPLITS = ("all", "train", "test")
@@ -24,7 +23,7 @@ PAPER = (236, 236, 232)
 QUESTION = {"en": "What is this?", "ko": "이것은 무엇입니까?"}
 
 
-class EmojiNames(Sequence[Sample]):
+class EmojiNames(Samples):
     """A picture and a name for each emoji.
 
     Args:

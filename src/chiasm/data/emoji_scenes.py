@@ -16,7 +16,7 @@ from chiasm.data.emoji_drawing import Drawing, Scene
 from chiasm.data.emoji_questions import MAX_QUESTIONS, SKILLS, WORDINGS, World, ask, caption, choose_skills, compose
 from chiasm.data.emoji_vocabulary import COLOURS, CORNERS, COUNTS, LANGUAGES, OBJECTS, name_of
 from chiasm.data.rows import PLACEHOLDER
-from chiasm.data.schema import ImageRef, Sample, text_of
+from chiasm.data.schema import ImageRef, Sample, Samples, text_of
 from chiasm.data.splits import Subset
 
 SPLITS = ("train", "validation", "test", "test-unseen")
@@ -30,7 +30,7 @@ SHOT_SKILLS = ("same", "mixed")
 Turns = list[tuple[str, str]]
 
 
-class EmojiScenes(Sequence[Sample]):
+class EmojiScenes(Samples):
     """`size` scenes by index.
 
     Args:

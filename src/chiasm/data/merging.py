@@ -9,7 +9,7 @@ from chiasm.data.schema import Sample, SampleError, Samples
 from chiasm.data.splits import Subset, ids_of
 
 
-class MergedQuestions(Sequence[Sample]):
+class MergedQuestions(Samples):
     """Samples of which those about the same single picture are joined, `at_most` of them in one conversation.
 
     The order is that of the first question about each picture. What has no picture, several, or another system prompt

@@ -11,7 +11,7 @@ from chiasm.data.emoji_names import EmojiNames
 from chiasm.data.emoji_scenes import EmojiScenes
 from chiasm.data.merging import MergedQuestions
 from chiasm.data.rows import id_of, sample_of
-from chiasm.data.schema import MAX_PIXELS, ImageRef, Sample, Samples
+from chiasm.data.schema import MAX_PIXELS, ImageRef, Samples
 from chiasm.data.splits import SPLITS, Subset, hold_out, ids_of, stable_fraction
 
 EMOJI_SCENES = "emoji-scenes"
@@ -79,7 +79,7 @@ def read_train(source: Any) -> Samples:
         return read(source)
 
 
-class RowSamples(Sequence[Sample]):
+class RowSamples(Samples):
     """Rows of a container, turned into validated samples one by one."""
 
     def __init__(
@@ -134,7 +134,7 @@ class RowSamples(Sequence[Sample]):
         return ImageRef.of(found, max_pixels=self.max_pixels)
 
 
-class Mixture(Sequence[Sample]):
+class Mixture(Samples):
     """Several data sets one after the other, each taken `weight` times: 2 is every sample twice, 0.5 a stable half."""
 
     def __init__(self, sources: Sequence[Samples], weights: Sequence[int | float]) -> None:

@@ -219,7 +219,7 @@ class Sample:
 if TYPE_CHECKING:
     Samples = Sequence[Sample]
 else:
-    Samples = Sequence  # a run-time type checker must not take samples out of lazy data to look at them
+    Samples = Sequence  # a run-time type checker takes items out of a `Sequence[Sample]`, which builds them
 
 
 def text_of(content: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from chiasm.data.schema import Sample, Samples
+from chiasm.data.schema import Samples
 
 SPLITS = ("train", "validation", "test")
 
@@ -18,7 +18,7 @@ class HasIds(Protocol):
     def ids(self) -> Any: ...
 
 
-class Subset(Sequence[Sample]):
+class Subset(Samples):
     """The samples of `samples` at `indices`, in that order."""
 
     def __init__(self, samples: Samples, indices: Sequence[int]) -> None:
