@@ -4,7 +4,7 @@ Both sides start from the same weights (`load_llava`), and take the same batches
 writes by hand: `requires_grad_(False)` on everything but the projector, AdamW, the model's own loss, pictures through
 the vision tower in every step. Its batches lie ready in memory, while Chiasm's time includes preparing them.
 
-    python benchmarks/train_stage1.py [--quick] [--tokens 196 49] [--batch 8] [--rounds 8] [--threads 2]
+    python benchmarks/train_stage1.py [--quick] [--compile] [--tokens 196 49] [--batch 8] [--rounds 8]
 """
 
 import argparse
@@ -63,7 +63,7 @@ FRAME = 6
 
 @dataclass(frozen=True)
 class Case:
-    """What a side trains. `even`: all texts are equally long, so that nothing is padded."""
+    """What a side trains. `even`: all texts are equally long, so that nothing is padded; `compile` is Chiasm's."""
 
     tokens: int
     even: bool
@@ -72,12 +72,14 @@ class Case:
     batches: int
     steps: int
     folder: Path
+    compile: bool = False
 
     @property
     def recipe(self) -> dict[str, Any]:
         """Chiasm's defaults, but for warm-up, schedule and clipping, which the peer has not."""
         parts = {"vision": "frozen", "connector": {"tune": "full", "lr": LR}, "language": "frozen"}
         plain = {"warmup": 0.0, "schedule": "constant", "clip": None, "validation": {"samples": 0}}
+        plain |= {"compile": self.compile}
         stage = {"name": "align", "parts": parts, "batch_size": self.batch, "steps": self.steps, "dtype": self.dtype}
         return {"stages": [stage | plain | {"checkpoint_every": 10**9}]}
 
@@ -300,6 +302,10 @@ def rows_of(case: Case, first: dict[str, Block], blocks: dict[str, list[Block]])
         limit = epochs * (encode + naive) / (encode + epochs * least)
         what = f"{name}, bfloat16, {epochs} epoch{'s' * (epochs > 1)} with encoding"
         rows.append(Row(what, mine / (1 + share), peer, speed / (1 + share), limit, None))
+    if "compiled bfloat16" in timed:
+        compiled = rates(case, timed["compiled bfloat16"], theirs)
+        what = f"{name}, bfloat16, compiled, warm"
+        rows.append(Row(what, *compiled, (encode + naive) / least, TARGETS[case.tokens]))
     if "peer float32" in timed:
         ours32, theirs32 = timed["chiasm float32"], timed["peer float32"]
         rows.append(Row(f"{name}, float32, warm", *rates(case, ours32, theirs32), (encode + naive) / least, None))
@@ -346,9 +352,10 @@ def run_case(case: Case, sides: dict[str, int], threads: int) -> tuple[list[Row]
     try:
         for name, every in sides.items():
             program, dtype = name.split()
-            own = replace(case, dtype=dtype, steps=-(-case.batches // every))
-            workers[name] = Worker(chiasm_side if program == "chiasm" else peer_side, own, threads=threads)
-            if program == "chiasm":
+            steps, compiled = -(-case.batches // every), program == "compiled"
+            own = replace(case, dtype=dtype, steps=steps, compile=compiled)
+            workers[name] = Worker(peer_side if program == "peer" else chiasm_side, own, threads=threads)
+            if program != "peer":
                 first[name] = workers[name].go()
                 workers[name].ready()
         blocks = in_turns(workers, case.batches, sides)
@@ -361,6 +368,7 @@ def run_case(case: Case, sides: dict[str, int], threads: int) -> tuple[list[Row]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps of few samples: shows that it runs")
+    parser.add_argument("--compile", action="store_true", help="`compile: true` as a third side, in place of float32")
     parser.add_argument("--tokens", type=int, nargs="+", choices=PATCH, default=list(PATCH))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=8, help="steps of every side; the first is not counted")
@@ -375,7 +383,9 @@ def main() -> None:
             for even in (False, True):
                 case = Case(tokens, even, "", options.batch, options.rounds, 0, Path(folder))
                 sides = {"chiasm bfloat16": 1, "peer bfloat16": 1}
-                if not even:
+                if options.compile:
+                    sides["compiled bfloat16"] = 1
+                elif not even:
                     sides |= {"peer float32": 2, "chiasm float32": 2}
                 made, said = run_case(case, sides, options.threads)
                 rows += made
