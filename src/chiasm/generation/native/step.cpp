@@ -3,20 +3,35 @@
 // Weights are float32, int8 with a scale for each 32, or int4 with a scale and a minimum for each 32. Activations meet
 // int8 and int4 weights as int16 with a scale for each 32 of their own, so that all of the cost is in the weights.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
+#include <type_traits>
 #include <vector>
 #include <omp.h>
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 #define WIDE 1
 #endif
+#ifdef __AVX__
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define UNROLLED _Pragma("GCC unroll 8")
 
 namespace {
 
 constexpr int64_t GROUP = 32;
 constexpr int64_t TOGETHER = 8;
+constexpr int64_t SPINS = 20000;
+#ifdef __AVX512VL__
+constexpr int SUMS = 16;  // vectors that fit in the registers beside what is read
+#else
+constexpr int SUMS = 8;
+#endif
 constexpr float LARGEST = 32767.f;
 enum Kind : int64_t { FLOAT32 = 0, INT8 = 1, INT4 = 2 };
 
@@ -116,22 +131,38 @@ inline float dot(const float* a, const float* b, int64_t size) {
     return sum;
 }
 
-// One row of a float32 matrix times N rows of activations.
-template <int N>
-inline void times_float(const float* w, const float* x, int64_t columns, float* out) {
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
+
+inline Vector load(const float* from) {
+    Vector x;
+    std::memcpy(&x, from, sizeof(x));
+    return x;
+}
+
+// R rows of a float32 matrix times N rows of activations. Several rows are fetched ahead: the processor itself sees far
+// enough only along one.
+template <int R, int N>
+inline void times_float(const float* w, const float* x, int64_t columns, float* out, int64_t stride) {
+    Vector sums[R][N] = {};
     int64_t i = 0;
-    for (int n = 0; n < N; n++) out[n] = 0;
-#ifdef WIDE
-    __m256 sums[N];
-    for (int n = 0; n < N; n++) sums[n] = _mm256_setzero_ps();
-    for (; i + 8 <= columns; i += 8) {
-        const __m256 weight = _mm256_loadu_ps(w + i);
-        for (int n = 0; n < N; n++) sums[n] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(x + n * columns + i), sums[n]);
+    for (; i + LANES <= columns; i += LANES) {
+        Vector weights[R];
+        UNROLLED for (int r = 0; r < R; r++) {
+            weights[r] = load(w + r * columns + i);
+            if (R > 1) __builtin_prefetch(w + (r + R) * columns + i);
+        }
+        UNROLLED for (int n = 0; n < N; n++) {
+            const Vector here = load(x + n * columns + i);
+            UNROLLED for (int r = 0; r < R; r++) sums[r][n] += weights[r] * here;
+        }
     }
-    for (int n = 0; n < N; n++) out[n] = total(sums[n]);
-#endif
-    for (; i < columns; i++)
-        for (int n = 0; n < N; n++) out[n] += w[i] * x[n * columns + i];
+    UNROLLED for (int r = 0; r < R; r++)
+        UNROLLED for (int n = 0; n < N; n++) {
+            float sum = 0;
+            for (int lane = 0; lane < LANES; lane++) sum += sums[r][n][lane];
+            for (int64_t j = i; j < columns; j++) sum += w[r * columns + j] * x[n * columns + j];
+            out[r * stride + n] = sum;
+        }
 }
 
 // The 32 weights of a group: signed for int8, 0 to 15 for int4, where byte i holds the weights i and i + 16.
@@ -209,25 +240,27 @@ inline void times_groups(const Matrix& w, int64_t index, const Rows& x, int64_t 
 #endif
 }
 
-template <int N>
-inline void times(const Matrix& w, int64_t index, const Rows& x, int64_t first, float* out) {
+// out[r * stride + n] = row `index + r` of w times row `first + n` of x.
+template <int R, int N>
+inline void times(const Matrix& w, int64_t index, const Rows& x, int64_t first, float* out, int64_t stride) {
     if (w.kind == FLOAT32)
-        times_float<N>((const float*)w.data + index * w.columns, x.values.data() + first * w.columns, w.columns, out);
-    else if (w.kind == INT8)
-        times_groups<INT8, N>(w, index, x, first, out);
-    else
-        times_groups<INT4, N>(w, index, x, first, out);
-    if (w.bias)
-        for (int n = 0; n < N; n++) out[n] += w.bias[index];
+        times_float<R, N>((const float*)w.data + index * w.columns, x.values.data() + first * w.columns, w.columns, out, stride);
+    for (int r = 0; r < R; r++) {
+        if (w.kind == INT8) times_groups<INT8, N>(w, index + r, x, first, out + r * stride);
+        if (w.kind == INT4) times_groups<INT4, N>(w, index + r, x, first, out + r * stride);
+        for (int n = 0; n < N && w.bias; n++) out[r * stride + n] += w.bias[index + r];
+    }
 }
 
-// out[n] = row `index` of w times row n of x, for all rows; a row of weights is read from memory once.
-inline void row_times(const Matrix& w, int64_t index, const Rows& x, float* out) {
+// The same for all rows of x; those of weights are read from memory once.
+template <int R>
+inline void rows_times(const Matrix& w, int64_t index, const Rows& x, float* out) {
     int64_t n = 0;
-    for (; n + 8 <= x.count; n += 8) times<8>(w, index, x, n, out + n);
-    for (; n + 4 <= x.count; n += 4) times<4>(w, index, x, n, out + n);
-    for (; n + 2 <= x.count; n += 2) times<2>(w, index, x, n, out + n);
-    for (; n < x.count; n++) times<1>(w, index, x, n, out + n);
+    if (R * 8 <= SUMS)
+        for (; n + 8 <= x.count; n += 8) times<R, 8>(w, index, x, n, out + n, x.count);
+    for (; n + 4 <= x.count; n += 4) times<R, 4>(w, index, x, n, out + n, x.count);
+    for (; n + 2 <= x.count; n += 2) times<R, 2>(w, index, x, n, out + n, x.count);
+    for (; n < x.count; n++) times<R, 1>(w, index, x, n, out + n, x.count);
 }
 
 struct Share {
@@ -255,8 +288,26 @@ inline float activated(float x, bool gelu) {
     return x / (1.f + std::exp(-x));
 }
 
+// Waits actively for a while. OpenMP's own barrier sleeps wherever the process has more threads than cores, as a server
+// has, and waking up costs as much as a layer.
+struct Barrier {
+    std::atomic<int64_t> arrived{0}, round{0};
+
+    void wait(int64_t threads) {
+        const int64_t now = round.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int64_t spins = 0; round.load(std::memory_order_acquire) == now; spins++)
+            if (spins > SPINS) std::this_thread::yield();
+    }
+};
+
 // All that threads share during a call.
 struct Shared {
+    Barrier barrier;
     std::vector<float> q, attended, inner, change;
 };
 
@@ -279,14 +330,23 @@ struct Step {
         if (reader.kind != FLOAT32) x.quantise();
     }
 
+    void meet() { shared.barrier.wait(threads); }
+
     template <class Put>
     void multiply(const Matrix& w, Put put) {
         const Share share(w.rows, thread, threads);
-        out.resize(count);
-        for (int64_t i = share.first; i < share.last; i++) {
-            row_times(w, i, x, out.data());
-            for (int64_t r = 0; r < count; r++) put(r, i, out[r]);
-        }
+        int64_t i = share.first;
+        out.resize(2 * count);
+        const auto tiles = [&](auto rows) {
+            constexpr int R = decltype(rows)::value;
+            for (; i + R <= share.last; i += R) {
+                rows_times<R>(w, i, x, out.data());
+                for (int r = 0; r < R; r++)
+                    for (int64_t n = 0; n < count; n++) put(n, i + r, out[r * count + n]);
+            }
+        };
+        if (count > 3) tiles(std::integral_constant<int, 2>());
+        tiles(std::integral_constant<int, 1>());
     }
 
     float* place(float* store, int64_t row, int64_t head, int64_t position) {
@@ -349,7 +409,7 @@ struct Step {
             multiply(w, [&](int64_t r, int64_t i, float v) { hidden[r * m.width + i] += v; });
         } else {
             multiply(w, [&](int64_t r, int64_t i, float v) { shared.change[r * m.width + i] = v; });
-#pragma omp barrier
+        meet();
             const Share share(m.width, thread, threads);
             for (int64_t r = 0; r < count; r++) {
                 const float* change = shared.change.data() + r * m.width;
@@ -357,21 +417,17 @@ struct Step {
                 for (int64_t i = share.first; i < share.last; i++) hidden[r * m.width + i] += change[i] * factor * after[i];
             }
         }
-#pragma omp barrier
+        meet();
     }
 
     void feed_forward(const Layer& layer) {
         load(hidden, m.width, layer.feed_forward_norm, layer.gate);
-        const Share share(m.inner, thread, threads);
-        std::vector<float>& gate = scores;
-        gate.resize(std::max<int64_t>(gate.size(), count));
-        out.resize(count);
-        for (int64_t i = share.first; i < share.last; i++) {
-            row_times(layer.gate, i, x, gate.data());
-            row_times(layer.up, i, x, out.data());
-            for (int64_t r = 0; r < count; r++) shared.inner[r * m.inner + i] = activated(gate[r], m.gelu) * out[r];
-        }
-#pragma omp barrier
+        multiply(layer.gate, [&](int64_t r, int64_t i, float v) { shared.inner[r * m.inner + i] = v; });
+        multiply(layer.up, [&](int64_t r, int64_t i, float v) {
+            float& inner = shared.inner[r * m.inner + i];
+            inner = activated(inner, m.gelu) * v;
+        });
+        meet();
         load(shared.inner.data(), m.inner, nullptr, layer.down);
         add(layer.down, layer.after_feed_forward);
     }
@@ -380,11 +436,11 @@ struct Step {
         for (int64_t index = first; index < last; index++) {
             const Layer& layer = m.layers[index];
             project(layer);
-#pragma omp barrier
+            meet();
             turn(layer);
-#pragma omp barrier
+            meet();
             attend(layer);
-#pragma omp barrier
+            meet();
             load(shared.attended.data(), m.heads * m.head_dim, nullptr, layer.o);
             add(layer.o, layer.after_attention);
             feed_forward(layer);
