@@ -25,8 +25,8 @@ from chiasm.generation.slots import CacheShape, Slots
 from chiasm.generation.torch_step import TorchStep
 from chiasm.language.adapter import vocabulary
 
-SHORT = {"float32": 8, "int8": 48, "int4": 48}
-"""Tokens of a prompt, by weights, that are read faster by the compiled step than by the model."""
+SHORT = 48
+"""Tokens of a prompt that are read faster by the compiled step than by the model."""
 SIMILAR = {"float32": 0.99999, "int8": 0.99, "int4": 0.9}
 """How similar (cosine) a lean step's logits must be to the model's own."""
 SHARING = (EarlyFusionModel, IntermediateFusionModel)
@@ -67,7 +67,7 @@ def _made(model: FusionModel, count: int, pictures: PictureCache, prefixes: Pref
     if step is not None:
         found = _steps(LeanDecoder(model, Slots(exact, 2), *none, step, 1))
         if _similar(found, expected, SIMILAR[weights]):
-            short = SHORT[weights] if isinstance(step, NativeStep) else 1
+            short = SHORT if isinstance(step, NativeStep) else 1
             return LeanDecoder(model, Slots(exact, count), *caches, step, short)
     found = _steps(BatchedDecoder(model, Slots(shape, 2), *none))
     if _similar(found, expected, SIMILAR["float32" if shape.dtype == torch.float32 else "int8"]):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from chiasm.generation.lru import ByteCache
 
-BLOCK = 16
-"""Tokens of a block."""
+BLOCK = 4
+"""Tokens of a block: what a prompt shares with another is read again where it ends within one."""
 
 
 class PrefixCache:
