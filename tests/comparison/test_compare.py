@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 
 import chiasm
 from chiasm.comparison import cell
+from chiasm.comparison import compare as comparing
 from chiasm.comparison.compare import cells_of, job_list
 from chiasm.comparison.plan import load_plan
 from chiasm.comparison.results import read_results
@@ -115,29 +115,21 @@ def test_cells_with_data_of_their_own_solved_examples_and_closed_gates(plan: dic
     assert "before training" in done.report.read_text()
 
 
-BROKEN = """
-from chiasm.connectors import CONNECTORS as KNOWN
-
-class Broken(KNOWN["linear"]):
-    def forward(self, features):
-        raise RuntimeError("a loose wire")
-
-CONNECTORS = {"broken": Broken}
-"""
-
-
 def test_a_cell_that_fails_is_told_with_all_it_said(
     plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own.py").write_text(BROKEN)
-    monkeypatch.setenv("CHIASM_CONNECTORS", str(tmp_path / "own.py"))
-    cells = [{"connector": name, "tune": "frozen"} for name in ("linear", "broken")]
-    (tmp_path / "plan.yaml").write_text(json.dumps({**plan, "grid": None, "cells": cells}))
-    command = [sys.executable, "-m", "chiasm", "compare", str(tmp_path / "plan.yaml"), "-o", str(tmp_path / "run")]
-    done = subprocess.run([*command, "--jobs", "2"], capture_output=True, text=True)
-    error = tmp_path / "run/cells/broken-early-frozen-seed0/error.txt"
-    assert done.returncode == 1 and done.stdout.startswith("1 cells, 1 failed; report: ")
-    assert f"broken-early-frozen-seed0: failed: RuntimeError: a loose wire; all of it: {error}" in done.stderr
-    assert "Traceback" in error.read_text() and "a loose wire" in error.read_text()
-    page = (tmp_path / "run/report.html").read_text()
+    run, said = tmp_path / "run", []
+    chiasm.compare(plan, run, only=["linear-early-frozen"])
+
+    def broken(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\n  in forward\nRuntimeError: a loose wire\n")
+
+    monkeypatch.setattr(comparing.subprocess, "run", broken)
+    done = comparing.compare(plan, run, jobs=1, say=said.append)
+    name = "perceiver_resampler-early-frozen-seed0"
+    error = run / "cells" / name / "error.txt"
+    assert done.failed == {name: "RuntimeError: a loose wire"} and len(done.results) == 1
+    assert said[-1] == f"{name}: failed: RuntimeError: a loose wire; all of it: {error}"
+    assert error.read_text().startswith("Traceback\n  in forward")
+    page = done.report.read_text()
     assert "What failed" in page and "a loose wire" in page
