@@ -40,7 +40,7 @@ def check_connector(make: Callable[[tuple[int, int]], Connector], vision_width: 
 
 
 def _check_flops(connector: Connector, features: Tensor) -> None:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         connector(features)
     assert counter.get_total_flops() == features.shape[0] * connector.flops()
 

@@ -1,6 +1,7 @@
 """A comparison end to end on tiny models: cells, resuming, refusals, the job list."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 import chiasm
 from chiasm.comparison import cell
+from chiasm.comparison import compare as comparing
 from chiasm.comparison.compare import cells_of, job_list
 from chiasm.comparison.plan import load_plan
 from chiasm.comparison.results import read_results
@@ -111,3 +113,23 @@ def test_cells_with_data_of_their_own_solved_examples_and_closed_gates(plan: dic
     first, *_, last = usual["training"]["gates"]
     assert first == 0 and last > 0
     assert "before training" in done.report.read_text()
+
+
+def test_a_cell_that_fails_is_told_with_all_it_said(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, said = tmp_path / "run", []
+    chiasm.compare(plan, run, only=["linear-early-frozen"])
+
+    def broken(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\n  in forward\nRuntimeError: a loose wire\n")
+
+    monkeypatch.setattr(comparing.subprocess, "run", broken)
+    done = comparing.compare(plan, run, jobs=1, say=said.append)
+    name = "perceiver_resampler-early-frozen-seed0"
+    error = run / "cells" / name / "error.txt"
+    assert done.failed == {name: "RuntimeError: a loose wire"} and len(done.results) == 1
+    assert said[-1] == f"{name}: failed: RuntimeError: a loose wire; all of it: {error}"
+    assert error.read_text().startswith("Traceback\n  in forward")
+    page = done.report.read_text()
+    assert "What failed" in page and "a loose wire" in page

@@ -29,3 +29,11 @@ def test_early_fusions_cache_overtakes_a_fixed_connector_behind_its_tokens() -> 
     fixed = Shape(32, 49, False, True, matrices=1000, head=10, pair=4, kv_bytes=8)
     found = {crossing.measure: crossing.at for crossing in crossings({"mlp": early, "qformer": fixed})}
     assert found == {"KV cache": 33, "prefill": 33, "decoding": 33}
+
+
+@pytest.mark.parametrize(
+    ("connector", "grows"),
+    [("avg_pool", True), ({"name": "avg_pool", "output_size": 2}, False), ("patch_merger", True)],
+)
+def test_tokens_grow_where_a_finer_grid_gives_more(connector: str | dict, grows: bool) -> None:
+    assert shape_of(chiasm.connect(tiny.vision(), tiny.language(), connector).model).grows == grows

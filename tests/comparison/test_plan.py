@@ -97,3 +97,10 @@ def test_two_connectors_of_one_name_want_labels() -> None:
 def test_strategies_of_ones_own() -> None:
     own = {"top": {"language": {"tune": "full", "lr": 1e-4, "from_layer": 2}, "vision": "frozen"}}
     assert ways(strategies=own, grid={"tune": ["top"]})[0] == ["mlp-early-top-seed0"]
+
+
+def test_a_connector_that_is_unknown_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("data: {train: a, test: b}\nbudget: {samples: 8}\ngrid:\n  connector:\n    - mlp\n    - mpl\n")
+    with pytest.raises(RecipeError, match=r"plan.yaml:6: grid.connector.1: connector 'mpl' is unknown"):
+        load_plan(path)

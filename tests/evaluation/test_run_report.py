@@ -13,7 +13,7 @@ from PIL import Image
 
 from chiasm.data.schema import ImageRef, Sample
 from chiasm.evaluation.evaluate import EvalResult, evaluate
-from chiasm.evaluation.format import clip, count, duration
+from chiasm.evaluation.format import clip, count, duration, operations
 from chiasm.evaluation.plots import loss_curves, thumbnail
 from chiasm.evaluation.report import _share, write_report
 
@@ -280,3 +280,9 @@ def test_numbers_for_people() -> None:
     ]
     assert clip("abc", 3) == "abc" and clip("abcd", 3) == "ab…"
     assert not re.search(r"\s…", clip("ab cd", 4))
+
+
+def test_operations_of_a_tiny_model_are_not_nothing() -> None:
+    assert [operations(n) for n in (59.94e9, 0.02e9, 3.1e6, 76_032, None)] == [
+        *("59.94 GFLOP", "0.02 GFLOP", "3.10 MFLOP", "0.08 MFLOP", "–")
+    ]

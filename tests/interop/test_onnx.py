@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import chiasm
 import tiny
+from chiasm.connectors import CONNECTORS
 from chiasm.interop.convert import convert
 
 pytest.importorskip("onnxscript")
@@ -45,3 +47,17 @@ def test_what_has_no_graphs_is_refused(tmp_path: Path) -> None:
     vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer(), **options)
     with pytest.raises(ValueError, match=r"ONNX graphs are for early fusion .* this is fusion 'intermediate'"):
         convert(vlm.model, vlm.processor, "onnx", tmp_path / "out")
+
+
+def test_a_connector_that_fixes_the_number_of_pictures_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fixed(CONNECTORS["linear"]):  # type: ignore[misc, name-defined]
+        def forward(self, features: Tensor) -> Tensor:
+            return super().forward(features).reshape(len(features), *features.shape[1:2], -1)
+
+    monkeypatch.setitem(CONNECTORS, "fixed", Fixed)
+    vlm = chiasm.connect(tiny.vision("siglip"), tiny.language(), "fixed", tokenizer=tiny.tokenizer())
+    with pytest.raises(ValueError, match=r"connector 'fixed' .* number of pictures as a constant.*; read sizes from"):
+        convert(vlm.model, vlm.processor, "onnx", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

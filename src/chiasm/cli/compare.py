@@ -44,7 +44,8 @@ def compare(
         skipped_ = [{"way": one.way, "reason": one.reason} for one in done.skipped]
         emit({"report": str(done.report), "results": done.results, "skipped": skipped_, "failed": done.failed})
     elif done.results:
-        out.print(f"{len(done.results)} cells; report: {escape(str(done.report))}", soft_wrap=True)
+        counted = f"{len(done.results)} cells" + (f", {len(done.failed)} failed" if done.failed else "")
+        out.print(f"{counted}; report: {escape(str(done.report))}", soft_wrap=True)
     if done.failed:
         raise typer.Exit(1)
     return None

@@ -12,6 +12,7 @@ from chiasm.positions.sequence import POSITIONS as UNIFIED_POSITIONS
 
 Grid = tuple[int, int]
 
+PATCHWISE = ("linear", "mlp")
 POOLED = ("avg_pool", "ldp", "c_abstractor")
 FOLDED = ("pixel_shuffle", "patch_merger", "token_packer")
 QUERIES = {"perceiver_resampler": "num_latents", "idefics2_resampler": "num_latents", "qformer": "num_queries"}
@@ -155,4 +156,6 @@ def _option_for(connector: dict[str, Any], tokens: int, grid: Grid) -> dict[str,
             possible = ", ".join(map(str, sorted(set(made.values()), reverse=True)))
             return f"{name} folds a grid of {grid[0]}×{grid[1]} into {possible} tokens, not {tokens}"
         return {"factor": factor}
+    if name not in PATCHWISE:
+        return f"no option of {name} is known to set its tokens; leave tokens null and write the option beside the name"
     return {} if tokens == patches else f"{name} keeps all {patches} patches, so it cannot give {tokens} tokens"

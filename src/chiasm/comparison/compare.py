@@ -5,10 +5,11 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -24,7 +25,7 @@ from chiasm.sources import resolve
 from chiasm.training.run import whole_file
 from chiasm.vision.encoder import load_vision
 
-PLAN, REPORT = "plan.yaml", "report.html"
+PLAN, REPORT, ERROR = "plan.yaml", "report.html", "error.txt"
 QUICK: dict[str, Any] = {"samples": 12, "captions": 8, "limit": 10}
 """How little `quick` trains and asks: it shows that everything works, not which way is better."""
 
@@ -86,11 +87,17 @@ def compare(
             run_cell(plan, choice, output, say, quiet)
     results = [result for choice in choices if (result := finished(plan, choice, output)) is not None]
     if results and not (only and jobs == 0):
-        write_all(output, plan, results, skipped)
+        write_all(output, plan, results, skipped, failed)
     return Comparison(output, results, skipped, failed)
 
 
-def write_all(output: Path, plan: Plan, results: list[dict[str, Any]], skipped: list[Skipped]) -> None:
+def write_all(
+    output: Path,
+    plan: Plan,
+    results: list[dict[str, Any]],
+    skipped: list[Skipped],
+    failed: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """The tables and the report of what is finished."""
     write_results(output, results)
     _, _, test = data_of(plan)
@@ -113,6 +120,7 @@ def write_all(output: Path, plan: Plan, results: list[dict[str, Any]], skipped: 
         lambda sample: pictures[sample].load() if sample in pictures else None,
         {name: folder / ATTENTION for name, folder in folders.items()},
         [(one.way, one.reason) for one in skipped],
+        list(failed.items()),
     )
 
 
@@ -167,7 +175,8 @@ def encoder_grid(plan: Plan) -> Grid:
 
 
 def _in_processes(choices: Sequence[Choice], plan: Path, output: Path, jobs: int, say: Say) -> dict[str, str]:
-    """Runs every cell in a process of its own, `jobs` at once; gives the last line of those that failed."""
+    """Runs every cell in a process of its own, `jobs` at once; of those that failed it gives the last line and leaves
+    all that they said in the cell's folder."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
 
@@ -175,9 +184,16 @@ def _in_processes(choices: Sequence[Choice], plan: Path, output: Path, jobs: int
         say(f"{choice.name}: started")
         command = [sys.executable, "-m", "chiasm", "compare", str(plan), "-o", str(output), "--only", choice.name]
         done = subprocess.run([*command, "--here"], env=environment, capture_output=True, text=True)
-        said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        say(f"{choice.name}: {'finished' if done.returncode == 0 else f'failed: {said}'}")
-        return None if done.returncode == 0 else said
+        if done.returncode == 0:
+            say(f"{choice.name}: finished")
+            return None
+        everything = done.stderr.strip() or done.stdout.strip() or "no message"
+        told = output / CELLS / choice.name / ERROR
+        told.parent.mkdir(parents=True, exist_ok=True)
+        told.write_text(everything + "\n", encoding="utf-8")
+        said = everything.splitlines()[-1]
+        say(f"{choice.name}: failed: {said}; all of it: {told}")
+        return said
 
     with ThreadPoolExecutor(jobs) as pool:
         ended = dict(zip((choice.name for choice in choices), pool.map(run, choices), strict=True))

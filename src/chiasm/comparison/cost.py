@@ -155,7 +155,7 @@ def encode_flops(vision: VisionEncoder) -> int:
 
 def _counted(vision: VisionEncoder, device: torch.device, mode: AbstractContextManager) -> int:
     blank = torch.zeros(1, 3, *vision.image_size, device=device, dtype=vision.model.dtype)
-    with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with mode, torch.inference_mode(), FlopCounterMode(display=False) as counter:
         vision(blank)
     return counter.get_total_flops()
 

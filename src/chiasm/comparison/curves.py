@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from chiasm.comparison.cost import kv_bytes_per_token, language_flops
-from chiasm.connectors import CONNECTORS, Connector
+from chiasm.connectors import Connector, build_connector
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.fusion.sequence import PositionedModel
@@ -62,8 +64,7 @@ def shape_of(model: FusionModel) -> Shape:
         return Shape(rows * columns, rows * columns, True, True, **common)
     connector: Connector = model.connector
     settings: dict[str, Any] = model.config.connector
-    fixed = CONNECTORS[settings["name"]].token_grid is Connector.token_grid or settings.get("output_size") is not None
-    shape = Shape(connector.num_tokens, model.vision.num_patches, not fixed, True, **common)
+    shape = Shape(connector.num_tokens, model.vision.num_patches, _grows(connector, settings), True, **common)
     if not isinstance(model, IntermediateFusionModel):
         return shape
     part = model.cross_attention
@@ -77,6 +78,17 @@ def shape_of(model: FusionModel) -> Shape:
         cross_keys=part.keys_values_flops(1),
         cross_kept=kept,
     )
+
+
+def _grows(connector: Connector, settings: dict[str, Any]) -> bool:
+    """Whether the same settings give more tokens on a grid twice as fine; a connector that refuses it is fixed."""
+    widths, (rows, columns) = (connector.vision_width, connector.language_width), connector.grid
+    with torch.random.fork_rng():
+        try:
+            finer = build_connector(settings, *widths, (2 * rows, 2 * columns), connector.num_prefix)
+        except ValueError:
+            return False
+    return finer.num_tokens > connector.num_tokens
 
 
 def cache_bytes(shape: Shape, patches: int, images: int = 1, text: int = TEXT) -> int:

@@ -112,9 +112,13 @@ def _seconds(run: Callable[[], Any], repeats: int) -> float:
 
 @contextmanager
 def _flops() -> Iterator[list[int]]:
-    """FLOPs of what runs inside, in the list when it is over."""
+    """FLOPs of what runs inside, in the list when it is over.
+
+    Without gradients by `inference_mode`: under `no_grad` the counter stops at a module that is given a view of a
+    parameter, such as learned queries.
+    """
     counted: list[int] = []
-    with FlopCounterMode(display=False, custom_mapping={ON_CPU: _attention_flops}) as counter:
+    with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping={ON_CPU: _attention_flops}) as counter:
         yield counted
     counted.append(counter.get_total_flops())
 

@@ -8,11 +8,20 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 from pydantic import model_validator as validates_model
 
 from chiasm.comparison.strategies import STRATEGIES
-from chiasm.connectors import connector_settings
+from chiasm.connectors import as_mapping, connector_settings
 from chiasm.fusion.config import FUSIONS
 from chiasm.positions.sequence import POSITIONS as UNIFIED_POSITIONS
 from chiasm.training.recipe import RecipeError, find_recipe, read_yaml
@@ -20,7 +29,21 @@ from chiasm.training.schema import PartPlan, Strict
 
 Source = str | dict[str, Any]
 """Data as `chiasm.data.readers.read` understands it; a mapping has `path` and options of `read`."""
-Connector = str | dict[str, Any]
+
+
+def check_connector(connector: str | dict[str, Any]) -> dict[str, Any]:
+    """Settings of a connector without its label; late fusion's `none` has none."""
+    given = as_mapping(connector)
+    given.pop("label", None)
+    return given if given.get("name") == "none" else connector_settings(given)
+
+
+def _is_known(connector: str | dict[str, Any]) -> str | dict[str, Any]:
+    check_connector(connector)
+    return connector
+
+
+Connector = Annotated[str | dict[str, Any], AfterValidator(_is_known)]
 
 PLACES = ("auto", "none", "grid", "regions")
 """How a visual token's place is told outside of unified fusion: coordinates in the features, names of regions."""
@@ -198,21 +221,12 @@ class Plan(Strict):
             raise ValueError(f"seeds: {self.seeds} has one twice")
         asked: list[Any] = [*self.cells]
         grid = self.grid or Axes(connector=[], fusion=[], tokens=[], tune=[], positions=[])
-        for connector in [*grid.connector, *(cell.connector for cell in asked)]:
-            check_connector(connector)
         known = (*FUSIONS, "late")
         _all_known("fusion", [*grid.fusion, *(cell.fusion for cell in asked)], known)
         _all_known("tune", [*grid.tune, *(cell.tune for cell in asked)], (*STRATEGIES, *self.strategies))
         positions = [*grid.positions, *(cell.positions for cell in asked)]
         _all_known("positions", positions, (*PLACES, *UNIFIED_POSITIONS))
         return self
-
-
-def check_connector(connector: Connector) -> dict[str, Any]:
-    """Settings of a connector without its label; late fusion's `none` has none."""
-    given = {"name": connector} if isinstance(connector, str) else dict(connector)
-    given.pop("label", None)
-    return given if given.get("name") == "none" else connector_settings(given)
 
 
 def _all_known(axis: str, values: list[str], known: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from chiasm.comparison.ways import by_way
-from chiasm.evaluation.format import percent
+from chiasm.evaluation.format import operations, percent
 
 Row = Mapping[str, Any]
 RESAMPLES = 4000
@@ -98,7 +98,7 @@ def _cost(result: Row) -> tuple[float, str]:
     if kept is None:
         return 0.0, "no place in a language model's context"
     flops = closed["connect_flops"] + closed["prefill_flops"]
-    return float(flops), f"{flops / 1e9:.1f} GFLOP to the first token and {kept / 1024:,.0f} KiB of KV cache a picture"
+    return float(flops), f"{operations(flops)} to the first token and {kept / 1024:,.0f} KiB of KV cache a picture"
 
 
 def difference(

@@ -33,6 +33,7 @@ def write_report(
     images: Pictures = lambda sample_id: None,
     attention: Mapping[str, Path] | None = None,
     skipped: Sequence[tuple[str, str]] = (),
+    failed: Sequence[tuple[str, str]] = (),
 ) -> Path:
     """Writes the page to `path` and returns it.
 
@@ -43,6 +44,7 @@ def write_report(
         images: a test sample's id -> its picture.
         attention: name of a cell -> its attention map.
         skipped: combinations that cannot be, and why.
+        failed: cells that stopped, and the last that they said.
     """
     ways, names = by_way(results), skills_of(results)
     advice = recommend(ways_of(results, answers), info["budget"])
@@ -69,6 +71,7 @@ def write_report(
         looks=_looks(results, attention or {}),
         questions=_questions(results, answers, images),
         skipped=skipped,
+        failed=failed,
     )
     path.write_bytes(page.encode("utf-8", "replace"))
     return path

@@ -5,7 +5,7 @@ from typing import Any
 
 from chiasm.comparison.curves import TEXT, Crossing
 from chiasm.comparison.ways import Row, mean_of, score
-from chiasm.evaluation.format import amount, count, duration, percent, percent_range
+from chiasm.evaluation.format import amount, count, duration, operations, percent, percent_range
 
 Table = dict[str, Any]
 """`heads` and `rows` of texts."""
@@ -39,13 +39,13 @@ def adjectives(ways: Mapping[str, Sequence[Row]]) -> Table:
         size = closed["parameters"].get("connector")
         total = None if flops is None else closed["connect_flops"] + closed["prefill_flops"]
         connector = "–" if size is None else f"{count(size)} parameters"
-        connector += f", {flops / 1e6:,.0f} MFLOP" if flops else ""
+        connector += f", {operations(flops)}" if flops else ""
         known = KNOWN_FUSIONS.get(fusion) or KNOWN_FROM.get(settings["name"] if settings else "", "–")
         right = (
             "–" if answered is None else f"{percent(answered.accuracy)} ({percent_range(answered.low, answered.high)})"
         )
         tokens = _tokens(first)
-        rows.append([way, tokens, right, percent(lost), connector, _giga(total), _kib(closed), known])
+        rows.append([way, tokens, right, percent(lost), connector, operations(total), _kib(closed), known])
     return {"heads": heads, "rows": rows}
 
 
@@ -72,9 +72,12 @@ def costs(ways: Mapping[str, Sequence[Row]]) -> Table:
         rows.append(
             [
                 way,
-                _both(_giga(closed.get("encode_flops")), _giga(measured.get("encode_flops"))),
-                _both(_giga(closed.get("connect_and_prefill_flops")), _giga(measured.get("connect_and_prefill_flops"))),
-                _giga(closed.get("decode_flops")),
+                _both(operations(closed.get("encode_flops")), operations(measured.get("encode_flops"))),
+                _both(
+                    operations(closed.get("connect_and_prefill_flops")),
+                    operations(measured.get("connect_and_prefill_flops")),
+                ),
+                operations(closed.get("decode_flops")),
                 _both(_kib(closed), "–" if kept is None else f"{kept / 1024:,.0f} KiB"),
                 "–" if first is None else f"{1e3 * first:.0f} ms",
                 "–" if rate is None else f"{rate:.1f} tokens/s",
@@ -138,10 +141,6 @@ def _from(at: int | None) -> str:
 
 def _both(closed: str, measured: str) -> str:
     return closed if measured == "–" else f"{closed}; counted {measured}"
-
-
-def _giga(flops: float | None) -> str:
-    return "–" if flops is None else f"{flops / 1e9:.2f} GFLOP"
 
 
 def _kib(closed: Mapping[str, Any]) -> str:

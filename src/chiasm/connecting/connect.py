@@ -55,9 +55,10 @@ def connect(
         language: hub id, local folder, alias, or a loaded causal language model; by default `DEFAULT_LANGUAGE`. For
             late fusion any text encoder or causal language model, by default `DEFAULT_TEXT`. For unified fusion also a
             dictionary with the sizes of a decoder that starts from nothing (fields of `UnifiedDecoderConfig`).
-        connector: a name of `chiasm.connectors.CONNECTORS`, or `{"name": ..., option: ...}`; `mlp` where nothing says
-            otherwise. A `qformer` may have `init_from`, a BERT-shaped encoder, and `tokenizer`, which reads the
-            instruction. For late fusion `linear`, `mlp` or `none`, the projections into the shared space.
+        connector: a name of `chiasm.connectors.CONNECTORS` (docs/new_connector.md adds yours), or
+            `{"name": ..., option: ...}`; `mlp` where nothing says otherwise. A `qformer` may have `init_from`, a
+            BERT-shaped encoder, and `tokenizer`, which reads the instruction. For late fusion
+            `linear`, `mlp` or `none`, the projections into the shared space.
         fusion: where the two meet, `early` where nothing says otherwise.
         preset: a system of `chiasm.presets.PRESETS`, whose choices stand where these arguments are not given.
         tokenizer: needed only where `language` is a loaded module without files behind it.

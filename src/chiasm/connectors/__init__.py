@@ -1,17 +1,22 @@
-"""Patch features → visual tokens: one idea, one short file; `CONNECTORS` is the whole registry."""
+"""Patch features → visual tokens: one idea, one short file; `CONNECTORS` is the whole registry.
+
+The files and modules in `CHIASM_CONNECTORS` add to it (`own.py`), as does `CONNECTORS["mine"] = Mine` from Python.
+"""
 
 import inspect
+import os
 from collections.abc import Callable
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from chiasm.connectors.avg_pool import AveragePoolProjector
-from chiasm.connectors.base import AffineConnector, Connector
+from chiasm.connectors.base import AffineConnector, Connector, GridConnector
 from chiasm.connectors.c_abstractor import CAbstractor
 from chiasm.connectors.idefics2_resampler import Idefics2Resampler
 from chiasm.connectors.ldp import LightweightDownsampleProjector
 from chiasm.connectors.linear import LinearProjector
 from chiasm.connectors.mlp import MLPProjector
+from chiasm.connectors.own import VARIABLE, own_connectors
 from chiasm.connectors.patch_merger import PatchMerger
 from chiasm.connectors.perceiver_resampler import PerceiverResampler
 from chiasm.connectors.pixel_shuffle import PixelShuffleProjector
@@ -32,7 +37,34 @@ CONNECTORS: dict[str, type[Connector]] = {
     "qformer": QFormer,
 }
 
-__all__ = ["CONNECTORS", "AffineConnector", "Connector", "build_connector", "checked_options", "connector_settings"]
+CONNECTORS |= own_connectors(os.environ.get(VARIABLE, ""), CONNECTORS)
+
+__all__ = [
+    "CONNECTORS",
+    "AffineConnector",
+    "Connector",
+    "GridConnector",
+    "as_mapping",
+    "build_connector",
+    "checked_options",
+    "connector_settings",
+]
+
+
+def as_mapping(spec: Any) -> dict[str, Any]:
+    """A name or a mapping as a mapping of the caller's own: `"mlp"` → `{"name": "mlp"}`.
+
+    Raises:
+        ValueError: it is neither, such as a class.
+    """
+    if isinstance(spec, str):
+        return {"name": spec}
+    if not isinstance(spec, dict):
+        raise ValueError(
+            f"connector {spec!r} is neither a name nor a mapping with one; a class of your own gets a name by "
+            'chiasm.connectors.CONNECTORS["mine"] = ..., then connector="mine"'
+        )
+    return dict(spec)
 
 
 def connector_settings(spec: str | dict[str, Any]) -> dict[str, Any]:
@@ -41,12 +73,15 @@ def connector_settings(spec: str | dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name or option; the message lists the known ones.
     """
-    given = {"name": spec} if isinstance(spec, str) else dict(spec)
+    given = as_mapping(spec)
     if "name" not in given:
         raise ValueError(f"connector {spec!r} has no 'name'; name one of {', '.join(CONNECTORS)}")
     name = given.pop("name")
     if not isinstance(name, str) or name not in CONNECTORS:
-        raise ValueError(f"connector {name!r} is unknown; choose one of {', '.join(CONNECTORS)}")
+        raise ValueError(
+            f"connector {name!r} is unknown; choose one of {', '.join(CONNECTORS)}; "
+            f"one of your own is read from the file that {VARIABLE} names"
+        )
     return {"name": name, **checked_options(f"connector {name!r}", CONNECTORS[name].__init__, given)}
 
 
@@ -54,7 +89,7 @@ def checked_options(what: str, function: Callable[..., Any], given: dict[str, An
     """The keyword-only options of a function: those that are given, and the others' defaults.
 
     Raises:
-        ValueError: an unknown option, or a value of another type or too small.
+        ValueError: an unknown option, one that is missing, or a value of another type or too small.
     """
     parameters = inspect.signature(function).parameters.values()
     options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -62,6 +97,11 @@ def checked_options(what: str, function: Callable[..., Any], given: dict[str, An
     if unknown:
         known = ", ".join(options) or "none"
         raise ValueError(f"{what} has no option {', '.join(map(repr, unknown))}; its options are: {known}")
+    missing = [
+        option for option, default in options.items() if default is inspect.Parameter.empty and option not in given
+    ]
+    if missing:
+        raise ValueError(f"{what} wants {', '.join(missing)}, which has no default")
     hints = get_type_hints(function)
     for option, value in given.items():
         kind = hints.get(option, object)

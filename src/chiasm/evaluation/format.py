@@ -25,6 +25,16 @@ def count(number: Number | None) -> str:
     return f"{number:,.0f}"
 
 
+def operations(number: Number | None) -> str:
+    """Floating-point operations for people: "59.94 GFLOP", "3.10 MFLOP", "76.03 kFLOP"."""
+    if number is None:
+        return "–"
+    scale, unit = next(
+        ((scale, unit) for scale, unit in ((1e9, "G"), (1e6, "M")) if abs(number) >= scale / 100), (1e3, "k")
+    )
+    return f"{number / scale:,.2f} {unit}FLOP"
+
+
 def amount(number: Number | None, digits: int = 2) -> str:
     """A measured value for people, or a dash where there is none."""
     return "–" if number is None or not math.isfinite(number) else f"{number:,.{digits}f}"

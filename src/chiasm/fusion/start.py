@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chiasm import sources
-from chiasm.connectors import connector_settings
+from chiasm.connectors import as_mapping, connector_settings
 from chiasm.connectors.bert import initialise_from_bert, load_bert, qformer_sizes
 from chiasm.data.instruction import InstructionProcessor
 from chiasm.data.processor import ChiasmProcessor
@@ -52,7 +52,7 @@ def start_of(connector: str | dict[str, Any]) -> Start:
     Raises:
         ValueError: a name or an option is unknown, or the encoder has another shape.
     """
-    given = {"name": connector} if isinstance(connector, str) else dict(connector)
+    given = as_mapping(connector)
     if given.get("name") != "qformer":
         return Start(connector_settings(given))
     init_from, named = given.pop("init_from", None), given.pop("tokenizer", None)

@@ -74,11 +74,11 @@ def projector(model: FusionModel) -> tuple[str, dict[str, Tensor]]:
     known = PROJECTORS.get(options["name"])
     if known is not None and known.fits(model.connector, options):
         return known.name, known.tensors(model.connector)
-    shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    shown = ", ".join(f"{name}={value!r}" for name, value in options.items()) if known else repr(options["name"])
+    other = ELSEWHERE if known else "convert --to onnx"
     holds = "; ".join(f"{name}: {one.holds}" for name, one in PROJECTORS.items())
     raise ValueError(
-        f"llama.cpp has no projector for connector {shown}; connect with one of those that it has ({holds}), "
-        f"or {ELSEWHERE}"
+        f"llama.cpp has no projector for connector {shown}; connect with one of those that it has ({holds}), or {other}"
     )
 
 

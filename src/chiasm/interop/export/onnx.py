@@ -145,7 +145,14 @@ def eager(model: FusionModel) -> Iterator[None]:
 def _export_vision(model: FusionModel, path: Path) -> None:
     pixels = torch.zeros(2, 3, *model.vision.image_size)
     shapes = {"pixel_values": {0: Dim("images")}}
-    _export(VisualTokens(model), (pixels,), path, ["pixel_values"], ["visual_tokens"], shapes)
+    program = _export(VisualTokens(model), (pixels,), path, ["pixel_values"], ["visual_tokens"], shapes)
+    connector, encoder = (model.config.connector or {}).get("name"), model.config.vision_config.model_type
+    require(
+        not isinstance(program.model.graph.inputs[0].shape[0], int),
+        f"connector {connector!r} or encoder {encoder!r} holds the number of pictures as a constant, so that "
+        "its graph would take no other",
+        "read sizes from tensor.shape in its forward: len(tensor) and int(...) are written into the graph",
+    )
 
 
 def _export_embedding(model: FusionModel, path: Path) -> None:
@@ -174,8 +181,8 @@ def _export_decoder(language: PreTrainedModel, path: Path) -> None:
     _export(Decoder(language), (embeddings, mask, positions, past), path, inputs, outputs, shapes)
 
 
-def _export(module: Any, example: Any, path: Path, inputs: list[str], outputs: list[str], shapes: Any) -> None:
-    torch.onnx.export(
+def _export(module: Any, example: Any, path: Path, inputs: list[str], outputs: list[str], shapes: Any) -> Any:
+    return torch.onnx.export(
         module.eval(),
         example,
         str(path),

@@ -1,0 +1,131 @@
+"""A connector in a file outside the package: read by its table, used by its name in every process, refused in words."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import chiasm
+import tiny
+from chiasm.comparison.choices import expand
+from chiasm.comparison.plan import load_plan
+from chiasm.connectors import CONNECTORS, Connector, connector_settings
+from chiasm.connectors.own import own_connectors
+from contracts import check_connector
+
+GUIDE = Path(__file__).parents[2] / "docs"
+EXAMPLE = GUIDE / "window.py"
+
+
+@pytest.fixture
+def window(monkeypatch: pytest.MonkeyPatch) -> type[Connector]:
+    """The guide's connector, in the table."""
+    kind = own_connectors(str(EXAMPLE), {})["window"]
+    monkeypatch.setitem(CONNECTORS, "window", kind)
+    return kind
+
+
+def test_the_guides_connector_keeps_the_contract(window: type[Connector]) -> None:
+    check_connector(lambda grid: window(20, 36, grid, windows=[1, grid[1]], heads=4), 20, 36)  # type: ignore[call-arg]
+    connector = window(20, 36, (2, 6), windows=[1, 3])  # type: ignore[call-arg]
+    assert connector.num_tokens == 3
+    features = torch.randn(1, 12, 20)
+    before = connector(features)
+    features.unflatten(1, (2, 6))[:, :, 2:4] += 1.0
+    moved = (connector(features) - before).abs().sum(dim=2)[0]
+    assert moved[1] > 0 and moved[0] == moved[2] == 0
+
+
+def test_a_connector_of_ones_own_is_used_by_its_name(window: type[Connector], tmp_path: Path) -> None:
+    settings = {"name": "window", "windows": [3, 1]}
+    vlm = chiasm.connect(tiny.vision(), tiny.language(), settings, tokenizer=tiny.tokenizer())
+    vlm.save_pretrained(tmp_path / "model")
+    answer = vlm.chat(tiny.picture(), "What?")
+    assert chiasm.load(tmp_path / "model").chat(tiny.picture(), "What?") == answer
+    code = f"import chiasm; print(chiasm.load({str(tmp_path / 'model')!r}).cost(images=1, text_tokens=4).visual_tokens)"
+    environment = os.environ | {"CHIASM_CONNECTORS": str(EXAMPLE)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "3"
+
+
+def test_the_guide_shows_the_file_that_is_tested() -> None:
+    assert EXAMPLE.read_text() in (GUIDE / "new_connector.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", r'mine.py has no table CONNECTORS = {"name": Class}'),
+        ("CONNECTORS = {'mlp': object}", "names a connector 'mlp', which is taken"),
+        ("CONNECTORS = {'mine': dict}", "'mine' is <class 'dict'>, expected a class that extends"),
+        ("\n1 / 0", r"mine.py, line 2, cannot be imported: ZeroDivisionError"),
+        (
+            "from chiasm.connectors import Connector\nclass Mine(Connector): pass\nCONNECTORS = {'mine': Mine}",
+            "Mine does not say its flops, forward, num_tokens, output",
+        ),
+    ],
+)
+def test_a_file_that_holds_no_connector_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="CHIASM_CONNECTORS: ") as error:
+        own_connectors(str(path), CONNECTORS)
+    assert said in str(error.value)
+
+
+def test_a_place_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"no file {tmp_path}/no.py"):
+        own_connectors(f"{tmp_path}/no.py", CONNECTORS)
+    with pytest.raises(ValueError, match=r"nowhere.to.be.found cannot be imported: ModuleNotFoundError"):
+        own_connectors("nowhere.to.be.found", CONNECTORS)
+    assert own_connectors("", CONNECTORS) == {}
+
+
+def test_a_class_is_not_a_name(window: type[Connector]) -> None:
+    with pytest.raises(
+        ValueError, match=r'neither a name nor a mapping with one; .* chiasm.connectors.CONNECTORS\["mine"\]'
+    ):
+        chiasm.connect(tiny.vision(), tiny.language(), window)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"'windows' is unknown; .* CHIASM_CONNECTORS"):
+        chiasm.connect(tiny.vision(), tiny.language(), "windows")
+
+
+def test_an_option_without_a_default_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wanting(CONNECTORS["avg_pool"]):  # type: ignore[misc, name-defined]
+        def __init__(self, vision_width: int, language_width: int, grid: tuple[int, int], *, size: int) -> None:
+            super().__init__(vision_width, language_width, grid, output_size=size)
+
+    monkeypatch.setitem(CONNECTORS, "wanting", Wanting)
+    with pytest.raises(ValueError, match="connector 'wanting' wants size, which has no default"):
+        connector_settings("wanting")
+    assert connector_settings({"name": "wanting", "size": 2})["size"] == 2
+
+
+def test_a_number_of_tokens_is_not_guessed(window: type[Connector]) -> None:
+    plan = {"data": {"train": "a", "test": "b"}, "budget": {"samples": 8}, "grid": {"connector": ["window"]}}
+    plan["grid"] |= {"tokens": [3]}
+    _, skipped = expand(load_plan(plan), lambda: (3, 3))
+    assert skipped[0].reason.startswith("no option of window is known to set its tokens; leave tokens null")
+
+
+def _line(number: int) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "ab"[number % 2]}]
+    return {"id": str(number), "image": "0.png", "conversations": turns}
+
+
+def test_training_starts_it_from_captions_and_learns(window: type[Connector], tmp_path: Path) -> None:
+    tiny.picture().save(tmp_path / "0.png")
+    (tmp_path / "data.json").write_text(json.dumps([_line(number) for number in range(8)]))
+    settings = {"name": "window", "windows": [1, 3]}
+    vlm = chiasm.connect(tiny.vision(), tiny.language(), settings, tokenizer=tiny.tokenizer())
+    before = {name: p.clone() for name, p in vlm.model.connector.named_parameters()}
+    stage = {"name": "align", "parts": {"connector": "full", "*": "frozen"}, "lr": 1e-2, "steps": 2, "batch_size": 4}
+    recipe = {"stages": [stage | {"validation": {"samples": 0}}], "forgetting": {"text": False, "pictures": 0}}
+    chiasm.train(recipe, model=vlm, data=str(tmp_path / "data.json"), output=tmp_path / "run")
+    after = dict(chiasm.load(tmp_path / "run" / "model").model.connector.named_parameters())
+    assert all(not torch.equal(after[name], p) for name, p in before.items() if "in_proj_bias" not in name)
