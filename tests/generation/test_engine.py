@@ -315,13 +315,14 @@ def test_how_tokens_are_chosen() -> None:
     assert tokens(**drawn, seed=3) == tokens(**drawn, seed=3) != tokens(**drawn, seed=4)
     assert tokens(temperature=1.0, top_k=1) == tokens() == tokens(temperature=1.0, min_p=1.0)
     assert tokens(temperature=1e-300) == tokens(temperature=1e-30, top_p=0.5) == tokens()
+    assert tokens(temperature=2.0, top_p=0.0) == tokens()
     penalised = engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=8, repetition_penalty=1.7)).text()
     expected = vlm.generate([ask("What?")], [[picture()]], max_new_tokens=8, repetition_penalty=1.7)[0]
     assert penalised.strip() == expected
     for piece in engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=3, logprobs=4)):
         assert piece.top is not None and len(piece.top) == 4 and piece.top[0] == (piece.token, piece.logprob)
         assert piece.logprob is not None and piece.logprob < 0
-    for wrong in ({"beams": 2}, {"top_p": 0.0}, {"max_new_tokens": 0}, {"stop": ("",)}, {"min_p": 2.0},
+    for wrong in ({"beams": 2}, {"top_p": -0.1}, {"max_new_tokens": 0}, {"stop": ("",)}, {"min_p": 2.0},
                   {"repetition_penalty": 1e-9}):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
             tokens(**wrong)
@@ -375,6 +376,9 @@ def test_a_slow_schema_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> 
     [
         {"anyOf": [{"type": "string", "minLength": n, "maxLength": n * 50} for n in range(1, 900)]},
         {"allOf": [{"properties": {f"a{n}": {"maximum": n * 10**9 + 7}}} for n in range(700)]},
+        {"type": "integer", "multipleOf": 7919 * 7907},
+        {"allOf": [{"type": "number", "multipleOf": 79.19}, {"properties": {"a": {"multipleOf": 7.907}}}]},
+        {"enum": ["yes", "a" * 60_000]},
     ],
 )
 def test_schemas_that_are_too_much_work(schema: dict[str, Any]) -> None:
@@ -385,6 +389,16 @@ def test_schemas_that_are_too_much_work(schema: dict[str, Any]) -> None:
         engine.submit(ask("What?"), [picture()], Decoding(json_schema=schema, max_new_tokens=100)).text()
     assert time.monotonic() - started < 10
     assert engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=3)).text()
+    engine.close()
+
+
+def test_schemas_that_are_little_work() -> None:
+    """A long description is read by people, and a property may have any name."""
+    vlm = connect()
+    engine = Engine(vlm.model, vlm.processor)
+    price = {"type": "number", "multipleOf": 0.01, "description": "a" * 20_000}
+    schema = {"properties": {"price": price, "multipleOf": {"type": "integer", "multipleOf": 60}}}
+    assert engine.submit(ask("What?"), [picture()], Decoding(json_schema=schema, max_new_tokens=5)).text()
     engine.close()
 
 
