@@ -201,7 +201,7 @@ def decoding_of(body: ChatRequest, settings: Settings) -> dict[str, Any]:
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     if len(stop) > 4 or not all(stop) or any(len(one) > 256 for one in stop):
         raise ApiError(400, "stop is at most 4 texts of 1 to 256 characters.", param="stop", code="invalid_value")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs", code="invalid_value")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream to be true.", param="stream_options", code="invalid_value")
