@@ -1,6 +1,7 @@
 """What clients send that they should not: every one of them gets one clear answer, and nobody else notices."""
 
 import base64
+import gzip
 import json
 import struct
 import tracemalloc
@@ -213,6 +214,12 @@ def test_a_page_elsewhere_cannot_send_without_asking_first(api: TestClient) -> N
         assert code(api.post(CHAT, content=body, headers={"content-type": kind}), 415) == "unsupported_media_type"
     preflight = api.options(CHAT, headers={"origin": "http://evil.example", "access-control-request-method": "POST"})
     assert "access-control-allow-origin" not in preflight.headers
+
+
+def test_packed_bodies_are_not_unpacked(api: TestClient) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    response = api.post(CHAT, content=gzip.compress(json.dumps(ask()).encode()), headers=headers)
+    assert code(response, 415) == "unsupported_media_type" and "gzip" in response.json()["error"]["message"]
 
 
 def test_names_of_the_server(client: Callable[..., TestClient]) -> None:
