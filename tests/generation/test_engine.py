@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,8 @@ def test_answers_to_one_prompt_are_all_in_line_or_none() -> None:
     first = engine.submit(ask("a"), [picture()], Decoding(max_new_tokens=900))
     next(iter(first))
     short = [Decoding(max_new_tokens=2)]
+    with pytest.raises(ValueError, match="4 answers to one prompt, expected at most the 3"):
+        engine.submit_all(ask("b"), [picture()], short * 4)  # no later moment has room for them
     with pytest.raises(QueueFull):
         engine.submit_all(ask("b"), [picture()], short * 3)
     assert engine.stats().waiting == 0 and engine.stats().requests == 1
@@ -258,6 +261,55 @@ def test_a_failure_is_the_callers_alone(monkeypatch: pytest.MonkeyPatch) -> None
         bad.text()
     assert bad.finish_reason == "error" and len(list(good)) == 60
     engine.close()
+
+
+def test_an_engine_survives_what_its_decoder_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may run out where a slot is copied: into the prefix cache, or for a request that gives its place."""
+    vlm = connect()
+    vlm.model.generation_config.eos_token_id = 259
+    monkeypatch.setattr("chiasm.generation.engine.TURN", 4)
+    engine = Engine(vlm.model, vlm.processor, max_batch=1)
+    read = engine.decoder.slots.read
+    failing = threading.Event()
+    monkeypatch.setattr(engine.decoder.slots, "read", lambda *place: 1 / 0 if failing.is_set() else read(*place))
+    first = engine.submit(ask("a"), [picture()], Decoding(max_new_tokens=900))
+    next(iter(first))
+    failing.set()
+    second = engine.submit(ask("b", 0), [], Decoding(max_new_tokens=1))
+    for ticket in (first, second):
+        with pytest.raises(ZeroDivisionError):
+            ticket.text()
+    failing.clear()
+    assert engine.alive and len(engine.decoder.slots.free) == 1
+    assert len(list(engine.submit(ask("c"), [picture()], Decoding(max_new_tokens=20)))) == 20
+    engine.close()
+
+
+def test_a_step_that_fails_is_not_taken_twice_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where requests cannot share a step, those before the one that fails have taken theirs."""
+    vlm = connect("intermediate", cross_attention={"every": 1, "mask_attention": False})
+    vlm.model.generation_config.eos_token_id = 259
+    asked = [(ask("a"), [picture(1)]), (ask("b"), [picture(2)])]
+
+    def tokens(engine: Engine) -> list[int]:
+        tickets = [engine.submit(*one, Decoding(max_new_tokens=40)) for one in asked]
+        with suppress(ZeroDivisionError):
+            list(tickets[1])
+        return [piece.token for piece in tickets[0]]
+
+    whole, breaking = (Engine(vlm.model, vlm.processor) for _ in range(2))
+    assert isinstance(breaking.decoder, SequentialDecoder)
+    step, seen = breaking.decoder._step, []
+
+    def fail(sequence: Any, token: int) -> torch.Tensor:
+        seen.append(sequence)
+        others = [one for one in seen if one is not seen[0]]
+        return 1 / 0 if len(others) > 3 and sequence is others[0] else step(sequence, token)  # type: ignore[return-value]
+
+    monkeypatch.setattr(breaking.decoder, "_step", fail)
+    assert tokens(breaking) == tokens(whole)
+    for engine in (whole, breaking):
+        engine.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -134,6 +134,11 @@ class Shared:
             )
         return self.models[name]
 
+    def broken(self) -> str | None:
+        """The first model whose engine has stopped, if there is one."""
+        chatting = (model for model in self.models.values() if isinstance(model, ChatModel))
+        return next((model.name for model in chatting if not model.engine.alive), None)
+
     async def in_thread(
         self, function: Callable[..., T], *args: Any, abandoned: Callable[[T], object] | None = None
     ) -> T:
