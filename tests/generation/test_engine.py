@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,8 @@ def test_answers_to_one_prompt_are_all_in_line_or_none() -> None:
     first = engine.submit(ask("a"), [picture()], Decoding(max_new_tokens=900))
     next(iter(first))
     short = [Decoding(max_new_tokens=2)]
+    with pytest.raises(ValueError, match="4 answers to one prompt, expected at most the 3"):
+        engine.submit_all(ask("b"), [picture()], short * 4)  # no later moment has room for them
     with pytest.raises(QueueFull):
         engine.submit_all(ask("b"), [picture()], short * 3)
     assert engine.stats().waiting == 0 and engine.stats().requests == 1
@@ -257,6 +260,53 @@ def test_a_failure_is_the_callers_alone(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ZeroDivisionError):
         bad.text()
     assert bad.finish_reason == "error" and len(list(good)) == 60
+    engine.close()
+
+
+def test_an_engine_survives_what_its_decoder_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may run out where a slot is copied: into the prefix cache, or for a request that gives its place."""
+    vlm = connect()
+    vlm.model.generation_config.eos_token_id = 259
+    monkeypatch.setattr("chiasm.generation.engine.TURN", 4)
+    engine = Engine(vlm.model, vlm.processor, max_batch=1)
+    read = engine.decoder.slots.read
+    failing = threading.Event()
+    monkeypatch.setattr(engine.decoder.slots, "read", lambda *place: 1 / 0 if failing.is_set() else read(*place))
+    first = engine.submit(ask("a"), [picture()], Decoding(max_new_tokens=900))
+    next(iter(first))
+    failing.set()
+    second = engine.submit(ask("b", 0), [], Decoding(max_new_tokens=1))
+    for ticket in (first, second):
+        with pytest.raises(ZeroDivisionError):
+            ticket.text()
+    failing.clear()
+    assert engine.alive and len(engine.decoder.slots.free) == 1
+    assert len(list(engine.submit(ask("c"), [picture()], Decoding(max_new_tokens=20)))) == 20
+    engine.close()
+
+
+def test_a_step_that_fails_is_not_taken_twice_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where requests cannot share a step, those before the one that fails have taken theirs."""
+    vlm = connect("intermediate", cross_attention={"every": 1, "mask_attention": False})
+    vlm.model.generation_config.eos_token_id = 259
+    engine = Engine(vlm.model, vlm.processor)
+    assert isinstance(engine.decoder, SequentialDecoder)
+    step, taken = engine.decoder._step, Counter[Any]()
+
+    def fail(sequence: Any, token: int) -> torch.Tensor:
+        taken[id(sequence)] += 1
+        if sequence is not first and taken[id(sequence)] > 3:
+            raise ZeroDivisionError
+        return step(sequence, token)
+
+    good = engine.submit(ask("a"), [picture(1)], Decoding(max_new_tokens=200))
+    next(iter(good))
+    first = engine._running[0].sequence
+    monkeypatch.setattr(engine.decoder, "_step", fail)
+    with pytest.raises(ZeroDivisionError):
+        engine.submit(ask("b"), [picture(2)], Decoding(max_new_tokens=40)).text()
+    assert len(list(good)) == 199
+    assert first.length == good.prompt_tokens + 199
     engine.close()
 
 
@@ -315,13 +365,14 @@ def test_how_tokens_are_chosen() -> None:
     assert tokens(**drawn, seed=3) == tokens(**drawn, seed=3) != tokens(**drawn, seed=4)
     assert tokens(temperature=1.0, top_k=1) == tokens() == tokens(temperature=1.0, min_p=1.0)
     assert tokens(temperature=1e-300) == tokens(temperature=1e-30, top_p=0.5) == tokens()
+    assert tokens(temperature=2.0, top_p=0.0) == tokens()
     penalised = engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=8, repetition_penalty=1.7)).text()
     expected = vlm.generate([ask("What?")], [[picture()]], max_new_tokens=8, repetition_penalty=1.7)[0]
     assert penalised.strip() == expected
     for piece in engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=3, logprobs=4)):
         assert piece.top is not None and len(piece.top) == 4 and piece.top[0] == (piece.token, piece.logprob)
         assert piece.logprob is not None and piece.logprob < 0
-    for wrong in ({"beams": 2}, {"top_p": 0.0}, {"max_new_tokens": 0}, {"stop": ("",)}, {"min_p": 2.0},
+    for wrong in ({"beams": 2}, {"top_p": -0.1}, {"max_new_tokens": 0}, {"stop": ("",)}, {"min_p": 2.0},
                   {"repetition_penalty": 1e-9}):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
             tokens(**wrong)
@@ -375,6 +426,9 @@ def test_a_slow_schema_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> 
     [
         {"anyOf": [{"type": "string", "minLength": n, "maxLength": n * 50} for n in range(1, 900)]},
         {"allOf": [{"properties": {f"a{n}": {"maximum": n * 10**9 + 7}}} for n in range(700)]},
+        {"type": "integer", "multipleOf": 7919 * 7907},
+        {"allOf": [{"type": "number", "multipleOf": 79.19}, {"properties": {"a": {"multipleOf": 7.907}}}]},
+        {"enum": ["yes", "a" * 60_000]},
     ],
 )
 def test_schemas_that_are_too_much_work(schema: dict[str, Any]) -> None:
@@ -385,6 +439,16 @@ def test_schemas_that_are_too_much_work(schema: dict[str, Any]) -> None:
         engine.submit(ask("What?"), [picture()], Decoding(json_schema=schema, max_new_tokens=100)).text()
     assert time.monotonic() - started < 10
     assert engine.submit(ask("What?"), [picture()], Decoding(max_new_tokens=3)).text()
+    engine.close()
+
+
+def test_schemas_that_are_little_work() -> None:
+    """A long description is read by people, and a property may have any name."""
+    vlm = connect()
+    engine = Engine(vlm.model, vlm.processor)
+    price = {"type": "number", "multipleOf": 0.01, "description": "a" * 20_000}
+    schema = {"properties": {"price": price, "multipleOf": {"type": "integer", "multipleOf": 60}}}
+    assert engine.submit(ask("What?"), [picture()], Decoding(json_schema=schema, max_new_tokens=5)).text()
     engine.close()
 
 

@@ -158,6 +158,8 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": "other"}, 404, "model_not_found", "model"),
     ({"messages": []}, 400, "invalid_value", "messages"),
     ({"messages": [{"role": "user"}]}, 400, "missing_required_parameter", "messages[0].content"),
+    ({"messages": [{"role": "user", "content": None}]}, 400, "missing_required_parameter", "messages[0].content"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, 400, "unsupported_parameter", "messages[0].tool_calls"),
     ({"messages": [{"role": "king", "content": "a"}]}, 400, "invalid_value", "messages[0].role"),
     ({"messages": [{"role": "user", "content": 3}]}, 400, "invalid_type", "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "missing_required_parameter",
@@ -188,7 +190,24 @@ def test_errors_have_openais_shape(
 
 def test_fields_of_openai_that_change_nothing_are_taken(client: Callable[..., TestClient]) -> None:
     fields = {"user": "me", "metadata": {"a": "b"}, "tools": None, "frequency_penalty": 0, "parallel_tool_calls": True}
-    assert client().post(CHAT, json=ask(**fields)).status_code == 200
+    fields |= {"prompt_cache_options": {"ttl": "30m"}, "moderation": None, "logprobs": False, "top_logprobs": 0}
+    body = ask(data_url(), top_p=0, temperature=1, **fields)
+    body["messages"][0]["content"][0] |= {"prompt_cache_breakpoint": {"mode": "explicit"}}
+    body["messages"][0]["content"][0]["image_url"] |= {"detail": "original"}
+    response = client().post(CHAT, json=body)
+    assert response.status_code == 200, response.text
+
+
+def test_an_assistants_refusal_is_what_it_said(client: Callable[..., TestClient]) -> None:
+    api = client()
+
+    def prompt(**said: Any) -> int:
+        asked = [{"role": "user", "content": "a"}, {"role": "assistant", **said}, {"role": "user", "content": "b"}]
+        return api.post(CHAT, json=ask(messages=asked)).json()["usage"]["prompt_tokens"]
+
+    assert prompt(content="No.") == prompt(content=None, refusal="No.") == prompt(refusal="No.", content="")
+    assert prompt(content="No.") == prompt(content=[{"type": "refusal", "refusal": "No."}])
+    assert prompt(content="") == prompt(content=None) == prompt(content=None, refusal=None, tool_calls=[])
 
 
 def test_models_health_and_metrics(client: Callable[..., TestClient], chat_model: Any) -> None:

@@ -18,7 +18,7 @@ from asking import CHAT, ask, data_url
 import tiny
 from chiasm.generation.decode import Decoding
 from chiasm.serving.app import create_app
-from chiasm.serving.server import address_of, listen, server
+from chiasm.serving.server import EngineBroken, address_of, listen, run, server
 from chiasm.serving.settings import Limits, Settings
 
 
@@ -65,6 +65,28 @@ def test_slow_clients_are_left_and_harm_nobody(address: Callable[..., str]) -> N
     assert silent.recv(100) == b"" and slow_head.recv(100) == b""
     answer = b"".join(iter(lambda: slow_body.recv(4000), b""))
     assert answer.startswith(b"HTTP/1.1 408") and b"request_timeout" in answer
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("GET /health", b"200"), (f"POST {CHAT}", b"415"), ("POST /nothing", b"404")]
+)
+def test_a_body_that_nobody_reads_keeps_no_connection(address: Callable[..., str], path: str, status: bytes) -> None:
+    url = address(limits=Limits(header_seconds=0.5))
+    dripping = connect(url)
+    dripping.sendall(f"{path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n".encode())
+    assert dripping.recv(4000).startswith(b"HTTP/1.1 " + status)
+    dripping.settimeout(0.05)
+
+    def left() -> bool:
+        try:
+            dripping.sendall(b"x")
+            return dripping.recv(4000) == b""
+        except TimeoutError:
+            return False
+        except ConnectionError:
+            return True
+
+    until(left)
 
 
 def test_broken_http(address: Callable[..., str]) -> None:
@@ -140,6 +162,40 @@ def test_a_client_that_does_not_read_is_left(address: Callable[..., str], metron
     until(lambda: model.engine.stats().running == 0, 60)
     assert model.engine.stats().generated_tokens < 8 * 4000
     deaf.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_broken_engine_ends_the_server(chat_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that whatever watches over the process starts it anew; the other model's answer is finished."""
+    broken, good, opened, listening = (
+        chat_model("broken"),
+        chat_model("good"),
+        threading.Event(),
+        listen("127.0.0.1", 0),
+    )
+    app, failures = create_app([broken, good], Settings()), []
+
+    def serve() -> None:
+        try:
+            run(app, listening, Limits(), opened.set)
+        except EngineBroken as error:
+            failures.append(str(error))
+
+    serving = threading.Thread(target=serve)
+    serving.start()
+    assert opened.wait(30)
+    url = address_of(listening)
+    answers: list[httpx.Response] = []
+    body = ask(model="good", max_tokens=120)
+    asking = threading.Thread(target=lambda: answers.append(httpx.post(url + CHAT, json=body, timeout=60)))
+    asking.start()
+    until(lambda: good.engine.stats().running == 1)
+    monkeypatch.setattr(broken.engine, "_read", lambda request: 1 / 0)
+    assert httpx.post(url + CHAT, json=ask(model="broken"), timeout=60).status_code == 500
+    asking.join(60)
+    serving.join(60)
+    assert answers[0].json()["usage"]["completion_tokens"] == 120
+    assert len(failures) == 1 and "'broken'" in failures[0]
 
 
 def test_a_stop_finishes_what_runs(chat_model: Any) -> None:

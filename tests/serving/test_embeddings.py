@@ -1,7 +1,9 @@
 """Embeddings of texts and pictures by a late fusion model, as OpenAI's client asks for them."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 import tiny
 from chiasm.serving.served import EmbeddingModel
+from chiasm.serving.settings import Limits
 
 WIDTH = 6
 
@@ -79,6 +82,29 @@ def test_a_client_that_leaves_keeps_its_turn_until_it_is_over(address: Callable[
             httpx.post(url, json=body, timeout=0.15)
     go_on.set()
     assert httpx.post(url, json=body, timeout=30).status_code == 200 and most == [1]
+
+
+def test_a_full_line_says_when_to_come_back(address: Callable[..., str]) -> None:
+    encoder, begun, go_on = Encoder(), threading.Event(), threading.Event()
+
+    def slow(texts: Sequence[str]) -> Tensor:
+        begun.set()
+        assert go_on.wait(30)
+        return Encoder().embed_texts(texts)
+
+    encoder.embed_texts = slow  # type: ignore[method-assign]
+    model, body = EmbeddingModel("clip", encoder), {"model": "clip", "input": "a"}
+    url = address(model, limits=Limits(line=1)) + "/v1/embeddings"
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(httpx.post, url, json=body, timeout=30)
+        assert begun.wait(30)
+        second = threads.submit(httpx.post, url, json=body, timeout=30)
+        while not model.turn.waiting:
+            time.sleep(0.01)
+        third = httpx.post(url, json=body, timeout=30)
+        go_on.set()
+    assert third.status_code == 429 and third.headers["retry-after"] == "1"
+    assert first.result().status_code == second.result().status_code == 200 and model.turn.waiting == 0
 
 
 def test_the_python_client(address: Callable[..., str], chat_model: Any) -> None:

@@ -1,13 +1,16 @@
 """What clients send that they should not: every one of them gets one clear answer, and nobody else notices."""
 
 import base64
+import gzip
 import json
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from pydantic import ValidationError
 
 import tiny
 from chiasm.generation.decode import Decoding
+from chiasm.serving.pictures import from_data_url
 from chiasm.serving.schema import ChatRequest
 from chiasm.serving.settings import Limits
 
@@ -79,6 +83,28 @@ def test_what_is_no_data_url_is_refused(api: TestClient, url: str) -> None:
     assert code(api.post(CHAT, json=ask(url))) in ("invalid_image", "invalid_value")
 
 
+def test_data_urls_as_browsers_read_them(api: TestClient) -> None:
+    head, _, data = data_url().partition(",")
+    spaced = f"{data[:40]} \r\n{data[40:]}\t"
+    for url in (
+        f"{head},{quote(data, safe='')}",
+        f"{head},{data.rstrip('=')}",
+        f"data:image/png;charset=utf-8;base64,{data}",
+        f" data:image/png ; base64 , {spaced}\n",
+    ):
+        response = api.post(CHAT, json=ask(url))
+        assert response.status_code == 200, response.text
+
+
+def test_spaces_in_a_data_url_take_no_memory() -> None:
+    url = "data:image/png;base64," + "AA " * 1_000_000
+    tracemalloc.start()
+    assert len(from_data_url(url, "image")) == 1_500_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 * len(url)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
 def test_pictures_of_every_kind_are_seen(api: TestClient, kind: str, mode: str) -> None:
@@ -97,11 +123,14 @@ def test_a_bomb_is_refused_before_it_is_decoded(api: TestClient, monkeypatch: py
     assert code(api.post(CHAT, json=ask(data_url(png(5000, 1))))) == "invalid_image"
 
 
-def test_a_jpeg_of_endless_scans_is_refused(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+def test_a_jpeg_of_endless_scans_is_refused(api: TestClient, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """A scan of a few bytes goes through the whole picture: thousands of them would take minutes."""
     file = BytesIO()
-    tiny.picture().save(file, "JPEG", progressive=True)
+    several = {"save_all": True, "append_images": [tiny.picture()]} if kind == "MPO" else {}
+    tiny.picture().save(file, kind, progressive=True, **several)
     data = file.getvalue()
+    assert Image.open(file).format == kind
     first, second = (data.find(b"\xff\xda", data.find(b"\xff\xda") + skip) for skip in (0, 1))
     assert api.post(CHAT, json=ask(data_url(data, "JPEG"))).status_code == 200
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
@@ -185,6 +214,12 @@ def test_a_page_elsewhere_cannot_send_without_asking_first(api: TestClient) -> N
         assert code(api.post(CHAT, content=body, headers={"content-type": kind}), 415) == "unsupported_media_type"
     preflight = api.options(CHAT, headers={"origin": "http://evil.example", "access-control-request-method": "POST"})
     assert "access-control-allow-origin" not in preflight.headers
+
+
+def test_packed_bodies_are_not_unpacked(api: TestClient) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    response = api.post(CHAT, content=gzip.compress(json.dumps(ask()).encode()), headers=headers)
+    assert code(response, 415) == "unsupported_media_type" and "gzip" in response.json()["error"]["message"]
 
 
 def test_names_of_the_server(client: Callable[..., TestClient]) -> None:

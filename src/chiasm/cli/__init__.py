@@ -24,7 +24,7 @@ __all__ = [
     "train",
 ]
 
-FAULTS = ("TrainingError",)
+FAULTS = ("TrainingError", "EngineBroken")
 """Faults that say in one line what happened; any other one shows its traceback."""
 
 

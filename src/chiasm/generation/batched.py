@@ -55,6 +55,9 @@ class Sequence:
 class BatchedDecoder:
     """Reads prompts and takes steps of many requests; the language model's own forward does the work."""
 
+    together = True
+    """Whether requests share a step: what fails in it can then be tried again for each of them alone."""
+
     def __init__(self, model: FusionModel, slots: Slots, pictures: PictureCache, prefixes: PrefixCache) -> None:
         self.model, self.slots, self.pictures, self.prefixes = model, slots, pictures, prefixes
         self.config = model.language.config.get_text_config()
@@ -151,11 +154,14 @@ class BatchedDecoder:
 
     def end(self, sequence: Sequence) -> None:
         """Frees the slot; the answer stays in the prefix cache for the next turn of its conversation."""
-        if sequence.slot >= 0:
-            if sequence.unread is None and not sequence.bidirectional:
+        slot, sequence.parked = sequence.slot, None
+        try:
+            if slot >= 0 and sequence.unread is None and not sequence.bidirectional:
                 self._keep(sequence)
-            self.slots.leave(sequence.slot)
-        sequence.slot, sequence.parked = -1, None
+        finally:
+            sequence.slot = -1
+            if slot >= 0:
+                self.slots.leave(slot)
 
     def park(self, sequence: Sequence) -> None:
         """Gives a slot up for another request; `resume` goes on from there."""

@@ -1,6 +1,9 @@
 """Answers that are one of some texts, or JSON of a schema: tokens that lead elsewhere are never chosen (llguidance)."""
 
 import json
+import math
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +16,10 @@ from chiasm.generation.decoding import Decoding
 
 WORK = {"max_grammar_size": 500_000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000}
 """What llguidance may spend on a grammar, and on each token of its answer: a second of work at most."""
+MULTIPLE, TEXT = 100_000, 8192
+"""What it does not count: a state for each remainder of `multipleOf`, and the letters of a text at every token."""
+REMARKS = ("$comment", "default", "description", "examples", "title")
+"""Words of a schema that bind nothing."""
 
 
 class Constraint:
@@ -89,9 +96,40 @@ def _guidance() -> Any:
 
 def _grammar(guidance: Any, decoding: Decoding) -> str:
     if decoding.json_schema is not None:
+        _check_work(decoding.json_schema)
         return guidance.LLMatcher.grammar_from_json_schema(json.dumps(dict(decoding.json_schema)))
     texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in decoding.choices)
     return guidance.LLMatcher.grammar_from_lark(f"start: {texts}")
+
+
+def _check_work(schema: Mapping[str, Any]) -> None:
+    """Refuses a schema whose work llguidance would not count."""
+    bound = list(_bound(schema))
+    longest = max((len(one) for one in bound if isinstance(one, str)), default=0)
+    if longest > TEXT:
+        raise ValueError(f"the answer cannot be constrained so: a text of {longest:,} letters is more than {TEXT:,}")
+    steps = [Decimal(str(one)) for one in bound if not isinstance(one, str)]
+    digits = max((-int(step.as_tuple().exponent) for step in steps), default=0)
+    common = math.lcm(*(int(step * Decimal(10) ** max(digits, 0)) or 1 for step in steps))
+    if common > MULTIPLE:
+        reason = f"the numbers of multipleOf have {common:,} for a common multiple, more than {MULTIPLE:,}"
+        raise ValueError(f"the answer cannot be constrained so: {reason}")
+
+
+def _bound(schema: Any) -> Iterator[str | int | float]:
+    """Texts of a schema that may be part of an answer or its pattern, and the numbers of its `multipleOf`."""
+    rest = [schema]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, list | tuple):
+            rest += item
+        elif isinstance(item, Mapping):
+            rest += [*item, *(value for key, value in item.items() if key not in REMARKS or isinstance(value, Mapping))]
+            step = item.get("multipleOf")
+            if isinstance(step, int | float) and not isinstance(step, bool) and math.isfinite(step):
+                yield step
 
 
 @lru_cache(maxsize=8)

@@ -13,7 +13,7 @@ class Decoding:
     Args:
         temperature: 0 takes the likeliest token, above it samples within `top_k`, `top_p` and `min_p`.
         top_k: the so many likeliest; 0 is all.
-        top_p: the likeliest that together have this share.
+        top_p: the likeliest that together have this share; 0 is the likeliest alone.
         min_p: those with at least this share of the likeliest one's probability.
         repetition_penalty: above 1, tokens of the prompt and the answer become less likely.
         beams: hypotheses that are followed at once; 1 is none beside the answer.
@@ -43,7 +43,7 @@ class Decoding:
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a finite number above"),
             ("top_k", self.top_k >= 0, "0 (all) or a number of tokens"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_p", 0 <= self.top_p <= 1, "from 0 to 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
             ("beams", self.beams >= 1, "at least 1"),

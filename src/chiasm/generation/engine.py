@@ -26,10 +26,14 @@ from chiasm.generation.text import TextStream
 from chiasm.generation.ticket import Piece, Ticket
 from chiasm.language.adapter import vocabulary
 
-__all__ = ["Engine", "EngineStats", "Piece", "QueueFull", "Ticket"]
+__all__ = ["Closed", "Engine", "EngineStats", "Piece", "QueueFull", "Ticket"]
 
 TURN = 256
 """Tokens after which a request gives its place to one that waits."""
+
+
+class Closed(RuntimeError):
+    """The engine takes no more requests."""
 
 
 class QueueFull(RuntimeError):
@@ -109,12 +113,14 @@ class Engine:
         Raises:
             QueueFull: too many requests wait.
             ValueError: a conversation, picture or decoding that cannot be; the prompt is too long.
-            RuntimeError: the engine is closed.
+            Closed: the engine was closed, or has broken.
         """
         return self.submit_all(messages, images, [decoding])[0]
 
     def submit_all(self, messages: list[Message], images: list[Any], decodings: Sequence[Decoding]) -> list[Ticket]:
         """The same for several answers to one prompt, which is prepared once: all of them are in line, or none."""
+        if len(decodings) > (most := self.max_batch + self.max_waiting):
+            raise ValueError(f"{len(decodings)} answers to one prompt, expected at most the {most} that the line holds")
         for decoding in decodings:
             decoding.check()
             if decoding.beams > 1:
@@ -148,7 +154,7 @@ class Engine:
 
     def _admit(self, count: int) -> None:
         if self._closed:
-            raise RuntimeError("the engine is closed and takes no more requests")
+            raise Closed("the engine is closed and takes no more requests")
         waiting = sum(request.sequence is None for request in self._waiting)
         if waiting + count > self.max_waiting + self.max_batch - len(self._running):
             raise QueueFull(waiting, max(1.0, self._seconds * waiting / self.max_batch))
@@ -201,8 +207,9 @@ class Engine:
             if reading is not None:
                 self._read(reading)
             decoding = [request for request in self._running if not request.reading]
-            if decoding:
-                self._step(decoding)
+            for group in [decoding] if self.decoder.together else [[one] for one in decoding]:
+                if group:
+                    self._step(group)
 
     def _arrange(self) -> bool:
         """Waits for work, lets go who is cancelled, and fills free places; False when closed and empty."""
@@ -213,13 +220,21 @@ class Engine:
                     self._leave(request, "cancelled")
             wanted = len(self._waiting) - (self.max_batch - len(self._running))
             for request in [one for one in self._running if one.turn >= TURN][: max(wanted, 0)]:
-                self._running.remove(request)
-                self.decoder.park(request.sequence)
-                request.turn, request.parked = 0, True
-                self._waiting.append(request)
+                self._park(request)
             while self._waiting and len(self._running) < self.max_batch:
                 self._running.append(self._waiting.popleft())
             return bool(self._running) or not self._closed
+
+    def _park(self, request: Request) -> None:
+        """A request gives its place to another one, and stands behind it."""
+        try:
+            self.decoder.park(request.sequence)
+        except Exception as error:
+            self._leave(request, "error", error)
+            return
+        self._running.remove(request)
+        request.turn, request.parked = 0, True
+        self._waiting.append(request)
 
     def _read(self, request: Request) -> None:
         """The next piece of a prompt, and the first token of the answer behind the last one."""
@@ -275,6 +290,9 @@ class Engine:
                 if request in line:
                     line.remove(request)
         if request.sequence is not None:
-            self.decoder.end(request.sequence)
+            try:
+                self.decoder.end(request.sequence)
+            except Exception as error:
+                reason, failure = "error", failure or error
             self._seconds = 0.9 * self._seconds + 0.1 * (time.monotonic() - request.started)
         request.ticket.finish(reason, failure)

@@ -31,6 +31,8 @@ class OwnCache:
 class SequentialDecoder:
     """Steps of single requests through `model.forward`, for models whose requests cannot share one."""
 
+    together = False
+
     def __init__(self, model: FusionModel, pictures: PictureCache) -> None:
         self.model, self.pictures = model, pictures
         self.seq2seq = bool(model.config.is_encoder_decoder)

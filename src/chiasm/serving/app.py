@@ -14,7 +14,7 @@ from chiasm.serving.errors import RESPONSES, ApiError
 from chiasm.serving.fetch import Fetcher
 from chiasm.serving.gate import Gate
 from chiasm.serving.schema import Health, ModelCard, ModelList
-from chiasm.serving.served import ChatModel, Served, Shared
+from chiasm.serving.served import Served, Shared
 from chiasm.serving.settings import Settings
 
 PAGE = {
@@ -39,6 +39,7 @@ def create_app(models: Sequence[Served], settings: Settings, fetcher: Fetcher | 
         await asyncio.to_thread(shared.close)
 
     app = FastAPI(title="Chiasm", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.broken = shared.broken
     errors.install(app)
     for part in (chat, embeddings, attention):
         app.include_router(part.router(shared))
@@ -79,9 +80,8 @@ def _state(shared: Shared) -> APIRouter:
     @routes.get("/health", responses={503: RESPONSES[503]})
     async def health() -> Health:
         """Whether all models answer."""
-        for model in shared.models.values():
-            if isinstance(model, ChatModel) and not model.engine.alive:
-                raise ApiError(503, f"the engine of {model.name!r} has stopped; restart the server", code="stopped")
+        if (name := shared.broken()) is not None:
+            raise ApiError(503, f"the engine of {name!r} has stopped; restart the server", code="stopped")
         return Health(models=list(shared.models))
 
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}}

@@ -75,6 +75,10 @@ class LimitedRequest(Request):
             raise ApiError(
                 415, f"content-type {kind!r} is not read here; send application/json", code="unsupported_media_type"
             )
+        if (coding := self.headers.get("content-encoding", "identity").lower()) != "identity":
+            raise ApiError(
+                415, f"content-encoding {coding!r} is not read here; send plain JSON", code="unsupported_media_type"
+            )
 
     async def _read(self) -> bytes:
         limit, seen = self.limits.body_bytes, 0

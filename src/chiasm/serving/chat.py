@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.generation.decode import Decoding
-from chiasm.generation.engine import Piece, QueueFull, Ticket
+from chiasm.generation.engine import Closed, Piece, QueueFull, Ticket
 from chiasm.generation.text import Trim
 from chiasm.language.adapter import ContextError, context_length
 from chiasm.serving.body import Lease, lease_of, limited_route
@@ -97,10 +97,8 @@ class Answering:
             return await self.shared.in_thread(submit, abandoned=cancel)
         except QueueFull as error:
             raise overloaded(f"{error}", error.retry_after) from None
-        except RuntimeError as error:
-            if "closed" in str(error):
-                raise ApiError(503, "the server is stopping", code="stopping") from None
-            raise of_exception(error) from error
+        except Closed:
+            raise ApiError(503, "the server is stopping", code="stopping") from None
         except Exception as error:
             raise of_exception(error) from error
 
@@ -201,7 +199,7 @@ def decoding_of(body: ChatRequest, settings: Settings) -> dict[str, Any]:
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     if len(stop) > 4 or not all(stop) or any(len(one) > 256 for one in stop):
         raise ApiError(400, "stop is at most 4 texts of 1 to 256 characters.", param="stop", code="invalid_value")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs", code="invalid_value")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream to be true.", param="stream_options", code="invalid_value")
@@ -261,4 +259,4 @@ def _too_late() -> ApiError:
 
 
 def _sse(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"  # ASCII: some clients end lines at U+2028 too

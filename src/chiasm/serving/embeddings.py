@@ -62,7 +62,7 @@ def _items(body: EmbeddingRequest, most: int, characters: int) -> list[Item]:
     items = given if isinstance(given, list) else [given]
     if not items or any(item in ("", []) or isinstance(item, int) for item in items):
         raise ApiError(400, "input is a text, a picture, or a list of them; none is empty.", param="input")
-    texts = [item.text or "" if isinstance(item, Part) else item for item in items]
+    texts = [item.words if isinstance(item, Part) else item for item in items]
     if sum(map(len, texts)) > characters:
         raise ApiError(400, f"input has more than {characters:,} characters.", param="input")
     if len(items) > most:
@@ -82,7 +82,7 @@ def _text(model: EmbeddingModel, item: Any) -> str:
 
 def _url(part: Part, number: int) -> tuple[str | None, str | None]:
     image = image_of(part, f"input[{number}]")
-    return (part.text, None) if image is None else (None, image.url)
+    return (part.words, None) if image is None else (None, image.url)
 
 
 def _run(model: EmbeddingModel, texts: list[str], pictures: list[Any]) -> tuple[list[torch.Tensor], int]:

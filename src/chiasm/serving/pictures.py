@@ -13,17 +13,25 @@ from chiasm.vision.pictures import to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 BYTES_PER_PIXEL = 4
+JPEG = ("JPEG", "MPO")
+"""MPO is several of them in one file, of which the first is read."""
 SCAN, SCANS = b"\xff\xda", 100
 """Every scan of a progressive JPEG goes through the whole picture; encoders write about ten."""
+ESCAPED = {"%2B": "+", "%2b": "+", "%2F": "/", "%2f": "/", "%3D": "=", "%3d": "="}
+"""How a URL may write what base64 has beside letters and digits."""
 
 
 def from_data_url(url: str, param: str) -> bytes:
-    """The bytes of `data:image/...;base64,...`."""
+    """The bytes of `data:image/...;base64,...`; spaces, escapes and a missing `=` are as browsers read them."""
     head, comma, data = url.partition(",")
-    if not comma or not head.lower().startswith("data:") or not head.lower().endswith(";base64"):
+    kind = "".join(head.lower().split())
+    if not comma or not kind.startswith("data:") or not kind.endswith(";base64"):
         raise invalid("expected data:image/png;base64,... with the picture's bytes in base64", param)
+    for escape, letter in ESCAPED.items():
+        data = data.replace(escape, letter)
     try:
-        return base64.b64decode("".join(data.split()), validate=True)
+        letters = data.encode("ascii").translate(None, b" \t\n\f\r")
+        return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise invalid("its data is not base64", param) from None
 
@@ -35,7 +43,7 @@ def pixels(data: bytes, limits: Limits, param: str) -> int:
         ApiError: it is no picture, or has too many.
     """
     with _open(data, param) as picture:
-        (width, height), scans = picture.size, data.count(SCAN) if picture.format == "JPEG" else 1
+        (width, height), scans = picture.size, data.count(SCAN) if picture.format in JPEG else 1
     if scans > SCANS:
         raise invalid(f"its JPEG has {scans:,} scans, more than {SCANS}", param)
     if width * height > limits.pixels:

@@ -45,9 +45,9 @@ async def read_prompt(shared: Shared, model: ChatModel, given: list[ChatMessage]
 
 def _check_length(given: list[ChatMessage], most: int) -> None:
     """Refuses what no context holds before anything goes through its letters."""
-    contents = [message.content for message in given]
+    contents = [message.said or "" for message in given]
     texts = [text for text in contents if isinstance(text, str)]
-    texts += [part.text or "" for parts in contents if not isinstance(parts, str) for part in parts]
+    texts += [part.words for parts in contents if not isinstance(parts, str) for part in parts]
     if (length := sum(map(len, texts))) > most:
         message = f"a conversation of {length:,} characters is longer than the model's context; {most:,} could fit"
         raise ApiError(400, message, param="messages", code="context_length_exceeded")
@@ -55,24 +55,28 @@ def _check_length(given: list[ChatMessage], most: int) -> None:
 
 def _parts(message: ChatMessage, param: str, plain: "Plain") -> tuple[Any, list[tuple[str, str]]]:
     """A message's content for the chat template, and its pictures' addresses with their places in the request."""
-    if isinstance(message.content, str):
-        return plain(message.content), []
+    content = message.said
+    if content is None:
+        raise ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    if isinstance(content, str):
+        return plain(content), []
     parts: list[dict[str, str]] = []
     urls: list[tuple[str, str]] = []
-    for place, part in enumerate(message.content):
+    for place, part in enumerate(content):
         where = f"{param}[{place}]"
         if (image := image_of(part, where)) is not None:
             parts.append({"type": "image"})
             urls.append((image.url, f"{where}.image_url.url"))
         else:
-            parts.append({"type": "text", "text": plain(part.text or "")})
+            parts.append({"type": "text", "text": plain(part.words)})
     return parts, urls
 
 
 def image_of(part: Part, param: str) -> ImageUrl | None:
     """A part's picture; None for a text. Raises an ApiError where the part has not what its type says."""
-    value, other = (part.text, part.image_url) if part.type == "text" else (part.image_url, part.text)
-    if value is None or other is not None:
+    given: dict[str, Any] = {name: getattr(part, name) for name in ("text", "image_url", "refusal")}
+    value = given.pop(part.type)
+    if value is None or any(other is not None for other in given.values()):
         raise ApiError(
             400,
             f"Invalid value for '{param}': a part of type '{part.type}' has '{part.type}' and nothing else.",
@@ -109,6 +113,7 @@ async def read_pictures(shared: Shared, urls: list[tuple[str, str]], lease: Leas
             param=urls[limits.images][1],
             code="too_many_images",
         )
+    urls = [(url.strip(), param) for url, param in urls]
     fetched = [await _bytes(shared, url, param, lease) for url, param in urls]
     found = []
     for data, (url, param) in zip(fetched, urls, strict=True):

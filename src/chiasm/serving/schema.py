@@ -49,15 +49,21 @@ Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_whole)]
 
 class ImageUrl(Strict):
     url: str = Field(min_length=1, description="data:image/...;base64,... or, where the server allows it, http(s)")
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 class Part(Strict):
-    """`{"type": "text", "text": ...}` or `{"type": "image_url", "image_url": {"url": ...}}`."""
+    """`{"type": "text", "text": ...}` or `{"type": "image_url", "image_url": {"url": ...}}`; a refusal is a text."""
 
-    type: Literal["text", "image_url"]
+    type: Literal["text", "image_url", "refusal"]
     text: str | None = None
     image_url: ImageUrl | None = None
+    refusal: str | None = None
+    prompt_cache_breakpoint: Ignored = None
+
+    @property
+    def words(self) -> str:
+        return self.text or self.refusal or ""
 
 
 def _shape(*tags: tuple[type, str]) -> Any:
@@ -78,13 +84,18 @@ Content = Annotated[
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    content: Content | None = Field(None, description="of an assistant it may be missing")
     name: Ignored = None
-    refusal: Unused = None
+    refusal: str | None = Field(None, description="what an assistant said in place of content")
     annotations: Unused = None
     audio: Unused = None
     function_call: Unused = None
     tool_calls: Unused = None
+
+    @property
+    def said(self) -> str | list[Part] | None:
+        """Its content, of an assistant that refused its refusal; None where it should have content and has none."""
+        return (self.content or self.refusal or "") if self.role == "assistant" else self.content
 
 
 class StreamOptions(Strict):
@@ -118,7 +129,7 @@ class ChatRequest(Strict):
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1, description="0 takes the likeliest token")
     top_k: TopK | None = None
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
@@ -138,6 +149,7 @@ class ChatRequest(Strict):
     functions: Unused = None
     function_call: Unused = None
     audio: Unused = None
+    moderation: Unused = None
     prediction: Unused = None
     web_search_options: Unused = None
     modalities: Annotated[list[Literal["text"]], FIRST] | None = None
@@ -150,6 +162,7 @@ class ChatRequest(Strict):
     user: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
 
 

@@ -16,7 +16,7 @@ from chiasm.generation.decode import Decoding
 from chiasm.generation.engine import EngineStats, Ticket
 from chiasm.language.adapter import context_length
 from chiasm.serving.body import Budget
-from chiasm.serving.errors import ApiError
+from chiasm.serving.errors import ApiError, overloaded
 from chiasm.serving.fetch import Fetcher
 from chiasm.serving.metrics import Metrics
 from chiasm.serving.settings import Settings
@@ -81,7 +81,7 @@ class EmbeddingModel:
     name: str
     encoder: Embedding
     created: int = field(default_factory=lambda: int(time.time()))
-    turn: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    turn: "Turn" = field(default_factory=lambda: Turn())
 
     kind: ClassVar[Literal["embedding"]] = "embedding"
 
@@ -90,6 +90,13 @@ class EmbeddingModel:
 
 
 Served = ChatModel | EmbeddingModel
+
+
+class Turn:
+    """For what runs one after the other, and how much of it is in line."""
+
+    def __init__(self) -> None:
+        self.place, self.waiting = asyncio.Semaphore(1), 0
 
 
 class Shared:
@@ -107,7 +114,7 @@ class Shared:
         self.fetch = fetcher or Fetcher(limits.body_bytes, limits.fetch_seconds)
         self.metrics = Metrics({model.name: model.engine for model in models if isinstance(model, ChatModel)})
         self.turn = asyncio.Semaphore(limits.pending)
-        self.looking = asyncio.Semaphore(1)
+        self.looking = Turn()
         self._threads = ThreadPoolExecutor(limits.pending + 2, thread_name_prefix="chiasm-http")
 
     def chat_model(self, name: str) -> ChatModel:
@@ -134,6 +141,11 @@ class Shared:
             )
         return self.models[name]
 
+    def broken(self) -> str | None:
+        """The first model whose engine has stopped, if there is one."""
+        chatting = (model for model in self.models.values() if isinstance(model, ChatModel))
+        return next((model.name for model in chatting if not model.engine.alive), None)
+
     async def in_thread(
         self, function: Callable[..., T], *args: Any, abandoned: Callable[[T], object] | None = None
     ) -> T:
@@ -150,16 +162,26 @@ class Shared:
                 future.add_done_callback(lambda done: _give(done, abandoned))
             raise
 
-    async def in_turn(self, turn: asyncio.Semaphore, function: Callable[..., T], *args: Any) -> T:
-        """The same when its turn has come, which lasts until it has ended, also where nobody waits for it any more."""
+    async def in_turn(self, turn: Turn, function: Callable[..., T], *args: Any) -> T:
+        """The same when its turn has come, which lasts until it has ended, also where nobody waits for it any more.
+
+        Raises:
+            ApiError: too many are in line.
+        """
         loop = asyncio.get_running_loop()
-        await turn.acquire()
+        if turn.waiting >= self.settings.limits.line:
+            raise overloaded(f"{turn.waiting} requests are waiting already; try again")
+        turn.waiting += 1
+        try:
+            await turn.place.acquire()
+        finally:
+            turn.waiting -= 1
         try:
             future = self._threads.submit(function, *args)
         except BaseException:
-            turn.release()
+            turn.place.release()
             raise
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(turn.release))
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(turn.place.release))
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:

@@ -17,6 +17,10 @@ from chiasm.serving.settings import Limits
 KEEP_ALIVE_SECONDS = 30
 
 
+class EngineBroken(RuntimeError):
+    """A model's engine has stopped by itself, and the server with it."""
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket at an address; port 0 is any free one.
 
@@ -41,11 +45,17 @@ def run(app: FastAPI, listening: socket.socket, limits: Limits, ready: Callable[
 
     Args:
         ready: called as soon as requests are answered.
+
+    Raises:
+        EngineBroken: a model can answer no more; whoever watches over the process starts it anew.
     """
-    server(app, limits, ready).run(sockets=[listening])
+    serving = server(app, limits, ready)
+    serving.run(sockets=[listening])
+    if serving.broken is not None:
+        raise EngineBroken(f"the engine of {serving.broken!r} has broken, so the server has ended; the log says why")
 
 
-def server(app: FastAPI, limits: Limits, ready: Callable[[], None] | None = None) -> uvicorn.Server:
+def server(app: FastAPI, limits: Limits, ready: Callable[[], None] | None = None) -> "Server":
     """uvicorn, with these limits."""
     config = uvicorn.Config(
         app,
@@ -60,13 +70,28 @@ def server(app: FastAPI, limits: Limits, ready: Callable[[], None] | None = None
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=limits.shutdown_seconds,
     )
-    return _Server(config, ready)
+    return Server(config, app.state.broken, ready)
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None] | None) -> None:
+class Server(uvicorn.Server):
+    """uvicorn that also ends when a model can answer no more.
+
+    Attributes:
+        broken: the model's name, where that was the end.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, find_broken: Callable[[], str | None], ready: Callable[[], None] | None
+    ) -> None:
         super().__init__(config)
-        self._ready = ready
+        self.broken: str | None = None
+        self._find_broken, self._ready = find_broken, ready
+
+    async def on_tick(self, counter: int) -> bool:
+        ends = await super().on_tick(counter)
+        if not ends:
+            self.broken = self._find_broken()
+        return ends or self.broken is not None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -97,7 +122,7 @@ def patient(limits: Limits) -> type[asyncio.Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            if self.conn.their_state is h11.IDLE:
+            if self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE:  # or a body that nobody reads
                 self._wait_for_head()
             else:
                 _stop(self._timer)

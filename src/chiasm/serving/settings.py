@@ -28,6 +28,7 @@ class Limits:
         fetch_seconds: for a picture from another server.
         shutdown_seconds: for what still runs when the server is asked to stop.
         connections: open at once.
+        line: embedding requests of a model, and looks at answers, that wait for the one that runs.
         pending: requests that are read and prepared at once; more wait.
     """
 
@@ -52,6 +53,7 @@ class Limits:
     fetch_seconds: float = 10
     shutdown_seconds: int = 120
     connections: int = 512
+    line: int = 64
     pending: int = 4
 
 
