@@ -234,7 +234,7 @@ RECIPE = ["train", "RECIPE", "--model", "MODEL", "--data", "DATA", "-o", "OUT"]
         ([*PARTS, "--features", '{"grid": "x"}'], "grid is 'x', expected a whole number above 0"),
         ([*PARTS, "--image-size", "-3"], "image_size is -3, expected a whole number above 0"),
         ([*PARTS, "--image-size", "100000"], "image_size is 100000, expected at most 4096 pixels a side"),
-        ([*PARTS, "--language", "VISION"], "'clip_vision_model', which is no causal language model"),
+        ([*PARTS, "--language", "VISION"], "'clip_vision_model', which is no language model that answers"),
         ([*PARTS, "--language", "BROKEN"], "damaged or cut off"),
         ([*PARTS, "--vision", "BROKEN"], "damaged or cut off"),
         (["inspect", "BROKEN"], "damaged or cut off"),
