@@ -202,6 +202,9 @@ def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
             ["train", "llava", "--model", "MODEL", "--plan-only", "--validation-data", "DATA"],
             "goes with --data; without",
         ),
+        (["chat", "NOWHERE", "PICTURE", "-p", ""], "-p is '', expected words; write a question, or leave -p out"),
+        (["search", "NOWHERE", " "], "the text is ' ', expected words; say what to look for"),
+        (["draw", "NOWHERE", "", "-o", "a.png"], "the prompt is '', expected words; say what to draw"),
         (["frobnicate"], "No such command"),
     ],
 )
