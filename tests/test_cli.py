@@ -202,6 +202,9 @@ def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
             ["train", "llava", "--model", "MODEL", "--plan-only", "--validation-data", "DATA"],
             "goes with --data; without",
         ),
+        (["chat", "NOWHERE", "PICTURE", "-p", ""], "-p is '', expected words; write a question, or leave -p out"),
+        (["search", "NOWHERE", " "], "the text is ' ', expected words; say what to look for"),
+        (["draw", "NOWHERE", "", "-o", "a.png"], "the prompt is '', expected words; say what to draw"),
         (["frobnicate"], "No such command"),
     ],
 )
@@ -234,7 +237,7 @@ RECIPE = ["train", "RECIPE", "--model", "MODEL", "--data", "DATA", "-o", "OUT"]
         ([*PARTS, "--features", '{"grid": "x"}'], "grid is 'x', expected a whole number above 0"),
         ([*PARTS, "--image-size", "-3"], "image_size is -3, expected a whole number above 0"),
         ([*PARTS, "--image-size", "100000"], "image_size is 100000, expected at most 4096 pixels a side"),
-        ([*PARTS, "--language", "VISION"], "'clip_vision_model', which is no causal language model"),
+        ([*PARTS, "--language", "VISION"], "'clip_vision_model', which is no language model that answers"),
         ([*PARTS, "--language", "BROKEN"], "damaged or cut off"),
         ([*PARTS, "--vision", "BROKEN"], "damaged or cut off"),
         (["inspect", "BROKEN"], "damaged or cut off"),

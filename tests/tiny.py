@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import (
-    AutoModelForCausalLM,
+    BartConfig,
     BertConfig,
     BertModel,
     CLIPVisionConfig,
@@ -23,8 +23,10 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
     SiglipVisionModel,
+    T5Config,
 )
 
+from chiasm.language.adapter import build_language
 from chiasm.language.byte_tokenizer import CHATML, plain_byte_tokenizer
 
 
@@ -46,22 +48,32 @@ def _language_config(family: str) -> PreTrainedConfig:
         "num_key_value_heads": 2,
         "max_position_embeddings": 1024,
     }
+    pair = {
+        f"{half}_{name}": value
+        for half in ("encoder", "decoder")
+        for name, value in (("layers", 2), ("ffn_dim", 52), ("attention_heads", 6))
+    }
     configs = {
         "llama": lambda: LlamaConfig(**decoder, tie_word_embeddings=False),
         "qwen2": lambda: Qwen2Config(**decoder, tie_word_embeddings=True),
         "gemma3": lambda: Gemma3TextConfig(**decoder, head_dim=10, sliding_window=8),
         "gpt2": lambda: GPT2Config(**common, n_embd=36, n_layer=3, n_head=6, n_positions=1024),
+        "t5": lambda: T5Config(
+            **common, d_model=36, d_ff=52, d_kv=7, num_layers=2, num_heads=5, decoder_start_token_id=258
+        ),
+        "bart": lambda: BartConfig(**common, **pair, d_model=36, decoder_start_token_id=257, forced_eos_token_id=None),
     }
     return configs[family]()
 
 
 LANGUAGE_FAMILIES = ("llama", "qwen2", "gemma3", "gpt2")
+ENCODER_DECODERS = ("t5", "bart")
 
 
 def language(family: str = "llama", seed: int = 0) -> PreTrainedModel:
-    """A causal language model with three layers, width 36 and a vocabulary of 261."""
+    """A language model with two or three layers, width 36 and a vocabulary of 261."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(_language_config(family)).eval()
+    return build_language(_language_config(family)).eval()
 
 
 def bert(seed: int = 2) -> PreTrainedModel:

@@ -25,6 +25,7 @@ from chiasm.generation.draw import Brush, draw
 from chiasm.interop.loaders import LOADERS, RETRIEVAL_LOADERS
 from chiasm.sources.errors import readable_weights
 from chiasm.sources.files import find_file
+from chiasm.sources.writing import model_folder
 from chiasm.training.card import write_card
 from chiasm.training.precision import choose_dtype
 
@@ -133,11 +134,17 @@ class VLM:
         return self
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Writes weights (safetensors), configuration, processor files and a model card."""
-        self.model.save_pretrained(folder, **kwargs)
-        if self._processor is not None:
-            self._processor.save_pretrained(folder)
-        write_card(Path(folder), self.model)
+        """Writes weights (safetensors), configuration, processor files and a model card, all or nothing.
+
+        A model that is in the folder already stays whole until the new one is.
+        """
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(folder).resolve().name)
+        with model_folder(folder) as place:
+            self.model.save_pretrained(place, **kwargs)
+            if self._processor is not None:
+                self._processor.save_pretrained(place)
+            write_card(place, self.model)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, dtype: torch.dtype | str = "auto") -> "VLM":
@@ -230,6 +237,7 @@ def _check_agreement(model: FusionModel, processor: ChiasmProcessor) -> None:
         "num_image_tokens": (model.num_image_tokens, processor.num_image_tokens),
         "image_token_id": (model.config.image_token_id, processor.image_token_id),
         "regions": (model.config.regions, processor.regions and list(processor.regions)),
+        "encoder_decoder": (model.config.is_encoder_decoder, processor.encoder_decoder),
         "reads_instruction": (model.reads_instruction, isinstance(processor, InstructionProcessor)),
     }
     for name, (ours, theirs) in pairs.items():

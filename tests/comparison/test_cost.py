@@ -4,18 +4,21 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Siglip2VisionConfig, Siglip2VisionModel, T5Config
+from transformers import AutoConfig, Siglip2VisionConfig, Siglip2VisionModel
 from transformers.modeling_outputs import BaseModelOutput
 
 import chiasm
 import tiny
-from chiasm.comparison.cost import encode_flops
-from chiasm.comparison.describe import describe
+from chiasm.comparison.cost import cost, encode_flops
+from chiasm.comparison.describe import describe, print_description
+from chiasm.comparison.seq2seq_cost import BART_SHAPED, T5_SHAPED, UnknownCostError
 from chiasm.connectors import CONNECTORS
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early_seq2seq import EarlySeq2SeqModel
+from chiasm.language.adapter import build_language
 from chiasm.vision.encoder import load_vision
 
 
@@ -111,11 +114,38 @@ def test_description_is_complete() -> None:
         vlm.cost(images=-1)
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_encoder_decoder(gated: bool) -> None:
+T5_SIZES = {"d_model": 36, "d_ff": 52, "d_kv": 7, "num_heads": 5, "num_layers": 2, "num_decoder_layers": 3}
+BART_SIZES: dict[str, int] = {"d_model": 36, "encoder_layers": 2, "decoder_layers": 3}
+BART_SIZES |= {f"{half}_ffn_dim": 52 for half in ("encoder", "decoder")}
+BART_SIZES |= {f"{half}_attention_heads": 6 for half in ("encoder", "decoder")}
+ENCODER_DECODERS = {
+    **{kind: T5_SIZES | {"feed_forward_proj": "gated-gelu"} for kind in T5_SHAPED},
+    **dict.fromkeys(BART_SHAPED, BART_SIZES),
+    "t5": T5_SIZES,
+}
+
+
+def of_kind(kind: str, sizes: dict[str, Any]) -> Any:
+    marks = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+    return AutoConfig.for_model(kind, vocab_size=262, max_position_embeddings=99, **marks, **sizes)
+
+
+def test_an_encoder_decoder_of_unknown_cost_is_still_described() -> None:
+    sizes = {**BART_SIZES, "max_encoder_position_embeddings": 64, "attention_window": 4}
+    language = build_language(of_kind("led", sizes)).eval()
+    model = chiasm.connect(tiny.vision(), language, tokenizer=tiny.tokenizer()).model
+    with pytest.raises(UnknownCostError, match="the cost of a 'led' encoder-decoder is not known; known: mt5, t5"):
+        cost(model)
+    facts = describe(model)
+    assert facts["cost"] is None and facts["parts"]["language"]["kind"] == "led"
+    print_description(facts, console := Console(record=True))
+    assert "what a prompt costs is not known of led" in console.export_text()
+
+
+@pytest.mark.parametrize("kind", ENCODER_DECODERS)
+def test_encoder_decoder(kind: str) -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 262, "d_model": 36, "d_ff": 52, "d_kv": 7, "num_heads": 5, "num_layers": 2}
-    text = T5Config(**sizes, num_decoder_layers=3, feed_forward_proj="gated-gelu" if gated else "relu")
+    text = of_kind(kind, ENCODER_DECODERS[kind])
     vision = load_vision(tiny.vision())
     config = ChiasmConfig(
         vision_config=vision.model.config.to_dict(),

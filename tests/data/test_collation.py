@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 
 import tiny
-from chiasm.data.collation import Item, collate, encode_sample, load_pixels, num_supervised
-from chiasm.data.processor import IGNORE, ChiasmProcessor
+from chiasm.data.collation import Item, collate, encode_sample, load_pixels
+from chiasm.data.labels import IGNORE, num_predicted
+from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import ImageRef, Sample, SampleError
 from chiasm.vision.image_processor import ChiasmImageProcessor
 
@@ -53,7 +54,7 @@ def test_a_long_text_is_cut_at_its_end(processor: ChiasmProcessor) -> None:
     whole = encode_sample(sample(answer="a" * 50), processor)
     cut = encode_sample(sample(answer="a" * 50), processor, max_length=len(whole["input_ids"]) - 10)
     assert cut["input_ids"] == whole["input_ids"][:-10] and cut["labels"] == whole["labels"][:-10]
-    assert num_supervised(cut["labels"]) > 0
+    assert num_predicted(cut["labels"], False) > 0
 
 
 def test_a_picture_is_never_cut_and_supervision_never_lost(processor: ChiasmProcessor) -> None:

@@ -9,7 +9,8 @@ from PIL import Image
 import chiasm
 import tiny
 from chiasm.data.chat import LEAN_TEMPLATE, render
-from chiasm.data.processor import IGNORE, ChiasmProcessor
+from chiasm.data.labels import IGNORE
+from chiasm.data.processor import ChiasmProcessor
 from chiasm.vision.image_processor import ChiasmImageProcessor
 
 LLAMA2 = (

@@ -207,3 +207,17 @@ def test_pictures_and_texts_are_scored_saved_and_loaded(tmp_path: Path) -> None:
         dual.match(images, words)
     dual.save_pretrained(tmp_path)
     assert torch.equal(chiasm.load(tmp_path).score(images, words), scores)
+
+
+def test_the_table_of_words_can_be_given() -> None:
+    """A plain one keeps the [DEC] token; one of another size does not fit the head."""
+    model, (ids, mask) = retrieval(), texts()
+    old = model.get_input_embeddings()
+    table = torch.nn.Embedding(*old.weight.shape)
+    model.set_input_embeddings(table)
+    assert model.get_input_embeddings().weight is table.weight
+    assert model.connector.words.decoder is old.decoder and model.connector.decoder_token_id == VOCABULARY
+    model.embed_texts(ids, mask).sum().backward()
+    assert table.weight.grad is not None and table.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match=r"a table of words of \(260, 24\), got \(9, 24\); another vocabulary"):
+        model.set_input_embeddings(torch.nn.Embedding(9, 24))

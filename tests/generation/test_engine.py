@@ -113,7 +113,7 @@ def test_an_encoder_decoder_answers_too(tmp_path: Path) -> None:
         torch.nn.init.normal_(parameter, std=0.2)
     made.save_pretrained(tmp_path)
     processor = connect().processor
-    processor.num_image_tokens = 5
+    processor.num_image_tokens, processor.encoder_decoder = 5, True
     contracts.check_engine_equals_generate(chiasm.VLM(chiasm.load(tmp_path).model, processor), kind=SequentialDecoder)
 
 

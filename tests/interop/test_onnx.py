@@ -1,5 +1,6 @@
 """ONNX graphs give the logits and the greedy tokens of the model."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ def test_logits_and_tokens_of_a_padded_batch(vision: str, language: str, connect
     from chiasm.interop.onnx_model import OnnxModel
 
     vlm = chiasm.connect(tiny.vision(vision), tiny.language(language), connector, tokenizer=tiny.tokenizer())
-    done = convert(vlm.model, vlm.processor, "onnx", tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        done = convert(vlm.model, vlm.processor, "onnx", tmp_path)
+        warnings.warn("The axis name: of someone else", UserWarning, stacklevel=1)
+    assert [str(one.message) for one in told if "LeafSpec" in str(one.message) or "axis name" in str(one.message)] == [
+        "The axis name: of someone else"
+    ]
     assert done.difference is not None and done.difference < 1e-3
     graphs = OnnxModel(tmp_path)
     pictures = [[tiny.picture(1)], [tiny.picture(2), tiny.picture(3)]]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chiasm.sources.writing import naming_full_disk, new_folder
+from chiasm.sources.writing import model_folder, naming_full_disk, new_folder
 
 
 def empty(tmp_path: Path) -> Path:
@@ -82,3 +82,63 @@ def test_a_full_disk_is_told_with_its_place(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(FileNotFoundError, match="other"), naming_full_disk(tmp_path):
         raise FileNotFoundError("other")
+
+
+def model(folder: Path, text: str, *more: str) -> None:
+    for name in ("config.json", "model.safetensors", *more):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_model_takes_the_place_of_an_older_one(
+    place: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that are not the model's stay, weights that no longer are go."""
+    monkeypatch.chdir(tmp_path)
+    output: Path = place(tmp_path)  # type: ignore[operator]
+    shards = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    with model_folder(output) as folder:
+        model(folder, "old", "words/tokenizer.json", *shards)
+        assert not (output / "config.json").exists()
+    (output / "notes.txt").write_text("mine")
+    with model_folder(output) as folder:
+        model(folder, "new", "words/tokenizer.json")
+        assert files(output)["config.json"] == "old"
+    names = ("config.json", "model.safetensors", "words/tokenizer.json")
+    assert files(output) == dict.fromkeys(names, "new") | {"notes.txt": "mine"}
+    with pytest.raises(RuntimeError), model_folder(output) as folder:
+        model(folder, "half")
+        raise RuntimeError
+    assert files(output) == dict.fromkeys(names, "new") | {"notes.txt": "mine"}
+    with pytest.raises(NotADirectoryError, match=r"notes\.txt is a file; name a folder"):
+        model_folder(output / "notes.txt").__enter__()
+
+
+@pytest.mark.parametrize("dies_at", range(4))
+def test_a_kill_while_files_change_places_leaves_nothing_that_loads_by_halves(
+    dies_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model(tmp_path, "old", "tokenizer.json")
+    moved, move = [], Path.replace
+
+    def dying(self: Path, target: Path) -> Path:
+        if len(moved) == dies_at:
+            raise KeyboardInterrupt
+        moved.append(target)
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", dying)
+    try:
+        with model_folder(tmp_path) as folder:
+            model(folder, "new", "tokenizer.json")
+    except KeyboardInterrupt:
+        assert not (tmp_path / "config.json").exists()
+        kept = [path for path, text in files(tmp_path).items() if text == "new"]
+        assert sorted(Path(path).name for path in kept) == ["config.json", "model.safetensors", "tokenizer.json"]
+    else:
+        assert set(files(tmp_path).values()) == {"new"}

@@ -68,6 +68,12 @@ def require_picture_name(path: Path, option: str) -> None:
         raise ValueError(f"{option} {str(path)!r} is no picture's name; it ends in .{', .'.join(PICTURES)}")
 
 
+def require_words(text: str, option: str, fix: str) -> None:
+    """Refuses a text without words, before a model is loaded for it."""
+    if not text.strip():
+        raise ValueError(f"{option} is {text!r}, expected words; {fix}")
+
+
 def argument(path: str | Path) -> str:
     """A path as one would type it in a shell, for a line with markup."""
     return escape(shlex.quote(str(path)))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from chiasm.cli.app import Json, Model, app, emit, example, out, require_picture_name
+from chiasm.cli.app import Json, Model, app, emit, example, out, require_picture_name, require_words
 
 
 @app.command(epilog=example("chiasm chat models/mine cat.jpg -p 'What is this?'"))
@@ -29,6 +29,8 @@ def chat(
     from chiasm.terminal import printable
     from chiasm.vlm import load_vlm, ready_to_answer
 
+    if prompt is not None:
+        require_words(prompt, "-p", "write a question, or leave -p out for a conversation")
     if show_attention is not None:
         require_picture_name(show_attention, "--show-attention")
     examples = [_example(text) for text in solved]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from chiasm.cli.app import Json, Model, app, emit, example, out, require_picture_name
+from chiasm.cli.app import Json, Model, app, emit, example, out, require_picture_name, require_words
 
 
 @app.command(epilog=example("chiasm draw runs/unified/model 'two red apples' -o apples.png"))
@@ -23,6 +23,7 @@ def draw(
     """Draw a picture with a unified model whose pictures are codes."""
     from chiasm.vlm import load_vlm, ready_to_answer
 
+    require_words(prompt, "the prompt", "say what to draw")
     require_picture_name(output, "-o")
     picture = ready_to_answer(load_vlm(model)).draw(
         prompt, temperature=temperature, top_k=top_k, guidance=guidance, seed=seed

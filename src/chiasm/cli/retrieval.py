@@ -7,7 +7,18 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from chiasm.cli.app import Json, app, argument, emit, err, example, names_a_picture, out, require_picture_name
+from chiasm.cli.app import (
+    Json,
+    app,
+    argument,
+    emit,
+    err,
+    example,
+    names_a_picture,
+    out,
+    require_picture_name,
+    require_words,
+)
 
 Conditions = Annotated[
     list[str], typer.Option("--where", help="Only pictures with this metadata: colour=red, 'year>=2020', 'tag in a,b'.")
@@ -108,6 +119,8 @@ def search(
 
     if (query is None) == (image is None):
         raise ValueError("give a text or --image, one of them")
+    if query is not None:
+        require_words(query, "the text", "say what to look for, or search by a picture with --image")
     if query is not None and names_a_picture(Path(query)) and os.path.isfile(query):
         raise ValueError(f"{query!r} is a file, not a text; search by the picture with --image {query}")
     if exclude_self and image is None:

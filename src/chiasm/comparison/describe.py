@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chiasm.comparison.cost import cost, parts
+from chiasm.comparison.seq2seq_cost import UnknownCostError
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
@@ -20,7 +21,7 @@ def describe(
         return _describe_late(model)
     if isinstance(model, QFormerRetrieval):
         return _describe_retrieval(model)
-    config, costs = model.config, cost(model, images=images, text_tokens=text_tokens)
+    config = model.config
     positioned = isinstance(model, PositionedModel)
     rows, columns = model.vision.grid
     kinds = {
@@ -41,8 +42,15 @@ def describe(
         "tokens_per_image": rows * columns if positioned else model.connector.num_tokens,
         "adapters": config.adapters or {},
         "prompt": {"images": images, "text_tokens": text_tokens},
-        "cost": costs.to_dict(),
+        "cost": _cost(model, images, text_tokens),
     }
+
+
+def _cost(model: FusionModel, images: int, text_tokens: int) -> dict[str, Any] | None:
+    try:
+        return cost(model, images=images, text_tokens=text_tokens).to_dict()
+    except UnknownCostError:
+        return None
 
 
 def _describe_late(model: LateFusionModel) -> dict[str, Any]:
@@ -125,6 +133,9 @@ def print_description(description: dict[str, Any], console: Console) -> None:
     console.print(
         f"{height}×{width} pixels → {description['patches']} patches → {description['tokens_per_image']} visual tokens"
     )
+    if costs is None:
+        console.print(f"what a prompt costs is not known of {description['parts']['language']['kind']}")
+        return
     console.print(
         f"a prompt with {prompt['images']} picture(s) and {prompt['text_tokens']} text tokens: "
         f"encode {costs['encode_flops'] / 1e9:.2f}, connect {costs['connect_flops'] / 1e9:.3f}, "

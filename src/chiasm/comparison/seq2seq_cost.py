@@ -1,4 +1,4 @@
-"""What an encoder–decoder language model of T5's shape costs, in closed form (arXiv 1910.10683)."""
+"""What an encoder–decoder language model of T5's (arXiv 1910.10683) or BART's shape costs, in closed form."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +7,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 T5_SHAPED = ("mt5", "t5", "umt5")
+BART_SHAPED = ("bart", "blenderbot", "m2m_100", "marian", "mbart", "pegasus")
+
+
+class UnknownCostError(ValueError):
+    """A language model whose cost has no closed form here."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +33,27 @@ def seq2seq_cost(language: PreTrainedModel, sequence: int) -> LanguageCost:
     """The cost of a prompt of `sequence` tokens, placeholders included.
 
     Raises:
-        ValueError: the language model has another shape.
+        UnknownCostError: the language model has another shape.
     """
     config: Any = language.config
-    if config.model_type not in T5_SHAPED:
-        raise ValueError(f"the cost of a {config.model_type!r} encoder-decoder is not known; known: {T5_SHAPED}")
-    inner = config.num_heads * config.d_kv
-    depth = config.num_decoder_layers
-    once = sum(_elements(block.layer[1].EncDecAttention, ("k", "v")) for block in language.get_decoder().block)
-    each = _elements(language.get_decoder().block) - once
+    if config.model_type in T5_SHAPED:
+        encoder_blocks, blocks = language.get_encoder().block, language.get_decoder().block
+        inner = config.num_heads * config.d_kv
+        once = sum(_elements(block.layer[1].EncDecAttention, ("k", "v")) for block in blocks)
+    elif config.model_type in BART_SHAPED:
+        encoder_blocks, blocks = language.get_encoder().layers, language.get_decoder().layers
+        inner = config.d_model
+        once = sum(_elements(block.encoder_attn, ("k_proj", "v_proj")) for block in blocks)
+    else:
+        known = ", ".join(T5_SHAPED + BART_SHAPED)
+        raise UnknownCostError(f"the cost of a {config.model_type!r} encoder-decoder is not known; known: {known}")
+    depth, each = len(blocks), _elements(blocks) - once
     head = language.get_output_embeddings().weight.numel()
 
     def token(context: int) -> int:
         return 2 * (each + head) + 4 * inner * depth * (context + sequence)
 
-    encoder = 2 * sequence * _elements(language.get_encoder().block) + 4 * inner * config.num_layers * sequence**2
+    encoder = 2 * sequence * _elements(encoder_blocks) + 4 * inner * len(encoder_blocks) * sequence**2
     per_token = 2 * depth * inner * language.dtype.itemsize
     return LanguageCost(
         prefill_flops=encoder + 2 * sequence * once + token(1),

@@ -52,9 +52,10 @@ def connect(
 
     Args:
         vision: hub id, local folder, alias, or a loaded transformers vision model.
-        language: hub id, local folder, alias, or a loaded causal language model; by default `DEFAULT_LANGUAGE`. For
-            late fusion any text encoder or causal language model, by default `DEFAULT_TEXT`. For unified fusion also a
-            dictionary with the sizes of a decoder that starts from nothing (fields of `UnifiedDecoderConfig`).
+        language: hub id, local folder, alias, or a loaded language model, by default `DEFAULT_LANGUAGE`: a causal one,
+            or for early fusion an encoder–decoder (T5, BART). For late fusion any text encoder or causal language
+            model, by default `DEFAULT_TEXT`. For unified fusion also a dictionary with the sizes of a decoder that
+            starts from nothing (fields of `UnifiedDecoderConfig`).
         connector: a name of `chiasm.connectors.CONNECTORS` (docs/new_connector.md adds yours), or
             `{"name": ..., option: ...}`; `mlp` where nothing says otherwise. A `qformer` may have `init_from`, a
             BERT-shaped encoder, and `tokenizer`, which reads the instruction. For late fusion

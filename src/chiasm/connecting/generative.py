@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from chiasm.data.chat import ENCODER_DECODER_TEMPLATE
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.build import build_fusion
@@ -46,9 +47,11 @@ def connect_generative(
     processor = None
     image_token_id = language_model.config.get_text_config().vocab_size
     if words is not None:
-        words.chat_template = chat_template or words.chat_template
+        pair = language_model.config.is_encoder_decoder
+        words.chat_template = chat_template or words.chat_template or (ENCODER_DECODER_TEMPLATE if pair else None)
         pictures = image_processor or image_processor_for(vision, encoder, resize_mode=resize_mode)
-        processor = start.processor(pictures, words, token_types=attention == "prefix", regions=regions)
+        options = {"token_types": attention == "prefix", "regions": regions, "encoder_decoder": pair}
+        processor = start.processor(pictures, words, **options)
         image_token_id = processor.image_token_id
     new: dict[str, Any] = {"patch_positions": patch_positions, "seed": seed, "cross_attention": cross_attention}
     new |= {"attention": attention, "regions": regions, "initialise": start.initialise if start.encoder else None}

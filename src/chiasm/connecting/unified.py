@@ -9,7 +9,7 @@ from chiasm.data.unified import UnifiedProcessor
 from chiasm.fusion.unified import UnifiedModel
 from chiasm.fusion.unified_build import build_unified
 from chiasm.generation.decode import stop_at_end_of_turn
-from chiasm.language.adapter import load_language
+from chiasm.language.adapter import load_language, require_causal
 from chiasm.language.byte_tokenizer import byte_tokenizer
 
 
@@ -32,6 +32,7 @@ def connect_unified(
         tokenizer = tokenizer or byte_tokenizer()
     else:
         language = load_language(language, dtype=dtype)
+        require_causal(language, "fusion 'unified'")
     if tokenizer is not None:
         tokenizer.chat_template = chat_template or tokenizer.chat_template
     model, processor = build_unified(

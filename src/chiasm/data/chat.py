@@ -26,6 +26,12 @@ LEAN_TEMPLATE = (
     "{% endfor %}"
 )
 """A question, a line break, an answer. The language model's own marks are about half of every short turn."""
+
+ENCODER_DECODER_TEMPLATE = (
+    "{% for message in messages %}{{ ('' if loop.first else '\n') + message['content'] }}{% endfor %}{{ eos_token }}"
+)
+"""For encoder–decoders without a chat template: a prompt ends as the texts do that their encoders were trained on."""
+
 TEMPLATES = {"plain": PLAIN_TEMPLATE, "lean": LEAN_TEMPLATE}
 """Chat templates that have a name."""
 

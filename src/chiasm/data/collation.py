@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from chiasm.data.labels import num_predicted
 from chiasm.data.pixels import keeps_sizes
-from chiasm.data.processor import IGNORE, ChiasmProcessor
+from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import ImageError, ImageRef, Problem, Sample, SampleError
 
 
@@ -51,11 +52,14 @@ def encode_sample(sample: Sample, processor: ChiasmProcessor, max_length: int | 
     ids = tokens["input_ids"]
     if max_length is not None and len(ids) > max_length:
         lost = ids[max_length:].count(processor.image_token_id)
-        if lost:
-            reason = f"{len(ids)} tokens, at most {max_length} are allowed, and {lost} of those beyond are a picture's"
+        if lost or processor.encoder_decoder:
+            whose = f"{lost} of those beyond are a picture's" if lost else "all of them are the prompt's"
+            reason = f"{len(ids)} tokens, at most {max_length} are allowed, and {whose}"
             raise SampleError(sample.id, [Problem("too long", reason)])
         tokens = {name: values[:max_length] for name, values in tokens.items()}
-    if num_supervised(tokens["labels"]) == 0:
+    if processor.encoder_decoder:
+        tokens["labels"] = tokens["labels"][:max_length]
+    if num_predicted(tokens["labels"], processor.encoder_decoder) == 0:
         reason = f"none of its {len(ids)} tokens is supervised" + (
             f" after it was cut to {max_length}" if len(tokens["labels"]) < len(ids) else ""
         )
@@ -100,7 +104,7 @@ def collate(items: Sequence[Item], processor: ChiasmProcessor) -> Batch:
     return Batch(
         inputs=processor.pad([item.tokens for item in items], side="right") | stack_pictures(items),
         ids=[item.id for item in items],
-        supervised=sum(num_supervised(item.tokens["labels"]) for item in items),
+        supervised=sum(num_predicted(item.tokens["labels"], processor.encoder_decoder) for item in items),
         tokens=sum(len(item.tokens["input_ids"]) for item in items),
     )
 
@@ -110,11 +114,6 @@ def stack_pictures(items: Sequence[Item]) -> dict[str, Tensor]:
     pictures = [item.pictures for item in items if item.pictures is not None]
     name = "image_features" if any(item.encoded for item in items) else "pixel_values"
     return {name: torch.cat(pictures)} if pictures else {}
-
-
-def num_supervised(labels: list[int]) -> int:
-    """Tokens that are predicted: the first of a sequence never is."""
-    return sum(label != IGNORE for label in labels[1:])
 
 
 class Collator:

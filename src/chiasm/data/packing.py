@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from chiasm.data.collation import Batch, Item, num_supervised, stack_pictures
-from chiasm.data.processor import IGNORE, ChiasmProcessor
+from chiasm.data.collation import Batch, Item, stack_pictures
+from chiasm.data.labels import IGNORE, num_predicted
+from chiasm.data.processor import ChiasmProcessor
 
 ROOM = 512
 """A sequence is filled up to so many tokens, or to the longest sample of the batch where that is longer."""
@@ -51,6 +52,6 @@ def collate_packed(items: Sequence[Item], processor: ChiasmProcessor, room: int 
     return Batch(
         inputs=inputs | stack_pictures(order),
         ids=[item.id for item in order],
-        supervised=sum(num_supervised(item.tokens["labels"]) for item in order),
+        supervised=sum(num_predicted(item.tokens["labels"], processor.encoder_decoder) for item in order),
         tokens=sum(lengths),
     )

@@ -7,6 +7,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from chiasm.data.chat import IMAGE_TOKEN, Message, apart, count_images, render
+from chiasm.data.labels import IGNORE, last_answer
 from chiasm.data.pixels import keeps_sizes, read_pixels
 from chiasm.data.placeholders import (
     Placeholders,
@@ -19,8 +20,6 @@ from chiasm.data.placeholders import (
 )
 from chiasm.data.schema import ImageRef
 
-IGNORE = -100
-
 OPTIONS: dict[str, Any] = {
     "add_special_tokens": False,
     "token_types": False,
@@ -30,6 +29,7 @@ OPTIONS: dict[str, Any] = {
     "image_space": False,
     "image_tiles": 1,
     "regions": None,
+    "encoder_decoder": False,
 }
 """Options of a processor that are stored with it, and what they are where an older file does not name them."""
 
@@ -52,6 +52,7 @@ class ChiasmProcessor(ProcessorMixin):
         image_tiles: pictures that the image processor makes of one, each with T placeholders; None where it cuts as
             many as suit a picture's shape (InternVL).
         regions: rows and columns of regions whose names ("top left") stand in front of their visual tokens.
+        encoder_decoder: whether the last answer is the decoder's: labels are its tokens alone, and not the prompt's.
     """
 
     draws = False
@@ -71,6 +72,7 @@ class ChiasmProcessor(ProcessorMixin):
         image_space: bool = False,
         image_tiles: int | None = 1,
         regions: Sequence[int] | None = None,
+        encoder_decoder: bool = False,
         **parts: Any,
     ) -> None:
         if not tokenizer.is_fast:
@@ -91,6 +93,7 @@ class ChiasmProcessor(ProcessorMixin):
         self.image_space = image_space
         self.image_tiles = image_tiles
         self.regions = None if regions is None else list(regions)
+        self.encoder_decoder = encoder_decoder
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **parts)
@@ -190,6 +193,9 @@ class ChiasmProcessor(ProcessorMixin):
         encoded = self._tokenize(rendered.text, rendered.answers, special, supervise, tiles)
         if supervise and all(label == IGNORE for label in encoded["labels"]):
             raise ValueError("no token is supervised: the conversation has no answer by the assistant")
+        if supervise and self.encoder_decoder:
+            prompt = self.encode(messages[:-1], add_generation_prompt=True, tiles=tiles)
+            return prompt | {"labels": last_answer(encoded["labels"])}
         return encoded
 
     def tiles_of(self, images: Sequence[ImageRef]) -> Sequence[Any] | None:
@@ -266,11 +272,15 @@ class ChiasmProcessor(ProcessorMixin):
         return labels[-1] if labels[-1] in special else None
 
     def pad(self, encoded: list[dict[str, list[int]]], side: str = "right") -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels` as tensors `(B, S)`, padded on one side."""
-        length = max(len(item["input_ids"]) for item in encoded)
+        """`input_ids`, `attention_mask` and `labels` as tensors `(B, S)`, padded on one side.
+
+        An encoder–decoder's are padded on the right always, for its encoder may count places; `labels` are `(B, A)`.
+        """
+        side = "right" if self.encoder_decoder else side
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
 
         def stack(rows: list[list[int]], fill: int) -> torch.Tensor:
+            length = max(map(len, rows))
             gaps = [[fill] * (length - len(row)) for row in rows]
             return torch.tensor([g + r if side == "left" else r + g for g, r in zip(gaps, rows, strict=True)])
 

@@ -18,7 +18,14 @@ from chiasm.fusion.early_seq2seq import EarlySeq2SeqModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.fusion.packed import PackedFusionModel
 from chiasm.fusion.unified import UnifiedModel
-from chiasm.language.adapter import embedding_scale, head_is_direct, hidden_width, layers, vocabulary
+from chiasm.language.adapter import (
+    embedding_scale,
+    head_is_direct,
+    hidden_width,
+    layers,
+    require_causal,
+    vocabulary,
+)
 from chiasm.vision.encoder import VisionEncoder
 from chiasm.vision.packed import PACKED_TOWERS
 from chiasm.vision.towers import CONVOLUTIONAL
@@ -60,6 +67,12 @@ def build_fusion(
 
     The connector's output is scaled to the language model's embedding scale, measured on synthetic pictures.
     """
+    packed = vision.model.config.model_type in PACKED_TOWERS
+    for other, place in ((fusion != "early", f"fusion {fusion!r}"), (packed, "a vision encoder of packed patches")):
+        if other:
+            require_causal(language, place)
+    if attention == "prefix":
+        require_causal(language, "attention 'prefix'")
     if patch_positions == "auto":
         patch_positions = "grid" if vision.model.config.model_type in CONVOLUTIONAL else "none"
     samples = synthetic_features(vision)
@@ -74,7 +87,7 @@ def build_fusion(
         regions=None if regions is None else list(regions),
         feature_scale=root_mean_square(samples),
         image_token_id=image_token_id,
-        direct_head=head_is_direct(language),
+        direct_head=not language.config.is_encoder_decoder and head_is_direct(language),
         cross_attention=_cross_attention(fusion, cross_attention, language),
         fresh_connector=initialise is None,
         dtype=language.dtype,

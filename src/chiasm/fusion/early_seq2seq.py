@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import Cache, GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.fusion.generation_inputs import PICTURE_INPUTS
-from chiasm.language.next_token import IGNORE
+from chiasm.language.next_token import IGNORE, next_token_loss
 
 
 @dataclass
@@ -25,6 +25,16 @@ class Seq2SeqFusionOutput(Seq2SeqLMOutput):
 
 class EarlySeq2SeqModel(EarlyFusionModel, GenerationMixin):
     """A picture takes T places in the encoder's sequence; labels are the decoder's own tokens."""
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The language model's own, whose `generate` this is."""
+        return self.language.generation_config if "language" in self._modules else None
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig | None) -> None:
+        if "language" in self._modules:  # not yet while transformers begins to build the model
+            self.language.generation_config = value
 
     @can_return_tuple
     def forward(
@@ -65,7 +75,8 @@ class EarlySeq2SeqModel(EarlyFusionModel, GenerationMixin):
             **kwargs | {"return_dict": True},
         )
         if labels is not None and count is not None:
-            output["loss"] = output.loss * (labels != IGNORE).sum() / count
+            learned = labels != IGNORE
+            output["loss"] = next_token_loss(output.logits[learned], labels[learned], count)
         return Seq2SeqFusionOutput(**output, visual_tokens=tokens)
 
     @torch.no_grad()

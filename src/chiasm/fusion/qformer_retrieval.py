@@ -66,6 +66,24 @@ class QFormerRetrieval(PartDtypes):
     def get_input_embeddings(self) -> nn.Module | None:
         return self.connector.words
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Another table of as many words, whose [DEC] token stays where the table has none.
+
+        Raises:
+            ValueError: it has another size, which the language-modelling head and the configuration would not have.
+        """
+        words: Any = self.connector.words
+        if not isinstance(value, nn.Embedding) or value.weight.shape != words.weight.shape:
+            found = tuple(value.weight.shape) if isinstance(value, nn.Embedding) else type(value).__name__
+            raise ValueError(
+                f"the text branch reads a table of words of {tuple(words.weight.shape)}, got {found}; "
+                "another vocabulary is chosen when the model is built"
+            )
+        if hasattr(words, "decoder") and not hasattr(value, "decoder"):
+            words.weight = value.weight
+        else:
+            self.connector.words = value
+
     def get_output_embeddings(self) -> None:
         return None
 

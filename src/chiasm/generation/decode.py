@@ -34,7 +34,8 @@ def prepare(
     """
     inputs = processor(messages=messages, images=[list(group) for group in images])
     tokens, context = inputs["input_ids"].shape[1], context_length(model.config)
-    if context is not None and tokens + max_new_tokens > context:
+    apart = model.config.is_encoder_decoder and max(tokens, max_new_tokens) <= (context or tokens)
+    if context is not None and tokens + max_new_tokens > context and not apart:
         raise ContextError(
             f"a prompt of {tokens} tokens and max_new_tokens={max_new_tokens} are {tokens + max_new_tokens} tokens, "
             f"but the language model's context is {context}; shorten the prompt or lower max_new_tokens"

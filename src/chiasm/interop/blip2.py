@@ -94,8 +94,9 @@ def _processor(source: str, model: EarlyFusionModel) -> ChiasmProcessor | None:
     words.chat_template = words.chat_template or template
     images = image_processor_for(source, model.vision)
     if reader is None:
-        return ChiasmProcessor(images, words, num_image_tokens=model.num_image_tokens)
-    return InstructionProcessor(images, words, reader, num_image_tokens=model.num_image_tokens)
+        return ChiasmProcessor(images, words, num_image_tokens=model.num_image_tokens, encoder_decoder=answers)
+    tokens = model.num_image_tokens
+    return InstructionProcessor(images, words, reader, num_image_tokens=tokens, encoder_decoder=answers)
 
 
 def qformer_settings(config: PreTrainedConfig) -> dict[str, Any]:

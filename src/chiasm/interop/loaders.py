@@ -34,7 +34,11 @@ def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[FusionModel, Ch
     model = complete(family, source, dtype)
     kind: Any = InstructionProcessor if model.reads_instruction else ChiasmProcessor
     kind = UnifiedProcessor if isinstance(model, PositionedModel) else kind
-    return model, kind.from_pretrained(source) if has_processor(source) else None
+    if not has_processor(source):
+        return model, None
+    processor = kind.from_pretrained(source)
+    processor.encoder_decoder = model.config.is_encoder_decoder  # files from before the option do not say it
+    return model, processor
 
 
 def complete(family: Any, source: str, dtype: torch.dtype | str) -> Any:

@@ -1,4 +1,4 @@
-"""One small adapter over any `AutoModelForCausalLM`: embeddings in, hidden states or logits out.
+"""One small adapter over any `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`: embeddings in, states or logits out.
 
 Chiasm never subclasses a language model. What it needs of one is here: the embedding table, the decoder without its
 head, the list of layers, and the head applied to chosen positions only.
@@ -38,7 +38,7 @@ class ContextError(ValueError):
 
 
 def load_language(source: str | PreTrainedModel, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A causal language model from a folder or hub id, or the loaded one that was given.
+    """A causal or encoder–decoder language model from a folder or hub id, or the loaded one that was given.
 
     Raises:
         ValueError: it has no head, or no attention (Mamba, RWKV): its state is not a cache of keys and values.
@@ -57,16 +57,30 @@ def load_language(source: str | PreTrainedModel, dtype: torch.dtype | str = "aut
     return model
 
 
+def require_causal(language: PreTrainedModel, place: str) -> None:
+    """Refuses an encoder–decoder where only a causal language model can be: in `place`."""
+    if language.config.is_encoder_decoder:
+        raise ValueError(
+            f"language={type(language).__name__} (model type {language.config.model_type!r}) is an encoder-decoder, "
+            f"but {place} takes a causal language model; choose one, or connect with fusion='early' and its defaults"
+        )
+
+
 def _load(source: str, dtype: torch.dtype | str) -> PreTrainedModel:
     require_reachable(source)
     config = AutoConfig.from_pretrained(source)
-    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+    kind = _auto_class(config)
+    if type(config) not in kind._model_mapping and not hasattr(config, "auto_map"):
         raise ValueError(
-            f"language={source!r} holds a model of type {config.model_type!r}, which is no causal language model; "
-            "name the folder or hub id of one that is"
+            f"language={source!r} holds a model of type {config.model_type!r}, which is no language model that "
+            "answers; name the folder or hub id of one that is"
         )
     with readable_weights(source):
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        return kind.from_pretrained(source, dtype=dtype)
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 @torch.no_grad()
@@ -75,12 +89,14 @@ def _caches_attention(model: PreTrainedModel) -> bool:
     if not hasattr(model.config.get_text_config(), "num_attention_heads") or not accepts(model, "use_cache"):
         return False
     token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    return getattr(model(input_ids=token, use_cache=True), "cache", None) is not None
+    answer = {"decoder_input_ids": token} if model.config.is_encoder_decoder else {}
+    return getattr(model(input_ids=token, use_cache=True, **answer), "cache", None) is not None
 
 
 def build_language(config: PreTrainedConfig) -> PreTrainedModel:
     """A causal or an encoder–decoder language model with fresh weights."""
-    return (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
+    model: PreTrainedModel = _auto_class(config).from_config(config)
+    return model
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:

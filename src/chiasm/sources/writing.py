@@ -1,6 +1,7 @@
 """Folders that are written whole or not at all, and a full disk that is told with its place."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,10 @@ from chiasm.sources.errors import is_full_disk
 
 UNFINISHED = ".partial-"
 """Begins the name of a folder that is being written."""
+
+CONFIG = "config.json"
+"""Without this file a folder is no model: it goes first and comes last."""
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 @contextmanager
@@ -35,6 +40,54 @@ def refuse_to_overwrite(folder: str | Path) -> None:
 
 
 @contextmanager
+def model_folder(output: str | Path) -> Iterator[Path]:
+    """A folder to write a model into, which is in `output` when it is whole and on disk.
+
+    Where `output` is a folder with files, a model among them or not, those of the new one then take their places one by
+    one, and other files stay. What a kill leaves there is the old model, or the new one, or none that would load.
+
+    Raises:
+        OSError: `output` is a file, cannot be written, or the disk is full.
+    """
+    target = Path(output).resolve()
+    if target.is_dir() and target.name.startswith(UNFINISHED):  # it appears as a whole with what else is written there
+        yield target
+        return
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{output} is a file; name a folder to save the model in")
+    with naming_full_disk(target), _beside(target) if target.is_dir() else appearing(target) as place:
+        yield place
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A folder within `target`, whose files move up when they are all on disk. What stops on the way up is kept."""
+    place = unfinished(target / "model")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    try:
+        yield place
+        _flush_all(place)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    _take_places(place, target)
+    shutil.rmtree(place, ignore_errors=True)
+    _flush(target)
+
+
+def _take_places(place: Path, target: Path) -> None:
+    (target / CONFIG).unlink(missing_ok=True)
+    written = [path.relative_to(place) for path in sorted(place.rglob("*")) if path.is_file()]
+    for path in target.iterdir():
+        if WEIGHTS.fullmatch(path.name) and Path(path.name) not in written:
+            path.unlink()
+    for name in sorted(written, key=lambda name: name == Path(CONFIG)):
+        (target / name).parent.mkdir(exist_ok=True)
+        (place / name).replace(target / name)
+
+
+@contextmanager
 def appearing(target: Path) -> Iterator[Path]:
     """A folder to write into that appears as `target`, complete and on disk, or not at all."""
     place = unfinished(target)
@@ -46,8 +99,7 @@ def appearing(target: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(target)) from error
     try:
         yield place
-        for path in [*(p for p in place.rglob("*") if p.is_file()), place]:
-            _flush(path)
+        _flush_all(place)
         if target.exists():
             shutil.rmtree(target)
         place.rename(target)
@@ -95,6 +147,11 @@ def _filled(folder: Path) -> Iterator[Path]:
             else:
                 path.unlink(missing_ok=True)
         raise
+
+
+def _flush_all(folder: Path) -> None:
+    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
+        _flush(path)
 
 
 def _flush(path: Path) -> None:

@@ -18,8 +18,9 @@ from chiasm import sources
 from chiasm.connectors.bert import initialise_from_bert, load_bert
 from chiasm.data.captions import CaptionProcessor, collate_captions, encode_caption
 from chiasm.data.collation import Batch, Item, collate, encode_sample
+from chiasm.data.labels import IGNORE
 from chiasm.data.packing import ROOM, collate_packed
-from chiasm.data.processor import IGNORE, ChiasmProcessor
+from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import Sample
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval, build_retrieval, take_own_weights
 from chiasm.language.adapter import context_length, load_tokenizer
@@ -129,6 +130,10 @@ def require_isolation(model: PreTrainedModel, processor: ChiasmProcessor, stage:
         ValueError: the language model attends across positions that start again, or the model reads token types.
     """
     kind = model.config.get_text_config().model_type
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"stage {stage!r}: pack: true is not for an encoder-decoder language model ({kind}); write pack: false"
+        )
     if processor.token_types:
         raise ValueError(f"stage {stage!r}: pack: true is not for a model with a prefix of its own; write pack: false")
     words = torch.arange(2, 7, device=model.device)[None]
@@ -167,11 +172,6 @@ def stage_model(
     if stage.chunk is not None:
         raise ValueError(f"stage {stage.name!r}: chunk is for fusion 'late'; remove it")
     if not stage.reads_captions:
-        if model.config.is_encoder_decoder:
-            raise ValueError(
-                "answers are trained with decoder-only language models, this one is an encoder-decoder "
-                f"({model.config.get_text_config().model_type}); connect a causal language model"
-            )
         context = context_length(model.config)
         lengths = (length for length in (stage.max_length, context) if length is not None)
         if stage.pack:

@@ -5,6 +5,7 @@ of earlier tokens go in and come out, so one graph reads the prompt and every to
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,17 +183,27 @@ def _export_decoder(language: PreTrainedModel, path: Path) -> None:
 
 
 def _export(module: Any, example: Any, path: Path, inputs: list[str], outputs: list[str], shapes: Any) -> Any:
-    return torch.onnx.export(
-        module.eval(),
-        example,
-        str(path),
-        input_names=inputs,
-        output_names=outputs,
-        dynamic_shapes=shapes,
-        dynamo=True,
-        external_data=True,
-        verbose=False,
-    )
+    with without_notes():
+        return torch.onnx.export(
+            module.eval(),
+            example,
+            str(path),
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=shapes,
+            dynamo=True,
+            external_data=True,
+            verbose=False,
+        )
+
+
+@contextmanager
+def without_notes() -> Iterator[None]:
+    """Without two warnings of torch's exporter: of its own use of a deprecated class, and of axes that share a name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning, r"copyreg$")
+        warnings.filterwarnings("ignore", r"# The axis name:", UserWarning, r"torch\.onnx\._internal\.exporter\.")
+        yield
 
 
 def _cache_shape(language: PreTrainedModel) -> tuple[int, int]:
