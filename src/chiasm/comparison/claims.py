@@ -53,7 +53,9 @@ def _by_retrieval(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> V
     """By the captions whose picture stands first."""
     sides = [_finder(cells) for cells in (better, than)]
     if None in sides:
-        return Verdict(claim.text, OPEN, f"{(better, than)[sides.index(None)][0]['way']} was not asked to find pictures")
+        return Verdict(
+            claim.text, OPEN, f"{(better, than)[sides.index(None)][0]['way']} was not asked to find pictures"
+        )
     here, there = (way for way in sides if way is not None)
     return _by_pairs(claim, here, there, list(here.groups), f"{len(here.groups)} captions, recall@1")
 

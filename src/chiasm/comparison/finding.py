@@ -87,9 +87,7 @@ def _by_cosine(model: LateFusionModel, processor: Any, samples: Samples) -> Quer
     return query
 
 
-def _by_likelihood(
-    model: EarlyFusionModel | IntermediateFusionModel, processor: Any, samples: Samples
-) -> Query:
+def _by_likelihood(model: EarlyFusionModel | IntermediateFusionModel, processor: Any, samples: Samples) -> Query:
     """The mean log-likelihood of a caption's tokens as the answer to its request about each picture."""
     shown = [_seen(model, model.visual_tokens(pixels)) for pixels in _pixels(model, processor, samples)]
 

@@ -18,13 +18,12 @@ CONTRAST: dict[str, Any] = {
     "objectives": ["contrastive"],
     "data": "captions",
     "epochs": 20,
-    "min_steps": 200,
     "batch_size": 256,
     "group_by_length": False,
     "validation": {"samples": 0},
 }
-"""How late fusion's projections learn from captions behind locked towers, as in the recipe `clip`: to the end, since
-connectors of other fusions are solved for from all captions."""
+"""How late fusion's projections learn from captions behind locked towers, as in the recipe `clip`: from all of them, as
+connectors of other fusions are solved for."""
 
 
 def recipe_of(
