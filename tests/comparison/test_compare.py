@@ -126,7 +126,7 @@ def test_captions_ask_both_fusions_for_their_pictures(plan: dict[str, Any], tmp_
     assert "Which picture does a caption describe?" in page and "a caption against" in page
     assert "recall@1_low" in (tmp_path / "run/results.csv").read_text().splitlines()[0]
     assert "recall@5 (by chance)" in (tmp_path / "run/results.md").read_text()
-    with pytest.raises(ValueError, match="evaluation.retrieval is 9, but data.test_captions has 8"):
+    with pytest.raises(ValueError, match=r"evaluation\.retrieval is 9, but data\.test_captions has 8"):
         chiasm.compare(plan | {"evaluation": {"retrieval": 9}}, tmp_path / "more")
 
 

@@ -51,25 +51,19 @@ def _by_answers(claim: Claim, better: Way, than: Way, skill_of: Mapping[str, str
 
 def _by_retrieval(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> Verdict:
     """By the captions whose picture stands first."""
-    sides = [_finder(cells) for cells in (better, than)]
-    if None in sides:
-        return Verdict(
-            claim.text, OPEN, f"{(better, than)[sides.index(None)][0]['way']} was not asked to find pictures"
-        )
-    here, there = (way for way in sides if way is not None)
+    for cells in (better, than):
+        if not all(cell.get("retrieval") for cell in cells):
+            return Verdict(claim.text, OPEN, f"{cells[0]['way']} was not asked to find pictures")
+    here, there = _finder(better), _finder(than)
     return _by_pairs(claim, here, there, list(here.groups), f"{len(here.groups)} captions, recall@1")
 
 
-def _finder(cells: Sequence[Row]) -> Way | None:
+def _finder(cells: Sequence[Row]) -> Way:
     """A way whose questions are captions, right where the picture stands first."""
-    found = {cell["choice"]["seed"]: cell.get("retrieval") for cell in cells}
-    if not all(found.values()):
-        return None
-    scores = {
-        seed: {caption: float(place == 0) for caption, place in one["places"].items()} for seed, one in found.items()
-    }
-    captions = next(iter(scores.values()))
-    return Way(cells[0]["way"], scores, {caption: caption for caption in captions}, None, 0.0, "")
+    places = {cell["choice"]["seed"]: cell["retrieval"]["places"] for cell in cells}
+    scores = {seed: {caption: float(place == 0) for caption, place in found.items()} for seed, found in places.items()}
+    captions = {caption: caption for caption in cells[0]["retrieval"]["places"]}
+    return Way(cells[0]["way"], scores, captions, None, 0.0, "")
 
 
 def _by_pairs(claim: Claim, better: Way, than: Way, questions: Sequence[str], counted: str) -> Verdict:
