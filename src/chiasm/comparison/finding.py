@@ -89,7 +89,10 @@ def _by_cosine(model: LateFusionModel, processor: Any, samples: Samples) -> Quer
 
 def _by_likelihood(model: EarlyFusionModel | IntermediateFusionModel, processor: Any, samples: Samples) -> Query:
     """The mean log-likelihood of a caption's tokens as the answer to its request about each picture."""
-    shown = [_seen(model, model.visual_tokens(pixels)) for pixels in _pixels(model, processor, samples)]
+    shown = [
+        _seen(model, model.connect_features(model.encode_images(pixels)))
+        for pixels in _pixels(model, processor, samples)
+    ]
 
     def query(sample: Sample) -> Tensor:
         padded = processor.pad([encode_sample(sample, processor)])
