@@ -4,8 +4,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from chiasm.comparison import claims
+from chiasm.comparison import claims, tables
 from chiasm.comparison.cell import CELLS, EVALUATION
 from chiasm.comparison.compare import PLAN, in_words
 from chiasm.comparison.plan import load_plan
@@ -48,6 +49,13 @@ def cells_table(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _kept(result: Result) -> dict[str, Any]:
+    kept = {key: result[key] for key in KEPT}
+    found = result.get("retrieval")
+    timed = "seconds_per_query"
+    return kept | ({"retrieval": {key: found[key] for key in found if key != timed}} if found else {})
+
+
 def main() -> None:
     pages, lines, done = [HEAD], list[str](), list[str]()
     for folder in sorted(path.parent for path in Path(sys.argv[1]).glob(f"*/{JSONL}")):
@@ -55,8 +63,10 @@ def main() -> None:
         answers = {one["name"]: EvalResult.load(folder / CELLS / one["name"] / EVALUATION).rows for one in results}
         verdicts = claims.judge(plan.claims, results, answers)
         pages += [claims.to_markdown({f"{plan.title} ({in_words(plan)})": verdicts}), cells_table(results)]
+        found = tables.finding({one["name"]: [one] for one in results})
+        pages += [tables.to_markdown(found)] if found["rows"] else []
         done.append(folder.name)
-        lines += [json.dumps({"plan": folder.name} | {key: one[key] for key in KEPT}) for one in results]
+        lines += [json.dumps({"plan": folder.name} | _kept(one)) for one in results]
     docs = Path(__file__).parent
     waiting = [path.stem for path in sorted((docs.parent / "recipes/claims").glob("*.yaml")) if path.stem not in done]
     pages += [f"Not run yet: {', '.join(f'`recipes/claims/{name}.yaml`' for name in waiting)}.\n"] if waiting else []

@@ -43,6 +43,46 @@ def test_verdicts(claim: dict[str, Any], verdict: str) -> None:
     assert "| It \\| is | **" in to_markdown({"A title": [found]})
 
 
+def found(right: int, seconds: float) -> dict[str, Any]:
+    """Of 20 captions, so many whose picture stands first."""
+    places = {f"c{number}": 0 if number < right else 3 for number in range(20)}
+    shares = {"1": {"accuracy": right / 20, "low": 0.1, "high": 0.9}, "5": {"accuracy": 1.0, "low": 0.8, "high": 1.0}}
+    return {"pictures": 20, "recall": shares, "seconds_per_query": seconds, "places": places}
+
+
+@pytest.mark.parametrize(
+    ("measure", "ways", "verdict", "said"),
+    [
+        ("retrieval", ("mlp-late", "mlp-early"), SUPPORTED, "mlp-late 90.0 %, mlp-early 20.0 %: +70.0 points"),
+        ("retrieval", ("mlp-early", "mlp-late"), AGAINST, "; 20 captions, recall@1, 1 seed"),
+        ("retrieval", ("mlp-late", "linear-late"), EQUAL, "+0.0 points"),
+        ("retrieval", ("mlp-late", "older-late"), OPEN, "older-late was not asked to find pictures"),
+        ("seconds_per_query", ("mlp-late", "mlp-early"), SUPPORTED, "4.0 ms a caption against 8.0 s; one seed"),
+        ("seconds_per_query", ("mlp-early", "mlp-late"), AGAINST, "8.0 s a caption against 4.0 ms"),
+        ("seconds_per_query", ("older-late", "mlp-late"), OPEN, "one of them was not asked to find pictures"),
+    ],
+)
+def test_claims_of_retrieval(measure: Any, ways: tuple[str, str], verdict: str, said: str) -> None:
+    results = [result(way, 9, 16) for way in ("mlp-late", "linear-late", "mlp-early", "older-late")]
+    for one, (right, seconds) in zip(results, ((18, 0.004), (18, 0.004), (4, 8.0)), strict=False):
+        one["retrieval"] = found(right, seconds)
+    told = {one["name"]: answers(9) for one in results}
+    (judged,) = judge([Claim(text="It is", better=ways[0], than=ways[1], measure=measure)], results, told)
+    assert (judged.verdict, said in judged.numbers) == (verdict, True), judged.numbers
+
+
+def test_seconds_of_several_seeds_have_an_interval() -> None:
+    results = []
+    for way, seconds in (("mlp-late", (0.004, 0.005)), ("mlp-early", (7.9, 8.1))):
+        for seed, each in enumerate(seconds):
+            results.append(result(way, 9, 16, seed) | {"retrieval": found(9, each)})
+    told = {one["name"]: answers(9) for one in results}
+    claim = Claim(text="Faster", better="mlp-late", than="mlp-early", measure="seconds_per_query")
+    (judged,) = judge([claim], results, told)
+    assert judged.verdict == SUPPORTED
+    assert "over seeds" in judged.numbers
+
+
 @pytest.mark.parametrize(
     ("gates", "verdict"), [([0.0, 0.04], SUPPORTED), ([0.5, 0.6], AGAINST), ([0.0, 0.0], AGAINST), ([], OPEN)]
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import chiasm
 from chiasm.comparison import cell
@@ -13,6 +14,7 @@ from chiasm.comparison import compare as comparing
 from chiasm.comparison.compare import cells_of, job_list
 from chiasm.comparison.plan import load_plan
 from chiasm.comparison.results import read_results
+from chiasm.training.log import read_log
 
 
 def test_a_plan_end_to_end_and_again(plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +88,46 @@ def test_late_fusion(plan: dict[str, Any], tmp_path: Path) -> None:
     (result,) = chiasm.compare(plan, tmp_path / "run").results
     assert result["closed_form"]["visual_tokens"] == 1
     assert "1 vector" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+
+
+def captions(folder: Path, count: int, shift: int) -> str:
+    """LLaVA JSON with pictures of one colour each, described in a sentence."""
+    folder.mkdir()
+    rows = []
+    for number in range(count):
+        colour = tuple((97 * number + shift + 60 * channel) % 256 for channel in range(3))
+        Image.new("RGB", (30, 30), colour).save(folder / f"{number}.png")
+        said = f"a wall of red {colour[0]} green {colour[1]} and blue {colour[2]}"
+        turns = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": said}]
+        rows.append({"id": f"{folder.name}-{number}", "image": f"{number}.png", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(rows))
+    return str(folder / "data.json")
+
+
+def test_captions_ask_both_fusions_for_their_pictures(plan: dict[str, Any], tmp_path: Path) -> None:
+    plan["base"] |= {"text": plan["base"]["language"]}
+    plan["data"] |= {"captions": captions(tmp_path / "told", 12, 0)}
+    cells = [{"connector": "linear", "tune": "frozen"}, {"connector": "linear", "fusion": "late", "tune": "frozen"}]
+    plan |= {"grid": None, "cells": cells}
+    before = chiasm.compare(plan, tmp_path / "before", only=["linear-late-frozen"]).results[0]
+    assert before["retrieval"] is None and "retrieval" not in before["seconds"]
+    plan["data"] |= {"test_captions": captions(tmp_path / "asked", 8, 40)}
+    plan["evaluation"] |= {"retrieval": 6}
+    ways = {"better": "linear-late-frozen", "than": "linear-early-frozen"}
+    plan["claims"] = [{"text": "Late is faster", "measure": "seconds_per_query", **ways}]
+    done = chiasm.compare(plan, tmp_path / "run")
+    assert [list(result["retrieval"]["places"]) for result in done.results] == [
+        [f"asked-{number}" for number in (0, 1, 2, 4, 5, 6)]
+    ] * 2
+    logged = [read_log(tmp_path / name / "cells/linear-late-frozen-seed0/run/log.jsonl") for name in ("before", "run")]
+    stages = [[event["stage"] for event in log if event["event"] == "stage_end"] for log in logged]
+    assert stages == [["questions"], ["captions", "questions"]]
+    page = done.report.read_text(encoding="utf-8")
+    assert "Which picture does a caption describe?" in page and "a caption against" in page
+    assert "recall@1_low" in (tmp_path / "run/results.csv").read_text().splitlines()[0]
+    assert "recall@5 (by chance)" in (tmp_path / "run/results.md").read_text()
+    with pytest.raises(ValueError, match=r"evaluation\.retrieval is 9, but data\.test_captions has 8"):
+        chiasm.compare(plan | {"evaluation": {"retrieval": 9}}, tmp_path / "more")
 
 
 def test_the_job_list_names_every_cell(plan: dict[str, Any], tmp_path: Path) -> None:

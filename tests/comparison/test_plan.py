@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 
+from chiasm.comparison.cell import identity
 from chiasm.comparison.choices import expand
+from chiasm.comparison.compare import quickened
 from chiasm.comparison.plan import load_plan
-from chiasm.training.recipe import RecipeError
+from chiasm.comparison.strategies import recipe_of
+from chiasm.training.recipe import RecipeError, load_recipe
 
 LEAST: dict[str, Any] = {"data": {"train": "a", "test": "b"}, "budget": {"samples": 8}, "grid": {"connector": ["mlp"]}}
 
@@ -92,6 +95,45 @@ def test_two_connectors_of_one_name_want_labels() -> None:
     with pytest.raises(ValueError, match="two cells are named 'mlp-early'"):
         ways(grid={"connector": ["mlp", deep]})
     assert ways(grid={"connector": ["mlp", deep | {"label": "mlp3"}]})[0] == ["mlp-early-seed0", "mlp3-early-seed0"]
+
+
+@pytest.mark.parametrize(
+    ("data", "retrieval", "said"),
+    [
+        ({"captions": "c"}, 50, "add data.test_captions"),
+        ({"test_captions": "t"}, 50, "add data.captions"),
+        ({"captions": "c", "test_captions": "t"}, 1, "evaluation.retrieval: 1: "),
+        ({"test_captions": "t"}, None, "data.test_captions is read for evaluation.retrieval only"),
+    ],
+)
+def test_retrieval_needs_captions(data: dict[str, str], retrieval: int | None, said: str) -> None:
+    asked = {} if retrieval is None else {"evaluation": {"retrieval": retrieval}}
+    with pytest.raises(RecipeError, match=said):
+        load_plan(LEAST | {"data": LEAST["data"] | data} | asked)
+
+
+def test_cells_that_were_finished_before_retrieval_stay_finished() -> None:
+    plan = load_plan(LEAST)
+    (choice,), _ = expand(plan, lambda: (4, 4))
+    assert identity(plan, choice) == "10659ffa8631fb15"
+    captions = {"captions": "c", "test_captions": "t"}
+    first, second = (
+        load_plan(LEAST | {"data": LEAST["data"] | captions, "evaluation": {"retrieval": count}}) for count in (8, 9)
+    )
+    assert identity(first, choice) != identity(second, choice)
+    assert quickened(second).evaluation.retrieval == 9 and quickened(plan).evaluation.retrieval is None
+
+
+def test_late_fusion_learns_from_captions_where_they_are_asked_for_pictures() -> None:
+    training = load_plan(LEAST).training.model_dump()
+
+    def stages(fusion: str, finds: bool) -> list[str]:
+        recipe = recipe_of(fusion, {}, 8, 0, True, finds=finds, solved=False, **training)
+        return [stage.name for stage in load_recipe(recipe).stages]
+
+    assert stages("late", True) == ["captions", "questions"]
+    assert stages("late", False) == ["questions"]
+    assert stages("early", True) == stages("early", False) == ["captions", "questions"]
 
 
 def test_strategies_of_ones_own() -> None:

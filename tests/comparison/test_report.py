@@ -101,6 +101,7 @@ def test_the_page_says_what_was_found_and_needs_no_network(tmp_path: Path) -> No
         assert heading in page, heading
     assert page.count('class="thumb"') == 13
     assert "from 9 patches on" in page
+    assert "Which picture does a caption describe?" not in page
     assert "<i>dog" not in page
     assert "A <b>title" not in page
     assert "<script" not in page
@@ -112,4 +113,5 @@ def test_tables_are_written_beside_it(tmp_path: Path) -> None:
     results = [result("mlp-early", 9, 16), result("qformer-early", 3, 8)]
     write_results(tmp_path, results)
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
+    assert "recall" not in (tmp_path / "results.csv").read_text() + to_markdown(results)
     assert "| mlp-early-seed0 | 16 | 1,000 |" in to_markdown(results)

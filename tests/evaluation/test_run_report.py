@@ -13,7 +13,7 @@ from PIL import Image
 
 from chiasm.data.schema import ImageRef, Sample
 from chiasm.evaluation.evaluate import EvalResult, evaluate
-from chiasm.evaluation.format import clip, count, duration, operations
+from chiasm.evaluation.format import clip, count, duration, latency, operations
 from chiasm.evaluation.plots import loss_curves, thumbnail
 from chiasm.evaluation.report import _share, write_report
 
@@ -268,6 +268,7 @@ def test_numbers_for_people() -> None:
         "134.5 M",
         "7.0 B",
     ]
+    assert [latency(s) for s in (None, 0.0004, 0.12, 8.2)] == ["–", "0.4 ms", "120 ms", "8.2 s"]
     assert [duration(s) for s in (None, 0.84, 9.96, 59.4, 59.6, 185, 3599.7, 7620)] == [
         "–",
         "0.8 s",

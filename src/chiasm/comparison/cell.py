@@ -19,6 +19,7 @@ from chiasm import api, vlm
 from chiasm.comparison.budget import samples_within
 from chiasm.comparison.choices import Choice, keeps_places
 from chiasm.comparison.diagnostics import diagnose
+from chiasm.comparison.finding import find_pictures
 from chiasm.comparison.measure import measure
 from chiasm.comparison.peak_memory import peak_memory
 from chiasm.comparison.plan import Plan, Source
@@ -41,6 +42,8 @@ from chiasm.training.schema import Recipe
 CELLS, RESULT, ATTENTION = "cells", "result.json", "attention.png"
 FEW_SHOT = "few-shot"
 EVALUATION, RUN, BUDGET = "evaluation", "run", "samples.json"
+NEWER = (("data", "test_captions"), ("evaluation", "retrieval"))
+"""Keys that older plans have not: where they say nothing, cells that were finished without them stay finished."""
 Say = Callable[[str], None]
 
 
@@ -66,6 +69,7 @@ def run_cell(
     say(f"{choice.name}: connect")
     model = connect_cell(plan, choice)
     train, held_out, test = data_of(plan, choice)
+    captions = test_captions(plan)
     seconds["connect"] = time.monotonic() - started
     recipe = _recipe(plan, choice, folder, model, train)
     say(f"{choice.name}: train on {recipe.stages[-1].samples:,} samples")
@@ -78,6 +82,11 @@ def run_cell(
     answers = _evaluate(plan, model, test, folder / EVALUATION)
     seconds["evaluate"] = time.monotonic() - started
     model.model.eval()
+    found = None
+    if captions is not None:
+        started = time.monotonic()
+        found = find_pictures(model.model, model.processor, captions)
+        seconds["retrieval"] = time.monotonic() - started
     shown = next(sample for sample in test if sample.images)
     asked = plan.evaluation
     result = {
@@ -93,6 +102,7 @@ def run_cell(
         "forgetting": next((event for event in reversed(log) if event["event"] == "forgetting"), None),
         "diagnostics": diagnose(model.model, model.processor, test, asked.pictures),
         "attention": _look(model, shown, folder),
+        "retrieval": found,
     }
     whole_file(folder / RESULT, json.dumps(result, ensure_ascii=False, indent=1))
     _tidy(folder / RUN, plan.keep_models)
@@ -116,6 +126,9 @@ def finished(plan: Plan, choice: Choice, output: Path) -> dict[str, Any] | None:
 def identity(plan: Plan, choice: Choice) -> str:
     """A digest of everything that a cell's result follows from."""
     kept = plan.model_dump(mode="json", include={"base", "data", "budget", "training", "evaluation"})
+    for section, key in NEWER:
+        if kept[section][key] is None:
+            del kept[section][key]
     strategy = {name: part.model_dump(mode="json") for name, part in plan.strategies.get(choice.tune, {}).items()}
     text = json.dumps([kept, strategy, choice.to_dict()], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -156,6 +169,20 @@ def data_of(plan: Plan, choice: Choice | None = None) -> tuple[Samples, Samples,
     return train, held_out, api.spread(_read(data.test), plan.evaluation.limit)
 
 
+def test_captions(plan: Plan) -> Samples | None:
+    """The captions whose pictures are to be found; None where the plan asks for none.
+
+    Raises:
+        ValueError: the data has fewer than the plan asks for.
+    """
+    if plan.data.test_captions is None or plan.evaluation.retrieval is None:
+        return None
+    given, wanted = _read(plan.data.test_captions), plan.evaluation.retrieval
+    if len(given) < wanted:
+        raise ValueError(f"evaluation.retrieval is {wanted}, but data.test_captions has {len(given)}; lower it")
+    return api.spread(given, wanted)
+
+
 def _read(source: Source) -> Samples:
     if isinstance(source, str):
         return read(source)
@@ -173,7 +200,7 @@ def _recipe(plan: Plan, choice: Choice, folder: Path, model: Any, train: Samples
     how = plan.training.model_dump()
     starts = how["init"] == "auto" and choice.fusion in ("early", "intermediate") and not cannot_start(model.model)
     how["solved"] = starts and not is_slow(model.model.connector)
-    captions = plan.data.captions is not None
+    captions, how["finds"] = plan.data.captions is not None, plan.evaluation.retrieval is not None
 
     def make(samples: int) -> Recipe:
         return load_recipe(recipe_of(choice.fusion, strategy, samples, choice.seed, captions, **how))

@@ -1,13 +1,13 @@
 """Claims about ways of connecting, judged by numbers: supported, not supported, or no difference at this scale."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from chiasm.comparison.plan import Claim
 from chiasm.comparison.recommend import Way, difference, ways_of
 from chiasm.comparison.ways import Row, by_way, interval, mean_of
-from chiasm.evaluation.format import percent
+from chiasm.evaluation.format import latency, percent
 
 SUPPORTED, AGAINST, EQUAL, OPEN = "supported", "not supported", "no difference at this scale", "not measured"
 
@@ -36,7 +36,7 @@ def judge(claims: Sequence[Claim], results: Sequence[Row], answers: Mapping[str,
             skill_of = {row["id"]: row["skill"] for row in answers[cells[claim.better][0]["name"]]}
             verdicts.append(_by_answers(claim, ways[claim.better], ways[claim.than], skill_of))
         else:
-            verdicts.append(_by_numbers(claim, cells[claim.better], cells[claim.than]))
+            verdicts.append(_BY[claim.measure](claim, cells[claim.better], cells[claim.than]))
     return verdicts
 
 
@@ -45,12 +45,34 @@ def _by_answers(claim: Claim, better: Way, than: Way, skill_of: Mapping[str, str
     questions = [question for question, skill in skill_of.items() if skill in wanted]
     if not questions:
         return Verdict(claim.text, OPEN, f"the test asks nothing about {', '.join(wanted)}")
+    about = f" about {', '.join(claim.skills)}" if claim.skills else ""
+    return _by_pairs(claim, better, than, questions, f"{len(questions)} questions{about}")
+
+
+def _by_retrieval(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> Verdict:
+    """By the captions whose picture stands first."""
+    for cells in (better, than):
+        if not all(cell.get("retrieval") for cell in cells):
+            return Verdict(claim.text, OPEN, f"{cells[0]['way']} was not asked to find pictures")
+    here, there = _finder(better), _finder(than)
+    return _by_pairs(claim, here, there, list(here.groups), f"{len(here.groups)} captions, recall@1")
+
+
+def _finder(cells: Sequence[Row]) -> Way:
+    """A way whose questions are captions, right where the picture stands first."""
+    places = {cell["choice"]["seed"]: cell["retrieval"]["places"] for cell in cells}
+    scores = {seed: {caption: float(place == 0) for caption, place in found.items()} for seed, found in places.items()}
+    captions = {caption: caption for caption in cells[0]["retrieval"]["places"]}
+    return Way(cells[0]["way"], scores, captions, None, 0.0, "")
+
+
+def _by_pairs(claim: Claim, better: Way, than: Way, questions: Sequence[str], counted: str) -> Verdict:
+    """By the same questions, answered by both."""
     found = difference(better, than, among=set(questions).__contains__)
     verdict = SUPPORTED if found.low > 0 else AGAINST if found.high < 0 else EQUAL
-    about = f" about {', '.join(claim.skills)}" if claim.skills else ""
     here, there = (percent(_mean(way, questions)) for way in (better, than))
     seeds = min(len(better.scores), len(than.scores))
-    counted = f"{len(questions)} questions{about}, {seeds} seed{'s' * (seeds > 1)}"
+    counted += f", {seeds} seed{'s' * (seeds > 1)}"
     return Verdict(claim.text, verdict, f"{better.name} {here}, {than.name} {there}: {found.words}; {counted}")
 
 
@@ -69,32 +91,55 @@ def _by_gates(claim: Claim, cells: Sequence[Row]) -> Verdict:
     return Verdict(claim.text, verdict, f"open by {fmean(first):.3f} before training, {fmean(last):.3f} after; {seeds}")
 
 
-def _by_numbers(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> Verdict:
-    """By a number of which less is better: exact for costs, with an interval over seeds for what training did."""
-    if claim.measure == "kv_cache_bytes_per_image":
-        here, there = (mean_of(cells, "closed_form", claim.measure) for cells in (better, than))
-        if here is None or there is None:
-            return Verdict(claim.text, OPEN, "one of them keeps no cache")
-        verdict = SUPPORTED if here < there else EQUAL if here == there else AGAINST
-        return Verdict(claim.text, verdict, f"{here / 1024:,.0f} KiB a picture against {there / 1024:,.0f} KiB")
-    sides = [[_change(cell) for cell in cells] for cells in (better, than)]
+def _by_cache(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> Verdict:
+    """By the exact bytes that a picture keeps."""
+    here, there = (mean_of(cells, "closed_form", claim.measure) for cells in (better, than))
+    if here is None or there is None:
+        return Verdict(claim.text, OPEN, "one of them keeps no cache")
+    verdict = SUPPORTED if here < there else EQUAL if here == there else AGAINST
+    return Verdict(claim.text, verdict, f"{here / 1024:,.0f} KiB a picture against {there / 1024:,.0f} KiB")
+
+
+def _by_forgetting(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> Verdict:
+    """By the change of perplexity through training, of the first text."""
+    sides = [
+        [next(iter(((cell["forgetting"] or {}).get("perplexity_change") or {}).values()), None) for cell in cells]
+        for cells in (better, than)
+    ]
+    return _by_less(claim, sides, "text was not read before and after", "perplexity {} against {}", "{:+.2f}".format)
+
+
+def _by_seconds(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> Verdict:
+    """By the time that one more caption takes against all pictures."""
+    sides = [[(cell.get("retrieval") or {}).get(claim.measure) for cell in cells] for cells in (better, than)]
+    missing = "one of them was not asked to find pictures"
+    return _by_less(claim, sides, missing, "{} a caption against {}", latency)
+
+
+_BY = {
+    "retrieval": _by_retrieval,
+    "seconds_per_query": _by_seconds,
+    "kv_cache_bytes_per_image": _by_cache,
+    "perplexity_change": _by_forgetting,
+}
+
+
+def _by_less(
+    claim: Claim, sides: Sequence[Sequence[float | None]], missing: str, told: str, words: Callable[[float], str]
+) -> Verdict:
+    """By measured numbers of every seed, of which less is better, with an interval where there are several."""
     known = [[value for value in side if value is not None] for side in sides]
     if not all(known):
-        return Verdict(claim.text, OPEN, "text was not read before and after")
+        return Verdict(claim.text, OPEN, missing)
     (low, high), (other_low, other_high) = (_spread(side) for side in known)
     means = [fmean(side) for side in known]
-    told = f"perplexity {means[0]:+.2f} against {means[1]:+.2f}"
+    said = told.format(*map(words, means))
     if min(map(len, known)) < 2:
         verdict = SUPPORTED if means[0] < means[1] else EQUAL if means[0] == means[1] else AGAINST
-        return Verdict(claim.text, verdict, f"{told}; one seed, so without an interval")
+        return Verdict(claim.text, verdict, f"{said}; one seed, so without an interval")
     verdict = SUPPORTED if high < other_low else AGAINST if low > other_high else EQUAL
-    between = f"{low:+.2f} to {high:+.2f} and {other_low:+.2f} to {other_high:+.2f}"
-    return Verdict(claim.text, verdict, f"{told}; over seeds {between}")
-
-
-def _change(cell: Row) -> float | None:
-    """The change of perplexity by training, of the first text."""
-    return next(iter(((cell["forgetting"] or {}).get("perplexity_change") or {}).values()), None)
+    between = f"{words(low)} to {words(high)} and {words(other_low)} to {words(other_high)}"
+    return Verdict(claim.text, verdict, f"{said}; over seeds {between}")
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:

@@ -154,6 +154,8 @@ def quickened(plan: Plan) -> Plan:
     raw = plan.model_dump(mode="json", exclude_unset=True)
     few = {"caption_samples": QUICK["captions"], "validations": 2, "validation_samples": 8}
     asked = {"limit": QUICK["limit"], "repeats": 1, "pictures": 10}
+    if plan.evaluation.retrieval is not None:
+        asked |= {"retrieval": min(QUICK["limit"], plan.evaluation.retrieval)}
     raw |= {"budget": {"samples": QUICK["samples"]}, "seeds": plan.seeds[:1]}
     raw |= {"training": {**raw.get("training", {}), **few}, "evaluation": {**raw.get("evaluation", {}), **asked}}
     return load_plan(raw)

@@ -75,6 +75,7 @@ class Data(Strict):
     captions: Source | None = Field(None, description="captions for the first stage; without them there is none")
     validation: Source | None = Field(None, description="for the learning curves; else 5 % of `train`")
     test: Source = Field(description="what every cell is asked")
+    test_captions: Source | None = Field(None, description="captions by which `evaluation.retrieval` finds pictures")
 
 
 class Axes(Strict):
@@ -154,6 +155,9 @@ class Evaluation(Strict):
     )
     repeats: PositiveInt = Field(5, description="times that latencies are measured; the median counts")
     pictures: PositiveInt = Field(96, description="pictures of the diagnostics without a language model")
+    retrieval: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="so many captions of `data.test_captions` are held against so many pictures"
+    )
 
 
 class Claim(Strict):
@@ -162,9 +166,12 @@ class Claim(Strict):
     text: str = Field(description="the claim in words")
     better: str = Field(description="the way (a cell's name without its seed) that is said to be better")
     than: str | None = Field(None, description="the way that it is compared with")
-    measure: Literal["accuracy", "kv_cache_bytes_per_image", "perplexity_change", "gates"] = Field(
+    measure: Literal[
+        "accuracy", "kv_cache_bytes_per_image", "perplexity_change", "gates", "retrieval", "seconds_per_query"
+    ] = Field(
         "accuracy",
-        description="what decides; of cache and perplexity less is better; `gates`: closed first, opened by training",
+        description="what decides; of cache, perplexity and seconds less is better; `gates`: closed first, opened by "
+        "training; `retrieval`: recall@1 of a caption's picture",
     )
     skills: list[str] = Field(default_factory=list, description="of accuracy: which skills count; by default all")
 
@@ -226,6 +233,20 @@ class Plan(Strict):
         _all_known("tune", [*grid.tune, *(cell.tune for cell in asked)], (*STRATEGIES, *self.strategies))
         positions = [*grid.positions, *(cell.positions for cell in asked)]
         _all_known("positions", positions, (*PLACES, *UNIFIED_POSITIONS))
+        return self
+
+    @validates_model(mode="after")
+    def _finds_by_captions(self) -> "Plan":
+        if self.evaluation.retrieval is None:
+            if self.data.test_captions is not None:
+                raise ValueError("data.test_captions is read for evaluation.retrieval only, which is not given")
+            return self
+        missing = [name for name in ("captions", "test_captions") if getattr(self.data, name) is None]
+        if missing:
+            raise ValueError(
+                "evaluation.retrieval needs captions to learn from (data.captions) and others to find pictures by "
+                f"(data.test_captions); add data.{missing[0]}"
+            )
         return self
 
 

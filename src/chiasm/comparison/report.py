@@ -66,6 +66,7 @@ def write_report(
         learning=[Markup(plot) for plot in _learning(ways) if plot],
         costs=tables.costs(ways),
         kept=tables.kept(ways),
+        finding=tables.finding(ways),
         curves=[Markup(plot) for plot in _curves(shapes) if plot],
         crossings=tables.crossing_table(crossings(shapes)),
         looks=_looks(results, attention or {}),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from chiasm.comparison import tables
 from chiasm.evaluation.format import amount, count, duration, percent, percent_range
 from chiasm.evaluation.skills import ALL
 from chiasm.training.run import whole_file
@@ -65,6 +66,10 @@ def flat(result: Result) -> dict[str, Any]:
     for skill in result["summary"]:
         for key in ("accuracy", "low", "high", "control_accuracy", "chance", "n"):
             row[f"{skill['skill']}_{key}"] = skill[key]
+    if found := result.get("retrieval"):
+        row |= {"retrieval_pictures": found["pictures"], "seconds_per_query": found["seconds_per_query"]}
+        for k, share in found["recall"].items():
+            row |= {f"recall@{k}_{key}": value for key, value in share.items()}
     row |= {f"perplexity_{text}": value for text, value in forgetting.get("perplexity", {}).items()}
     row |= {f"perplexity_change_{text}": value for text, value in forgetting.get("perplexity_change", {}).items()}
     return row | result["diagnostics"]
@@ -110,7 +115,7 @@ def cells_of(result: Result) -> tuple[str, ...]:
 
 
 def to_markdown(results: Sequence[Result]) -> str:
-    """All cells as a Markdown table."""
-    lines = ["| " + " | ".join(HEADS) + " |", "|---" + "|---:" * (len(HEADS) - 1) + "|"]
-    lines += ["| " + " | ".join(text.replace("|", "\\|") for text in cells_of(result)) + " |" for result in results]
-    return "\n".join(lines) + "\n"
+    """All cells as a Markdown table, and below it those that were asked to find pictures."""
+    whole = tables.to_markdown({"heads": HEADS, "rows": [cells_of(result) for result in results]})
+    found = tables.finding({result["name"]: [result] for result in results})
+    return whole + (f"\n{tables.to_markdown(found)}" if found["rows"] else "")

@@ -13,6 +13,18 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 """What happens to parts that were there before; what is new is always trained in full. `frozen` trains that alone."""
 
+CONTRAST: dict[str, Any] = {
+    "name": "captions",
+    "objectives": ["contrastive"],
+    "data": "captions",
+    "epochs": 20,
+    "batch_size": 256,
+    "group_by_length": False,
+    "validation": {"samples": 0},
+}
+"""How late fusion's projections learn from captions behind locked towers, as in the recipe `clip`: from all of them, as
+connectors of other fusions are solved for."""
+
 
 def recipe_of(
     fusion: str,
@@ -21,6 +33,7 @@ def recipe_of(
     seed: int,
     captions: bool,
     *,
+    finds: bool,
     batch_size: int,
     caption_samples: int,
     lr: float,
@@ -38,6 +51,7 @@ def recipe_of(
 
     Args:
         captions: whether the data has captions to start from.
+        finds: whether captions will be asked for their pictures: late fusion then learns from captions too.
         solved: whether the connector starts in closed form.
     """
     starts = fusion in ("early", "intermediate")
@@ -58,6 +72,8 @@ def recipe_of(
         parts = {"vision": "frozen", "language": "frozen"} | new
         align = {"name": "captions", "samples": caption_samples, "data": "captions", "parts": parts}
         first = [align | {"validation": {"samples": validation_samples, "answers": 0}}]
+    if fusion == "late" and captions and finds:
+        first = [CONTRAST | {"parts": {"vision": "frozen", "language": "frozen", "connector": new["connector"]}}]
     if starts:
         (first or [questions])[0] |= {"init": init, "gates": gates if fusion == "intermediate" else "keep"}
     if fusion == "late":

@@ -1,11 +1,12 @@
 """The comparison's tables: textbooks' adjectives as numbers, cost in closed form beside the measured, forgetting."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from chiasm.comparison.curves import TEXT, Crossing
-from chiasm.comparison.ways import Row, mean_of, score
-from chiasm.evaluation.format import amount, count, duration, operations, percent, percent_range
+from chiasm.comparison.ways import Row, interval, mean_of, score
+from chiasm.evaluation.format import amount, count, duration, latency, operations, percent, percent_range
 
 Table = dict[str, Any]
 """`heads` and `rows` of texts."""
@@ -122,6 +123,33 @@ def skills(ways: Mapping[str, Sequence[Row]], names: Sequence[str]) -> Table:
         ]
         rows.append([way, *texts])
     return {"heads": ["connection", *names], "rows": rows}
+
+
+def finding(ways: Mapping[str, Sequence[Row]]) -> Table:
+    """How often a caption's picture was found and how long that took; ways that were asked alone."""
+    heads, rows = ["connection", "pictures"], []
+    for way, cells in ways.items():
+        found = [one for cell in cells if (one := cell.get("retrieval"))]
+        if not found:
+            continue
+        pictures, ks = found[0]["pictures"], list(found[0]["recall"])
+        heads = ["connection", "pictures", *(f"recall@{k} (by chance)" for k in ks), "one more caption"]
+        shares = [_recall([one["recall"][k] for one in found], int(k) / pictures) for k in ks]
+        rows.append([way, str(pictures), *shares, latency(mean_of(cells, "retrieval", "seconds_per_query"))])
+    return {"heads": heads, "rows": rows}
+
+
+def _recall(shares: Sequence[Mapping[str, float]], chance: float) -> str:
+    means = [share["accuracy"] for share in shares]
+    low, high = interval(means, [(share["low"], share["high"]) for share in shares])
+    return f"{percent(fmean(means))}, {percent_range(low, high)} ({percent(min(1.0, chance))})"
+
+
+def to_markdown(table: Table) -> str:
+    """A table for a page: the first column is words, the others are numbers."""
+    lines = ["| " + " | ".join(table["heads"]) + " |", "|---" + "|---:" * (len(table["heads"]) - 1) + "|"]
+    lines += ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in table["rows"]]
+    return "\n".join(lines) + "\n"
 
 
 def crossing_table(found: Sequence[Crossing]) -> Table:

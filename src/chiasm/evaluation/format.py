@@ -54,6 +54,13 @@ def duration(seconds: Number | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def latency(seconds: Number | None) -> str:
+    """A short time for people: "0.4 ms", "120 ms", "8.2 s"."""
+    if seconds is None or seconds >= 1:
+        return duration(seconds)
+    return f"{1e3 * seconds:.{0 if seconds >= 0.01 else 1}f} ms"
+
+
 def clip(text: str, longest: int = 400) -> str:
     """The beginning of a text that is too long to show."""
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"

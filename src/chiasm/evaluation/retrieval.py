@@ -89,9 +89,14 @@ def found_within(
     scores: Float[Tensor, "Q C"], right: Bool[Tensor, "Q C"], ks: Sequence[int] = KS
 ) -> dict[int, Bool[Tensor, " Q"]]:
     """For each k, which queries have a right one among the first k; of equal scores the wrong one counts first."""
-    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    ahead = ((scores >= best) & ~right).sum(dim=1)
+    ahead = places_of(scores, right)
     return {k: ahead < k for k in ks}
+
+
+def places_of(scores: Float[Tensor, "Q C"], right: Bool[Tensor, "Q C"]) -> Int[Tensor, " Q"]:
+    """How many wrong candidates stand before the first right one, those of equal score and of none (NaN) with them."""
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    return (~(scores < best) & ~right).sum(dim=1)
 
 
 def chance(right: Bool[Tensor, "Q C"], ks: Sequence[int] = KS) -> Recalls:
