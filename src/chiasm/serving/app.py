@@ -10,10 +10,10 @@ from fastapi import APIRouter, FastAPI, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from chiasm.serving import attention, chat, embeddings, errors
+from chiasm.serving.answers import Health, ModelCard, ModelList
 from chiasm.serving.errors import RESPONSES, ApiError
 from chiasm.serving.fetch import Fetcher
 from chiasm.serving.gate import Gate
-from chiasm.serving.schema import Health, ModelCard, ModelList
 from chiasm.serving.served import Served, Shared
 from chiasm.serving.settings import Settings
 
