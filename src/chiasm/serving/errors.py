@@ -74,6 +74,8 @@ KINDS = {
     "extra_forbidden": "unknown_parameter",
     "unsupported_parameter": "unsupported_parameter",
 }
+KIND_FIELDS = {"role_unknown": ("role",), "type_unknown": ("type",)}
+"""Where an object is of no known kind, the field that says its kind."""
 MESSAGES = {
     "unsupported_parameter": "Unsupported parameter: '{param}' is not supported by this server.",
     "missing": "Missing required parameter: '{param}'.",
@@ -86,7 +88,7 @@ def of_validation(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a request, as OpenAI tells it."""
     first = error.errors()[0]
     kind, context = first["type"], first.get("ctx", {})
-    param = _parameter((*first["loc"], context["field"]) if kind == "unknown_kind" else first["loc"])
+    param = _parameter((*first["loc"], *KIND_FIELDS.get(kind, ())))
     detail = context.get("error", first["msg"]) if kind == "json_invalid" else first["msg"]
     template = MESSAGES.get(kind, "Invalid value for '{param}': {detail}.")
     code = KINDS.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")

@@ -76,4 +76,4 @@ def by_kind(field: str, *kinds: str, hint: str = "") -> Any:
         return f"#{kind}" if kind in kinds else None
 
     names = " or ".join(f"'{kind}'" for kind in kinds)
-    return Discriminator(tag, "unknown_kind", f"expected {names}{hint}", {"field": field})
+    return Discriminator(tag, f"{field}_unknown", f"expected {names}{hint}")
