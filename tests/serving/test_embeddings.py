@@ -125,7 +125,9 @@ def test_the_python_client(address: Callable[..., str], chat_model: Any) -> None
 @pytest.mark.parametrize(
     "change",
     [{"input": []}, {"input": ""}, {"input": [""]}, {"input": 3}, {"input": ["a"] * 300}, {"input": [10**9]},
-     {"input": [1, "a"]}, {"input": ["a", 1]}, {"input": [[]]}, {"input": [-1]}, {"input": [True]}, {"dimensions": 3}, {"input": {"type": "image_url"}}, {"encoding_format": "hex"}],
+     {"input": [1, "a"]},
+     {"input": ["a", 1]}, {"input": [[]]}, {"input": [-1]}, {"input": [True]},
+     {"dimensions": 3}, {"input": {"type": "image_url"}}, {"encoding_format": "hex"}],
 )  # fmt: skip
 def test_what_is_refused(client: Callable[..., TestClient], change: dict[str, Any]) -> None:
     response = client(EmbeddingModel("clip", Encoder())).post(

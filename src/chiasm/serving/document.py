@@ -18,11 +18,8 @@ class Documented(FastAPI):
         document = super().openapi()
         schemas, limits = document["components"]["schemas"], self.limits
         fields = schemas["ChatRequest"]["properties"]
-        for name, most in {
-            "max_tokens": limits.tokens,
-            "max_completion_tokens": limits.tokens,
-            "n": limits.choices,
-        }.items():
+        counts = {"max_tokens": limits.tokens, "max_completion_tokens": limits.tokens, "n": limits.choices}
+        for name, most in counts.items():
             next(kind for kind in fields[name]["anyOf"] if kind["type"] == "integer")["maximum"] = most
         inputs = schemas["EmbeddingRequest"]["properties"]["input"]["oneOf"]
         next(kind for kind in inputs if "oneOf" in kind.get("items", {}))["maxItems"] = limits.inputs
