@@ -31,7 +31,8 @@ GONE = 499
 def router(shared: Shared) -> APIRouter:
     """The route, on these models."""
     routes = APIRouter(route_class=limited_route(shared.settings.limits))
-    streamed = {"text/event-stream": {"schema": {"type": "string", "description": "chunks, then data: [DONE]"}}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    streamed = {"text/event-stream": {"itemSchema": event | {"description": "a chunk as JSON; the last is [DONE]"}}}
     described = {200: {"model": ChatCompletion, "content": streamed}, **RESPONSES}
 
     @routes.post("/v1/chat/completions", responses=described, response_model=None, tags=["chat"])

@@ -71,7 +71,8 @@ def _text(model: EmbeddingModel, item: str | list[int] | WordPart) -> str:
         return item if isinstance(item, str) else item.words
     tokenizer = model.encoder.processor.tokenizer
     if any(token >= len(tokenizer) for token in item):
-        raise ApiError(400, f"a token id is outside of the vocabulary of {len(tokenizer)}.", param="input")
+        known = f"0 to {len(tokenizer) - 1}"
+        raise ApiError(400, f"a token id is outside of the vocabulary: {known}.", param="input", code="unknown_token")
     return str(tokenizer.decode(item))
 
 
