@@ -24,7 +24,7 @@ class Strict(BaseModel):
         return value
 
 
-EMPTY = (None, [], {}, False, 0, "auto", "none", "default")
+EMPTY: tuple[Any, ...] = (None, [], {}, False, 0, "auto", "none", "default")
 
 
 def _unused(value: Any) -> None:

@@ -70,7 +70,7 @@ class Message(Strict):
     """What messages of every role have."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content | None = None
+    content: str | Sequence[Part] | None = None
     name: Ignored = None
     refusal: str | None = None
     annotations: Unused = None
