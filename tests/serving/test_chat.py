@@ -158,22 +158,41 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": "other"}, 404, "model_not_found", "model"),
     ({"messages": []}, 400, "invalid_value", "messages"),
     ({"messages": [{"role": "user"}]}, 400, "missing_required_parameter", "messages[0].content"),
-    ({"messages": [{"role": "user", "content": None}]}, 400, "missing_required_parameter", "messages[0].content"),
+    ({"messages": [{"role": "user", "content": None}]}, 400, "invalid_type", "messages[0].content"),
+    ({"messages": [{"content": "a"}]}, 400, "missing_required_parameter", "messages[0].role"),
+    ({"messages": ["a"]}, 400, "invalid_type", "messages[0]"),
+    ({"messages": [{"role": ["user"], "content": "a"}]}, 400, "invalid_value", "messages[0].role"),
+    ({"messages": [{"role": "system", "content": "a", "refusal": "b"}]}, 400, "invalid_value", "messages[0].refusal"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, 400, "unsupported_parameter", "messages[0].tool_calls"),
     ({"messages": [{"role": "king", "content": "a"}]}, 400, "invalid_value", "messages[0].role"),
     ({"messages": [{"role": "user", "content": 3}]}, 400, "invalid_type", "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "missing_required_parameter",
      "messages[0].content[0].text"),
+    ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, 400, "missing_required_parameter",
+     "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, 400, "invalid_value",
+     "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image_url": {"url": "data:,"}}]}]}, 400,
+     "invalid_value", "messages[0].content[0].image_url"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400,
+     "missing_required_parameter", "messages[0].content[0].image_url.url"),
+    ({"messages": [{"role": "system", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]}, 400,
+     "invalid_value", "messages[0].content[0].type"),
     ({"colour": 1}, 400, "unknown_parameter", "colour"),
     ({"temperature": 3}, 400, "invalid_value", "temperature"),
     ({"temperature": "hot"}, 400, "invalid_type", "temperature"),
     ({"max_tokens": 0}, 400, "invalid_value", "max_tokens"),
     ({"max_tokens": 10**6}, 400, "invalid_value", "max_tokens"),
     ({"n": 99}, 400, "invalid_value", "n"),
-    ({"stop": ["a", ""]}, 400, "invalid_value", "stop"),
+    ({"stop": ["a", ""]}, 400, "invalid_value", "stop[1]"),
+    ({"stop": ["a"] * 5}, 400, "invalid_value", "stop"),
+    ({"stop": "a" * 257}, 400, "invalid_value", "stop"),
     ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
     ({"top_logprobs": 3}, 400, "invalid_value", "top_logprobs"),
     ({"response_format": {"type": "json_schema"}}, 400, "missing_required_parameter", "response_format.json_schema"),
+    ({"response_format": {"type": "text", "json_schema": {"name": "a"}}}, 400, "invalid_value",
+     "response_format.json_schema"),
+    ({"response_format": {"type": "xml"}}, 400, "invalid_value", "response_format.type"),
     ({"stream_options": {"include_usage": True}}, 400, "invalid_value", "stream_options"),
 ]  # fmt: skip
 
@@ -194,6 +213,15 @@ def test_fields_of_openai_that_change_nothing_are_taken(client: Callable[..., Te
     body = ask(data_url(), top_p=0, temperature=1, **fields)
     body["messages"][0]["content"][0] |= {"prompt_cache_breakpoint": {"mode": "explicit"}}
     body["messages"][0]["content"][0]["image_url"] |= {"detail": "original"}
+    response = client().post(CHAT, json=body)
+    assert response.status_code == 200, response.text
+
+
+def test_nulls_in_place_of_what_other_kinds_have_are_taken(client: Callable[..., TestClient]) -> None:
+    nulls = {"text": None, "image_url": None, "refusal": None}
+    parts = [nulls | {"type": "image_url", "image_url": {"url": data_url()}}, nulls | {"type": "text", "text": "a"}]
+    message = {"role": "user", "content": parts, "name": None, "refusal": None, "tool_calls": None}
+    body = ask(messages=[message], response_format={"type": "text", "json_schema": None})
     response = client().post(CHAT, json=body)
     assert response.status_code == 200, response.text
 

@@ -10,10 +10,11 @@ from fastapi import APIRouter, FastAPI, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from chiasm.serving import attention, chat, embeddings, errors
+from chiasm.serving.answers import Health, ModelCard, ModelList
+from chiasm.serving.document import Documented
 from chiasm.serving.errors import RESPONSES, ApiError
 from chiasm.serving.fetch import Fetcher
 from chiasm.serving.gate import Gate
-from chiasm.serving.schema import Health, ModelCard, ModelList
 from chiasm.serving.served import Served, Shared
 from chiasm.serving.settings import Settings
 
@@ -38,7 +39,8 @@ def create_app(models: Sequence[Served], settings: Settings, fetcher: Fetcher | 
         yield
         await asyncio.to_thread(shared.close)
 
-    app = FastAPI(title="Chiasm", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    quiet: dict[str, Any] = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
+    app = Documented(settings.limits, title="Chiasm", version="1", lifespan=lifespan, **quiet)
     app.state.broken = shared.broken
     errors.install(app)
     for part in (chat, embeddings, attention):

@@ -10,11 +10,12 @@ from fastapi.responses import JSONResponse
 from chiasm.generation import heatmap
 from chiasm.generation.attention import Attention, look
 from chiasm.generation.decode import Decoding
+from chiasm.serving.answers import AttentionAnswer
 from chiasm.serving.body import Lease, lease_of, limited_route
 from chiasm.serving.chat import GONE
 from chiasm.serving.errors import RESPONSES, ApiError, of_exception
 from chiasm.serving.prompt import Plain, Prompt, read_prompt
-from chiasm.serving.schema import AttentionAnswer, AttentionRequest
+from chiasm.serving.schema import AttentionRequest
 from chiasm.serving.served import ChatModel, Shared
 from chiasm.serving.stream import Gone, while_there
 

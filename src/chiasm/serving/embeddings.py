@@ -7,11 +7,13 @@ import torch
 from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import JSONResponse
 
+from chiasm.serving.answers import EmbeddingList
 from chiasm.serving.body import Lease, lease_of, limited_route
 from chiasm.serving.chat import GONE
 from chiasm.serving.errors import RESPONSES, ApiError, of_exception
-from chiasm.serving.prompt import image_of, read_pictures
-from chiasm.serving.schema import EmbeddingList, EmbeddingRequest, Part
+from chiasm.serving.messages import ImagePart, Part, WordPart
+from chiasm.serving.prompt import read_pictures
+from chiasm.serving.schema import EmbeddingRequest
 from chiasm.serving.served import EmbeddingModel, Shared
 from chiasm.serving.stream import Gone, while_there
 
@@ -39,10 +41,8 @@ async def _embed(shared: Shared, body: EmbeddingRequest, lease: Lease) -> dict[s
     model = shared.embedding_model(body.model)
     limits = shared.settings.limits
     items = _items(body, limits.inputs, limits.input_characters)
-    texts = {number: _text(model, item) for number, item in enumerate(items) if not isinstance(item, Part)}
-    urls = {number: _url(item, number) for number, item in enumerate(items) if isinstance(item, Part)}
-    texts |= {number: text for number, (text, url) in urls.items() if text is not None}
-    shown = {number: url for number, (_, url) in urls.items() if url is not None}
+    shown = {number: item.image_url.url for number, item in enumerate(items) if isinstance(item, ImagePart)}
+    texts = {number: _text(model, item) for number, item in enumerate(items) if not isinstance(item, ImagePart)}
     pictures = await read_pictures(shared, [(url, f"input[{number}]") for number, url in shown.items()], lease)
     try:
         rows, tokens = await shared.in_turn(model.turn, _run, model, list(texts.values()), pictures)
@@ -57,32 +57,23 @@ async def _embed(shared: Shared, body: EmbeddingRequest, lease: Lease) -> dict[s
 
 def _items(body: EmbeddingRequest, most: int, characters: int) -> list[Item]:
     given: Any = body.input
-    if isinstance(given, list) and given and all(isinstance(item, int) for item in given):
-        given = [given]
-    items = given if isinstance(given, list) else [given]
-    if not items or any(item in ("", []) or isinstance(item, int) for item in items):
-        raise ApiError(400, "input is a text, a picture, or a list of them; none is empty.", param="input")
-    texts = [item.words if isinstance(item, Part) else item for item in items]
-    if sum(map(len, texts)) > characters:
+    items = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    if sum(len(item if isinstance(item, str | list) else item.words) for item in items) > characters:
         raise ApiError(400, f"input has more than {characters:,} characters.", param="input")
     if len(items) > most:
         raise ApiError(400, f"Too many inputs: {len(items)}, but a request may have {most}.", param="input")
     return items
 
 
-def _text(model: EmbeddingModel, item: Any) -> str:
+def _text(model: EmbeddingModel, item: str | list[int] | WordPart) -> str:
     """A text, or the text of token ids."""
-    if isinstance(item, str):
-        return item
+    if not isinstance(item, list):
+        return item if isinstance(item, str) else item.words
     tokenizer = model.encoder.processor.tokenizer
-    if any(not 0 <= token < len(tokenizer) for token in item):
-        raise ApiError(400, f"a token id is outside of the vocabulary of {len(tokenizer)}.", param="input")
+    if any(token >= len(tokenizer) for token in item):
+        known = f"0 to {len(tokenizer) - 1}"
+        raise ApiError(400, f"a token id is outside of the vocabulary: {known}.", param="input", code="unknown_token")
     return str(tokenizer.decode(item))
-
-
-def _url(part: Part, number: int) -> tuple[str | None, str | None]:
-    image = image_of(part, f"input[{number}]")
-    return (part.words, None) if image is None else (None, image.url)
 
 
 def _run(model: EmbeddingModel, texts: list[str], pictures: list[Any]) -> tuple[list[torch.Tensor], int]:

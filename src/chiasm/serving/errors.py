@@ -74,6 +74,8 @@ KINDS = {
     "extra_forbidden": "unknown_parameter",
     "unsupported_parameter": "unsupported_parameter",
 }
+KIND_FIELDS = {"role_unknown": ("role",), "type_unknown": ("type",)}
+"""Where an object is of no known kind, the field that says its kind."""
 MESSAGES = {
     "unsupported_parameter": "Unsupported parameter: '{param}' is not supported by this server.",
     "missing": "Missing required parameter: '{param}'.",
@@ -85,8 +87,9 @@ MESSAGES = {
 def of_validation(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a request, as OpenAI tells it."""
     first = error.errors()[0]
-    kind, param = first["type"], _parameter(first["loc"])
-    detail = first.get("ctx", {}).get("error", first["msg"]) if kind == "json_invalid" else first["msg"]
+    kind, context = first["type"], first.get("ctx", {})
+    param = _parameter((*first["loc"], *KIND_FIELDS.get(kind, ())))
+    detail = context.get("error", first["msg"]) if kind == "json_invalid" else first["msg"]
     template = MESSAGES.get(kind, "Invalid value for '{param}': {detail}.")
     code = KINDS.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
     if first["loc"] == ("body",) and kind in ("missing", "model_attributes_type"):
@@ -142,7 +145,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         400: "Something in the request is wrong; `param` and `code` say what",
         401: "No API key, or an unknown one",
         403: "A Host name that this server does not answer to",
-        404: "No such model",
+        404: "No such model, or one that gives embeddings where answers were asked for, or the other way round",
         408: "The body came too slowly",
         413: "The body is too large",
         415: "The body is not declared as JSON",

@@ -1,6 +1,7 @@
 """A request's messages → Chiasm's: words without special tokens, and pictures fetched, checked and decoded."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from chiasm.data.processor import ChiasmProcessor
 from chiasm.serving import pictures
 from chiasm.serving.body import Lease
 from chiasm.serving.errors import ApiError
-from chiasm.serving.schema import ChatMessage, ImageUrl, Part
+from chiasm.serving.messages import ImagePart
+from chiasm.serving.messages import Message as Given
 from chiasm.serving.served import ChatModel, Shared
 
 ROLES = {"developer": "system"}
@@ -23,7 +25,7 @@ class Prompt:
     images: list[Image.Image]
 
 
-async def read_prompt(shared: Shared, model: ChatModel, given: list[ChatMessage], lease: Lease) -> Prompt:
+async def read_prompt(shared: Shared, model: ChatModel, given: Sequence[Given], lease: Lease) -> Prompt:
     """The conversation that a model can be asked.
 
     Raises:
@@ -34,56 +36,35 @@ async def read_prompt(shared: Shared, model: ChatModel, given: list[ChatMessage]
     messages: list[Message] = []
     urls: list[tuple[str, str]] = []
     for number, message in enumerate(given):
-        param = f"messages[{number}].content"
-        parts, found = _parts(message, param, plain)
-        if message.role != "user" and found:
-            raise ApiError(400, f"Invalid value for '{param}': only a user's message has images.", param=param)
+        parts, found = _parts(message, f"messages[{number}].content", plain)
         urls += found
         messages.append({"role": ROLES.get(message.role, message.role), "content": parts})
     return Prompt(messages, await read_pictures(shared, urls, lease))
 
 
-def _check_length(given: list[ChatMessage], most: int) -> None:
+def _check_length(given: Sequence[Given], most: int) -> None:
     """Refuses what no context holds before anything goes through its letters."""
-    contents = [message.said or "" for message in given]
-    texts = [text for text in contents if isinstance(text, str)]
-    texts += [part.words for parts in contents if not isinstance(parts, str) for part in parts]
-    if (length := sum(map(len, texts))) > most:
+    said = [message.said for message in given]
+    texts = [[one] if isinstance(one, str) else [part.words for part in one] for one in said]
+    if (length := sum(len(text) for several in texts for text in several)) > most:
         message = f"a conversation of {length:,} characters is longer than the model's context; {most:,} could fit"
         raise ApiError(400, message, param="messages", code="context_length_exceeded")
 
 
-def _parts(message: ChatMessage, param: str, plain: "Plain") -> tuple[Any, list[tuple[str, str]]]:
+def _parts(message: Given, param: str, plain: "Plain") -> tuple[Any, list[tuple[str, str]]]:
     """A message's content for the chat template, and its pictures' addresses with their places in the request."""
     content = message.said
-    if content is None:
-        raise ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if isinstance(content, str):
         return plain(content), []
     parts: list[dict[str, str]] = []
     urls: list[tuple[str, str]] = []
     for place, part in enumerate(content):
-        where = f"{param}[{place}]"
-        if (image := image_of(part, where)) is not None:
+        if isinstance(part, ImagePart):
             parts.append({"type": "image"})
-            urls.append((image.url, f"{where}.image_url.url"))
+            urls.append((part.image_url.url, f"{param}[{place}].image_url.url"))
         else:
             parts.append({"type": "text", "text": plain(part.words)})
     return parts, urls
-
-
-def image_of(part: Part, param: str) -> ImageUrl | None:
-    """A part's picture; None for a text. Raises an ApiError where the part has not what its type says."""
-    given: dict[str, Any] = {name: getattr(part, name) for name in ("text", "image_url", "refusal")}
-    value = given.pop(part.type)
-    if value is None or any(other is not None for other in given.values()):
-        raise ApiError(
-            400,
-            f"Invalid value for '{param}': a part of type '{part.type}' has '{part.type}' and nothing else.",
-            param=f"{param}.{part.type}",
-            code="missing_required_parameter" if value is None else "invalid_value",
-        )
-    return part.image_url
 
 
 class Plain:

@@ -121,7 +121,7 @@ class Shared:
         model = self.named(name)
         if not isinstance(model, ChatModel):
             raise ApiError(
-                400, f"The model '{name}' gives embeddings and no answers.", param="model", code="unsupported_model"
+                404, f"The model '{name}' gives embeddings and no answers.", param="model", code="unsupported_model"
             )
         return model
 
@@ -129,7 +129,7 @@ class Shared:
         model = self.named(name)
         if not isinstance(model, EmbeddingModel):
             raise ApiError(
-                400, f"The model '{name}' gives answers and no embeddings.", param="model", code="unsupported_model"
+                404, f"The model '{name}' gives answers and no embeddings.", param="model", code="unsupported_model"
             )
         return model
 
