@@ -260,6 +260,18 @@ def test_objects_stay_in_their_places_and_clear_of_each_other_and_the_sign(artwo
     assert min(sizes) == 64 and max(sizes) == 100
 
 
+def test_exact_scenes_vary_in_nothing_that_words_do_not_tell(artwork: Path) -> None:
+    samples = read("emoji-scenes:train,size=40,form=all,exact=true", artwork=artwork)
+    known: dict[tuple, list] = {}
+    for sample in samples:
+        picture = np.asarray(sample.images[0].load())
+        assert picture[-1, -1].tolist() == list(COLOURS[sample.meta["background"]]) or sample.meta["sign"]
+        assert (sample.meta["sign"] is not None) == ("reading" in sample.meta["skills"])
+        for placed in sample.meta["objects"] if sample.meta["sign"] is None else []:
+            assert known.setdefault(placed["place"], placed["box"]) == placed["box"]
+    assert known.keys() == set(PLACES)
+
+
 def test_what_the_ground_truth_says_is_in_the_pixels(artwork: Path) -> None:
     for sample in EmojiScenes("validation", size=60, artwork=artwork):
         pixels = np.asarray(sample.images[0].load()).astype(int)

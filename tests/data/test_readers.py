@@ -314,6 +314,7 @@ def test_emoji_scenes_by_name(tmp_path: Path) -> None:
     for source, options, expected in (
         ("emoji-scenes:tset", {}, "split 'tset' is not one of train, validation"),
         ("emoji-scenes:test,size", {}, "'size' is not of the form name=value"),
+        ("emoji-scenes:test,exact=yes", {}, "exact is 'yes', expected true or false"),
         ("emoji-scenes", {"siz": 3}, "unknown option 'siz'; this kind of data takes size"),
     ):
         with pytest.raises(ValueError, match=expected):

@@ -14,6 +14,7 @@ SIGN_HEIGHT = 48
 OUTLINE = 2
 SIZES = tuple(range(64, 101, 4))
 SIZES_BESIDE_SIGN = tuple(range(64, 85, 4))
+EXACT_SIZE = 84
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
@@ -45,6 +46,13 @@ def box_in(place: str, dice: Dice, sign: bool, sign_on_top: bool) -> Box:
     x = left + OUTLINE + dice.below(right - left - size - 2 * OUTLINE + 1)
     y = top + OUTLINE + dice.below(bottom - top - size - 2 * OUTLINE + 1)
     return x, y, x + size, y + size
+
+
+def exact_box(place: str, sign: bool, sign_on_top: bool) -> Box:
+    """The square of `EXACT_SIZE` in the middle of `place`."""
+    left, top, right, bottom = _region(place, SIGN_HEIGHT if sign else 0, sign_on_top)
+    x, y = (left + right - EXACT_SIZE) // 2, (top + bottom - EXACT_SIZE) // 2
+    return x, y, x + EXACT_SIZE, y + EXACT_SIZE
 
 
 def _region(place: str, taken: int, sign_on_top: bool) -> Box:

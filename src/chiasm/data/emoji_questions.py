@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from chiasm.data.dice import Dice
-from chiasm.data.emoji_drawing import Placed, Scene, box_in
+from chiasm.data.emoji_drawing import Placed, Scene, box_in, exact_box
 from chiasm.data.emoji_vocabulary import (
     COLOURS,
     CORNERS,
@@ -107,7 +107,9 @@ def choose_skills(dice: Dice, weights: Mapping[str, int | float], number: int) -
     return chosen, {"counting": COUNTS[count]}
 
 
-def compose(dice: Dice, skills: Sequence[str], world: World, dealt: Mapping[str, str]) -> tuple[Scene, list[Fact]]:
+def compose(
+    dice: Dice, skills: Sequence[str], world: World, dealt: Mapping[str, str], exact: bool = False
+) -> tuple[Scene, list[Fact]]:
     """A scene with a fact for each skill (of `choose_skills`), in the order of asking; answers are dealt or drawn.
 
     A second count is of what fills the scene; where nothing or one thing alone can, it is not asked.
@@ -120,7 +122,8 @@ def compose(dice: Dice, skills: Sequence[str], world: World, dealt: Mapping[str,
         used.append(kind)
         return kind
 
-    sign = dealt.get("reading") or _sign(dice, world) if "reading" in skills or dice.happens(0.3) else None
+    sign_anyway = not exact and "reading" not in skills and dice.happens(0.3)
+    sign = dealt.get("reading") or _sign(dice, world) if "reading" in skills or sign_anyway else None
     colour = dealt.get("colour") or dice.pick(tuple(COLOURS))
     free, kinds, facts = dice.shuffled(CORNERS), {}, []
     if "counting" in skills:
@@ -150,14 +153,18 @@ def compose(dice: Dice, skills: Sequence[str], world: World, dealt: Mapping[str,
         if skill in skills:
             first = sum(fact.skill == "counting" for fact in facts)
             facts.insert(first + dice.below(len(facts) - first + 1), Fact(skill, str(answer)))
-    return _arrange(dice, colour, kinds, sign), facts
+    return _arrange(dice, colour, kinds, sign, exact), facts
 
 
-def _arrange(dice: Dice, colour: str, kinds: Mapping[str, str], sign: str | None) -> Scene:
-    red, green, blue = (min(255, max(0, channel + dice.below(17) - 8)) for channel in COLOURS[colour])
+def _arrange(dice: Dice, colour: str, kinds: Mapping[str, str], sign: str | None, exact: bool) -> Scene:
+    red, green, blue = (
+        min(255, max(0, channel + (0 if exact else dice.below(17) - 8))) for channel in COLOURS[colour]
+    )
     on_top = dice.happens(0.5)
     places = [place for place in (*CORNERS, MIDDLE) if place in kinds]
-    objects = tuple(Placed(kinds[place], place, box_in(place, dice, sign is not None, on_top)) for place in places)
+    signed = sign is not None
+    boxes = [exact_box(place, signed, on_top) if exact else box_in(place, dice, signed, on_top) for place in places]
+    objects = tuple(Placed(kinds[place], place, box) for place, box in zip(places, boxes, strict=True))
     return Scene(colour, (red, green, blue), objects, sign, sign is not None and on_top)
 
 

@@ -47,6 +47,8 @@ class EmojiScenes(Samples):
         shots: solved examples, each with a picture of its own, in front of the question (one per scene): text and
             pictures interleaved, as Flamingo (arXiv 2204.14198) learns from.
         shot_skills: whether the examples are of the "same" skill as the question, or "mixed".
+        exact: whether objects have one size and stand in the middle of their places, on a colour's exact shade, with a
+            sign only where it is asked for: what is easiest to draw.
 
     `meta` of every sample: split, language, objects (name, emoji, place, box), background, sign, and the turns' skills;
     `shots` has the objects, background and sign of every example.
@@ -54,7 +56,7 @@ class EmojiScenes(Samples):
 
     OPTIONS = (
         *("size", "seed", "num_objects", "language", "questions_per_scene", "form", "weights", "artwork"),
-        *("shots", "shot_skills"),
+        *("shots", "shot_skills", "exact"),
     )
 
     def __init__(
@@ -70,6 +72,7 @@ class EmojiScenes(Samples):
         artwork: str | Path | None = None,
         shots: int = 0,
         shot_skills: str = "same",
+        exact: bool = False,
     ) -> None:
         _expect("split", split, SPLITS)
         _expect("language", language, LANGUAGES)
@@ -90,7 +93,7 @@ class EmojiScenes(Samples):
         if not sum(self.weights.values()):
             raise ValueError("weights are all 0: no skill is left to ask about")
         self.split, self.seed, self.language, self.form = split, seed, language, form
-        self.shots, self.shot_skills = shots, shot_skills
+        self.shots, self.shot_skills, self.exact = shots, shot_skills, exact
         self.world = World.of(split == "test-unseen", num_objects)
         folder = _twemoji() if artwork is None else Path(artwork)
         self.artwork = folder / "72x72" if (folder / "72x72").is_dir() else folder
@@ -175,11 +178,11 @@ class EmojiScenes(Samples):
         return choose_skills(dice, self.weights, self.turns)
 
     def _questions(self, dice: Dice, skills: list[str], dealt: dict[str, str]) -> tuple[Scene, Turns, list[str]]:
-        scene, facts = compose(dice, skills, self.world, dealt)
+        scene, facts = compose(dice, skills, self.world, dealt, self.exact)
         return scene, [ask(fact, self.language, dice) for fact in facts], [fact.skill for fact in facts]
 
     def _caption(self, dice: Dice) -> tuple[Scene, Turns, list[str]]:
-        scene, _ = compose(dice, [], self.world, {})
+        scene, _ = compose(dice, [], self.world, {}, self.exact)
         instruction = dice.pick(WORDINGS[self.language]["caption"])
         return scene, [(instruction, caption(scene, self.language, dice))], ["caption"]
 

@@ -199,7 +199,12 @@ def _emoji_scenes(source: str, split: str | None, options: dict[str, Any]) -> Em
         needed = key in options and key in ("seed", "shots")
         if type(options.get(key)) not in ((int,) if needed else (int, type(None))):
             raise ValueError(f"{EMOJI_SCENES}: {key} is {options[key]!r}, expected a whole number")
+    if type(options.get("exact", False)) is not bool:
+        raise ValueError(f"{EMOJI_SCENES}: exact is {options['exact']!r}, expected true or false")
     return EmojiScenes(split or named or "train", **options)
+
+
+WORDS = {"true": True, "false": False}
 
 
 def _settings(source: str, split: str | None) -> tuple[str, dict[str, Any]]:
@@ -212,7 +217,7 @@ def _settings(source: str, split: str | None) -> tuple[str, dict[str, Any]]:
         key, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"{source!r}: {setting!r} is not of the form name=value")
-        options[key] = int(value) if value.lstrip("-").isdigit() else value
+        options[key] = int(value) if value.lstrip("-").isdigit() else WORDS.get(value, value)
     return named, options
 
 
