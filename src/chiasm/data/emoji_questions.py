@@ -157,9 +157,7 @@ def compose(
 
 
 def _arrange(dice: Dice, colour: str, kinds: Mapping[str, str], sign: str | None, exact: bool) -> Scene:
-    red, green, blue = (
-        min(255, max(0, channel + (0 if exact else dice.below(17) - 8))) for channel in COLOURS[colour]
-    )
+    red, green, blue = (min(255, max(0, channel + (0 if exact else dice.below(17) - 8))) for channel in COLOURS[colour])
     on_top = dice.happens(0.5)
     places = [place for place in (*CORNERS, MIDDLE) if place in kinds]
     signed = sign is not None
