@@ -159,12 +159,12 @@ def test_options_that_a_retrieval_model_does_not_read_are_refused(run: Any, tmp_
     assert run("index", "--add", photos, "-o", index, "--model", model, "--skip-bad", "--batch-size", 1)[0] == 0
 
 
-def test_a_text_without_tokens_is_one_line(run: Any, tmp_path: Path) -> None:
+def test_a_text_without_words_is_one_line(run: Any, tmp_path: Path) -> None:
     model, photos, index = save_late(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
     paint(photos, 2)
     assert run("index", model, photos, "-o", index)[0] == 0
     code, _, err = run("search", index, "")
-    assert code == 2 and "text '' has no tokens" in err
+    assert code == 2 and "the text is '', expected words" in err
 
 
 def test_mistakes_are_one_line(run: Any, tmp_path: Path) -> None:
