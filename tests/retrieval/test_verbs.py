@@ -165,6 +165,8 @@ def test_a_text_without_words_is_one_line(run: Any, tmp_path: Path) -> None:
     assert run("index", model, photos, "-o", index)[0] == 0
     code, _, err = run("search", index, "")
     assert code == 2 and "the text is '', expected words" in err
+    with pytest.raises(ValueError, match="text '' has no tokens"):
+        chiasm.load(model).processor.encode("")
 
 
 def test_mistakes_are_one_line(run: Any, tmp_path: Path) -> None:
