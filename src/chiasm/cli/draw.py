@@ -14,9 +14,9 @@ def draw(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="The picture's file.", show_default=False)],
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest codes.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest codes.")] = 0.5,
     top_k: Annotated[int, typer.Option(help="Only of so many likeliest codes; 0 of all.")] = 0,
-    guidance: Annotated[float, typer.Option(help="How strictly to follow the words; 1 as learned.")] = 3.0,
+    guidance: Annotated[float, typer.Option(help="How strictly to follow the words; 1 as learned.")] = 1.5,
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
     as_json: Json = False,
 ) -> None:

@@ -186,11 +186,12 @@ def _in_processes(choices: Sequence[Choice], plan: Path, output: Path, jobs: int
         say(f"{choice.name}: started")
         command = [sys.executable, "-m", "chiasm", "compare", str(plan), "-o", str(output), "--only", choice.name]
         done = subprocess.run([*command, "--here"], env=environment, capture_output=True, text=True)
+        told = output / CELLS / choice.name / ERROR
         if done.returncode == 0:
+            told.unlink(missing_ok=True)
             say(f"{choice.name}: finished")
             return None
         everything = done.stderr.strip() or done.stdout.strip() or "no message"
-        told = output / CELLS / choice.name / ERROR
         told.parent.mkdir(parents=True, exist_ok=True)
         told.write_text(everything + "\n", encoding="utf-8")
         said = everything.splitlines()[-1]

@@ -171,7 +171,8 @@ class BatchedDecoder:
 
     def resume(self, sequence: Sequence) -> None:
         assert sequence.parked is not None
-        sequence.slot = self.slots.take(sequence.room)
+        if sequence.slot < 0:
+            sequence.slot = self.slots.take(sequence.room)
         self.slots.write(sequence.slot, sequence.parked)
         sequence.parked = None
 

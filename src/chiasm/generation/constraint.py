@@ -112,7 +112,7 @@ def _check_work(schema: Mapping[str, Any]) -> None:
     digits = max((-int(step.as_tuple().exponent) for step in steps), default=0)
     common = math.lcm(*(int(step * Decimal(10) ** max(digits, 0)) or 1 for step in steps))
     if common > MULTIPLE:
-        reason = f"the numbers of multipleOf have {common:,} for a common multiple, more than {MULTIPLE:,}"
+        reason = f"the numbers of multipleOf have a common multiple of more than {MULTIPLE:,}"
         raise ValueError(f"the answer cannot be constrained so: {reason}")
 
 
@@ -128,7 +128,7 @@ def _bound(schema: Any) -> Iterator[str | int | float]:
         elif isinstance(item, Mapping):
             rest += [*item, *(value for key, value in item.items() if key not in REMARKS or isinstance(value, Mapping))]
             step = item.get("multipleOf")
-            if isinstance(step, int | float) and not isinstance(step, bool) and math.isfinite(step):
+            if type(step) is int or (isinstance(step, float) and math.isfinite(step)):
                 yield step
 
 

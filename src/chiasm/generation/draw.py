@@ -30,9 +30,9 @@ class Brush:
         seed: of the drawing; None takes torch's own state.
     """
 
-    temperature: float = 1.0
+    temperature: float = 0.5
     top_k: int = 0
-    guidance: float = 3.0
+    guidance: float = 1.5
     seed: int | None = None
 
     def __post_init__(self) -> None:

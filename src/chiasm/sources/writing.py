@@ -83,7 +83,7 @@ def _take_places(place: Path, target: Path) -> None:
         if WEIGHTS.fullmatch(path.name) and Path(path.name) not in written:
             path.unlink()
     for name in sorted(written, key=lambda name: name == Path(CONFIG)):
-        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).replace(target / name)
 
 
