@@ -427,6 +427,7 @@ def test_a_slow_schema_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> 
         {"anyOf": [{"type": "string", "minLength": n, "maxLength": n * 50} for n in range(1, 900)]},
         {"allOf": [{"properties": {f"a{n}": {"maximum": n * 10**9 + 7}}} for n in range(700)]},
         {"type": "integer", "multipleOf": 7919 * 7907},
+        {"type": "integer", "multipleOf": 10**400},
         {"allOf": [{"type": "number", "multipleOf": 79.19}, {"properties": {"a": {"multipleOf": 7.907}}}]},
         {"enum": ["yes", "a" * 60_000]},
     ],
