@@ -12,7 +12,8 @@ import torch
 
 import chiasm
 import tiny
-from chiasm.comparison.choices import expand
+from chiasm.comparison.cell import identity
+from chiasm.comparison.choices import Choice, expand
 from chiasm.comparison.plan import load_plan
 from chiasm.connectors import CONNECTORS, Connector, connector_settings
 from chiasm.connectors.own import own_connectors
@@ -129,3 +130,18 @@ def test_training_starts_it_from_captions_and_learns(window: type[Connector], tm
     chiasm.train(recipe, model=vlm, data=str(tmp_path / "data.json"), output=tmp_path / "run")
     after = dict(chiasm.load(tmp_path / "run" / "model").model.connector.named_parameters())
     assert all(not torch.equal(after[name], p) for name, p in before.items() if "in_proj_bias" not in name)
+
+
+def test_a_changed_file_is_another_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from chiasm.connectors.mlp import MLPProjector\n\n\nclass Mine(MLPProjector):\n    pass\n\n\n"
+        'CONNECTORS = {"mine": Mine}\n'
+    )
+    monkeypatch.setitem(CONNECTORS, "mine", own_connectors(str(file), {})["mine"])
+    plan = load_plan("compare")
+    choices = [Choice(name, {"name": name}, "early", None, "lora", "auto", None, 0) for name in ("mine", "mlp")]
+    before = [identity(plan, choice) for choice in choices]
+    file.write_text(file.read_text() + "# changed\n")
+    after = [identity(plan, choice) for choice in choices]
+    assert after[0] != before[0] and after[1] == before[1]

@@ -25,6 +25,7 @@ from chiasm.comparison.peak_memory import peak_memory
 from chiasm.comparison.plan import Plan, Source
 from chiasm.comparison.strategies import STRATEGIES, recipe_of
 from chiasm.connecting.connect import connect
+from chiasm.connectors import own_code
 from chiasm.data.readers import Mixture, read
 from chiasm.data.schema import Sample, Samples
 from chiasm.data.splits import hold_out
@@ -130,7 +131,8 @@ def identity(plan: Plan, choice: Choice) -> str:
         if kept[section][key] is None:
             del kept[section][key]
     strategy = {name: part.model_dump(mode="json") for name, part in plan.strategies.get(choice.tune, {}).items()}
-    text = json.dumps([kept, strategy, choice.to_dict()], sort_keys=True, default=str)
+    code = own_code((choice.connector or {}).get("name", ""))
+    text = json.dumps([kept, strategy, choice.to_dict(), *filter(None, [code])], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

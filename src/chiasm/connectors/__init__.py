@@ -6,6 +6,7 @@ The files and modules in `CHIASM_CONNECTORS` add to it (`own.py`), as does `CONN
 import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -37,6 +38,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "qformer": QFormer,
 }
 
+PACKAGED = frozenset(CONNECTORS)
 CONNECTORS |= own_connectors(os.environ.get(VARIABLE, ""), CONNECTORS)
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "build_connector",
     "checked_options",
     "connector_settings",
+    "own_code",
 ]
 
 
@@ -65,6 +68,16 @@ def as_mapping(spec: Any) -> dict[str, Any]:
             'chiasm.connectors.CONNECTORS["mine"] = ..., then connector="mine"'
         )
     return dict(spec)
+
+
+def own_code(name: str) -> str:
+    """The file of a connector from outside the package; empty for the package's, and where there is no file."""
+    if name in PACKAGED or name not in CONNECTORS:
+        return ""
+    try:
+        return Path(inspect.getfile(CONNECTORS[name])).read_text(encoding="utf-8")
+    except (OSError, TypeError):
+        return ""
 
 
 def connector_settings(spec: str | dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Connectors outside the package: `CHIASM_CONNECTORS` names files or modules, each with a `CONNECTORS` table."""
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -58,7 +59,7 @@ def _module(place: str) -> ModuleType:
 
 
 def _of_file(path: Path) -> ModuleType:
-    name = f"{__name__}.{path.stem}"
+    name = f"{__name__}.{path.stem}_{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
