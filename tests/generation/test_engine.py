@@ -430,6 +430,7 @@ def test_a_slow_schema_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> 
         {"type": "integer", "multipleOf": 10**400},
         {"allOf": [{"type": "number", "multipleOf": 79.19}, {"properties": {"a": {"multipleOf": 7.907}}}]},
         {"enum": ["yes", "a" * 60_000]},
+        {"const": {"title": "a" * 60_000}},
     ],
 )
 def test_schemas_that_are_too_much_work(schema: dict[str, Any]) -> None:

@@ -125,10 +125,12 @@ class BatchedDecoder:
         positions = torch.tensor([[one.length] for one in sequences], device=ids.device)
         if isinstance(self.model, IntermediateFusionModel):
             embeddings = self.model.embed(ids, None, torch.zeros_like(ids, dtype=torch.bool))
-            look = self._look(self.model, sequences, ids)
+            look, seen = self._look(self.model, sequences, ids)
         else:
-            embeddings, look = self.model.embed(ids, None, None), None
+            embeddings, look, seen = self.model.embed(ids, None, None), None, []
         logits = self.forward([one.slot for one in sequences], embeddings, positions, look)
+        for one, images in seen:
+            one.images = images
         for one, token in zip(sequences, tokens, strict=True):
             one.keys.append(word(token))
             one.length += 1
@@ -182,11 +184,16 @@ class BatchedDecoder:
 
         self.prefixes.keep(sequence.keys[: sequence.length], read)
 
-    def _look(self, model: IntermediateFusionModel, sequences: list[Sequence], ids: Int[Tensor, "B 1"]) -> Look | None:
-        """What one new token of each request looks at; rows have as many pictures as the one with the most."""
+    def _look(
+        self, model: IntermediateFusionModel, sequences: list[Sequence], ids: Int[Tensor, "B 1"]
+    ) -> tuple[Look | None, list[tuple[Sequence, ImageCache]]]:
+        """What one new token of each request looks at, and what the requests will then have seen.
+
+        Rows have as many pictures as the one with the most.
+        """
         images = [one.images for one in sequences if one.images is not None]
         if not images:
-            return None
+            return None, []
         if self._joined[0] != sequences:
             self._joined = (list(sequences), _joined(sequences))
         none = ids.new_zeros(1)
@@ -197,10 +204,12 @@ class BatchedDecoder:
         ends = model.places(model.cross_attention.settings.end_of_text, ids, None)
         cache = ImageCache(self._joined[1], images[0].tokens, seen, ended)
         visible, cache = cache.read(torch.zeros_like(ids, dtype=torch.bool), ends)
-        for row, one in enumerate(sequences):
-            if one.images is not None:
-                one.images = replace(one.images, seen=cache.seen[row : row + 1], ended=cache.ended[row : row + 1])
-        return model.look(cache, visible)
+        then = [
+            (one, replace(one.images, seen=cache.seen[row : row + 1], ended=cache.ended[row : row + 1]))
+            for row, one in enumerate(sequences)
+            if one.images is not None
+        ]
+        return model.look(cache, visible), then
 
 
 def _joined(sequences: list[Sequence]) -> list[KeysValues]:

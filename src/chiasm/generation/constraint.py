@@ -127,9 +127,23 @@ def _bound(schema: Any) -> Iterator[str | int | float]:
             rest += item
         elif isinstance(item, Mapping):
             rest += [*item, *(value for key, value in item.items() if key not in REMARKS or isinstance(value, Mapping))]
+            yield from (text for key in ("const", "enum") for text in _texts(item.get(key)))
             step = item.get("multipleOf")
             if type(step) is int or (isinstance(step, float) and math.isfinite(step)):
                 yield step
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts of a JSON value, which an answer must hold to the letter."""
+    rest = [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, list | tuple):
+            rest += item
+        elif isinstance(item, Mapping):
+            rest += [*item, *item.values()]
 
 
 @lru_cache(maxsize=8)
