@@ -233,7 +233,7 @@ def _room(model: ChatModel, prompt: Prompt) -> int:
     processor: ChiasmProcessor = model.processor
     context = context_length(model.model.config)
     asked = processor.encode(prompt.messages, add_generation_prompt=True)["input_ids"]
-    return (context or 0) - len(asked)
+    return (context or 0) - (0 if model.model.config.is_encoder_decoder else len(asked))
 
 
 def _reason(ticket: Ticket) -> str:
