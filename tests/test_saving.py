@@ -39,7 +39,10 @@ def test_an_older_model_stays_until_the_new_one_is_whole(
         patch.setattr(type(new.processor), "save_pretrained", interrupted)
         new.save_pretrained(tmp_path / "model")
     assert same(tmp_path / "model", old)
+    for name in ("added_tokens.json", "notes.txt"):
+        (tmp_path / "model" / name).write_text("{}")
     new.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model/added_tokens.json").exists() and (tmp_path / "model/notes.txt").exists()
     assert same(tmp_path / "model", new) and not same(tmp_path / "model", old)
     assert not list(tmp_path.rglob(".partial-*"))
 

@@ -14,7 +14,7 @@ from chiasm.data.schema import text_of
 from chiasm.evaluation.zero_shot import TEMPLATES, label_vectors
 from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
-from chiasm.sources.writing import model_folder
+from chiasm.sources.writing import save_whole
 
 RetrievalModel = LateFusionModel | QFormerRetrieval
 
@@ -126,12 +126,7 @@ class DualEncoder:
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Writes weights (safetensors), configuration and processor files, all or nothing."""
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", Path(folder).resolve().name)
-        with model_folder(folder) as place:
-            self.model.save_pretrained(place, **kwargs)
-            if self._processor is not None:
-                self._processor.save_pretrained(place)
+        save_whole(folder, self.model, self._processor, lambda place: None, **kwargs)
 
     def push_to_hub(self, repository: str, **kwargs: Any) -> None:
         """Uploads what `save_pretrained` writes."""

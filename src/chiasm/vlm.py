@@ -25,7 +25,7 @@ from chiasm.generation.draw import Brush, draw
 from chiasm.interop.loaders import LOADERS, RETRIEVAL_LOADERS
 from chiasm.sources.errors import readable_weights
 from chiasm.sources.files import find_file
-from chiasm.sources.writing import model_folder
+from chiasm.sources.writing import save_whole
 from chiasm.training.card import write_card
 from chiasm.training.precision import choose_dtype
 
@@ -138,13 +138,7 @@ class VLM:
 
         A model that is in the folder already stays whole until the new one is.
         """
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", Path(folder).resolve().name)
-        with model_folder(folder) as place:
-            self.model.save_pretrained(place, **kwargs)
-            if self._processor is not None:
-                self._processor.save_pretrained(place)
-            write_card(place, self.model)
+        save_whole(folder, self.model, self._processor, lambda place: write_card(place, self.model), **kwargs)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, dtype: torch.dtype | str = "auto") -> "VLM":

@@ -3,9 +3,10 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -17,6 +18,12 @@ UNFINISHED = ".partial-"
 CONFIG = "config.json"
 """Without this file a folder is no model: it goes first and comes last."""
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+BESIDE = (
+    *("added_tokens.json", "chat_template.jinja", "generation_config.json", "merges.txt", "preprocessor_config.json"),
+    *("processor_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("spiece.model", "vocab.json", "vocab.txt"),
+)
+"""Files of a processor: one that is written anew must find none of an older one."""
 
 
 @contextmanager
@@ -59,6 +66,17 @@ def model_folder(output: str | Path) -> Iterator[Path]:
         yield place
 
 
+def save_whole(folder: str | Path, model: Any, processor: Any, card: Callable[[Path], object], **kwargs: Any) -> None:
+    """`save_pretrained` of a model and its processor, if it has one, and what `card` writes: all or nothing."""
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", Path(folder).resolve().name)
+    with model_folder(folder) as place:
+        model.save_pretrained(place, **kwargs)
+        if processor is not None:
+            processor.save_pretrained(place)
+        card(place)
+
+
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A folder within `target`, whose files move up when they are all on disk. What stops on the way up is kept."""
@@ -80,7 +98,8 @@ def _take_places(place: Path, target: Path) -> None:
     (target / CONFIG).unlink(missing_ok=True)
     written = [path.relative_to(place) for path in sorted(place.rglob("*")) if path.is_file()]
     for path in target.iterdir():
-        if WEIGHTS.fullmatch(path.name) and Path(path.name) not in written:
+        known = WEIGHTS.fullmatch(path.name) or (Path("tokenizer_config.json") in written and path.name in BESIDE)
+        if known and Path(path.name) not in written:
             path.unlink()
     for name in sorted(written, key=lambda name: name == Path(CONFIG)):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
