@@ -61,7 +61,7 @@ def _language_config(family: str) -> PreTrainedConfig:
         "t5": lambda: T5Config(
             **common, d_model=36, d_ff=52, d_kv=7, num_layers=2, num_heads=5, decoder_start_token_id=258
         ),
-        "bart": lambda: BartConfig(**common, **pair, d_model=36, decoder_start_token_id=257, forced_eos_token_id=None),
+        "bart": lambda: BartConfig(**common, **pair, d_model=36, decoder_start_token_id=257),
     }
     return configs[family]()
 

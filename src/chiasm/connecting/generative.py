@@ -18,6 +18,9 @@ from chiasm.vision.image_processor import ChiasmImageProcessor, image_processor_
 from chiasm.vision.towers import CONVOLUTIONAL
 from chiasm.vlm import read_config
 
+HABITS = ("forced_bos_token_id", "forced_eos_token_id", "no_repeat_ngram_size")
+"""What a summariser's configuration (BART) adds to every answer, and the labels of a new pair do not have."""
+
 
 def connect_generative(
     vision: str | PreTrainedModel,
@@ -44,6 +47,9 @@ def connect_generative(
     features = features or _preset_features(chosen, vision)
     encoder = load_vision(vision, features=features, image_size=image_size, dtype=dtype)
     language_model = load_language(language, dtype=dtype)
+    if language_model.config.is_encoder_decoder:
+        for habit in HABITS:
+            setattr(language_model.generation_config, habit, None)
     processor = None
     image_token_id = language_model.config.get_text_config().vocab_size
     if words is not None:
