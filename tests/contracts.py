@@ -62,9 +62,7 @@ def check_connector_tokens(settings: dict[str, Any], grid: tuple[int, int]) -> l
         try:
             options = CONNECTORS[settings["name"]].options_for(tokens, grid)
         except ValueError as error:
-            assert (
-                f"{tokens} tokens" in str(error) or f"not {tokens}" in str(error) or "leave tokens null" in str(error)
-            )
+            assert "tokens" in str(error)
             continue
         assert build_connector(settings | options, 20, 36, grid).num_tokens == tokens
         given.append(tokens)
