@@ -122,6 +122,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert picture.size == (32, 64)
     red, green, blue = picture.getpixel((16, 5))
     assert red > 200 and green < 60 and blue < 60, "the left half is on top now"
+    assert ImageRef.of(picture).load().size == picture.size, "and is not turned again"
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "YCbCr", "I", "I;16", "HSV"])
@@ -214,4 +215,5 @@ def test_every_exif_orientation_is_that_of_pillow(orientation: int) -> None:
 def test_a_damaged_exif_block_spoils_no_pixels(form: str, exif: bytes) -> None:
     encoded = io.BytesIO()
     Image.new("RGB", (6, 4), "red").save(encoded, form, exif=exif)
-    assert ImageRef.of(encoded.getvalue()).load().size == (6, 4)
+    loaded = ImageRef.of(encoded.getvalue()).load()
+    assert loaded.size == (6, 4) and not loaded.getexif()

@@ -26,6 +26,8 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What undoes an EXIF orientation."""
+ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+"""Where a picture's `info` says how it is turned."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +178,16 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """A copy that is turned by its EXIF orientation; a block that cannot be read leaves good pixels as they are."""
+    """A copy that is turned by its EXIF orientation, and no longer says so; a block that cannot be read leaves good
+    pixels as they are."""
     try:
-        turn = UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation))
+        turn = UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except DAMAGE:
         turn = None
-    return picture.copy() if turn is None else picture.transpose(turn)
+    turned = picture.copy() if turn is None else picture.transpose(turn)
+    for name in ORIENTED:
+        turned.info.pop(name, None)
+    return turned
 
 
 @dataclass(frozen=True)
