@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from chiasm.interop.older_names import todays
-
 Table = Mapping[str, str | None]
 """Prefix of the reference's names → ours; None leaves those weights out. A prefix ends at a dot or is a whole name."""
 
@@ -145,6 +143,8 @@ def _by_place(
             others[ours] = name
     rest = {ours: weights[name] for ours, name in others.items()}
     if rest and isinstance(module, PreTrainedModel):
+        from chiasm.interop.older_names import todays  # of transformers' inner workings, so only where it is needed
+
         rest = todays(rest, module)
     for ours, tensor in rest.items():
         yield ours, (others.get(ours, ours), tensor)
