@@ -13,7 +13,7 @@ from typing import Any
 import chiasm
 from chiasm import api
 from chiasm.data.emoji_scenes import EmojiScenes
-from chiasm.demo import CHAT_TEMPLATE, FEATURES, SKILLS, questions
+from chiasm.demo import FEATURES, SKILLS, questions
 from chiasm.training.log import read_log
 from chiasm.training.recipe import load_recipe
 
@@ -40,7 +40,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 def align(folder: Path, steps: int, seed: int) -> Path:
     """The common start: a connector from closed form, tuned a little."""
-    vlm = chiasm.connect(features=FEATURES, chat_template=CHAT_TEMPLATE, dtype="float32", seed=seed)
+    vlm = chiasm.connect(features=FEATURES, chat_template="lean", dtype="float32", seed=seed)
     captions = list(EmojiScenes("train", size=400, seed=seed + 1000, form="caption"))
     parts = {"connector": CONNECTOR, "*": "frozen"}
     recipe = {"stages": [{"name": "align", "steps": steps, "batch_size": 4, "init": "closed_form", "parts": parts}]}

@@ -55,6 +55,20 @@ def _check_attention(connector: Connector, features: Tensor) -> None:
         assert connector.token_grid[0] * connector.token_grid[1] == connector.num_tokens
 
 
+def check_connector_tokens(settings: dict[str, Any], grid: tuple[int, int]) -> list[int]:
+    """A number of visual tokens is given exactly, or refused with a reason; answers with those that are given."""
+    given = []
+    for tokens in range(1, grid[0] * grid[1] + 1):
+        try:
+            options = CONNECTORS[settings["name"]].options_for(tokens, grid)
+        except ValueError as error:
+            assert "tokens" in str(error)
+            continue
+        assert build_connector(settings | options, 20, 36, grid).num_tokens == tokens
+        given.append(tokens)
+    return given
+
+
 def check_connector_prefix(settings: dict[str, Any], vision_width: int, language_width: int) -> None:
     """Class and register tokens in front of the patches are either read or refused when the connector is built."""
     name = settings["name"]

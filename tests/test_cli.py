@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors import SafetensorError
 
 import chiasm
 import chiasm.vlm
 import tiny
+from chiasm.api import progress_bar
 from chiasm.generation.engine import Engine, Piece
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
@@ -425,3 +427,12 @@ def test_unified_fusion_is_connected_inspected_and_draws(run: Any, tmp_path: Pat
     assert code == 0 and json.loads(out)["size"] == [16, 16] == list(Image.open(drawn).size)
     code, _, err = run("draw", model, "two red apples", "-o", drawn)
     assert code == 2 and "cannot draw; connect with fusion='unified'" in " ".join(err.split())
+
+
+def test_long_work_is_told_where_nobody_watches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("chiasm.training.log.PLAIN_SECONDS", -1.0)
+    with progress_bar("answering", Console(stderr=True)) as update:
+        for done, total in ((1, 2), (2, 2), (1, 4)):  # the pictures first, then the questions
+            update(done, total)
+    told = [line.split(",")[0].strip() for line in capsys.readouterr().err.splitlines()]
+    assert told == ["answering 1/2", "answering 2/2", "answering 1/4"]

@@ -25,7 +25,7 @@ from chiasm.interop.convert import Converted
 from chiasm.interop.convert import convert as convert_model
 from chiasm.sources.writing import refuse_to_overwrite
 from chiasm.training.features import with_hint
-from chiasm.training.log import Reporter
+from chiasm.training.log import Reporter, Task
 from chiasm.training.preview import StagePreview
 from chiasm.training.preview import preview as preview_stages
 from chiasm.training.recipe import load_recipe
@@ -221,8 +221,24 @@ def spread(samples: Samples, limit: int | None) -> Samples:
 
 @contextmanager
 def progress_bar(what: str, console: Console) -> Iterator[Progress]:
-    """A bar for `progress(done, total)` callbacks; silent where nobody watches."""
+    """A bar for `progress(done, total)` callbacks; where nobody watches, a line now and then."""
+    if not console.is_terminal:
+        yield _Lines(what)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class _Lines:
+    """Progress as plain lines; a smaller `done` than before begins anew."""
+
+    def __init__(self, what: str) -> None:
+        self.reporter, self.what = Reporter("plain"), what
+        self.task = Task(self.reporter, what, 0, 0)
+
+    def __call__(self, done: int, total: int) -> None:
+        if done < self.task.done or total != self.task.total:
+            self.task = Task(self.reporter, self.what, total, 0)
+        self.task.advance(done - self.task.done)

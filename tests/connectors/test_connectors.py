@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import tiny
-from chiasm.connectors import CONNECTORS, build_connector, connector_settings
+from chiasm.connectors import CONNECTORS, PACKAGED, build_connector, connector_settings
 from chiasm.connectors.closed_form import NothingToLearn, Ridge, solve, start
-from contracts import check_connector, check_connector_prefix
+from contracts import check_connector, check_connector_prefix, check_connector_tokens
 
 
 @pytest.mark.parametrize("name", CONNECTORS)
@@ -18,6 +18,12 @@ def test_contract(name: str) -> None:
 @pytest.mark.parametrize("name", CONNECTORS)
 def test_prefix_tokens_are_read_or_refused(name: str) -> None:
     check_connector_prefix(tiny.connector(name), 20, 36)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_a_number_of_tokens_is_given_exactly_or_refused(name: str, grid: tuple[int, int]) -> None:
+    assert check_connector_tokens(tiny.connector(name), grid) or name not in PACKAGED
 
 
 def test_linear_is_one_matrix() -> None:

@@ -107,11 +107,20 @@ def test_an_option_without_a_default_is_asked_for(monkeypatch: pytest.MonkeyPatc
     assert connector_settings({"name": "wanting", "size": 2})["size"] == 2
 
 
-def test_a_number_of_tokens_is_not_guessed(window: type[Connector]) -> None:
+def test_a_number_of_tokens_is_asked_of_the_class_and_not_guessed(
+    window: type[Connector], monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = {"data": {"train": "a", "test": "b"}, "budget": {"samples": 8}, "grid": {"connector": ["window"]}}
     plan["grid"] |= {"tokens": [3]}
     _, skipped = expand(load_plan(plan), lambda: (3, 3))
-    assert skipped[0].reason.startswith("no option of window is known to set its tokens; leave tokens null")
+    assert skipped[0].reason.startswith("window does not say which option sets its tokens; leave tokens null")
+
+    def windows(tokens: int, grid: tuple[int, int]) -> dict[str, Any]:
+        return {"windows": [1, tokens]}
+
+    monkeypatch.setattr(window, "options_for", windows)
+    choices, skipped = expand(load_plan(plan), lambda: (3, 3))
+    assert not skipped and choices[0].connector == connector_settings({"name": "window", "windows": [1, 3]})
 
 
 def _line(number: int) -> dict[str, Any]:

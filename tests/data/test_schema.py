@@ -1,11 +1,12 @@
 """Samples say what is wrong with them; pictures of every kind become upright RGB or a clear error."""
 
+import io
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from chiasm.data.schema import ByteRange, ImageError, ImageRef, Sample, SampleError
 
@@ -121,6 +122,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert picture.size == (32, 64)
     red, green, blue = picture.getpixel((16, 5))
     assert red > 200 and green < 60 and blue < 60, "the left half is on top now"
+    assert ImageRef.of(picture).load().size == picture.size, "and is not turned again"
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "YCbCr", "I", "I;16", "HSV"])
@@ -198,3 +200,20 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
 def test_a_value_that_is_no_picture_is_refused() -> None:
     with pytest.raises(ValueError, match="not int"):
         ImageRef.of(3)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_exif_orientation_is_that_of_pillow(orientation: int) -> None:
+    picture = Image.frombytes("RGB", (3, 2), bytes(range(18)))
+    picture.getexif()[0x0112] = orientation
+    loaded, expected = ImageRef.of(picture).load(), ImageOps.exif_transpose(picture)
+    assert (loaded.size, loaded.tobytes()) == (expected.size, expected.tobytes())
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0no such block", b"Exif\0\0MM\0*", b"Exif\0\0MM\0\0\0\0\0\x08"])
+def test_a_damaged_exif_block_spoils_no_pixels(form: str, exif: bytes) -> None:
+    encoded = io.BytesIO()
+    Image.new("RGB", (6, 4), "red").save(encoded, form, exif=exif)
+    loaded = ImageRef.of(encoded.getvalue()).load()
+    assert loaded.size == (6, 4) and not loaded.getexif()

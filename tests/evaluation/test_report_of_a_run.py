@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from PIL import Image
 from test_run_report import Page, a_log, result_of, samples
 
 from chiasm.evaluation.progress import forgetting_table, skill_progress
@@ -106,3 +107,13 @@ def test_a_full_disk_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match=r"page\.html is not written: the disk is full"):
         report_run(run, tmp_path / "page.html")
+
+
+def test_rows_that_are_no_samples_leave_the_other_pictures(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+    rows = [{"id": "bad", "conversations": said}, {"id": "s0", "image": "a.png", "conversations": said}]
+    (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    page = report_run(run_folder(tmp_path / "mine"), data=tmp_path / "data.json").read_text(encoding="utf-8")
+    without = report_run(tmp_path / "mine").read_text(encoding="utf-8")
+    assert page.count("<img") > without.count("<img")

@@ -1,5 +1,6 @@
 """Forgetting: nothing at all where everything is frozen, more at a high rate than at a low one, in log and report."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,12 @@ from typing import Any
 import helpers
 import pytest
 import torch
+from PIL import Image
 
-from chiasm.training.forgetting import knn_overlap, linear_cka, perplexity
+from chiasm.data.readers import read
+from chiasm.training.forgetting import ForgettingProbe, knn_overlap, linear_cka, perplexity
 from chiasm.training.log import read_log
+from chiasm.training.schema import Forgetting
 
 PARTS: dict[str, dict[str, Any]] = {
     "frozen": {},
@@ -68,3 +72,14 @@ def test_the_measures_know_sameness_rotation_and_chance() -> None:
     assert linear_cka(one, 3 * one @ rotation) == pytest.approx(1.0) and knn_overlap(one, 3 * one @ rotation) > 0.99
     assert linear_cka(one, other) < 0.6 and knn_overlap(one, other) < 0.3
     assert linear_cka(one[:1].expand(4, 40), one[:1].expand(4, 40)) == 1.0
+
+
+def test_pictures_come_from_the_samples_that_can_be_used(tmp_path: Path) -> None:
+    for index in range(12):
+        Image.new("RGB", (30, 30), (20 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+    rows = [{"image": f"{index}.png", "conversations": said[: 1 + (index % 3 != 1)]} for index in range(12)]
+    (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    vlm = helpers.vlm()
+    probe = ForgettingProbe(Forgetting(text=False), vlm.model, vlm.processor, read(tmp_path / "data.json"))
+    assert probe.fields()["pictures"] == 8

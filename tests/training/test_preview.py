@@ -83,6 +83,20 @@ def test_the_steps_are_those_that_training_takes(tmp_path: Path) -> None:
         preview(apply_overrides(recipe, ["skip_bad=false"]), vlm.model, vlm.processor, data)
 
 
+def test_the_disk_is_told_before_it_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, data = helpers.vlm(), [helpers.sample(index) for index in range(40)]
+    recipe = load_recipe({"stages": [helpers.stage(steps=None, epochs=2, validation={"samples": 0})]})
+    cached = preview(recipe, vlm.model, vlm.processor, data)[0]
+    row = 4 * vlm.model.vision.num_patches * vlm.model.vision.width
+    assert cached.features == 40 * row == cached.fields()["features"]
+    console = Console(record=True, width=120)
+    monkeypatch.setattr("chiasm.training.preview.free_space", lambda: 1000)
+    print_preview([cached], console)
+    assert "0.0 MB are free; without that room every epoch encodes anew" in " ".join(console.export_text().split())
+    uncached = preview(apply_overrides(recipe, ["cache_features=false"]), vlm.model, vlm.processor, data)[0]
+    assert uncached.features == 0
+
+
 def test_a_preview_of_nothing_but_broken_pictures_is_refused() -> None:
     data = [replace(helpers.sample(i), images=[ImageRef.of(b"no picture", "rotten.png")]) for i in range(9)]
     recipe, vlm = load_recipe({"stages": [helpers.stage(skip_bad=True)]}), helpers.vlm()

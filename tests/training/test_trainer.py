@@ -371,6 +371,18 @@ def test_closed_form_never_meets_a_bad_picture(tmp_path: Path, cached: bool) -> 
     assert events(result, "closed_form")[0]["pictures"] == sum(len(sample.images) for sample in data[:6])
 
 
+def test_every_skipped_sample_names_its_own_file(tmp_path: Path) -> None:
+    data = helpers.samples(6)
+    for index in range(2):
+        (tmp_path / f"{index}.jpg").write_bytes(b"")
+        data.append(Sample(f"bad{index}", data[0].messages, [ImageRef.of(tmp_path / f"{index}.jpg")]))
+    recipe = {"skip_bad": True, "stages": [helpers.stage(steps=None, epochs=1)]}
+    skipped = {
+        event["id"]: event["reason"] for event in events(helpers.run(tmp_path / "run", recipe, data=data), "skipped")
+    }
+    assert all(f"{index}.jpg: is empty" in skipped[f"bad{index}"] for index in range(2))
+
+
 @pytest.mark.parametrize("settings", [{"cache_features": True}, {"cache_features": False}, {"init": "closed_form"}])
 def test_a_run_that_skips_every_sample_stops(tmp_path: Path, settings: dict[str, Any]) -> None:
     data = [broken("missing", tmp_path) for _ in range(30)]

@@ -1,21 +1,16 @@
 """From a plan to its cells: every combination that is possible, and why the others are not."""
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from chiasm.comparison.plan import CellSpec, Plan, Source, check_connector
-from chiasm.connectors import CONNECTORS, Connector
+from chiasm.connectors import CONNECTORS, Connector, connector_settings
 from chiasm.positions.sequence import POSITIONS as UNIFIED_POSITIONS
 
 Grid = tuple[int, int]
 
-PATCHWISE = ("linear", "mlp")
-POOLED = ("avg_pool", "ldp", "c_abstractor")
-FOLDED = ("pixel_shuffle", "patch_merger", "token_packer")
-QUERIES = {"perceiver_resampler": "num_latents", "idefics2_resampler": "num_latents", "qformer": "num_queries"}
 LATE = ("linear", "mlp", "none")
 
 
@@ -129,33 +124,14 @@ def _resolved(choice: Choice, plan: Plan, grid_of: Callable[[], Grid]) -> Choice
             return f"{name}'s tokens have no places that regions could name"
     if choice.tokens is None or choice.connector is None:
         return choice
-    option = _option_for(choice.connector, choice.tokens, grid_of())
-    return option if isinstance(option, str) else replace(choice, connector=choice.connector | option)
+    try:
+        options = CONNECTORS[str(name)].options_for(choice.tokens, grid_of())
+        settings = connector_settings(choice.connector | options)
+    except ValueError as error:
+        return f"{name} {error}"
+    return replace(choice, connector=settings)
 
 
 def keeps_places(connector: str) -> bool:
     """Whether a connector's visual tokens stand on a grid."""
     return CONNECTORS[connector].token_grid is not Connector.token_grid
-
-
-def _option_for(connector: dict[str, Any], tokens: int, grid: Grid) -> dict[str, Any] | str:
-    """The option by which a connector gives so many tokens, or why it cannot."""
-    name, patches = connector["name"], grid[0] * grid[1]
-    side = math.isqrt(tokens)
-    if name in QUERIES:
-        return {QUERIES[name]: tokens}
-    if name in POOLED:
-        if side * side != tokens or side > min(grid):
-            return f"{name} pools to a square grid of at most {min(grid)}×{min(grid)}, and {tokens} tokens are none"
-        return {"output_size": side}
-    if name in FOLDED:
-        factors = range(1, max(grid) + 1)
-        made = {f: -(-grid[0] // f) * -(-grid[1] // f) for f in factors}
-        factor = next((f for f in factors if made[f] == tokens), None)
-        if factor is None:
-            possible = ", ".join(map(str, sorted(set(made.values()), reverse=True)))
-            return f"{name} folds a grid of {grid[0]}×{grid[1]} into {possible} tokens, not {tokens}"
-        return {"factor": factor}
-    if name not in PATCHWISE:
-        return f"no option of {name} is known to set its tokens; leave tokens null and write the option beside the name"
-    return {} if tokens == patches else f"{name} keeps all {patches} patches, so it cannot give {tokens} tokens"

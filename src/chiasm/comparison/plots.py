@@ -1,5 +1,6 @@
 """The comparison's figures as inline SVG, in the style of the run report (`chiasm.evaluation.plots`)."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from chiasm.evaluation.plots import COLOURS, canvas, svg
 
-TONES = (COLOURS["own"], COLOURS["control"], COLOURS["muted"])
+TONES = tuple(COLOURS[name] for name in ("own", "control", "leaf", "plum", "teal", "muted"))
 MARKERS = "osD^vP*XdhH<>p"
+MOST_TICKS = 4
+"""So few whole numbers stand at an axis themselves."""
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))
 
 
@@ -27,7 +30,8 @@ class Point:
 
 def style_of(index: int) -> dict[str, Any]:
     """Colour, marker and dash of the index-th way: every way has another pair of them."""
-    return {"color": TONES[index % 3], "marker": MARKERS[index % len(MARKERS)], "linestyle": DASHES[index // 3 % 4]}
+    tone, dash = TONES[index % len(TONES)], DASHES[index // len(TONES) % len(DASHES)]
+    return {"color": tone, "marker": MARKERS[index % len(MARKERS)], "linestyle": dash}
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -44,21 +48,37 @@ def pareto(points: Sequence[Point], label: str, name: str, logarithmic: bool = F
     points = [point for point in points if point.x > 0]
     if not points:
         return None
-    figure, axes = canvas(3.4)
+    logarithmic = logarithmic and max(p.x for p in points) > 3 * min(p.x for p in points)
+    figure, axes = canvas(_height(len(points)))
     line = front(points)
     axes.step([p.x for p in line], [100 * p.y for p in line], where="post", color=COLOURS["soft"], linewidth=1.2)
-    for index, point in enumerate(points):
+    for index, (point, x) in enumerate(zip(points, side_by_side([p.x for p in points], logarithmic), strict=True)):
         style = style_of(index)
         reach = [[100 * max(0.0, point.y - point.low)], [100 * max(0.0, point.high - point.y)]]
         mark = {"marker": style["marker"], "color": style["color"], "markersize": 5.5, "capsize": 2, "elinewidth": 1}
-        axes.errorbar([point.x], [100 * point.y], yerr=reach, linestyle="none", label=point.name, **mark)
-    if logarithmic and max(p.x for p in points) > 3 * min(p.x for p in points):
+        axes.errorbar([x], [100 * point.y], yerr=reach, linestyle="none", label=point.name, **mark)
+    if logarithmic:
         axes.set_xscale("log")
         _plain_ticks(axes.xaxis)
+    values = sorted({p.x for p in points})
+    if len(values) <= MOST_TICKS and all(float(value).is_integer() for value in values):
+        axes.set_xticks(values, [f"{value:.0f}" for value in values])
     axes.set_xlabel(label)
     axes.set_ylabel("% right")
     _finish(axes, len(points))
     return svg(figure, name, f"Accuracy against {label}")
+
+
+def side_by_side(values: Sequence[float], logarithmic: bool) -> list[float]:
+    """Places on an axis, a little apart where values are equal."""
+    inner = [math.log(value) for value in values] if logarithmic else list(values)
+    step = 0.018 * (max(inner) - min(inner) or 1.0)
+    seen: dict[float, int] = {}
+    placed = []
+    for value in inner:
+        among = seen[value] = seen.get(value, -1) + 1
+        placed.append(value + step * (among - (inner.count(value) - 1) / 2))
+    return [math.exp(value) for value in placed] if logarithmic else placed
 
 
 def lines(
@@ -68,7 +88,7 @@ def lines(
     series = {way: points for way, points in series.items() if len(points) > 1}
     if not series:
         return None
-    figure, axes = canvas(3.4)
+    figure, axes = canvas(_height(len(series)))
     for index, (way, points) in enumerate(series.items()):
         axes.plot(
             [p[0] for p in points], [p[1] for p in points], label=way, linewidth=1.3, markersize=3.5, **style_of(index)
@@ -117,6 +137,11 @@ def _plain_ticks(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
+
+
+def _height(number: int) -> float:
+    """Inches of a figure whose legend has so many entries, two to a line."""
+    return 2.6 + 0.17 * math.ceil(number / 2)
 
 
 def _finish(axes: Axes, number: int) -> None:

@@ -52,7 +52,7 @@ def write_report(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.lstrip_blocks = True
-    environment.filters |= {"count": count, "duration": duration, "percent": percent, "clip": clip}
+    environment.filters |= {"count": count, "duration": duration, "percent": percent, "clip": clip, "whole": _whole}
     shapes = {way: Shape(**cells[0]["shape"]) for way, cells in ways.items() if cells[0]["shape"]}
     page = environment.get_template("compare.html.j2").render(
         css=Markup(STYLE.read_text(encoding="utf-8")),
@@ -116,7 +116,7 @@ def _learning(ways: Mapping[str, Sequence[Row]]) -> list[str | None]:
     }
     return [
         plots.lines(loss, "step", "validation loss", "learning-loss"),
-        plots.lines(worth, "step", "loss that another picture adds", "learning-worth"),
+        plots.lines(worth, "step", "loss another picture adds", "learning-worth"),
     ]
 
 
@@ -177,3 +177,8 @@ def _even(by_skill: Mapping[str, Sequence[Row]]) -> list[list[Row | None]]:
     """Lists of one length, filled up with nothing."""
     longest = max(map(len, by_skill.values()), default=0)
     return [[*rows, *[None] * (longest - len(rows))] for rows in by_skill.values()]
+
+
+def _whole(cell: Any) -> str:
+    """A table's text whose numbers keep their percent signs beside them."""
+    return str(cell).replace(" %", "\u00a0%")

@@ -4,11 +4,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from chiasm.connectors.base import Grid, GridConnector
-from chiasm.connectors.grids import as_map, as_patches, pooled_grid
+from chiasm.connectors.base import Grid
+from chiasm.connectors.grids import PoolingConnector, as_map, as_patches, pooled_grid
 
 
-class AveragePoolProjector(GridConnector):
+class AveragePoolProjector(PoolingConnector):
     """A visual token is the mean of the patches below it, through Linear – GELU – Linear.
 
     Args:

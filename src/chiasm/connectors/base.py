@@ -1,7 +1,7 @@
 """The contract of the connector family: patch features in, visual tokens of the language model's width out."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,15 @@ class Connector(nn.Module, ABC):
         self.vision_width = vision_width
         self.language_width = language_width
         self.grid = grid
+
+    @classmethod
+    def options_for(cls, tokens: int, grid: Grid) -> dict[str, Any]:
+        """The options by which a picture becomes so many visual tokens: the axis `tokens` of a comparison.
+
+        Raises:
+            ValueError: none do; the message goes on behind the connector's name.
+        """
+        raise ValueError("does not say which option sets its tokens; leave tokens null and write it beside the name")
 
     @property
     def num_features(self) -> int:
@@ -88,6 +97,12 @@ class Connector(nn.Module, ABC):
 
 class AffineConnector(Connector):
     """A connector that can start as a given affine map, patch by patch: what a closed-form initialisation needs."""
+
+    @classmethod
+    def options_for(cls, tokens: int, grid: Grid) -> dict[str, Any]:
+        if tokens != grid[0] * grid[1]:
+            raise ValueError(f"keeps all {grid[0] * grid[1]} patches, so it cannot give {tokens} tokens")
+        return {}
 
     @property
     @abstractmethod

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from chiasm.connectors.base import Grid, GridConnector
-from chiasm.connectors.grids import as_map, as_patches, pooled_grid
+from chiasm.connectors.base import Grid
+from chiasm.connectors.grids import PoolingConnector, as_map, as_patches, pooled_grid
 
 
-class CAbstractor(GridConnector):
+class CAbstractor(PoolingConnector):
     """Visual tokens keep their places and know their neighbourhood.
 
     Args:

@@ -1,11 +1,46 @@
 """Patches as a picture: pooling to a coarser grid, and blocks of f × f patches (space-to-depth, arXiv 1609.05158)."""
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from chiasm.connectors.base import Grid
+from chiasm.connectors.base import Grid, GridConnector
+
+
+class PoolingConnector(GridConnector):
+    """A connector whose option `output_size` is the grid of its tokens."""
+
+    @classmethod
+    def options_for(cls, tokens: int, grid: Grid) -> dict[str, Any]:
+        side = math.isqrt(tokens)
+        if side**2 != tokens or side > min(grid):
+            most = min(grid)
+            raise ValueError(f"pools to a square grid of at most {most}×{most}, and {tokens} tokens are none")
+        return {"output_size": side}
+
+
+class BlockConnector(GridConnector):
+    """A connector whose option `factor` is the side of the blocks of patches that become a token each."""
+
+    factor: int
+
+    @classmethod
+    def options_for(cls, tokens: int, grid: Grid) -> dict[str, Any]:
+        factors = range(max(grid), 0, -1)
+        made = {math.prod(-(-side // factor) for side in grid): factor for factor in factors}
+        if tokens not in made:
+            possible = ", ".join(map(str, sorted(made, reverse=True)))
+            raise ValueError(f"folds a grid of {grid[0]}×{grid[1]} into {possible} tokens, not {tokens}")
+        return {"factor": made[tokens]}
+
+    def attention(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T N"]:
+        """Every visual token takes the patches of its block in equal shares."""
+        members = block_members(self.grid, self.factor, features).sum(dim=1)
+        return (members / members.sum(dim=1, keepdim=True)).expand(features.shape[0], -1, -1)
 
 
 def as_map(patches: Float[Tensor, "B N C"], grid: Grid) -> Float[Tensor, "B C rows columns"]:
@@ -66,9 +101,3 @@ def blocks(patches: Float[Tensor, "B N C"], grid: Grid, factor: int) -> Float[Te
 def block_members(grid: Grid, factor: int, like: Tensor) -> Float[Tensor, "T cells N"]:
     """Which patch stands in which place of which block, as ones and zeros."""
     return blocks(torch.eye(grid[0] * grid[1], device=like.device, dtype=like.dtype)[None], grid, factor)[0]
-
-
-def block_attention(features: Float[Tensor, "B N D_v"], grid: Grid, factor: int) -> Float[Tensor, "B T N"]:
-    """Every visual token takes the patches of its f × f block in equal shares."""
-    members = block_members(grid, factor, features).sum(dim=1)
-    return (members / members.sum(dim=1, keepdim=True)).expand(features.shape[0], -1, -1)

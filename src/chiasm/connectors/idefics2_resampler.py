@@ -60,6 +60,10 @@ class Idefics2Resampler(Connector):
         )
         self.norm = nn.RMSNorm(language_width, eps=eps)
 
+    @classmethod
+    def options_for(cls, tokens: int, grid: Grid) -> dict[str, Any]:
+        return {"num_latents": tokens}
+
     @property
     def num_tokens(self) -> int:
         return self.latents.shape[0]

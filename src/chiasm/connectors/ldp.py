@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from chiasm.connectors.base import Grid, GridConnector
-from chiasm.connectors.grids import as_map, as_patches, pooled_grid
+from chiasm.connectors.base import Grid
+from chiasm.connectors.grids import PoolingConnector, as_map, as_patches, pooled_grid
 
 
-class LightweightDownsampleProjector(GridConnector):
+class LightweightDownsampleProjector(PoolingConnector):
     """A visual token is the mean of 2 × 2 projected patches, plus what its neighbours tell it.
 
     Args:

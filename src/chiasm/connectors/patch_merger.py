@@ -4,11 +4,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from chiasm.connectors.base import Grid, GridConnector
-from chiasm.connectors.grids import block_attention, block_grid, blocks
+from chiasm.connectors.base import Grid
+from chiasm.connectors.grids import BlockConnector, block_grid, blocks
 
 
-class PatchMerger(GridConnector):
+class PatchMerger(BlockConnector):
     """T = N / f², rounded up in each direction: an odd grid is filled up with zeros behind the norm.
 
     Args:
@@ -33,6 +33,3 @@ class PatchMerger(GridConnector):
     def forward(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T D_l"]:
         merged = blocks(self.norm(features), self.grid, self.factor).flatten(2)
         return self.out(F.gelu(self.merge(merged)))
-
-    def attention(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T N"]:
-        return block_attention(features, self.grid, self.factor)

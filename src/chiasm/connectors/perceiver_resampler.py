@@ -65,6 +65,10 @@ class PerceiverResampler(Connector):
         self.norm = nn.LayerNorm(vision_width)
         self.proj = nn.Linear(vision_width, language_width) if project else None
 
+    @classmethod
+    def options_for(cls, tokens: int, grid: Grid) -> dict[str, Any]:
+        return {"num_latents": tokens}
+
     @property
     def num_tokens(self) -> int:
         return self.latents.shape[0]

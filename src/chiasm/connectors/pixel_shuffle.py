@@ -9,13 +9,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from chiasm.connectors.base import Grid, GridConnector
-from chiasm.connectors.grids import block_attention, block_grid, blocks
+from chiasm.connectors.base import Grid
+from chiasm.connectors.grids import BlockConnector, block_grid, blocks
 
 PROJECTIONS = ("mlp", "linear")
 
 
-class PixelShuffleProjector(GridConnector):
+class PixelShuffleProjector(BlockConnector):
     """T = N / f², rounded up in each direction: an odd grid is filled up with zeros.
 
     Args:
@@ -46,6 +46,3 @@ class PixelShuffleProjector(GridConnector):
 
     def forward(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T D_l"]:
         return self.layers(blocks(features, self.grid, self.factor).flatten(2))
-
-    def attention(self, features: Float[Tensor, "B N D_v"]) -> Float[Tensor, "B T N"]:
-        return block_attention(features, self.grid, self.factor)

@@ -83,6 +83,10 @@ class QFormer(Connector):
         self.apply(_initialise)
         nn.init.normal_(self.queries, std=0.02)
 
+    @classmethod
+    def options_for(cls, tokens: int, grid: Grid) -> dict[str, Any]:
+        return {"num_queries": tokens}
+
     @property
     def num_tokens(self) -> int:
         return self.queries.shape[1]

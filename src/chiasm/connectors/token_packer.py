@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from chiasm.connectors.attention import attend, split_heads
-from chiasm.connectors.base import Grid, GridConnector
-from chiasm.connectors.grids import as_map, as_patches, block_grid, block_members, blocks
+from chiasm.connectors.base import Grid
+from chiasm.connectors.grids import BlockConnector, as_map, as_patches, block_grid, block_members, blocks
 
 
-class TokenPacker(GridConnector):
+class TokenPacker(BlockConnector):
     """A query interpolated from the coarse picture attends to the f × f patches below it: T = N / f², rounded up.
 
     Args:

@@ -10,10 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB: Pillow's own warning level
 ROLES = ("system", "user", "assistant")
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error)
+"""What Pillow raises for bytes that are not what they should be."""
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes an EXIF orientation."""
+ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+"""Where a picture's `info` says how it is turned."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,7 @@ class ImageRef:
             raise ImageError("broken picture", self.name, reason) from None
         except ImageError:
             raise
-        except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error) as error:
+        except DAMAGE as error:
             raise ImageError("broken picture", self.name, f"is truncated or damaged ({error})") from error
 
     def key(self) -> str:
@@ -146,7 +160,7 @@ class ImageRef:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Any Pillow mode to upright RGB; transparent pixels become white, 16-bit grey keeps its upper 8 bits."""
-    picture = ImageOps.exif_transpose(picture)
+    picture = _upright(picture)
     if picture.mode == "RGB":
         return picture
     if picture.mode == "F":
@@ -161,6 +175,19 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         white.paste(picture, mask=picture.getchannel("A"))
         return white
     return picture.convert("RGB")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """A copy that is turned by its EXIF orientation, and no longer says so; a block that cannot be read leaves good
+    pixels as they are."""
+    try:
+        turn = UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except DAMAGE:
+        turn = None
+    turned = picture.copy() if turn is None else picture.transpose(turn)
+    for name in ORIENTED:
+        turned.info.pop(name, None)
+    return turned
 
 
 @dataclass(frozen=True)

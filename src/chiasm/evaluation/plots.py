@@ -32,6 +32,9 @@ COLOURS = {
     "control": "#000005",
     "soft": "#000006",
     "paper": "#000007",
+    "leaf": "#000008",
+    "plum": "#000009",
+    "teal": "#00000a",
 }
 MAX_POINTS = 240
 MAX_PICTURES = 96

@@ -1,13 +1,15 @@
 """`chiasm report RUN`: the report of a run's folder as it stands, whether it is finished, stopped or still going on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from PIL import Image
 
 from chiasm.data.readers import read
-from chiasm.data.schema import ImageRef
+from chiasm.data.schema import Samples
+from chiasm.data.splits import ids_of
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.report import write_report
 from chiasm.training.log import read_log
@@ -35,14 +37,7 @@ def report_run(
     log = read_log(run / LOG)
     folder = Path(evaluation) if evaluation is not None else run / EVALUATION
     result = EvalResult.load(folder) if evaluation is not None or (folder / "results.jsonl").is_file() else None
-    pictures = _pictures(data)
-    return write_report(
-        output or run / "report.html",
-        log,
-        result,
-        _info(run, log),
-        lambda sample: pictures[sample].load() if sample in pictures else None,
-    )
+    return write_report(output or run / "report.html", log, result, _info(run, log), _picture_of(data))
 
 
 def status(run: Path, log: Sequence[Mapping[str, Any]]) -> str:
@@ -85,5 +80,13 @@ def _info(run: Path, log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _pictures(data: Any) -> dict[str, ImageRef]:
-    return {} if data is None else {sample.id: sample.images[0] for sample in read(data) if sample.images}
+def _picture_of(data: Any) -> Callable[[str], Image.Image | None]:
+    """Loads the picture of a sample by its id; samples that nobody asks for are not built."""
+    samples: Samples = [] if data is None else read(data)
+    places = {sample_id: index for index, sample_id in enumerate(ids_of(samples))}
+
+    def picture(sample_id: str) -> Image.Image | None:
+        shown = samples[places[sample_id]].images if sample_id in places else []
+        return shown[0].load() if shown else None
+
+    return picture

@@ -22,6 +22,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CHIASM_CACHE") or "~/.cache/chiasm").expanduser()
 
 
+def free_space() -> int:
+    """Bytes that are free where the cache is, or will be."""
+    folder = cache_folder().absolute()
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+
+
 def is_ready(folder: Path, made_from: str) -> bool:
     """Whether the folder is complete and of this origin; compares sizes, not contents."""
     try:

@@ -91,7 +91,7 @@ class Features:
         if not self.stage.skip_bad:
             raise with_hint(error) from error
 
-    def _encode_missing(self, missing: Missing, faults: dict[str, list[Problem]]) -> None:
+    def _encode_missing(self, missing: Missing, faults: dict[str, ImageError]) -> None:
         """Encodes pictures into the cache, and notes what is wrong with the others; decoding runs ahead in threads."""
         keys = list(missing)
         starts = range(0, len(keys), ENCODE_BATCH)
@@ -99,16 +99,16 @@ class Features:
             self.encode, self.compiled = self.compiled(), None
         with ThreadPoolExecutor(WORKERS) as pool, self.reporter.task("encoding pictures", len(keys)) as task:
 
-            def make(number: int) -> list[tuple[str, Tensor | SampleError]]:
+            def make(number: int) -> list[tuple[str, Tensor | ImageError]]:
                 chosen = keys[starts[number] : starts[number] + ENCODE_BATCH]
-                return list(zip(chosen, pool.map(lambda key: self._pixels(*missing[key]), chosen), strict=True))
+                return list(zip(chosen, pool.map(lambda key: self._pixels(missing[key][1]), chosen), strict=True))
 
             with closing(prefetch(make, 0, len(starts))) as batches:
                 for loaded in batches:
                     for key, value in loaded:
-                        if isinstance(value, SampleError):
-                            self._bad(value)
-                            faults[key] = value.problems
+                        if isinstance(value, ImageError):
+                            self._bad(_of_sample(missing[key][0], value))
+                            faults[key] = value
                     self._add([(key, value) for key, value in loaded if isinstance(value, Tensor)])
                     task.advance(len(loaded))
 
@@ -123,17 +123,17 @@ class Features:
             raise keys
         for key, ref in zip(keys, sample.images, strict=True):
             if self.cache.row(key) is None:
-                pixels = self._pixels(sample.id, ref)
-                if isinstance(pixels, SampleError):
-                    raise pixels
+                pixels = self._pixels(ref)
+                if isinstance(pixels, ImageError):
+                    raise _of_sample(sample.id, pixels)
                 self._add([(key, pixels)])
         return self.cache.read([row for key in keys if (row := self.cache.row(key)) is not None])
 
-    def _pixels(self, sample_id: str, ref: ImageRef) -> Tensor | SampleError:
+    def _pixels(self, ref: ImageRef) -> Tensor | ImageError:
         try:
             return torch.as_tensor(self.processor.image_processor([ref.load()], return_tensors="pt")["pixel_values"])
         except ImageError as error:
-            return SampleError(sample_id, [Problem(error.kind, str(error), error.name)])
+            return error
 
     def _add(self, pictures: list[tuple[str, Tensor]]) -> None:
         """Encodes pictures in a batch of always the same size, so that their company does not change the result."""
@@ -145,13 +145,13 @@ class Features:
 
 class Rows:
     """Keys of the pictures of samples by index. `bad`: what is wrong with samples whose pictures cannot be read;
-    `faults`: with pictures that cannot be decoded, by key."""
+    `faults`: with pictures that cannot be decoded, by key; several files may be the same bytes."""
 
     def __init__(self, cache: FeatureCache) -> None:
         self.cache = cache
         self.keys: dict[int, list[str]] = {}
         self.bad: dict[int, SampleError] = {}
-        self.faults: dict[str, list[Problem]] = {}
+        self.faults: dict[str, ImageError] = {}
 
     def read(self, index: int, sample: Sample) -> Float[Tensor, "images N D_v"] | None:
         """Features of a sample's pictures; None where it has none.
@@ -162,9 +162,10 @@ class Rows:
         if index in self.bad:
             raise self.bad[index]
         keys = self.keys[index]
-        broken = next((key for key in keys if self.cache.row(key) is None), None)
-        if broken is not None:
-            raise SampleError(sample.id, self.faults[broken])
+        for key, ref in zip(keys, sample.images, strict=True):
+            if self.cache.row(key) is None:
+                fault = self.faults[key]
+                raise _of_sample(sample.id, ImageError(fault.kind, ref.name, fault.reason))
         return self.cache.read([row for key in keys if (row := self.cache.row(key)) is not None]) if keys else None
 
 
@@ -214,7 +215,11 @@ def _keys_of(sample: Sample) -> tuple[Sample, list[str] | SampleError]:
     try:
         return sample, [ref.key() for ref in sample.images]
     except ImageError as error:
-        return sample, SampleError(sample.id, [Problem(error.kind, str(error), error.name)])
+        return sample, _of_sample(sample.id, error)
+
+
+def _of_sample(sample_id: str, error: ImageError) -> SampleError:
+    return SampleError(sample_id, [Problem(error.kind, str(error), error.name)])
 
 
 def _in_order(pool: ThreadPoolExecutor, indices: Sequence[int], work: Callable) -> Iterable[tuple]:

@@ -5,7 +5,7 @@ gives exactly what it gave: the same weights go through the same arithmetic.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 from chiasm.data.collation import load_pixels
 from chiasm.data.held_out import HELD_OUT_TEXTS
 from chiasm.data.pixels import tells_grids
-from chiasm.data.schema import ImageError, Sample, SampleError
+from chiasm.data.schema import ImageError, SampleError, Samples
 from chiasm.language.adapter import context_length
 from chiasm.training.schema import Forgetting
 
@@ -41,7 +41,7 @@ class ForgettingProbe:
     """Compares a model with what it was when the probe was made."""
 
     def __init__(
-        self, settings: Forgetting, model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[Sample]
+        self, settings: Forgetting, model: PreTrainedModel, processor: ProcessorMixin, samples: Samples
     ) -> None:
         """
         Args:
@@ -128,13 +128,14 @@ def _nearest(features: Tensor, k: int) -> Tensor:
     return likeness.topk(k, dim=1).indices
 
 
-def _distinct_pictures(samples: Iterable[Sample], processor: ProcessorMixin, at_most: int) -> Tensor | None:
+def _distinct_pictures(samples: Samples, processor: ProcessorMixin, at_most: int) -> Tensor | None:
     """Pixels of the first pictures that differ and can be read; None for fewer than `FEWEST_PICTURES`."""
     found: dict[str, Tensor] = {}
-    for sample in samples:
+    for index in range(len(samples)):
         if len(found) >= at_most:
             break
         try:
+            sample = samples[index]
             pixels = load_pixels(sample, processor)
             found |= {} if pixels is None else dict(zip((ref.key() for ref in sample.images), pixels, strict=True))
         except (SampleError, ImageError):

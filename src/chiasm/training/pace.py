@@ -31,11 +31,12 @@ BATCHES = 4
 @dataclass(frozen=True)
 class Pace:
     """Per sample: seconds of reading and, under a frozen encoder, encoding its pictures, and of its share of a step.
-    `activations`: bytes that one batch keeps for its backward pass."""
+    `activations`: bytes that one batch keeps for its backward pass; `picture_bytes`: of one picture's features."""
 
     encode_seconds: float
     step_seconds: float
     activations: int
+    picture_bytes: int = 0
 
 
 def seconds_per_sample(
@@ -84,7 +85,16 @@ def measure(
             f"stage {stage.name!r}: none of the {len(samples)} samples that were tried can be used; chiasm data check "
             "lists every such sample"
         )
-    return Pace(_middle(encoding), _middle(stepping), kept)
+    return Pace(_middle(encoding), _middle(stepping), kept, _picture_bytes(model, dtype))
+
+
+def _picture_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Of one picture's features on disk, which are in bfloat16 where training is."""
+    vision = model.vision
+    if not hasattr(vision, "fast_encoder"):
+        return 0
+    kept = torch.bfloat16 if dtype == torch.bfloat16 else vision.model.dtype
+    return vision.num_patches * vision.width * kept.itemsize
 
 
 def _step(learner: StageModel, batch: Batch, optimizer: StageOptimizer, step: int, dtype: torch.dtype) -> None:

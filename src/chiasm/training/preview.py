@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from chiasm.data.schema import Sample
 from chiasm.data.splits import Subset
 from chiasm.fusion.late import LateFusionModel
+from chiasm.sources.cache import cache_folder, free_space
 from chiasm.training.late_stage import give_answer_head
 from chiasm.training.learner import learner_of
 from chiasm.training.log import Reporter, plan_fields, plan_table
@@ -41,7 +42,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class StagePreview:
-    """One stage. `steps`, `samples` and `seconds` are None where no data was given."""
+    """One stage. `steps`, `samples` and `seconds` are None where no data was given. `features`: bytes on disk of a
+    frozen encoder's features for all pictures of the data, as if none were there yet."""
 
     plan: FreezePlan
     memory: Memory
@@ -49,10 +51,12 @@ class StagePreview:
     samples: int | None = None
     seconds_per_sample: float | None = None
     seconds: float | None = None
+    features: int = 0
 
     def fields(self) -> dict[str, Any]:
         """The preview as plain values, as `--json` prints it."""
-        took = {key: getattr(self, key) for key in ("steps", "samples", "seconds_per_sample", "seconds")}
+        names = ("steps", "samples", "seconds_per_sample", "seconds", "features")
+        took = {key: getattr(self, key) for key in names}
         memory = {**asdict(self.memory), "total": self.memory.total}
         return {"stage": self.plan.stage, **plan_fields(self.plan), "memory": memory, **took}
 
@@ -100,13 +104,16 @@ def _preview(
     plan, dtype = enter(learner.model, stage), choose_dtype(stage.dtype, model.device)
     if samples is None or found is None:
         return StagePreview(plan, _memory(learner.model, plan, dtype, None))
-    samples = Subset(samples, found.of_stage(stage, samples).usable)
+    read = found.of_stage(stage, samples)
+    samples = Subset(samples, read.usable)
     wanted = BATCHES * stage.batch_size
     few = Subset(samples, range(0, len(samples), max(1, len(samples) // wanted))[:wanted])
     pace = measure(model, processor, stage, few, number)
     steps = stage.num_steps(len(samples))
     visits = steps * stage.batch_size * stage.accumulate
-    encoded = min(visits, len(samples)) if _caches(stage, plan) else visits
+    caches = _caches(stage, plan)
+    encoded = min(visits, len(samples)) if caches else visits
+    shown = sum(read.pictures) * encoded // len(samples) if caches else 0
     return StagePreview(
         plan,
         _memory(learner.model, plan, dtype, pace),
@@ -114,6 +121,7 @@ def _preview(
         visits,
         pace.encode_seconds + pace.step_seconds,
         encoded * pace.encode_seconds + visits * pace.step_seconds,
+        shown * pace.picture_bytes,
     )
 
 
@@ -158,6 +166,16 @@ def print_preview(previews: Sequence[StagePreview], console: Console) -> None:
                 f"time about {_duration(stage.seconds)}: {stage.steps:,} steps, {stage.samples:,} samples of "
                 f"{1000 * (stage.seconds_per_sample or 0):,.0f} ms, measured on this machine",
                 highlight=False,
+                soft_wrap=True,
+            )
+        if stage.features:
+            room, needed = free_space(), stage.features
+            short = "; without that room every epoch encodes anew" if needed > room else ""
+            console.print(
+                f"disk about {_megabytes(needed)} for features of pictures in {cache_folder() / 'features'}, "
+                f"{_megabytes(room)} are free{short}",
+                highlight=False,
+                markup=False,
                 soft_wrap=True,
             )
 
