@@ -23,6 +23,11 @@ class PackedLinear(nn.Module):
     as they are, whatever the model is moved to.
     """
 
+    data: Tensor
+    scales: Tensor
+    minima: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, packed: Packed) -> None:
         super().__init__()
         self.kind, self.out_features, self.in_features = packed.kind, packed.rows, packed.columns
