@@ -1,6 +1,8 @@
 """The folder of a run: its lock, its log, and where it stands.
 
 RUN/recipe.yaml   log.jsonl   checkpoints/<stage>-<step>/   <stage>/ (a model)   model/ (the last stage's)
+
+The weights in `model/` are hard links to the last stage's where the disk has them; Chiasm writes none in place.
 """
 
 import os
