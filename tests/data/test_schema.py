@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from chiasm.data.pixels import opened
 from chiasm.data.schema import ByteRange, ImageError, ImageRef, Sample, SampleError
 
 IMAGE, QUESTION = {"type": "image"}, {"type": "text", "text": "What is this?"}
@@ -217,3 +218,17 @@ def test_a_damaged_exif_block_spoils_no_pixels(form: str, exif: bytes) -> None:
     Image.new("RGB", (6, 4), "red").save(encoded, form, exif=exif)
     loaded = ImageRef.of(encoded.getvalue()).load()
     assert loaded.size == (6, 4) and not loaded.getexif()
+
+
+def test_a_question_shows_a_file_as_training_does(tmp_path: Path) -> None:
+    hidden, damaged = tmp_path / "hidden.png", tmp_path / "damaged.jpg"
+    Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(hidden)
+    Image.new("RGB", (4, 4), "white").save(damaged, exif=b"Exif\0\0no such block")
+    for path in (hidden, damaged, str(hidden)):
+        assert opened(path).tobytes() == ImageRef.of(path).load().tobytes() == b"\xff" * 48
+
+
+def test_a_loaded_picture_is_a_copy() -> None:
+    picture = Image.new("RGB", (2, 2))
+    ImageRef.of(picture).load().putpixel((0, 0), (9, 9, 9))
+    assert picture.getpixel((0, 0)) == (0, 0, 0)

@@ -1,7 +1,9 @@
 """Questions, the shuffled-image control and the choice of metric; the models are functions of what they are shown."""
 
+import errno
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -239,6 +241,19 @@ def test_results_survive_the_disk(tmp_path) -> None:
     assert EvalResult.load(folder) == result
     lines = (folder / "results.jsonl").read_text(encoding="utf-8").split("\n")
     assert json.loads(lines[0])["sample"] == "가" and "가" in lines[0]
+
+
+def test_a_full_disk_leaves_the_older_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, text: str, **_: object) -> int:
+        self.write_bytes(text.encode()[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    older = evaluate(seeing, [colour("a", "red")])
+    older.save(tmp_path)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"results\.jsonl is not written: the disk is full"):
+        evaluate(seeing, [colour("b", "blue")]).save(tmp_path)
+    assert EvalResult.load(tmp_path) == older
 
 
 def test_rows_name_the_picture_file(tmp_path) -> None:

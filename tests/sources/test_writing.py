@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chiasm.sources.writing import model_folder, naming_full_disk, new_folder
+from chiasm.sources.writing import model_folder, naming_full_disk, new_folder, whole_file
 
 
 def empty(tmp_path: Path) -> Path:
@@ -76,12 +76,29 @@ def test_a_parent_that_cannot_be_written_is_told_before_anything_is_done(
         pytest.fail("the body was entered")
 
 
-def test_a_full_disk_is_told_with_its_place(tmp_path: Path) -> None:
+FULL = (OSError(errno.ENOSPC, "No space left on device"), Exception("No space left on device (os error 28)"))
+"""Python's own, and what the tokenizers library raises."""
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_a_full_disk_is_told_with_its_place(tmp_path: Path, error: Exception) -> None:
     told = r"page\.html is not written: the disk is full \(\d+ MB free\)"
     with pytest.raises(OSError, match=told), naming_full_disk(tmp_path / "page.html"):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
     with pytest.raises(FileNotFoundError, match="other"), naming_full_disk(tmp_path):
         raise FileNotFoundError("other")
+
+
+def test_a_small_file_stays_whole_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, text: str, **_: object) -> int:
+        self.write_bytes(text.encode()[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    whole_file(tmp_path / "page.html", "old")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"page\.html is not written: the disk is full"):
+        whole_file(tmp_path / "page.html", "newer")
+    assert files(tmp_path) == {"page.html": "old"}
 
 
 def model(folder: Path, text: str, *more: str) -> None:

@@ -67,7 +67,12 @@ def test_a_damaged_one_does_not_outlive_the_run_that_passed_it_over(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error (os error 28)")]
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error (os error 28)"),
+        Exception("No space left on device (os error 28)"),
+    ],
 )
 def test_a_full_disk_is_one_line_and_the_last_one_survives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -1,6 +1,8 @@
 """Whole runs on a tiny model: who changes, who does not, what is written, and what stops a run."""
 
+import errno
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,30 @@ def test_every_stage_is_a_model_folder_and_the_last_is_the_result(tmp_path: Path
     assert chiasm.load(result.model).chat(picture, "colour", max_new_tokens=4) == model.chat(
         picture, "colour", max_new_tokens=4
     )
+
+
+def test_the_result_takes_the_space_of_one_model_and_is_not_the_stage(tmp_path: Path) -> None:
+    result = helpers.run(tmp_path / "run", {"stages": [helpers.stage(steps=1)]})
+    folders = result.model, result.stages["align"]
+    result_weights, stage_weights = (folder / "model.safetensors" for folder in folders)
+    if os.name != "nt":
+        assert result_weights.samefile(stage_weights)
+    assert not any((result.model / name).samefile(folders[1] / name) for name in ("config.json", "README.md"))
+    assert len({frozenset(path.name for path in folder.iterdir()) for folder in folders}) == 1
+    before, other = stage_weights.read_bytes(), chiasm.load(result.model)
+    next(other.model.parameters()).data.add_(1)
+    other.save_pretrained(result.model)
+    assert result_weights.read_bytes() != before == stage_weights.read_bytes()
+
+
+def test_a_disk_without_links_holds_the_result_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    result = helpers.run(tmp_path / "run", {"stages": [helpers.stage(steps=1)]})
+    one, other = (helpers.weights(chiasm.load(folder)) for folder in (result.model, result.stages["align"]))
+    assert changed(one, other) == set() and one.keys() == other.keys()
 
 
 def test_the_log_says_what_happened(tmp_path: Path) -> None:

@@ -155,6 +155,14 @@ def test_pictures_are_turned_upright(tmp_path: Path) -> None:
     assert upright.getpixel((10, 5)) == (255, 255, 255) and upright.getpixel((10, 35)) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0no such block", b"Exif\0\0MM\0*", b"Exif\0\0MM\0\0\0\0\0\x08"])
+def test_a_damaged_exif_block_spoils_no_pixels(tmp_path: Path, exif: bytes) -> None:
+    Image.new("RGB", (6, 4), "white").save(tmp_path / "damaged.jpg", exif=exif)
+    for given in (tmp_path / "damaged.jpg", Image.open(tmp_path / "damaged.jpg")):
+        assert to_rgb(given).getpixel((0, 0)) == (255, 255, 255)
+        assert first_pixel(given) == [255, 255, 255]
+
+
 def test_one_many_nested_and_none() -> None:
     one = picture(9, 8)
     for images, count in [

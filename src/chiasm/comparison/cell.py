@@ -33,11 +33,12 @@ from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.skills import summarise
 from chiasm.generation.attention import WEIGHTS
+from chiasm.sources.writing import whole_file
 from chiasm.training.closed_form import cannot_start, is_slow
 from chiasm.training.log import read_log
 from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
-from chiasm.training.run import LOG, RECIPE, whole_file
+from chiasm.training.run import LOG, RECIPE
 from chiasm.training.schema import Recipe
 
 CELLS, RESULT, ATTENTION = "cells", "result.json", "attention.png"

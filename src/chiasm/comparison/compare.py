@@ -22,7 +22,7 @@ from chiasm.comparison.report import write_report
 from chiasm.comparison.results import write_results
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.sources import resolve
-from chiasm.training.run import whole_file
+from chiasm.sources.writing import whole_file
 from chiasm.vision.encoder import load_vision
 
 PLAN, REPORT, ERROR = "plan.yaml", "report.html", "error.txt"

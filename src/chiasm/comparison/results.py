@@ -10,7 +10,7 @@ from typing import Any
 from chiasm.comparison import tables
 from chiasm.evaluation.format import amount, count, duration, percent, percent_range
 from chiasm.evaluation.skills import ALL
-from chiasm.training.run import whole_file
+from chiasm.sources.writing import whole_file
 
 Result = Mapping[str, Any]
 JSONL, CSV, MARKDOWN = "results.jsonl", "results.csv", "results.md"

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.image_utils import load_image
+
+from chiasm.data.schema import ImageRef
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def read_pixels(image_processor: Any, flat: list[Any], counts: list[int], tiles:
 
 def opened(item: Any) -> Any:
     """A picture's file as a picture, for image processors that read no files."""
-    return load_image(str(item)) if isinstance(item, str | Path) else item
+    return ImageRef.of(item).load() if isinstance(item, str | Path) else item
 
 
 def _rows(image_processor: Any, flat: list[Any], counts: list[int]) -> dict[str, Tensor]:

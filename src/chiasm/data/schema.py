@@ -2,32 +2,17 @@
 
 import hashlib
 import io
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from chiasm.rgb import DAMAGE, to_rgb
 
 MAX_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB: Pillow's own warning level
 ROLES = ("system", "user", "assistant")
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error)
-"""What Pillow raises for bytes that are not what they should be."""
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What undoes an EXIF orientation."""
-ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
-"""Where a picture's `info` says how it is turned."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +90,15 @@ class ImageRef:
     def load(self) -> Image.Image:
         """The decoded picture: RGB, upright by its EXIF orientation, transparency over white. Raises ImageError."""
         if isinstance(self.source, Image.Image):
-            return to_rgb(self.source)
+            return _own_rgb(self.source)
         if not isinstance(self.source, Path | bytes | ByteRange):
-            return to_rgb(self.source())
+            return _own_rgb(self.source())
         try:
             with Image.open(self.source if isinstance(self.source, Path) else io.BytesIO(self._bytes())) as picture:
                 if picture.width * picture.height > self.max_pixels:
                     raise ImageError("huge picture", self.name, self._too_large(picture.size))
                 picture.load()
-                return to_rgb(picture)
+                return _own_rgb(picture)
         except FileNotFoundError:
             raise ImageError("missing picture", self.name, "no such file") from None
         except Image.DecompressionBombError:
@@ -158,36 +143,10 @@ class ImageRef:
         return f"has {pixels}, the limit is {self.max_pixels:,}: make it smaller or raise max_pixels"
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any Pillow mode to upright RGB; transparent pixels become white, 16-bit grey keeps its upper 8 bits."""
-    picture = _upright(picture)
-    if picture.mode == "RGB":
-        return picture
-    if picture.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range: save the picture with 8 bits per channel")
-    if picture.mode.startswith("I"):
-        grey = np.asarray(picture).astype(np.int64)
-        grey = grey // 256 if picture.mode != "I" or grey.max(initial=0) > 255 else grey
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGB", picture.size, "white")
-        white.paste(picture, mask=picture.getchannel("A"))
-        return white
-    return picture.convert("RGB")
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    """A copy that is turned by its EXIF orientation, and no longer says so; a block that cannot be read leaves good
-    pixels as they are."""
-    try:
-        turn = UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    except DAMAGE:
-        turn = None
-    turned = picture.copy() if turn is None else picture.transpose(turn)
-    for name in ORIENTED:
-        turned.info.pop(name, None)
-    return turned
+def _own_rgb(picture: Image.Image) -> Image.Image:
+    """A copy as upright, opaque RGB."""
+    rgb = to_rgb(picture)
+    return rgb.copy() if rgb is picture else rgb
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from chiasm.data.schema import Sample, Samples, text_of
 from chiasm.evaluation import captions
 from chiasm.evaluation.metrics import METRICS, anls, contains, token_f1, tokens
 from chiasm.evaluation.skills import ALL, Row, summarise
+from chiasm.sources.writing import whole_file
 
 Generate = Callable[[list[list[dict]], list[list[Image.Image]]], list[str]]
 Progress = Callable[[int, int], None]
@@ -78,10 +79,10 @@ class EvalResult:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.rows)
-        (folder / "results.jsonl").write_text(lines, encoding="utf-8")
+        whole_file(folder / "results.jsonl", lines)
         rest = {key: value for key, value in vars(self).items() if key != "rows"}
         text = json.dumps(rest, ensure_ascii=False, allow_nan=False, indent=2)
-        (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+        whole_file(folder / "summary.json", text + "\n")
         return folder
 
     @classmethod

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from chiasm.data.schema import to_rgb
+from chiasm.rgb import to_rgb
 
 Pictures = Callable[[str], Image.Image | None]
 

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from chiasm.sources.errors import is_full_disk
 
 UNFINISHED = ".partial-"
@@ -138,10 +136,26 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     """Names the place where the disk is full, which the error itself often does not."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         if not is_full_disk(error):
             raise
         raise OSError(f"{path} is not written: {why(error, path)}") from error
+
+
+def whole_file(path: Path, text: str) -> None:
+    """Writes a small file at once.
+
+    Raises:
+        OSError: it cannot be written, or the disk is full; an older one is as it was.
+    """
+    place = path.with_name(f".{path.name}.partial")
+    with naming_full_disk(path):
+        try:
+            place.write_text(text, encoding="utf-8")
+            place.replace(path)
+        except OSError:
+            place.unlink(missing_ok=True)
+            raise
 
 
 def why(error: Exception, path: Path) -> str:

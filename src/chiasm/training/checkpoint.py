@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from chiasm.sources.errors import is_full_disk
 from chiasm.sources.writing import UNFINISHED, appearing, unfinished, why
 from chiasm.training.errors import TrainingError
 from chiasm.training.sharding import is_sharded
@@ -171,7 +172,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         with appearing(target) as place:
             yield place
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and not is_full_disk(error):
+            raise
         raise TrainingError(f"{target} is not written: {why(error, target)}; earlier checkpoints are intact") from error
 
 

@@ -1,6 +1,8 @@
 """The folder of a run: its lock, its log, and where it stands.
 
 RUN/recipe.yaml   log.jsonl   checkpoints/<stage>-<step>/   <stage>/ (a model)   model/ (the last stage's)
+
+The weights in `model/` are hard links to the last stage's where the disk has them; Chiasm writes none in place.
 """
 
 import os
@@ -16,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
+from chiasm.sources.writing import whole_file
 from chiasm.training.card import write_card
 from chiasm.training.checkpoint import (
     Checkpoint,
@@ -32,6 +35,7 @@ from chiasm.training.log import Reporter, RunLog
 from chiasm.training.recipe import to_yaml
 from chiasm.training.schema import WITHOUT_EFFECT, Recipe
 from chiasm.training.team import Team
+from chiasm.training.tensor_files import SUFFIX
 from chiasm.training.trackers import open_trackers, require_trackers
 
 RECIPE, LOG, MODEL, CHECKPOINTS, LOCK = "recipe.yaml", "log.jsonl", "model", "checkpoints", ".lock"
@@ -74,18 +78,21 @@ class Run:
 
     def save_model(self, stage: str, model: PreTrainedModel, processor: ProcessorMixin) -> Path:
         """The finished stage as a model folder; that of the last stage is the run's result too."""
-        names = [stage, MODEL] if stage == self.stages[-1] else [stage]
+        place, result = self.folder / stage, self.folder / MODEL
+        is_last = stage == self.stages[-1]
 
         def write() -> None:
-            for name in names:
-                if not (self.folder / name).is_dir():
-                    with whole_folder(self.folder / name) as place, without_progress_bars():
-                        model.save_pretrained(place)
-                        processor.save_pretrained(place)
-                        write_card(place, model, self.folder)
+            if not place.is_dir():
+                with whole_folder(place) as unfinished, without_progress_bars():
+                    model.save_pretrained(unfinished)
+                    processor.save_pretrained(unfinished)
+                    write_card(unfinished, model, self.folder)
+            if is_last and not result.is_dir():
+                with whole_folder(result) as unfinished:
+                    _copy(place, unfinished)
 
         self.team.first_does(write)
-        return self.folder / names[-1]
+        return result if is_last else place
 
 
 @contextmanager
@@ -169,11 +176,22 @@ def fingerprint_of(recipe: Recipe, model: str, data: str, pictures: str, process
     return {"stages": stages, "model": model, "data": data, "pictures": pictures, "processor": processor}
 
 
-def whole_file(path: Path, text: str) -> None:
-    """Writes a small file at once."""
-    place = path.with_name(f".{path.name}.partial")
-    place.write_text(text, encoding="utf-8")
-    place.replace(path)
+def _copy(folder: Path, to: Path) -> None:
+    """A model folder once more; its weights take no space where the disk has hard links."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            target = to / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix != SUFFIX or not _link(file, target):
+                shutil.copyfile(file, target)
+
+
+def _link(file: Path, target: Path) -> bool:
+    try:
+        target.hardlink_to(file)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

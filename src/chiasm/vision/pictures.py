@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+from chiasm import rgb
 
 
 def to_rgb(picture: Any, draft: int | None = None) -> Image.Image:
@@ -30,14 +30,7 @@ def to_rgb(picture: Any, draft: int | None = None) -> Image.Image:
         return to_rgb(Image.fromarray(_to_bytes(picture, channels_first=False)))
     if not isinstance(picture, Image.Image):
         raise ValueError(f"a {type(picture).__name__} is not a picture; give a path, a PIL picture, array or tensor")
-    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        picture = ImageOps.exif_transpose(picture)
-    if picture.mode in SIXTEEN_BIT:
-        picture = _from_sixteen_bit(picture)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    return rgb.to_rgb(picture)
 
 
 def _open(path: str | os.PathLike, draft: int | None) -> Image.Image:
@@ -46,17 +39,9 @@ def _open(path: str | os.PathLike, draft: int | None) -> Image.Image:
         if draft is not None:
             picture.draft("RGB", (draft, draft))
         picture.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (*rgb.DAMAGE, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
     return picture
-
-
-def _from_sixteen_bit(picture: Image.Image) -> Image.Image:
-    """The upper eight bits, unless all values fit into the lower ones."""
-    values = np.asarray(picture).astype(np.int64)
-    if values.max() > 255:
-        values = values >> 8
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
 def _to_bytes(values: NDArray[Any], channels_first: bool) -> NDArray[np.uint8]:
