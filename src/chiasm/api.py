@@ -223,7 +223,7 @@ def spread(samples: Samples, limit: int | None) -> Samples:
 def progress_bar(what: str, console: Console) -> Iterator[Progress]:
     """A bar for `progress(done, total)` callbacks; where nobody watches, a line now and then."""
     if not console.is_terminal:
-        yield _Lines(what)
+        yield _Lines(what, console)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True) as bar:
@@ -234,8 +234,8 @@ def progress_bar(what: str, console: Console) -> Iterator[Progress]:
 class _Lines:
     """Progress as plain lines; a smaller `done` than before begins anew."""
 
-    def __init__(self, what: str) -> None:
-        self.reporter, self.what = Reporter("plain"), what
+    def __init__(self, what: str, console: Console) -> None:
+        self.reporter, self.what = Reporter("plain", console), what
         self.task = Task(self.reporter, what, 0, 0)
 
     def __call__(self, done: int, total: int) -> None:

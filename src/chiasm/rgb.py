@@ -42,7 +42,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 def _upright(picture: Image.Image) -> Image.Image:
     """The picture turned by its EXIF orientation, which it no longer tells; a block that cannot be read leaves good
-    pixels as they are."""
+    pixels as they are. A TIFF is turned by Pillow while it is read, and no longer tells it afterwards."""
+    picture.load()
     try:
         turn = UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except DAMAGE:

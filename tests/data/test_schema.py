@@ -211,6 +211,14 @@ def test_every_exif_orientation_is_that_of_pillow(orientation: int) -> None:
     assert (loaded.size, loaded.tobytes()) == (expected.size, expected.tobytes())
 
 
+def test_a_picture_that_pillow_turns_while_it_reads_is_turned_once(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.tif", exif=exif)
+    for ref in (ImageRef.of(tmp_path / "a.tif"), ImageRef.of(Image.open(tmp_path / "a.tif"))):
+        assert ref.load().size == (20, 40)
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("exif", [b"Exif\0\0no such block", b"Exif\0\0MM\0*", b"Exif\0\0MM\0\0\0\0\0\x08"])
 def test_a_damaged_exif_block_spoils_no_pixels(form: str, exif: bytes) -> None:

@@ -95,9 +95,17 @@ def test_what_needs_the_full_matrices_is_an_error(tmp_path: Path) -> None:
         Engine(vlm.model, vlm.processor)
 
 
+def test_another_engine_with_other_weights_is_refused_in_any_precision() -> None:
+    vlm = connect().to(torch.bfloat16)
+    Engine(vlm.model, vlm.processor, weights="int4", release=True).close()
+    with pytest.raises(ValueError, match="weights='float32', but an engine with release=True has left 'int4'"):
+        Engine(vlm.model, vlm.processor)
+
+
 def test_what_does_not_need_them_goes_on() -> None:
     """A second engine with the same weights, `chat` and `attention`, also after a move that the packed ones ignore."""
     vlm = released()
+    assert vlm.chat(picture(), "What?", choices=["yes", "no"], max_new_tokens=5) in ("yes", "no")
     said = vlm.chat(picture(), "What?", max_new_tokens=5)
     assert vlm.to(torch.float32).chat(picture(), "What?", max_new_tokens=5) == said
     seen = vlm.attention(picture(), "What?", max_new_tokens=5)

@@ -118,8 +118,11 @@ def test_a_language_model_whose_head_has_a_bias(tmp_path: Path) -> None:
     check_saved_equals_loaded(vlm, inputs)
     done = convert(vlm.model, None, "transformers", tmp_path / "out")
     assert done.difference is not None and done.difference < 1e-4
-    with torch.no_grad():
-        vlm.model.get_output_embeddings().bias += 1.0
+    state = {older(name): value.clone() for name, value in llava.state_dict().items()}
+    state["language_model.lm_head.bias"] = torch.ones(llava.lm_head.weight.shape[0])
+    save_file(state, tmp_path / "first" / "model.safetensors")
+    vlm = chiasm.load(tmp_path / "first")
+    assert bool((vlm.model.get_output_embeddings().bias == 1).all())
     with pytest.raises(ValueError, match="head of this 'phi' language model has a bias, the one of a LLaVA checkpoint"):
         convert(vlm.model, None, "transformers", tmp_path / "other")
 
@@ -135,6 +138,14 @@ def test_towers_that_are_written_by_older_names(tower: Any, tmp_path: Path) -> N
     convert(vlm.model, None, "transformers", tmp_path / "out")
     back = chiasm.load(tmp_path / "out").model.state_dict()
     assert all(torch.equal(back[name], tensor) for name, tensor in vlm.model.state_dict().items())
+    weights = load_file(tmp_path / "first" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("attention.query.weight"))
+    twin = name.removeprefix("model.") if name.startswith("model.") else f"model.{name}"
+    save_file(
+        weights | {twin: weights[name].clone()}, tmp_path / "first" / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(ValueError, match="both become"):
+        chiasm.load(tmp_path / "first")
 
 
 def test_experts_are_joined(tmp_path: Path) -> None:
@@ -229,6 +240,17 @@ def test_the_processor_gives_the_same_inputs(tmp_path: Path) -> None:
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert vlm.processor.apply_chat_template(messages, add_generation_prompt=True) == rendered
     assert isinstance(vlm.chat(tiny.picture(), "What?", max_new_tokens=3), str)
+
+
+def test_templates_may_have_names(tmp_path: Path) -> None:
+    reference(tmp_path)
+    named = theirs(tmp_path).tokenizer
+    named.chat_template = {"default": TEMPLATE, "other": TEMPLATE + " "}
+    named.save_pretrained(tmp_path)
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    assert isinstance(chiasm.load(tmp_path).chat(tiny.picture(), "What?", max_new_tokens=3), str)
 
 
 def test_a_picture_may_have_another_token(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_the_disk_is_told_before_it_fills(monkeypatch: pytest.MonkeyPatch) -> No
     console = Console(record=True, width=120)
     monkeypatch.setattr("chiasm.training.preview.free_space", lambda: 1000)
     print_preview([cached], console)
-    assert "0.0 MB are free; without that room every epoch encodes anew" in " ".join(console.export_text().split())
+    assert "0.0 MB are free; where they do not fit, every epoch encodes anew" in " ".join(console.export_text().split())
     uncached = preview(apply_overrides(recipe, ["cache_features=false"]), vlm.model, vlm.processor, data)[0]
     assert uncached.features == 0
 

@@ -97,7 +97,7 @@ def _arguments(model: PreTrainedModel, processor: ChiasmProcessor, decoding: Dec
     if decoding.stop:
         arguments |= {"stop_strings": list(decoding.stop), "tokenizer": processor.tokenizer}
     if decoding.constrained:
-        ends, size = end_tokens(model), model.get_output_embeddings().weight.shape[0]
+        ends, size = end_tokens(model), model.get_output_embeddings().out_features
         reader = token_reader(processor.tokenizer, size)
         constraints = [Constraint(reader, decoding, ends) for _ in range(rows)]
         arguments["logits_processor"] = LogitsProcessorList([ConstraintProcessor(constraints, ends)])

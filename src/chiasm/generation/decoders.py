@@ -18,6 +18,7 @@ from chiasm.generation.lean_decoder import LeanDecoder
 from chiasm.generation.native.build import library
 from chiasm.generation.native.step import NativeStep
 from chiasm.generation.packed import WEIGHTS
+from chiasm.generation.packed_linear import PackedLinear
 from chiasm.generation.pictures import PictureCache
 from chiasm.generation.prefix_cache import PrefixCache
 from chiasm.generation.sequential import SequentialDecoder
@@ -58,6 +59,8 @@ def make_decoder(
         raise ValueError(f"weights={weights!r}, expected one of {', '.join(WEIGHTS)}")
     if releases and weights == "float32":
         raise ValueError("release=True leaves packed weights only, but weights='float32'; take 'int8' or 'int4'")
+    if (left := next((m for m in model.language.modules() if isinstance(m, PackedLinear)), None)) is not None:
+        left.of_kind(weights)
     made = _made(model, count, pictures, prefixes, weights)
     if releases and isinstance(made, LeanDecoder):
         release(model.language, made.lean_step.lean)

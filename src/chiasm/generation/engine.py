@@ -79,7 +79,7 @@ class Engine:
         weights: `float32` gives the model's own tokens; `int8` and `int4` are packed copies, faster and a little off,
             where the model is of a known shape and the machine has a C++ compiler.
         release: with packed weights, whether the language model's own ones are let go. `model` then reads prompts
-            through the packed ones, and can no more be trained, saved or converted.
+            through the packed ones, for other engines too, and can no more be trained, saved or converted.
     """
 
     def __init__(

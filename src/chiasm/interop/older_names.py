@@ -23,6 +23,8 @@ def todays(weights: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, T
     for name in sorted(weights, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters)
         if pattern is None:
+            if target in found:
+                raise ValueError(f"weight {name!r} and another one both become {target!r}; keep one of them")
             found[target] = weights[name]
         else:
             whole = joined.setdefault(target, copy.deepcopy(by_pattern[pattern]))

@@ -43,8 +43,9 @@ def headed_weights(source: str, text_config: PreTrainedConfig) -> dict[str, Tens
     with torch.device("meta"):
         head = AutoModelForCausalLM.from_config(text_config).get_output_embeddings()
     weights = read_weights(source)
-    if getattr(head, "bias", None) is not None:
-        weights.setdefault("lm_head.bias", torch.zeros(head.bias.shape))
+    names = ("lm_head.bias", "language_model.lm_head.bias")
+    if getattr(head, "bias", None) is not None and not any(name in weights for name in names):
+        weights[names[0]] = torch.zeros(head.bias.shape)
     return weights
 
 
@@ -125,6 +126,13 @@ def load_processor(
         return None
     settings, _ = ChiasmProcessor.get_processor_dict(source)
     template = settings.get("chat_template") or tokenizer.chat_template or template
-    tokenizer.chat_template = template and template.replace(options.get("image_token", IMAGE_TOKEN), IMAGE_TOKEN)
+    tokenizer.chat_template = _with_placeholder(template, options.get("image_token", IMAGE_TOKEN))
     images = AutoImageProcessor.from_pretrained(source) if own_images else image_processor_for(source, model.vision)
     return ChiasmProcessor(images, tokenizer, num_image_tokens=model.num_image_tokens, **options)
+
+
+def _with_placeholder(template: Any, token: str) -> Any:
+    """A chat template, or several by name, that writes `<image>` for a picture."""
+    if isinstance(template, dict):
+        return {name: _with_placeholder(one, token) for name, one in template.items()}
+    return template and template.replace(token, IMAGE_TOKEN)

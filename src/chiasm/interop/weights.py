@@ -140,6 +140,8 @@ def _by_place(
         if ours in wanted:
             yield ours, (name, weights[name])
         elif ours is not None:
+            if ours in others:
+                raise ValueError(f"weights {others[ours]!r} and {name!r} both become {ours!r}; keep one of them")
             others[ours] = name
     rest = {ours: weights[name] for ours, name in others.items()}
     if rest and isinstance(module, PreTrainedModel):

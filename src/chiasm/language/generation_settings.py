@@ -11,7 +11,8 @@ UNREAD_OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", 
 
 def change(settings: GenerationConfig, **values: Any) -> None:
     """Sets fields, and drops those that the settings' own way of decoding does not read (Vicuna's `temperature` without
-    `do_sample`): transformers saves such settings as they were published, but not once anything in them has changed."""
+    `do_sample`): transformers saves such settings as they were published, but not once anything in them has changed.
+    Who samples from such a model names a temperature; `Decoding` always does."""
     idle: tuple[str, ...] = () if settings.do_sample else SAMPLING
     idle += () if (settings.num_beams or 1) > 1 else BEAMS
     idle += () if settings.return_dict_in_generate else UNREAD_OUTPUTS

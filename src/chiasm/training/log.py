@@ -83,8 +83,8 @@ class RunLog:
 class Reporter:
     """The terminal: `auto` shows a bar where there is a terminal and a line now and then where there is none."""
 
-    def __init__(self, show: Show = "auto") -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, show: Show = "auto", console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
         self.show = ("bar" if self.console.is_terminal else "plain") if show == "auto" else show
         self.dashboard = Dashboard()
 

@@ -170,9 +170,9 @@ def print_preview(previews: Sequence[StagePreview], console: Console) -> None:
             )
         if stage.features:
             room, needed = free_space(), stage.features
-            short = "; without that room every epoch encodes anew" if needed > room else ""
+            short = "; where they do not fit, every epoch encodes anew" if needed > room else ""
             console.print(
-                f"disk about {_megabytes(needed)} for features of pictures in {cache_folder() / 'features'}, "
+                f"disk at most about {_megabytes(needed)} for features of pictures in {cache_folder() / 'features'}, "
                 f"{_megabytes(room)} are free{short}",
                 highlight=False,
                 markup=False,
