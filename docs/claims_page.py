@@ -58,6 +58,10 @@ def _kept(result: Result) -> dict[str, Any]:
     return kept | ({"retrieval": {key: found[key] for key in found if key != timed}} if found else {})
 
 
+def _list(title: str, sentences: Sequence[str]) -> str:
+    return "\n".join([f"## {title}", "", *(f"- {sentence}" for sentence in sentences), ""])
+
+
 def main() -> None:
     pages, lines, done = [HEAD], list[str](), list[str]()
     for folder in sorted(path.parent for path in Path(sys.argv[1]).glob(f"*/{JSONL}")):
@@ -65,7 +69,7 @@ def main() -> None:
         answers = {one["name"]: EvalResult.load(folder / CELLS / one["name"] / EVALUATION).rows for one in results}
         title, verdicts = f"{plan.title} ({in_words(plan)})", claims.judge(plan.claims, results, answers)
         advice = recommend(ways_of(results, answers), in_words(plan)).sentences
-        pages += [claims.to_markdown({title: verdicts}) if verdicts else f"## {title}\n\n{' '.join(advice)}\n"]
+        pages += [claims.to_markdown({title: verdicts}) if verdicts else _list(title, advice)]
         pages += [cells_table(results)]
         found = tables.finding({one["name"]: [one] for one in results})
         pages += [tables.to_markdown(found)] if found["rows"] else []
