@@ -93,7 +93,8 @@ class Ours:
 
     def __init__(self, weights: str, clock: Callable[[], float]) -> None:
         vlm, self.clock = endless(model()), clock
-        self.engine = Engine(vlm.model, vlm.processor, max_batch=CHATS, weights=weights)
+        release = weights != "float32"
+        self.engine = Engine(vlm.model, vlm.processor, max_batch=CHATS, weights=weights, release=release)
 
     def story(self, tokens: int) -> float:
         ticket, times = self._submit(STORY, [], tokens + 1), []

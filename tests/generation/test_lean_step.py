@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 import tiny
 from chiasm.generation.lean import lean_model
 from chiasm.generation.native.build import library
+from chiasm.generation.native.matrix import unpack
 from chiasm.generation.native.step import NativeStep
 from chiasm.generation.packed import pack
 from chiasm.generation.slots import CacheShape, Slots
@@ -23,6 +24,18 @@ def test_packed_weights(kind: str, error: float, shape: tuple[int, int]) -> None
     weight = torch.randn(shape)
     packed = pack(weight, torch.randn(shape[0]), kind)
     assert (packed.dense() - weight).norm() <= error * weight.norm()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_packing_and_unpacking_go_part_by_part(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(35, 41)
+    whole = pack(weight, None, kind)
+    monkeypatch.setattr("chiasm.generation.packed.AT_ONCE", 100)
+    parts = pack(weight, None, kind)
+    assert torch.equal(parts.data, whole.data) and torch.equal(parts.dense(), whole.dense())
+    assert torch.equal(whole.part(3, 20).dense(), whole.dense()[3:20])
+    if (compiled := library()) is not None:
+        torch.testing.assert_close(unpack(compiled, whole, 3, 20), whole.dense()[3:20])
 
 
 def test_four_bits_keep_what_four_bits_made() -> None:

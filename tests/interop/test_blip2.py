@@ -147,6 +147,14 @@ def test_weights_are_read_strictly(change: dict[str, Any], message: str, tmp_pat
         chiasm.load(tmp_path)
 
 
+def test_word_embeddings_of_another_width_are_told(tmp_path: Path) -> None:
+    text = TEXTS["opt"].to_diff_dict() | {"word_embed_proj_dim": 20}
+    config = Blip2Config(vision_config=VIT, qformer_config=QFORMER, text_config=text, image_token_index=260)
+    Blip2ForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"word_embed_proj_dim in .* is 20, expected the hidden_size 36"):
+        chiasm.load(tmp_path)
+
+
 def test_without_processor_files_only_the_processor_is_missing(tmp_path: Path) -> None:
     reference(tmp_path, "instructblip", "llama")
     vlm = chiasm.load(tmp_path)

@@ -138,6 +138,20 @@ def test_a_placeholder_beyond_the_table_gets_a_row_that_is_never_chosen(tmp_path
     assert torch.equal(theirs.generate(**inputs, **greedy), vlm.model.generate(**inputs, **greedy))
 
 
+def test_settings_of_a_sampling_that_is_off_do_not_stop_a_save(tmp_path: Path) -> None:
+    """Vicuna's. transformers saves them as they were published, and refuses once an end of turn or another is added."""
+    tiny.language().save_pretrained(tmp_path / "words")
+    told = {"temperature": 0.9, "top_p": 0.6, "length_penalty": 2.0, "eos_token_id": 250, "repetition_penalty": 1.2}
+    (tmp_path / "words" / "generation_config.json").write_text(json.dumps(told))
+    vlm = chiasm.connect(tiny.vision(), str(tmp_path / "words"), "mlp", tokenizer=tiny.tokenizer())
+    vlm.save_pretrained(tmp_path / "mine")
+    convert(vlm.model, vlm.processor, "transformers", tmp_path / "out")
+    for folder in ("mine", "out"):
+        kept = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert kept["eos_token_id"] == [250, 257] and kept["repetition_penalty"] == 1.2
+        assert not {"temperature", "top_p", "length_penalty"} & set(kept)
+
+
 def test_the_pipeline_answers_as_chat_does(tmp_path: Path) -> None:
     vlm = connected(connector="mlp")
     convert(vlm.model, vlm.processor, "transformers", tmp_path)

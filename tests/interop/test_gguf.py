@@ -13,6 +13,7 @@ import torch
 from gguf import GGUFReader
 from PIL import Image
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     Qwen2Config,
@@ -44,6 +45,17 @@ def model(family: str = "llama", connector: Any = "mlp", tied: bool = False, siz
     vlm = chiasm.connect(vision.eval(), language.eval(), connector, tokenizer=tiny.tokenizer())
     vlm.model.connector.output.weight.data.mul_(2)
     return vlm
+
+
+NEAR: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+
+
+def small(family: str, **options: Any) -> Any:
+    """A language model of width 36 with settings that llama.cpp may not have."""
+    text = tiny.language("llama").config
+    sizes = {name: getattr(text, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    sizes |= {"vocab_size": 261, "num_attention_heads": 6, "num_key_value_heads": 2, "eos_token_id": 257}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **options))
 
 
 LLAMA_CPP = """
@@ -132,6 +144,10 @@ def test_matrices_are_quantised_on_request(quantize: str, kind: str, tmp_path: P
         ({"language": tiny.language("gemma3")}, "a language model of type 'gemma3_text'"),
         ({"vision": tiny.vision("dinov2")}, "llama.cpp's projector types read CLIP and SigLIP"),
         ({"vision": tiny.vision("clip")}, "misplaces the class token .* with --inexact"),
+        ({"language": small("llama", hidden_act="gelu")}, "hidden_act 'gelu', llama.cpp computes its kind with 'silu'"),
+        ({"language": small("qwen3", attention_bias=True)}, "attention_bias, for which llama.cpp's 'qwen3'"),
+        ({"language": small("mistral", sliding_window=7)}, "'mistral' models no sliding window, this one has one of 7"),
+        ({"language": small("qwen2", **NEAR)}, "'qwen2' models no sliding window, this one has one of 7"),
         ({"features": {"layers": [1, 2]}}, "llama.cpp reads the patches of one hidden state"),
     ],
 )
@@ -141,6 +157,15 @@ def test_what_llama_cpp_cannot_run_is_refused(options: dict[str, Any], message: 
     with pytest.raises(ValueError, match=message):
         convert(vlm.model, vlm.processor, "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sliding_window_is_written_as_the_context_on_request(tmp_path: Path) -> None:
+    options = {"sliding_window": 7, "max_position_embeddings": 99}
+    vlm = chiasm.connect(tiny.vision("siglip"), small("mistral", **options), "mlp", tokenizer=tiny.tokenizer())
+    notes = convert(vlm.model, vlm.processor, "gguf", tmp_path, inexact=True).notes
+    assert any("keep texts and answers below 7 tokens" in note for note in notes)
+    field = GGUFReader(tmp_path / "model.gguf").get_field("llama.context_length")
+    assert field is not None and field.contents() == 7
 
 
 def test_clip_is_written_for_a_repaired_llama_cpp_only_on_request(tmp_path: Path) -> None:

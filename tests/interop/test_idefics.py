@@ -155,6 +155,12 @@ def test_a_weight_too_few_or_too_many_is_named(tmp_path: Path, name: str, messag
         chiasm.load(tmp_path)
 
 
+def test_too_few_blocks_are_refused(tmp_path: Path) -> None:
+    reference(tmp_path, num_hidden_layers=5, cross_layer_interval=3)
+    with pytest.raises(ValueError, match="num_hidden_layers 5, expected a multiple of its cross_layer_interval 3"):
+        chiasm.load(tmp_path)
+
+
 def test_which_picture_is_seen_is_the_references_rule() -> None:
     """Random texts of words, pictures and ends, read at once and in pieces."""
     generator = torch.Generator().manual_seed(0)

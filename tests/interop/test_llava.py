@@ -9,18 +9,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoProcessor,
     CLIPVisionConfig,
+    Dinov2Config,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    MixtralConfig,
+    PhiConfig,
     SiglipVisionConfig,
+    ViTConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import chiasm
 import tiny
+from chiasm.interop.convert import convert
 from contracts import check_equals_reference, check_saved_equals_loaded
 
+TOKENS = {"vocab_size": 261, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+LAYERS = {"intermediate_size": 52, "num_hidden_layers": 2, "num_key_value_heads": 2}
 TOWERS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
@@ -99,6 +107,45 @@ def test_left_padding_and_text_alone(tmp_path: Path) -> None:
     assert torch.equal(model.generate(**inputs, **greedy), llava.generate(**inputs, **greedy))
     ids = torch.randint(0, 255, (2, 9))
     check_equals_reference(model, llava, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def test_a_language_model_whose_head_has_a_bias(tmp_path: Path) -> None:
+    """LLaVA's own head has none."""
+    text = PhiConfig(**TOKENS, hidden_size=48, num_attention_heads=6, partial_rotary_factor=0.5, **LAYERS)
+    llava = reference(tmp_path / "first", text_config=text)
+    vlm, inputs = chiasm.load(tmp_path / "first"), pictures(llava)
+    check_equals_reference(vlm.model, llava, inputs)
+    check_saved_equals_loaded(vlm, inputs)
+    done = convert(vlm.model, None, "transformers", tmp_path / "out")
+    assert done.difference is not None and done.difference < 1e-4
+    with torch.no_grad():
+        vlm.model.get_output_embeddings().bias += 1.0
+    with pytest.raises(ValueError, match="head of this 'phi' language model has a bias, the one of a LLaVA checkpoint"):
+        convert(vlm.model, None, "transformers", tmp_path / "other")
+
+
+@pytest.mark.parametrize("tower", [ViTConfig, Dinov2Config])
+def test_towers_that_are_written_by_older_names(tower: Any, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 20, "intermediate_size": 44, "num_hidden_layers": 4, "num_attention_heads": 5}
+    llava = reference(tmp_path / "first", vision_config=tower(**sizes, image_size=35, patch_size=7))
+    names = load_file(tmp_path / "first" / "model.safetensors")
+    assert any(".attention.attention.query." in name for name in names)
+    vlm = chiasm.load(tmp_path / "first")
+    check_equals_reference(vlm.model, llava, pictures(llava))
+    convert(vlm.model, None, "transformers", tmp_path / "out")
+    back = chiasm.load(tmp_path / "out").model.state_dict()
+    assert all(torch.equal(back[name], tensor) for name, tensor in vlm.model.state_dict().items())
+
+
+def test_experts_are_joined(tmp_path: Path) -> None:
+    text = MixtralConfig(**TOKENS, hidden_size=36, num_attention_heads=6, num_local_experts=3, **LAYERS)
+    llava = reference(tmp_path, text_config=text)
+    weights = load_file(tmp_path / "model.safetensors")
+    check_equals_reference(chiasm.load(tmp_path).model, llava, pictures(llava))
+    weights.pop(next(name for name in weights if ".experts.1.w3." in name))
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"become '.*experts\.gate_up_proj' do not fit together"):
+        chiasm.load(tmp_path)
 
 
 def current(name: str) -> str:
@@ -182,6 +229,26 @@ def test_the_processor_gives_the_same_inputs(tmp_path: Path) -> None:
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert vlm.processor.apply_chat_template(messages, add_generation_prompt=True) == rendered
     assert isinstance(vlm.chat(tiny.picture(), "What?", max_new_tokens=3), str)
+
+
+def test_a_picture_may_have_another_token(tmp_path: Path) -> None:
+    text = tiny.language().config.to_dict() | {"vocab_size": 262}
+    reference(tmp_path / "first", image_token_index=261, text_config=text)
+    tokenizer = tiny.tokenizer(None)
+    tokenizer.add_tokens(["<image>", "<pic>"], special_tokens=True)
+    template = TEMPLATE.replace("<image>", "<pic>")
+    images = CLIPImageProcessorPil(size={"shortest_edge": 35}, crop_size={"height": 35, "width": 35})
+    options = {"patch_size": 7, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = LlavaProcessor(images, tokenizer, chat_template=template, image_token="<pic>", **options)
+    processor.save_pretrained(tmp_path / "first")
+    vlm = chiasm.load(tmp_path / "first")
+    prompt = processor.apply_chat_template(tiny.ask("What?"), add_generation_prompt=True)
+    expected = processor(images=tiny.picture(), text=prompt, return_tensors="pt")
+    found = vlm.processor(messages=tiny.ask("What?"), images=tiny.picture())
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    convert(vlm.model, vlm.processor, "transformers", tmp_path / "out")
+    again = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert again.apply_chat_template(tiny.ask("What?"), add_generation_prompt=True) == prompt
 
 
 def test_without_processor_files_only_the_processor_is_missing(tmp_path: Path) -> None:

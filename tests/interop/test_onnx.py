@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
 
 import chiasm
 import tiny
@@ -47,6 +48,22 @@ def test_logits_and_tokens_of_a_padded_batch(vision: str, language: str, connect
         end = (ours == 257).nonzero()
         length = int(end[0]) + 1 if len(end) else len(ours)
         assert torch.equal(ours[:length], theirs[:length])
+
+
+def test_a_window_of_all_layers_is_kept() -> None:
+    """Mistral's configuration tells no layers' kinds."""
+    from chiasm.interop.export.onnx import Decoder
+
+    sizes = {"vocab_size": 99, "hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "sliding_window": 4, "initializer_range": 0.3}
+    language = MistralForCausalLM(MistralConfig(**sizes, **heads)).eval()
+    language.set_attn_implementation("eager")
+    ids, mask, none = torch.randint(0, 99, (2, 11)), torch.ones(2, 11, dtype=torch.long), torch.zeros(2, 2, 0, 6)
+    with torch.no_grad():
+        expected = language(input_ids=ids).logits
+        positions = torch.arange(11).expand(2, -1)
+        found, *_ = Decoder(language)(language.get_input_embeddings()(ids), mask, positions, [none] * 4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_has_no_graphs_is_refused(tmp_path: Path) -> None:

@@ -106,6 +106,15 @@ def test_chameleon(tmp_path: Path, options: dict[str, Any]) -> None:
     contracts.check_image_matters(model, inputs)
 
 
+def test_a_text_ends_as_chameleons_processor_ends_it(tmp_path: Path) -> None:
+    chameleon_with_processor(tmp_path)
+    text, pictures = "What <image> is <image> it?", [tiny.picture(1), tiny.picture(2).resize((70, 21))]
+    expected = ChameleonProcessor.from_pretrained(tmp_path)(images=pictures, text=f"<|bos|>{text}", return_tensors="pt")
+    found = chiasm.load(tmp_path).processor(images=pictures, text=text)
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    torch.testing.assert_close(found["pixel_values"], expected["pixel_values"], rtol=1e-4, atol=1e-4)
+
+
 def test_chameleon_without_a_code(tmp_path: Path) -> None:
     reference = chameleon()
     reference.config.vocabulary_map.pop("IMGIMGBAZ")

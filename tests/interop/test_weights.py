@@ -129,11 +129,27 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
         read_weights(tmp_path)
 
 
+def test_an_index_of_shards_that_were_written_over_is_not_read(tmp_path: Path) -> None:
+    """transformers removes the shards, leaves the index, and reads the one file."""
+    reference = tiny.language()
+    reference.save_pretrained(tmp_path, max_shard_size="20KB")
+    reference.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert set(read_weights(tmp_path)) == set(reference.state_dict())
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": {"wei', "[]", '{"weight_map": null}'])
+def test_a_damaged_index_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is damaged: .*; fetch it again"):
+        read_weights(tmp_path)
+
+
 @pytest.mark.parametrize("shard", ["missing.safetensors", "../outside.safetensors"])
 def test_a_shard_that_is_not_in_the_folder_is_named(shard: str, tmp_path: Path) -> None:
     save_file({"weight": torch.ones(1)}, tmp_path / "outside.safetensors")
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"weight": "{shard}"}}}}')
-    with pytest.raises(ValueError, match=f"has no {shard}"):
+    with pytest.raises(ValueError, match=f"has no {shard}; fetch it again"):
         read_weights(folder)

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from fastapi.testclient import TestClient
 
 import chiasm
 import tiny
+from chiasm.cli.serve import _load
 from chiasm.generation.decode import Decoding, prepare
+from chiasm.generation.packed_linear import PackedLinear
 from chiasm.generation.text import TextStream
 
 
@@ -284,3 +287,20 @@ def test_attention_of_an_answers_words(client: Callable[..., TestClient]) -> Non
     seen = api.post("/api/attention", json=request)
     assert seen.status_code == 200 and [word["text"] for word in seen.json()["words"]][-1] == "cat"
     assert api.post("/api/attention", json={**request, "image": 1}).json()["error"]["param"] == "image"
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_a_served_model_is_its_engines_own(
+    client: Callable[..., TestClient], vlm: chiasm.VLM, tmp_path: Path, weights: str
+) -> None:
+    """With packed weights nothing else is kept of the matrices, and the page can still ask where words looked."""
+    vlm.save_pretrained(tmp_path / "tiny")
+    model = _load(str(tmp_path / "tiny"), 2, 2, weights)
+    packed = [module for module in model.model.modules() if isinstance(module, PackedLinear)]
+    assert bool(packed) == (weights == "int8")
+    api = client(model)
+    answer = api.post(CHAT, json=ask(data_url())).json()["choices"][0]["message"]["content"]
+    assert answer
+    request = {"model": "tiny", "messages": [*ask(data_url())["messages"], {"role": "assistant", "content": "a cat"}]}
+    assert [word["text"] for word in api.post("/api/attention", json=request).json()["words"]] == ["a", "cat"]
+    model.engine.close()

@@ -259,6 +259,7 @@ def written(folder: Path, **config: object) -> Path:
     return folder
 
 
+SQUARE = {"height": 30, "width": 30}
 MEAN_STD = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
 
 
@@ -270,6 +271,7 @@ MEAN_STD = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
             {"do_center_crop": True, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
             {"resize_mode": "crop", "crop_fraction": 0.875},
         ),
+        ({"do_center_crop": True, "size": SQUARE, "crop_size": SQUARE}, {"resize_mode": "squash"}),
         ({"size": {"height": 224, "width": 224}, "resample": 2}, {"resize_mode": "squash", "resample": 2}),
         ({"size": {"shortest_edge": 224}, "crop_pct": 0.9}, {"resize_mode": "crop", "crop_fraction": 0.9}),
         ({"size": {"shortest_edge": 384}, "crop_pct": 0.9}, {"resize_mode": "squash"}),
@@ -284,6 +286,12 @@ def test_a_sources_own_processing_is_read(config: dict, expected: dict, tmp_path
     stated = ours.to_dict()
     assert {name: stated[name] for name in expected} == expected
     assert (stated["image_mean"], stated["image_std"]) == (MEAN_STD["image_mean"], MEAN_STD["image_std"])
+
+
+def test_a_squash_of_which_a_part_is_kept_is_refused(tmp_path: Path) -> None:
+    config = {"do_center_crop": True, "size": {"height": 34, "width": 34}, "crop_size": SQUARE}
+    with pytest.raises(ValueError, match=r"squashes pictures to 34×34 and then cuts out crop_size .*; write a "):
+        image_processor_for(written(tmp_path, **MEAN_STD, **config), encoder("clip_vision_model"))
 
 
 def test_our_own_processing_is_read_back_and_options_win(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Requests answered at the same time, by each model.")] = 8,
     max_waiting: Annotated[int, typer.Option(help="Requests in line, for each model; more get status 429.")] = 64,
     weights: Annotated[
-        str, typer.Option(help="float32 gives the model's own tokens; int8 and int4 are faster.")
+        str, typer.Option(help="float32 gives the model's own tokens; int8 and int4 are faster and take less memory.")
     ] = "float32",
     request_seconds: Annotated[float, typer.Option(help="For an answer, at most.")] = 300,
     as_json: Json = False,
@@ -108,7 +108,14 @@ def _load(text: str, max_batch: int, max_waiting: int, weights: str) -> Any:
         if not isinstance(loaded, chiasm.VLM):
             return EmbeddingModel(name, loaded.to(best_device()))
         vlm = ready_to_answer(loaded)
-        engine = Engine(vlm.model, vlm.processor, max_batch=max_batch, max_waiting=max_waiting, weights=weights)
+        engine = Engine(
+            vlm.model,
+            vlm.processor,
+            max_batch=max_batch,
+            max_waiting=max_waiting,
+            weights=weights,
+            release=weights != "float32",
+        )
     return ChatModel(name, vlm.model, vlm.processor, engine)
 
 

@@ -12,6 +12,7 @@ from chiasm.fusion.build import build_fusion
 from chiasm.fusion.start import start_of
 from chiasm.generation import decode
 from chiasm.language.adapter import load_language
+from chiasm.language.generation_settings import change
 from chiasm.presets import Preset
 from chiasm.vision.encoder import load_vision
 from chiasm.vision.image_processor import ChiasmImageProcessor, image_processor_for
@@ -48,8 +49,7 @@ def connect_generative(
     encoder = load_vision(vision, features=features, image_size=image_size, dtype=dtype)
     language_model = load_language(language, dtype=dtype)
     if language_model.config.is_encoder_decoder:
-        for habit in HABITS:
-            setattr(language_model.generation_config, habit, None)
+        change(language_model.generation_config, **dict.fromkeys(HABITS))
     processor = None
     image_token_id = language_model.config.get_text_config().vocab_size
     if words is not None:

@@ -16,6 +16,7 @@ from chiasm.generation.constraint import Constraint, ConstraintProcessor, token_
 from chiasm.generation.decoding import Decoding
 from chiasm.generation.text import TextStream, Trim, before_stop
 from chiasm.language.adapter import ContextError, context_length, vocabulary
+from chiasm.language.generation_settings import change
 
 __all__ = ["Decoding", "end_tokens", "generate", "prepare", "stop_at_end_of_turn", "stream"]
 
@@ -52,7 +53,7 @@ def stop_at_end_of_turn(model: PreTrainedModel, processor: ChiasmProcessor) -> N
     known = stops if isinstance(stops, list) else [stops]
     end = processor.end_of_turn_id()
     if end is not None and end not in known:
-        model.generation_config.eos_token_id = [stop for stop in known if stop is not None] + [end]
+        change(model.generation_config, eos_token_id=[stop for stop in known if stop is not None] + [end])
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:

@@ -13,7 +13,7 @@ from chiasm.fusion.early import EarlyFusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.fusion.sequence import PositionedModel
 from chiasm.generation.batched import BatchedDecoder
-from chiasm.generation.lean import lean_model
+from chiasm.generation.lean import lean_model, release
 from chiasm.generation.lean_decoder import LeanDecoder
 from chiasm.generation.native.build import library
 from chiasm.generation.native.step import NativeStep
@@ -37,20 +37,30 @@ FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, Index
 
 @torch.inference_mode()
 def make_decoder(
-    model: FusionModel, count: int, pictures: PictureCache, prefixes: PrefixCache, weights: str = "float32"
+    model: FusionModel,
+    count: int,
+    pictures: PictureCache,
+    prefixes: PrefixCache,
+    weights: str = "float32",
+    releases: bool = False,
 ) -> Any:
     """The fastest decoder whose logits are the model's.
 
     Args:
         count: requests that it takes together.
         weights: one of `chiasm.generation.packed.WEIGHTS`.
+        releases: whether packed weights take the place of the model's own.
 
     Raises:
-        ValueError: unknown weights.
+        ValueError: unknown weights, or none that could take that place.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}, expected one of {', '.join(WEIGHTS)}")
+    if releases and weights == "float32":
+        raise ValueError("release=True leaves packed weights only, but weights='float32'; take 'int8' or 'int4'")
     made = _made(model, count, pictures, prefixes, weights)
+    if releases and isinstance(made, LeanDecoder):
+        release(model.language, made.lean_step.lean)
     if weights != "float32" and not isinstance(made, LeanDecoder):
         kind = type(model.language).__name__
         warnings.warn(f"weights={weights!r} are for Llama-shaped models on a CPU; {kind} keeps its own", stacklevel=3)
@@ -61,18 +71,17 @@ def _made(model: FusionModel, count: int, pictures: PictureCache, prefixes: Pref
     shape = _cache_shape(model)
     if shape is None:
         return SequentialDecoder(model, pictures)
-    expected, caches = _expected(model), (pictures, prefixes)
-    none = (PictureCache(model, 0), PrefixCache(0))
+    expected, none = _expected(model), (PictureCache(model, 0), PrefixCache(0))
+    found = _steps(BatchedDecoder(model, Slots(shape, 2), *none))
+    if not _similar(found, expected, SIMILAR["float32" if shape.dtype == torch.float32 else "int8"]):
+        return SequentialDecoder(model, pictures)
     step, exact = _lean_step(model, weights, shape.dtype), replace(shape, dtype=torch.float32)
     if step is not None:
-        found = _steps(LeanDecoder(model, Slots(exact, 2), *none, step, 1))
+        short = SHORT if isinstance(step, NativeStep) else 1
+        found = _steps(LeanDecoder(model, Slots(exact, 2), *none, step, short))
         if _similar(found, expected, SIMILAR[weights]):
-            short = SHORT if isinstance(step, NativeStep) else 1
-            return LeanDecoder(model, Slots(exact, count), *caches, step, short)
-    found = _steps(BatchedDecoder(model, Slots(shape, 2), *none))
-    if _similar(found, expected, SIMILAR["float32" if shape.dtype == torch.float32 else "int8"]):
-        return BatchedDecoder(model, Slots(shape, count), *caches)
-    return SequentialDecoder(model, pictures)
+            return LeanDecoder(model, Slots(exact, count), pictures, prefixes, step, short)
+    return BatchedDecoder(model, Slots(shape, count), pictures, prefixes)
 
 
 def _lean_step(model: FusionModel, weights: str, dtype: torch.dtype) -> NativeStep | TorchStep | None:

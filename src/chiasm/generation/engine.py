@@ -78,6 +78,8 @@ class Engine:
         prefix_cache_bytes: keys and values of prompts read before that are kept.
         weights: `float32` gives the model's own tokens; `int8` and `int4` are packed copies, faster and a little off,
             where the model is of a known shape and the machine has a C++ compiler.
+        release: with packed weights, whether the language model's own ones are let go. `model` then reads prompts
+            through the packed ones, and can no more be trained, saved or converted.
     """
 
     def __init__(
@@ -90,11 +92,12 @@ class Engine:
         image_cache_bytes: int = 256 << 20,
         prefix_cache_bytes: int = 512 << 20,
         weights: str = "float32",
+        release: bool = False,
     ) -> None:
         self.model, self.processor = model.eval(), processor
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.pictures, self.prefixes = PictureCache(model, image_cache_bytes), PrefixCache(prefix_cache_bytes)
-        self.decoder = make_decoder(model, max_batch, self.pictures, self.prefixes, weights)
+        self.decoder = make_decoder(model, max_batch, self.pictures, self.prefixes, weights, release)
         self._ends, self._never = end_tokens(model), never_tokens(model)
         self._vocabulary = vocabulary(model.language)
         self._waiting: deque[Request] = deque()

@@ -12,12 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from chiasm.generation.packed import Packed, pack
+from chiasm.generation.packed_linear import PackedLinear
+from chiasm.generation.pages import drop, trim
 from chiasm.language.adapter import decoder
 
 ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 """Of the feed-forward: whether it is a GELU."""
 ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angle is a position's own, whatever the sequence's length."""
+ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("gate", "up", "down")
+"""A layer's matrices; the modules have `_proj` behind the name."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,8 @@ class LeanModel:
     @property
     def bytes(self) -> int:
         """What a token reads of the weights."""
-        matrices = ("q", "k", "v", "o", "gate", "up", "down")
-        return self.head.bytes + sum(getattr(layer, name).bytes for layer in self.layers for name in matrices)
+        names = (*ATTENTION, *FEED_FORWARD)
+        return self.head.bytes + sum(getattr(layer, name).bytes for layer in self.layers for name in names)
 
 
 def lean_model(language: PreTrainedModel, weights: str = "float32") -> LeanModel | None:
@@ -115,7 +119,7 @@ def lean_model(language: PreTrainedModel, weights: str = "float32") -> LeanModel
     return LeanModel(
         layers=[_layer(layer, family, config, index, weights) for index, layer in enumerate(body.layers)],
         norm=_norm(body.norm, family),
-        head=pack(*_weights(language.get_output_embeddings()), "int8" if weights == "int4" else weights),
+        head=_read(language.get_output_embeddings(), "int8" if weights == "int4" else weights),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
@@ -126,20 +130,50 @@ def lean_model(language: PreTrainedModel, weights: str = "float32") -> LeanModel
     )
 
 
+def release(language: PreTrainedModel, lean: LeanModel) -> None:
+    """Puts a language model's packed matrices in the places of its full ones, whose memory is then free.
+
+    The model answers as before, a little off; training, saving and converting it are errors from now on.
+    """
+    for layer, packed in zip(decoder(language).layers, lean.layers, strict=True):
+        for owner, names in ((layer.self_attn, ATTENTION), (layer.mlp, FEED_FORWARD)):
+            for name in names:
+                _give_back(getattr(owner, f"{name}_proj"))
+                setattr(owner, f"{name}_proj", PackedLinear(getattr(packed, name)))
+    _give_back(language.get_output_embeddings())
+    language.set_output_embeddings(PackedLinear(lean.head))
+    trim()
+
+
+def _read(linear: Any, weights: str) -> Packed:
+    """A linear layer in one of the `WEIGHTS`; of one that lies in a file, only what is packed stays in memory."""
+    if isinstance(linear, PackedLinear):
+        return linear.of_kind(weights)
+    packed = pack(*_weights(linear), weights)
+    if weights != "float32":
+        _give_back(linear)
+    return packed
+
+
+def _give_back(linear: Any) -> None:
+    for parameter in linear.parameters():
+        drop(parameter)
+
+
 def _layer(layer: Any, family: Family, config: PreTrainedConfig, index: int, weights: str) -> LeanLayer:
     attention, feed_forward = layer.self_attn, layer.mlp
     kinds = getattr(config, "layer_types", None)
     kind = kinds[index] if kinds else "sliding_attention"
     window = (getattr(config, "sliding_window", None) or 0) if kind == "sliding_attention" else 0
-    matrices = {name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v", "o")}
-    matrices |= {name: getattr(feed_forward, f"{name}_proj") for name in ("gate", "up", "down")}
+    matrices = {name: getattr(attention, f"{name}_proj") for name in ATTENTION}
+    matrices |= {name: getattr(feed_forward, f"{name}_proj") for name in FEED_FORWARD}
 
     def norm(owner: Any, name: str) -> Tensor | None:
         found = getattr(owner, name, None)
         return None if found is None else _norm(found, family)
 
     return LeanLayer(
-        **{name: pack(*_weights(matrix), weights) for name, matrix in matrices.items()},
+        **{name: _read(matrix, weights) for name, matrix in matrices.items()},
         attention_norm=_norm(layer.input_layernorm, family),
         feed_forward_norm=_norm(getattr(layer, family.feed_forward_norm), family),
         q_norm=norm(attention, "q_norm"),

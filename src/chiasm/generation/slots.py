@@ -1,5 +1,7 @@
 """A static KV cache with one slot for each request, whose lengths differ; transformers' models write into it."""
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,9 @@ STEP = 256
 """Capacity grows by multiples of so many tokens."""
 KEPT = 1024
 """Capacity that stays when no request is there."""
+
+PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+"""Pages that a forked process does not share."""
 
 KeysValues = Float[Tensor, "layers 2 kv_heads length head_dim"]
 
@@ -31,11 +36,11 @@ class CacheShape:
 
 class Slots:
     """Keys and values of all layers in one tensor `(layers, 2, slots, kv_heads, capacity, head_dim)`, which grows when
-    a longer request comes."""
+    a longer request comes. In memory a slot is in one piece, and takes none where nothing was written yet."""
 
     def __init__(self, shape: CacheShape, count: int) -> None:
-        sizes = (shape.layers, 2, count, shape.kv_heads, 0, shape.head_dim)
-        self.store = torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
+        self.shape, self.count = shape, count
+        self.store = self._empty(0)
         self.free = list(range(count - 1, -1, -1))
 
     @property
@@ -45,17 +50,21 @@ class Slots:
     def take(self, length: int) -> int:
         """A free slot with room for so many tokens."""
         if length > self.capacity:
-            old, shape = self.store, list(self.store.shape)
-            shape[-2] = -(-length // STEP) * STEP
-            self.store = old.new_zeros(shape)
-            self.store[..., : old.shape[-2], :] = old
+            old, self.store = self.store, self._empty(-(-length // STEP) * STEP)
+            for slot in set(range(self.count)) - set(self.free):
+                self.write(slot, old[:, :, slot])
         return self.free.pop()
 
     def leave(self, slot: int) -> None:
         """Frees a slot; when all are free, so is the memory that only long requests need."""
         self.free = sorted([*self.free, slot], reverse=True)
-        if len(self.free) == self.store.shape[2] and self.capacity > KEPT:
-            self.store = self.store[..., :0, :].clone()
+        if len(self.free) == self.count and self.capacity > KEPT:
+            self.store = self._empty(0)
+
+    def _empty(self, capacity: int) -> Tensor:
+        shape = self.shape
+        sizes = (self.count, shape.layers, 2, shape.kv_heads, capacity, shape.head_dim)
+        return _zeros(sizes, shape.dtype, torch.device(shape.device)).movedim(0, 2)
 
     def read(self, slot: int, start: int, stop: int) -> KeysValues:
         """A copy of a slot's keys and values."""
@@ -106,6 +115,14 @@ class _SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.pair.shape[-2]
+
+
+def _zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; those of a CPU are pages that the system hands out when something is written to them."""
+    count = math.prod(sizes)
+    if device.type != "cpu" or not count:
+        return torch.zeros(sizes, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, **PRIVATE), dtype=dtype).view(sizes)
 
 
 def _consecutive(rows: Sequence[int]) -> bool:

@@ -38,6 +38,12 @@ def load_blip2(source: str, dtype: torch.dtype | str = "auto") -> tuple[EarlyFus
         raise ValueError(f"{source} has no image_token_index in its config.json; save it again with transformers 4.46+")
     if config.qformer_config.hidden_act != "gelu":
         raise ValueError(f"this Q-Former uses {config.qformer_config.hidden_act!r}; Chiasm's has gelu")
+    text = config.text_config
+    if getattr(text, "word_embed_proj_dim", text.hidden_size) != text.hidden_size:
+        raise ValueError(
+            f"text_config.word_embed_proj_dim in {source} is {text.word_embed_proj_dim}, expected the hidden_size "
+            f"{text.hidden_size}: visual tokens have that width, and word embeddings must have it too; take another OPT"
+        )
     ours = ChiasmConfig(
         vision_config=config.vision_config.to_dict(),
         text_config=config.text_config.to_dict(),

@@ -86,7 +86,8 @@ def code_tokens(words: dict[str, int], count: int) -> list[int]:
 def _processor(source: str, model: UnifiedModel) -> UnifiedProcessor:
     tokenizer: Any = load_tokenizer(source)
     settings, _ = ChiasmProcessor.get_processor_dict(source)
-    tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template or TEMPLATE
+    own = settings.get("chat_template") or tokenizer.chat_template
+    tokenizer.chat_template = own or TEMPLATE
     one = [1.0, 1.0, 1.0]
     images = ChiasmImageProcessor(model.vision.image_size, one, one, "crop", resample=LANCZOS, rescale_factor=0.0078)
     return UnifiedProcessor(
@@ -96,4 +97,5 @@ def _processor(source: str, model: UnifiedModel) -> UnifiedProcessor:
         model.vision.grid,
         image_boundary=[BEGIN, END],
         add_special_tokens=True,
+        text_is_message=own is None,  # the reference ends every text as a turn
     )

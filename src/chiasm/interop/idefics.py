@@ -156,6 +156,11 @@ def _connector(config: IdeficsConfig) -> dict[str, Any]:
 def _cross_attention(config: IdeficsConfig) -> CrossAttentionSettings:
     if config.hidden_act != "silu":
         raise ValueError(f"this Idefics has hidden_act {config.hidden_act!r}; Chiasm's gated feed-forward has 'silu'")
+    if config.num_hidden_layers % config.cross_layer_interval:
+        raise ValueError(
+            f"this Idefics has num_hidden_layers {config.num_hidden_layers}, expected a multiple of its "
+            f"cross_layer_interval {config.cross_layer_interval}, for which transformers builds enough blocks"
+        )
     heads, ends = config.num_attention_heads, config.eos_token_id
     return CrossAttentionSettings(
         layers=list(range(0, config.num_hidden_layers, config.cross_layer_interval)),

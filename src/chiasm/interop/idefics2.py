@@ -8,8 +8,15 @@ from chiasm.data.chat import IMAGE_TOKEN
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
-from chiasm.interop.parts import finish, language_table, load_processor, require_direct_head, text_settings
-from chiasm.interop.weights import Table, assemble, read_weights
+from chiasm.interop.parts import (
+    finish,
+    headed_weights,
+    language_table,
+    load_processor,
+    require_direct_head,
+    text_settings,
+)
+from chiasm.interop.weights import Table, assemble
 from chiasm.vision.features import FeatureLayer, VisionFeatures
 from chiasm.vision.probe import pair
 
@@ -46,7 +53,8 @@ def load_idefics2(source: str, dtype: torch.dtype | str = "auto") -> tuple[Early
         ValueError: a setting or a weight is of a kind that Chiasm does not have; the message names it.
     """
     config = AutoConfig.from_pretrained(source)
-    model = assemble(EarlyFusionModel, chiasm_config(config), read_weights(source), table(config), dtype=dtype)
+    weights = headed_weights(source, config.text_config)
+    model = assemble(EarlyFusionModel, chiasm_config(config), weights, table(config), dtype=dtype)
     finish(model, source)
     require_direct_head(model)
     processor = load_processor(

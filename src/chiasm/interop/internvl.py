@@ -10,12 +10,13 @@ from chiasm.fusion.early import EarlyFusionModel
 from chiasm.interop.parts import (
     describe_features,
     finish,
+    headed_weights,
     language_table,
     load_processor,
     require_direct_head,
     text_settings,
 )
-from chiasm.interop.weights import Table, assemble, read_weights
+from chiasm.interop.weights import Table, assemble
 from chiasm.vision.features import VisionFeatures
 
 PARTS = {
@@ -39,7 +40,8 @@ def load_internvl(source: str, dtype: torch.dtype | str = "auto") -> tuple[Early
         ValueError: a setting or a weight is of a kind that Chiasm does not have; the message names it.
     """
     config = AutoConfig.from_pretrained(source)
-    model = assemble(EarlyFusionModel, chiasm_config(config), read_weights(source), table(config), dtype=dtype)
+    weights = headed_weights(source, config.text_config)
+    model = assemble(EarlyFusionModel, chiasm_config(config), weights, table(config), dtype=dtype)
     finish(model, source)
     require_direct_head(model)
     return model, _processor(source, model)

@@ -3,20 +3,24 @@
 import torch
 from transformers import AutoConfig, LlavaConfig
 
+from chiasm.data.chat import IMAGE_TOKEN
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.interop.parts import (
     describe_features,
     finish,
+    headed_weights,
     language_table,
     load_processor,
     require_direct_head,
     text_settings,
     without_first,
 )
-from chiasm.interop.weights import Table, assemble, read_weights
+from chiasm.interop.weights import Table, assemble
+from chiasm.sources.files import read_json
 from chiasm.vision.features import VisionFeatures
+from chiasm.vision.towers import model_class, without_pooler
 
 PARTS = {
     "vision_tower": "vision.model",
@@ -34,10 +38,12 @@ def load_llava(source: str, dtype: torch.dtype | str = "auto") -> tuple[EarlyFus
         ValueError: a setting or a weight is of a kind that Chiasm does not have; the message names it.
     """
     config = AutoConfig.from_pretrained(source)
-    model = assemble(EarlyFusionModel, chiasm_config(config), read_weights(source), table(config), dtype=dtype)
+    weights = headed_weights(source, config.text_config)
+    model = assemble(EarlyFusionModel, chiasm_config(config), weights, table(config), dtype=dtype)
     finish(model, source)
     require_direct_head(model)
-    return model, load_processor(source, model, add_special_tokens=True)
+    token = (read_json(source, "processor_config.json") or {}).get("image_token") or IMAGE_TOKEN
+    return model, load_processor(source, model, add_special_tokens=True, image_token=token)
 
 
 def chiasm_config(config: LlavaConfig) -> ChiasmConfig:
@@ -68,8 +74,10 @@ def features(config: LlavaConfig) -> VisionFeatures:
 
 
 def table(config: LlavaConfig) -> Table:
-    """LLaVA's names → ours, for files of any version."""
-    new = {f"model.{theirs}": ours for theirs, ours in PARTS.items()}
-    return {**PARTS, **new, "language_model": "language"} | language_table(
+    """LLaVA's names → ours, for files of any version; a pooler is not read."""
+    pooler = {"vision_tower.pooler": None} if without_pooler(model_class(config.vision_config)) else {}
+    parts: dict[str, str | None] = {**PARTS, **pooler}
+    new = {f"model.{theirs}": ours for theirs, ours in parts.items()}
+    return {**parts, **new, "language_model": "language"} | language_table(
         config.text_config, "model.language_model", "lm_head"
     )

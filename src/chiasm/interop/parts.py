@@ -4,10 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
+from chiasm.data.chat import IMAGE_TOKEN
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
+from chiasm.interop.weights import read_weights
 from chiasm.language.adapter import head_is_direct, load_tokenizer
 from chiasm.sources.files import read_json
 from chiasm.vision.encoder import load_vision
@@ -32,6 +35,17 @@ def language_table(text_config: PreTrainedConfig, decoder: str, head: str) -> di
     path = next(name for name, module in language.named_modules() if module is output)
     inner: dict[str, str | None] = {decoder: f"language.{language.base_model_prefix}", head: f"language.{path}"}
     return inner | {"language_model.model": inner[decoder], "language_model.lm_head": inner[head]}
+
+
+def headed_weights(source: str, text_config: PreTrainedConfig) -> dict[str, Tensor]:
+    """A checkpoint's weights, for an image-text model whose own head has no bias: where the language model's has one
+    (Phi, GPT-J), it is zero."""
+    with torch.device("meta"):
+        head = AutoModelForCausalLM.from_config(text_config).get_output_embeddings()
+    weights = read_weights(source)
+    if getattr(head, "bias", None) is not None:
+        weights.setdefault("lm_head.bias", torch.zeros(head.bias.shape))
+    return weights
 
 
 def text_settings(config: PreTrainedConfig) -> dict[str, Any]:
@@ -110,6 +124,7 @@ def load_processor(
     if tokenizer is None:
         return None
     settings, _ = ChiasmProcessor.get_processor_dict(source)
-    tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template or template
+    template = settings.get("chat_template") or tokenizer.chat_template or template
+    tokenizer.chat_template = template and template.replace(options.get("image_token", IMAGE_TOKEN), IMAGE_TOKEN)
     images = AutoImageProcessor.from_pretrained(source) if own_images else image_processor_for(source, model.vision)
     return ChiasmProcessor(images, tokenizer, num_image_tokens=model.num_image_tokens, **options)

@@ -6,7 +6,7 @@ only half understood never loads. Files are safetensors; a pickle is never opene
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,21 +34,30 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def read_weights(source: str | Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint's safetensors, in one file or in shards, by the names they have there.
 
+    One file comes before shards, as in transformers, which leaves an index where shards were written over.
+
     Raises:
         ValueError: there is no such file, or one is damaged.
     """
-    index = _file(source, INDEX)
-    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else [SINGLE]
+    index = None if _file(source, SINGLE) else _file(source, INDEX)
+    fix = "fetch it again" if index else "Chiasm reads safetensors only, so convert other formats first"
     weights: dict[str, Tensor] = {}
-    for name in names:
+    for name in _shards(index) if index else [SINGLE]:
         file = _file(source, name) if Path(name).name == name else None
         if file is None:
-            raise ValueError(f"{source} has no {name}; Chiasm reads safetensors only, so convert other formats first")
+            raise ValueError(f"{source} has no {name}; {fix}")
         try:
             weights |= load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged: {error}; fetch it again") from error
     return weights
+
+
+def _shards(index: str) -> list[str]:
+    try:
+        return sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged: it names no file for each weight; fetch it again") from error
 
 
 def transfer(
@@ -95,23 +104,21 @@ def fit(
     """
     transforms = transforms or {}
     wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    values: dict[str, Tensor] = {}
     origins: dict[str, str] = {}
     left_over = []
-    for name in weights:
-        ours = rename(name, table)
+    for ours, (name, tensor) in _by_place(weights, module, set(wanted), table):
+        if ours in origins:
+            raise ValueError(f"weights {origins[ours]!r} and {name!r} both become {ours!r}; keep one of them")
         if ours in wanted:
-            if ours in origins:
-                raise ValueError(f"weights {origins[ours]!r} and {name!r} both become {ours!r}; keep one of them")
-            origins[ours] = name
-        elif ours is not None and name.rsplit(".", 1)[-1] not in DERIVED:
+            origins[ours], values[ours] = name, tensor
+        elif name.rsplit(".", 1)[-1] not in DERIVED:
             left_over.append(name)
     if left_over:
         raise ValueError(f"{_count(left_over)} no place in {type(module).__name__}: {_some(left_over)}")
     if unused := sorted(set(transforms) - set(origins)):
         raise ValueError(f"{unused[0]!r} is to be transformed, but no weight becomes it")
-    fitted = {
-        ours: transforms[ours](weights[name]) if ours in transforms else weights[name] for ours, name in origins.items()
-    }
+    fitted = {ours: transforms[ours](value) if ours in transforms else value for ours, value in values.items()}
     _check_complete(module, set(wanted), fitted)
     for ours, tensor in fitted.items():
         if tensor.shape != wanted[ours]:
@@ -120,6 +127,27 @@ def fit(
                 "the configuration does not describe these weights"
             )
     return fitted
+
+
+def _by_place(
+    weights: Mapping[str, Tensor], module: nn.Module, wanted: set[str], table: Table
+) -> Iterator[tuple[str, tuple[str, Tensor]]]:
+    """Our name of every weight, its name in the file, and the weight; those that transformers writes by older names
+    are renamed and joined by its own table."""
+    others: dict[str, str] = {}
+    for name in weights:
+        ours = rename(name, table)
+        if ours in wanted:
+            yield ours, (name, weights[name])
+        elif ours is not None:
+            others[ours] = name
+    rest = {ours: weights[name] for ours, name in others.items()}
+    if rest and isinstance(module, PreTrainedModel):
+        from chiasm.interop.older_names import todays  # of transformers' inner workings, so only where it is needed
+
+        rest = todays(rest, module)
+    for ours, tensor in rest.items():
+        yield ours, (others.get(ours, ours), tensor)
 
 
 def counterpart(

@@ -120,13 +120,27 @@ def _geometry(config: dict[str, Any]) -> dict[str, Any]:
         "LlavaImageProcessorFast",
     ):
         return {"resize_mode": "pad"}
-    shortest = _shortest(config.get("size"))
+    size = config.get("size")
+    shortest = _shortest(size)
     if config.get("do_center_crop"):
         kept = _shortest(config.get("crop_size"))
+        if isinstance(size, dict) and size.get("height") and size.get("width"):
+            return _squashed(size, config.get("crop_size"))
         fraction = min(kept / shortest, 1.0) if kept and shortest else 1.0
         return {"resize_mode": "crop", "crop_fraction": fraction}
     if config.get("crop_pct") and shortest and shortest < SQUASH_FROM:
         return {"resize_mode": "crop", "crop_fraction": config["crop_pct"]}
+    return {"resize_mode": "squash"}
+
+
+def _squashed(size: dict[str, int], crop: Any) -> dict[str, Any]:
+    """A picture that is squashed to both sides of a size, all of which is kept."""
+    kept = {crop.get("height"), crop.get("width")} if isinstance(crop, dict) else {crop or size["height"]}
+    if kept != {size["height"], size["width"]}:
+        raise ValueError(
+            f"its image processing squashes pictures to {size['height']}×{size['width']} and then cuts out crop_size "
+            f"{crop}, which Chiasm does not have; write a shortest_edge as size, or the same numbers as crop_size"
+        )
     return {"resize_mode": "squash"}
 
 

@@ -117,7 +117,7 @@ def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     kind = model_class(config)
     if config.model_type in CONVOLUTIONAL:
         config._attn_implementation = "eager"
-    return kind._from_config(config, **_without_pooler(kind))
+    return kind._from_config(config, **without_pooler(kind))
 
 
 def take_tower(model: PreTrainedModel) -> PreTrainedModel:
@@ -135,7 +135,7 @@ def take_tower(model: PreTrainedModel) -> PreTrainedModel:
             f"a {tower.config.model_type} encoder is a {kind.__name__}, but a {type(tower).__name__} was given; "
             "pass the former, or register the latter with AutoModel"
         )
-    if _without_pooler(kind):
+    if without_pooler(kind):
         tower.pooler = None
     return tower
 
@@ -154,7 +154,7 @@ def load_tower(source: str, dtype: torch.dtype | str, **options: Any) -> tuple[P
     kind: Any = model_class(config)
     with without_report():
         model, report = kind.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True, **_without_pooler(kind), **options
+            source, config=config, dtype=dtype, output_loading_info=True, **without_pooler(kind), **options
         )
     return model, set(report["missing_keys"])
 
@@ -194,6 +194,6 @@ def check_inputs(model: PreTrainedModel, image_size: Grid) -> None:
             )
 
 
-def _without_pooler(kind: type[PreTrainedModel]) -> dict[str, bool]:
+def without_pooler(kind: type[PreTrainedModel]) -> dict[str, bool]:
     """Classes with an optional pooler are built without it: checkpoints of classifiers do not have its weights."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else {}

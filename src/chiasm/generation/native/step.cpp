@@ -95,6 +95,7 @@ inline __m256 from_halves(const uint16_t* bits, int64_t count) {
     std::memcpy(some, bits, count * sizeof(uint16_t));
     return _mm256_cvtph_ps(_mm_load_si128((const __m128i*)some));
 }
+inline float from_half(uint16_t bits) { return _cvtsh_ss(bits); }
 #else
 inline float from_half(uint16_t bits) {
     const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, fraction = bits & 1023;
@@ -261,6 +262,23 @@ inline void rows_times(const Matrix& w, int64_t index, const Rows& x, float* out
     for (; n + 4 <= x.count; n += 4) times<R, 4>(w, index, x, n, out + n, x.count);
     for (; n + 2 <= x.count; n += 2) times<R, 2>(w, index, x, n, out + n, x.count);
     for (; n < x.count; n++) times<R, 1>(w, index, x, n, out + n, x.count);
+}
+
+// One row of a quantised matrix in float32.
+template <int KIND>
+inline void unpack(const Matrix& w, int64_t index, float* out) {
+    const int64_t groups = (w.columns + GROUP - 1) / GROUP, bytes = KIND == INT8 ? GROUP : GROUP / 2;
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t place = index * groups + g;
+        const uint8_t* data = (const uint8_t*)w.data + place * bytes;
+        const float scale = from_half(w.scales[place]), minimum = KIND == INT4 ? from_half(w.minima[place]) : 0.f;
+        float values[GROUP];
+        for (int i = 0; i < GROUP / 2; i++) {
+            values[i] = KIND == INT8 ? (float)(int8_t)data[i] * scale : (float)(data[i] & 15) * scale + minimum;
+            values[i + 16] = KIND == INT8 ? (float)(int8_t)data[i + 16] * scale : (float)(data[i] >> 4) * scale + minimum;
+        }
+        std::memcpy(out + g * GROUP, values, std::min(GROUP, w.columns - g * GROUP) * sizeof(float));
+    }
 }
 
 struct Share {
@@ -467,5 +485,16 @@ extern "C" void chiasm_step(const void* model, int64_t first, int64_t last, floa
             tail.load(tail.hidden, m.width, m.norm, m.head);
             tail.multiply(m.head, [&](int64_t r, int64_t i, float v) { logits[r * m.head.rows + i] = v; });
         }
+    }
+}
+
+// Rows `first` to `last` of a quantised matrix in float32.
+extern "C" void chiasm_unpack(const void* matrix, int64_t first, int64_t last, float* out, int64_t threads) {
+    const Matrix& w = *(const Matrix*)matrix;
+#pragma omp parallel for num_threads((int)threads)
+    for (int64_t row = first; row < last; row++) {
+        float* to = out + (row - first) * w.columns;
+        if (w.kind == INT8) unpack<INT8>(w, row, to);
+        else unpack<INT4>(w, row, to);
     }
 }

@@ -7,25 +7,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from chiasm.generation.lean import LeanLayer, LeanModel
-from chiasm.generation.packed import WEIGHTS, Packed
+from chiasm.generation.lean import ATTENTION, FEED_FORWARD, LeanLayer, LeanModel
+from chiasm.generation.native.matrix import NUMBER, POINTER, MatrixStruct, address, describe
 from chiasm.generation.slots import Slots
 
-POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+REAL = ctypes.c_float
+MATRICES = (*ATTENTION, *FEED_FORWARD)
 NORMS = ("attention_norm", "feed_forward_norm", "q_norm", "k_norm", "after_attention", "after_feed_forward")
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = [
-        *((name, POINTER) for name in ("data", "scales", "minima", "bias")),
-        *((name, NUMBER) for name in ("kind", "rows", "columns")),
-    ]
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, _Matrix) for name in MATRICES),
+        *((name, MatrixStruct) for name in MATRICES),
         *((name, POINTER) for name in (*NORMS, "keys", "values", "rotation")),
         ("window", NUMBER),
     ]
@@ -35,7 +28,7 @@ class _Model(ctypes.Structure):
     _fields_ = [
         ("layers", POINTER),
         ("norm", POINTER),
-        ("head", _Matrix),
+        ("head", MatrixStruct),
         *((name, NUMBER) for name in ("width", "heads", "kv_heads", "head_dim", "inner")),
         *((name, NUMBER) for name in ("slot_stride", "head_stride", "gelu")),
         ("eps", REAL),
@@ -54,7 +47,7 @@ class NativeStep:
         self._model = _Model(
             ctypes.addressof(self._layers),
             lean.norm.data_ptr(),
-            _matrix(lean.head),
+            describe(lean.head),
             lean.norm.shape[0],
             lean.heads,
             lean.kv_heads,
@@ -113,14 +106,5 @@ class NativeStep:
 
 
 def _layer(layer: LeanLayer) -> Any:
-    norms = {name: _address(getattr(layer, name)) for name in NORMS}
-    return _Layer(**{name: _matrix(getattr(layer, name)) for name in MATRICES}, **norms, window=layer.window)
-
-
-def _matrix(packed: Packed) -> Any:
-    places = [_address(part) for part in (packed.data, packed.scales, packed.minima, packed.bias)]
-    return _Matrix(*places, WEIGHTS.index(packed.kind), packed.rows, packed.columns)
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    norms = {name: address(getattr(layer, name)) for name in NORMS}
+    return _Layer(**{name: describe(getattr(layer, name)) for name in MATRICES}, **norms, window=layer.window)

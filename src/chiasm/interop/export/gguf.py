@@ -14,6 +14,7 @@ from chiasm.interop.export.gguf_language import (
     file_type,
     own_quantization,
     require_architecture,
+    window,
     write_language,
 )
 from chiasm.interop.export.gguf_tokenizer import write_tokenizer
@@ -45,6 +46,13 @@ def export_gguf(
     )
     require_plain(model, "GGUF")
     require_architecture(model.config.text_config)
+    text, near = model.config.text_config, window(model.config.text_config)
+    require(
+        inexact or near is None,
+        f"llama.cpp gives {text.model_type!r} models no sliding window, this one has one of {near} tokens, so "
+        "that its answers to longer texts would be others",
+        f"write the files for texts of up to {near} tokens with --inexact, or convert --to onnx",
+    )
     depth(model)
     projector(model)
     require(
@@ -99,6 +107,8 @@ def _notes(model: FusionModel, processor: ChiasmProcessor) -> list[str]:
             "llama.cpp misplaces the class token of this encoder (its issue 25814, still so in a build of 2026-10): "
             "answers about pictures are wrong until it is repaired"
         )
+    if (near := window(model.config.text_config)) is not None:
+        notes.append(f"llama.cpp has no sliding window for this model: keep texts and answers below {near} tokens")
     images = processor.image_processor
     if isinstance(images, ChiasmImageProcessor) and images.resize_mode != "pad":
         notes.append(

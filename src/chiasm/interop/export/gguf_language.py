@@ -18,6 +18,9 @@ ARCHITECTURES = {
 }
 """Model type → llama.cpp's name of the architecture."""
 
+UNBIASED = ("qwen3",)
+"""Model types whose attention may have biases, but not in llama.cpp."""
+
 QUANTIZATIONS = {
     "f32": GGMLQuantizationType.F32,
     "f16": GGMLQuantizationType.F16,
@@ -47,6 +50,23 @@ def require_architecture(config: PreTrainedConfig) -> None:
             f"this language model has rope_type {rope['rope_type']!r}, this conversion writes 'default' only; "
             "convert --to transformers and use llama.cpp's own converter"
         )
+    if config.hidden_act != "silu":
+        raise ValueError(
+            f"this language model has hidden_act {config.hidden_act!r}, llama.cpp computes its kind with 'silu'; "
+            "convert --to onnx"
+        )
+    if config.model_type in UNBIASED and config.attention_bias:
+        raise ValueError(
+            f"this language model has attention_bias, for which llama.cpp's {config.model_type!r} has no place; "
+            "convert --to onnx"
+        )
+
+
+def window(config: PreTrainedConfig) -> int | None:
+    """Tokens that a layer sees at most, where that is less than the context; llama.cpp lets these models see all."""
+    kinds, width = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    near = width is not None and (kinds is None or "sliding_attention" in kinds)
+    return width if near and width < config.max_position_embeddings else None
 
 
 def write_language(
@@ -55,7 +75,7 @@ def write_language(
     """Writes the hyperparameters and tensors of a language model."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(window(config) or config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)

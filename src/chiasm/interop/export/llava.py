@@ -14,7 +14,7 @@ from chiasm.connectors.linear import LinearProjector
 from chiasm.connectors.mlp import MLPProjector
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
-from chiasm.interop.export.parts import Exported, filled, require, require_plain, text_settings, weights
+from chiasm.interop.export.parts import Exported, filled, headed, require, require_plain, text_settings
 from chiasm.interop.export.pictures import published_images
 from chiasm.interop.export.prompts import portable_template, portable_tokenizer
 from chiasm.interop.llava import table
@@ -55,7 +55,7 @@ def export_llava(model: FusionModel, processor: ChiasmProcessor | None) -> Expor
         vision_feature_select_strategy=reading.strategy,
         **text_settings(model),
     )
-    ours = {name: tensor for name, tensor in weights(model).items() if not name.startswith("connector.")}
+    ours = {name: tensor for name, tensor in headed(model).items() if not name.startswith("connector.")}
     llava = filled(LlavaForConditionalGeneration, config, model, table(config), ours | projector)
     return Exported(llava, None if processor is None else _processor(model, processor, reading))
 

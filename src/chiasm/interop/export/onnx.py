@@ -57,8 +57,9 @@ class Decoder(nn.Module):
         self.language = language
         self.takes_positions = accepts(language, "position_ids")
         config = language.config
-        self.kinds = sorted(set(getattr(config, "layer_types", None) or []))
         self.window: Any = getattr(config, "sliding_window", None)
+        alike = [] if self.window is None else ["sliding_attention"]  # all layers, as in Mistral
+        self.kinds = sorted(set(getattr(config, "layer_types", None) or alike))
 
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]

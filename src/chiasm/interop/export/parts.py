@@ -18,6 +18,7 @@ from chiasm.interop.export.asking import by_template
 from chiasm.interop.parts import DIRECT_HEAD
 from chiasm.interop.weights import DERIVED, Table, counterpart
 from chiasm.language.adapter import vocabulary
+from chiasm.language.generation_settings import change
 from chiasm.vision.features import VisionFeatures
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -73,6 +74,13 @@ def weights(model: FusionModel, count: int | None = None) -> dict[str, Tensor]:
     return state | {name: _widened(state[name], count) for name in names}
 
 
+def headed(model: FusionModel) -> dict[str, Tensor]:
+    """`weights` for an image-text model whose own head has no bias: one of zeros is left out."""
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    names = [name for name, parameter in model.named_parameters() if parameter is bias]
+    return {name: tensor for name, tensor in weights(model).items() if name not in names}
+
+
 def text_config(model: FusionModel) -> dict[str, Any]:
     """The language model's configuration as an image-text model with a head of its own has it."""
     settings = model.config.text_config.to_dict()
@@ -95,9 +103,9 @@ def filled(
     """A model of transformers with our weights, and our settings of `generate`.
 
     Args:
-        ours: weights by name, where they are not `weights(model)`.
+        ours: weights by name, where they are not `headed(model)`.
     """
-    theirs = counterpart(family, config, weights(model) if ours is None else ours, table)
+    theirs = counterpart(family, config, headed(model) if ours is None else ours, table)
     theirs.generation_config = generation(model)
     return theirs
 
@@ -147,7 +155,7 @@ def tied(model: FusionModel) -> bool:
 def generation(model: FusionModel) -> GenerationConfig:
     """The model's settings of `generate`, in which the placeholder is never chosen."""
     settings = copy.deepcopy(model.generation_config)
-    settings.suppress_tokens = sorted({*(settings.suppress_tokens or []), model.config.image_token_id})
+    change(settings, suppress_tokens=sorted({*(settings.suppress_tokens or []), model.config.image_token_id}))
     return settings
 
 
@@ -191,6 +199,13 @@ def require_plain(model: FusionModel, kind: str, attention: str = "causal", own_
         f"the language model of type {config.text_config.model_type!r} changes logits behind its head, which a {kind} "
         "checkpoint does not",
         "take a language model with a plain head, or convert --to onnx",
+    )
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    require(
+        bias is None or not own_head or not bias.any(),
+        f"the head of this {config.text_config.model_type!r} language model has a bias, the one of a {kind} checkpoint "
+        "has none",
+        "take a language model whose head has no bias, or convert --to onnx",
     )
     tower = config.vision_config
     require(
