@@ -253,6 +253,7 @@ RECIPE = ["train", "RECIPE", "--model", "MODEL", "--data", "DATA", "-o", "OUT"]
         (["chat", "MODEL", "-p", "Hi", "--temperature", "nan"], "temperature=nan, expected 0 (greedy) or a finite"),
         (["chat", "MODEL", "-p", "Hi", "--temperature", "inf", "--json"], "temperature=inf, expected 0 (greedy)"),
         (["eval", "MODEL", "--data", "EMPTY"], "holds no data file"),
+        (["eval", "MODEL", "--data", "EMPTY", "-o", "RECIPE"], "recipe is a file; name a folder for the results"),
         (["data", "check", "DATA", "--max-pixels", "-1"], "max_pixels is -1, expected a whole number above 0"),
         (["data", "check", "DATA", "--max-bytes", "0"], "max_bytes is 0, expected a whole number above 0"),
         (["inspect", "DAMAGED"], "processor_config.json is damaged, it is not JSON"),

@@ -229,7 +229,7 @@ def test_a_damaged_exif_block_spoils_no_pixels(form: str, exif: bytes) -> None:
 
 
 def test_a_question_shows_a_file_as_training_does(tmp_path: Path) -> None:
-    hidden, damaged = tmp_path / "hidden.png", tmp_path / "damaged.jpg"
+    hidden, damaged = tmp_path / "hidden.png", tmp_path / "damaged.png"
     Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(hidden)
     Image.new("RGB", (4, 4), "white").save(damaged, exif=b"Exif\0\0no such block")
     for path in (hidden, damaged, str(hidden)):

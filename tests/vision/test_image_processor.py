@@ -156,9 +156,11 @@ def test_pictures_are_turned_upright(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0no such block", b"Exif\0\0MM\0*", b"Exif\0\0MM\0\0\0\0\0\x08"])
-def test_a_damaged_exif_block_spoils_no_pixels(tmp_path: Path, exif: bytes) -> None:
-    Image.new("RGB", (6, 4), "white").save(tmp_path / "damaged.jpg", exif=exif)
-    for given in (tmp_path / "damaged.jpg", Image.open(tmp_path / "damaged.jpg")):
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_a_damaged_exif_block_spoils_no_pixels(tmp_path: Path, ending: str, exif: bytes) -> None:
+    path = tmp_path / f"damaged.{ending}"
+    Image.new("RGB", (6, 4), "white").save(path, exif=exif)
+    for given in (path, Image.open(path)):
         assert to_rgb(given).getpixel((0, 0)) == (255, 255, 255)
         assert first_pixel(given) == [255, 255, 255]
 

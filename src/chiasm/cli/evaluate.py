@@ -47,6 +47,8 @@ def evaluate(
     from chiasm.evaluation.evaluate import EvalResult
     from chiasm.evaluation.skills import caption_lines, to_table
 
+    if output is not None and output.is_file():
+        raise NotADirectoryError(f"-o {output} is a file; name a folder for the results")
     scored = against is not None and (Path(against) / "results.jsonl").is_file()
     _refuse_unread([model] if against is None or scored else [model, against], max_new_tokens, shots)
     asked: dict[str, Any] = {
