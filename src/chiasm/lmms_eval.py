@@ -4,7 +4,6 @@ lmms-eval finds `manifest` by the entry point group `lmms_eval.models`; nothing 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.instance import Instance
@@ -13,6 +12,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
+from chiasm.data.schema import ImageRef
 from chiasm.vlm import best_device, load_vlm, ready_to_answer
 
 LONGEST = 128
@@ -79,7 +79,7 @@ class Chiasm(lmms):
             parts: list[dict[str, Any]] = []
             for part in message["content"]:
                 if part["type"] == "image":
-                    images.append(_picture(part["url"]))
+                    images.append(ImageRef.of(part["url"]).load())
                     parts.append({"type": "image"})
                 elif part["type"] == "text":
                     parts.append({"type": "text", "text": part["text"]})
@@ -93,7 +93,3 @@ class Chiasm(lmms):
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("tasks of several rounds are not supported; take one of output_type generate_until")
-
-
-def _picture(source: Image.Image | str) -> Image.Image:
-    return (Image.open(Path(source)) if isinstance(source, str) else source).convert("RGB")
