@@ -8,9 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from chiasm.evaluation.plots import COLOURS, canvas, svg
+from chiasm.evaluation.plots import COLOURS, TONES, canvas, svg
 
-TONES = tuple(COLOURS[name] for name in ("own", "control", "leaf", "plum", "teal", "muted"))
 MARKERS = "osD^vP*XdhH<>p"
 MOST_TICKS = 4
 """So few whole numbers stand at an axis themselves."""

@@ -36,6 +36,8 @@ COLOURS = {
     "plum": "#000009",
     "teal": "#00000a",
 }
+TONES = tuple(COLOURS[name] for name in ("own", "control", "leaf", "plum", "teal", "muted"))
+"""Of several curves in one figure."""
 MAX_POINTS = 240
 MAX_PICTURES = 96
 _PICTURE_PIXELS = 240
@@ -113,9 +115,8 @@ def skill_curves(progress: dict[str, list[tuple[int, float, int]]], name: str = 
     if not progress:
         return None
     figure, axes = canvas(2.65)
-    tones = [COLOURS["own"], COLOURS["control"], COLOURS["muted"]]
     for index, (skill, moments) in enumerate(progress.items()):
-        style: dict[str, Any] = {"color": tones[index % 3], "marker": "oD^sv*"[index % 6], "markersize": 4}
+        style: dict[str, Any] = {"color": TONES[index % 6], "marker": "oD^sv*"[index % 6], "markersize": 4}
         style["linestyle"] = "-" if index % 2 == 0 else (0, (4, 2))
         label = f"{skill if len(skill) <= 22 else skill[:21] + '…'} ({moments[-1][2]})"
         axes.plot([m[0] for m in moments], [100 * m[1] for m in moments], label=label, linewidth=1.4, **style)
