@@ -75,6 +75,13 @@ def training(gate: Gate, fusion: str, images: int) -> None:
         gate.done(seconds=time.perf_counter() - started)
 
 
+def decode(model: Any, token: torch.Tensor, cache: Any, pictures: dict[str, Any]) -> None:
+    """One token; pictures that the cache holds would be read in place of features."""
+    if "image_cache" not in pictures:
+        cache.image_cache = None
+    model(input_ids=token, cache=cache, use_cache=True, **pictures)
+
+
 @torch.inference_mode()
 def decoding(gate: Gate, way: str, images: int) -> None:
     """So many tokens a block, each with the same prompt in the cache."""
@@ -86,11 +93,13 @@ def decoding(gate: Gate, way: str, images: int) -> None:
         prompt = model(**inputs, use_cache=True, logits_to_keep=1)
         kept = {"image_cache": prompt.image_cache, "image_attention_mask": mask}
         again = {"image_features": inputs["image_features"], "image_attention_mask": mask}
-        model(input_ids=token, cache=prompt.cache, use_cache=True, **(kept if way == "kept" else again))
+
+        pictures = kept if way == "kept" else again
+        decode(model, token, prompt.cache, pictures)
         gate.wait()
         started = time.perf_counter()
         for _ in range(DECODED):
-            model(input_ids=token, cache=prompt.cache, use_cache=True, **(kept if way == "kept" else again))
+            decode(model, token, prompt.cache, pictures)
         gate.done(seconds=(time.perf_counter() - started) / DECODED)
 
 
