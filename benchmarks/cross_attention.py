@@ -93,7 +93,6 @@ def decoding(gate: Gate, way: str, images: int) -> None:
         prompt = model(**inputs, use_cache=True, logits_to_keep=1)
         kept = {"image_cache": prompt.image_cache, "image_attention_mask": mask}
         again = {"image_features": inputs["image_features"], "image_attention_mask": mask}
-
         pictures = kept if way == "kept" else again
         decode(model, token, prompt.cache, pictures)
         gate.wait()
