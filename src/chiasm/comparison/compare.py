@@ -150,7 +150,7 @@ def select(choices: Sequence[Choice], only: Sequence[str]) -> list[Choice]:
 
 
 def quickened(plan: Plan) -> Plan:
-    """The plan with so little training and so few questions that it takes about a minute."""
+    """The plan with so little training and so few questions that a cell takes about a minute on two cores."""
     raw = plan.model_dump(mode="json", exclude_unset=True)
     few = {"caption_samples": QUICK["captions"], "validations": 2, "validation_samples": 8}
     asked = {"limit": QUICK["limit"], "repeats": 1, "pictures": 10}
