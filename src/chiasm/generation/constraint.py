@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
@@ -118,32 +118,36 @@ def _check_work(schema: Mapping[str, Any]) -> None:
 
 def _bound(schema: Any) -> Iterator[str | int | float]:
     """Texts of a schema that may be part of an answer or its pattern, and the numbers of its `multipleOf`."""
-    rest = [schema]
-    while rest:
-        item = rest.pop()
+    for item in _all_of(schema, _telling):
         if isinstance(item, str):
             yield item
-        elif isinstance(item, list | tuple):
-            rest += item
         elif isinstance(item, Mapping):
-            rest += [*item, *(value for key, value in item.items() if key not in REMARKS or isinstance(value, Mapping))]
-            yield from (text for key in ("const", "enum") for text in _texts(item.get(key)))
+            fixed = [item.get(key) for key in ("const", "enum")]
+            yield from (text for text in _all_of(fixed, _whole) if isinstance(text, str))
             step = item.get("multipleOf")
             if type(step) is int or (isinstance(step, float) and math.isfinite(step)):
                 yield step
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All texts of a JSON value, which an answer must hold to the letter."""
+def _all_of(value: Any, inside: Callable[[Mapping[str, Any]], list[Any]]) -> Iterator[Any]:
+    """A JSON value and everything in it; of an object, what `inside` tells."""
     rest = [value]
     while rest:
-        item = rest.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, list | tuple):
+        yield (item := rest.pop())
+        if isinstance(item, list | tuple):
             rest += item
         elif isinstance(item, Mapping):
-            rest += [*item, *item.values()]
+            rest += inside(item)
+
+
+def _whole(found: Mapping[str, Any]) -> list[Any]:
+    """Names and values, all of which an answer must hold to the letter."""
+    return [*found, *found.values()]
+
+
+def _telling(found: Mapping[str, Any]) -> list[Any]:
+    """Names and values, but for remarks."""
+    return [*found, *(value for key, value in found.items() if key not in REMARKS or isinstance(value, Mapping))]
 
 
 @lru_cache(maxsize=8)
