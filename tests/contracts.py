@@ -3,10 +3,12 @@
 import copy
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -325,6 +327,20 @@ def check_equals_reference(model: FusionModel, reference: Any, inputs: dict[str,
         greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 258, "use_cache": use_cache}
         greedy |= {"suppress_tokens": [model.config.image_token_id]} | options
         assert torch.equal(model.generate(**inputs, **greedy), reference.generate(**inputs, **greedy))
+
+
+def check_strict_loading(folder: Path) -> None:
+    """Without one of its tensors (every seventh is tried), or with one too many, a checkpoint is refused by name."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    for name in list(weights)[::7]:
+        save_file({other: tensor for other, tensor in weights.items() if other != name}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"1 weight has no value in the checkpoint: '.*{name.rsplit('.')[-1]}'"):
+            chiasm.load(folder)
+    for part in {name.rsplit(".", 2)[0] for name in list(weights)[::7]}:
+        save_file(weights | {f"{part}.unheard_of": torch.zeros(1)}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=r"1 weight has no place in .*unheard_of"):
+            chiasm.load(folder)
 
 
 def check_attention(vlm: chiasm.VLM, images: list[Any], prompt: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import chiasm.vlm
 import tiny
 from chiasm.api import progress_bar
 from chiasm.generation.engine import Engine, Piece
+from chiasm.training.log import Reporter, Task
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
 
@@ -437,3 +439,16 @@ def test_long_work_is_told_where_nobody_watches(monkeypatch: pytest.MonkeyPatch,
             update(done, total)
     told = [line.split(",")[0].strip() for line in capsys.readouterr().err.splitlines()]
     assert told == ["answering 1/2", "answering 2/2", "answering 1/4"]
+
+
+def test_the_time_left_goes_by_the_pace_since_the_first_units(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The first step of a run comes after its pictures are encoded."""
+    now = [0.0]
+    monkeypatch.setattr("chiasm.training.log.PLAIN_SECONDS", -1.0)
+    monkeypatch.setattr("chiasm.training.log.time", SimpleNamespace(monotonic=lambda: now[0]))
+    task = Task(Reporter("plain", Console(stderr=True)), "step", 10, 0)
+    for now[0] in (100.0, 102.0):
+        task.advance()
+    assert capsys.readouterr().err.splitlines() == ["step 1/10 ", "step 2/10 , 0:16 left"]

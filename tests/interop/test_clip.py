@@ -22,6 +22,7 @@ from transformers import (
 
 import chiasm
 import chiasm.api
+import contracts
 import tiny
 from chiasm.fusion.adapters import adapter_parameters, add_adapter
 from chiasm.interop.clip import export_late
@@ -166,6 +167,12 @@ def test_siglip_reads_lower_case(tmp_path: Path) -> None:
     made = chiasm.connect(str(tmp_path), str(tmp_path), {"name": "none", "logit_bias": -10.0}, fusion="late")
     for encoder in (ours, made, chiasm.load(tmp_path / "ours")):
         assert torch.equal(encoder.embed_texts("A Cat"), encoder.embed_texts("a cat"))
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_weights_are_read_strictly(kind: str, tmp_path: Path) -> None:
+    make(kind, tmp_path)
+    contracts.check_strict_loading(tmp_path)
 
 
 def test_half_understood_checkpoints_are_refused(tmp_path: Path) -> None:

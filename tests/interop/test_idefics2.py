@@ -12,7 +12,12 @@ from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2I
 import chiasm
 import tiny
 from chiasm.vision.towers import build_tower
-from contracts import check_engine_equals_generate, check_equals_reference, check_saved_equals_loaded
+from contracts import (
+    check_engine_equals_generate,
+    check_equals_reference,
+    check_saved_equals_loaded,
+    check_strict_loading,
+)
 
 LATENTS = 5
 
@@ -77,6 +82,11 @@ def test_pictures_of_other_proportions(size: tuple[int, int], tmp_path: Path) ->
     model = chiasm.load(tmp_path).model
     for mask in (True, False):
         check_equals_reference(model, idefics2, batch((2,), size, mask))
+
+
+def test_weights_are_read_strictly(tmp_path: Path) -> None:
+    reference(tmp_path)
+    check_strict_loading(tmp_path)
 
 
 TEMPLATE = (

@@ -25,7 +25,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import chiasm
 import tiny
 from chiasm.interop.convert import convert
-from contracts import check_equals_reference, check_saved_equals_loaded
+from contracts import check_equals_reference, check_saved_equals_loaded, check_strict_loading
 
 TOKENS = {"vocab_size": 261, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
 LAYERS = {"intermediate_size": 52, "num_hidden_layers": 2, "num_key_value_heads": 2}
@@ -96,6 +96,11 @@ def test_tied_embeddings(tied: bool, tmp_path: Path) -> None:
     model = chiasm.load(tmp_path).model
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
     check_equals_reference(model, llava, pictures(llava, rows=3))
+
+
+def test_weights_are_read_strictly(tmp_path: Path) -> None:
+    reference(tmp_path)
+    check_strict_loading(tmp_path)
 
 
 def test_left_padding_and_text_alone(tmp_path: Path) -> None:

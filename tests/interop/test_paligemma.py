@@ -18,7 +18,12 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import chiasm
 import tiny
-from contracts import check_engine_equals_generate, check_equals_reference, check_saved_equals_loaded
+from contracts import (
+    check_engine_equals_generate,
+    check_equals_reference,
+    check_saved_equals_loaded,
+    check_strict_loading,
+)
 
 TEXT = {
     "vocab_size": 1420,
@@ -123,6 +128,11 @@ def test_older_names(tied: bool, tmp_path: Path) -> None:
         state[f"language_model.{old}" if old.startswith("lm_head") else old] = value.clone()
     save_file(state, tmp_path / "model.safetensors")
     check_equals_reference(chiasm.load(tmp_path).model, paligemma, {n: v[1:] for n, v in batch(paligemma).items()})
+
+
+def test_weights_are_read_strictly(tmp_path: Path) -> None:
+    reference(tmp_path)
+    check_strict_loading(tmp_path)
 
 
 def test_a_projection_of_another_width_is_told(tmp_path: Path) -> None:

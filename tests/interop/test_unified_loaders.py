@@ -192,6 +192,12 @@ def test_saved_again_and_loaded(tmp_path: Path) -> None:
             assert torch.equal(parameter, other)
 
 
+@pytest.mark.parametrize("make", [chameleon, fuyu, _qwen2_vl])
+def test_weights_are_read_strictly(make: Any, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    contracts.check_strict_loading(tmp_path)
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     reference = _qwen2_vl()
     with pytest.raises(ValueError, match="sliding_window of this qwen2_vl_text model is 7"):

@@ -116,8 +116,8 @@ def fit(
             left_over.append(name)
     if left_over:
         raise ValueError(f"{_count(left_over)} no place in {type(module).__name__}: {_some(left_over)}")
-    if unused := sorted(set(transforms) - set(origins)):
-        raise ValueError(f"{unused[0]!r} is to be transformed, but no weight becomes it")
+    if unknown := sorted(set(transforms) - set(wanted)):
+        raise ValueError(f"{unknown[0]!r} is to be transformed, but {type(module).__name__} has no such weight")
     fitted = {ours: transforms[ours](value) if ours in transforms else value for ours, value in values.items()}
     _check_complete(module, set(wanted), fitted)
     for ours, tensor in fitted.items():

@@ -119,11 +119,13 @@ class Reporter:
 class Task:
     def __init__(self, reporter: Reporter, name: str, total: int, done: int, bar: Progress | None = None) -> None:
         self.reporter, self.name, self.total, self.done, self.bar = reporter, name, total, done, bar
-        self.started, self.first, self.said = time.monotonic(), done, time.monotonic()
+        self.started = self.said = time.monotonic()
+        self.paced: tuple[float, int] | None = None
         self.id = bar.add_task(name, total=total, completed=done, text="") if bar is not None else None
 
     def advance(self, units: int = 1, text: str = "") -> None:
         self.done += units
+        self.paced = self.paced or (time.monotonic(), self.done)
         if self.bar is not None and self.id is not None:
             self.bar.update(self.id, completed=self.done, text=text)
         elif time.monotonic() - self.said > PLAIN_SECONDS or (self.done >= self.total and self._took_long()):
@@ -134,9 +136,12 @@ class Task:
         return time.monotonic() - self.started > 2
 
     def _left(self) -> str:
-        rate = (self.done - self.first) / max(1e-9, time.monotonic() - self.started)
-        seconds = (self.total - self.done) / max(1e-9, rate)
-        return f", {int(seconds // 60)}:{int(seconds % 60):02d} left" if self.done < self.total else ""
+        """By the pace since the first units, which took what comes before all others too."""
+        since, first = self.paced or (0.0, self.done)
+        if self.done >= self.total or self.done == first:
+            return ""
+        seconds = (self.total - self.done) * (time.monotonic() - since) / (self.done - first)
+        return f", {int(seconds // 60)}:{int(seconds % 60):02d} left"
 
 
 def plan_table(plan: FreezePlan) -> Table:
