@@ -1,5 +1,6 @@
 """BLIP-2 in one run: a stage on captions, then one on answers, with one Q-Former and nothing lost between them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,20 @@ def test_the_recipe_of_the_paper_runs(tmp_path: Path) -> None:
     assert set(result.stages) == {"representation", "generative"}
     stages = [(event["stage"], event["step"]) for event in events(result, "validation")]
     assert stages == [("representation", 0), ("representation", 2), ("generative", 0), ("generative", 2)]
+
+
+def test_the_first_stage_alone_leaves_a_model_that_answers_too(tmp_path: Path) -> None:
+    """Its Q-Former is the trained one; a run that is killed before it is written, writes it."""
+    result = helpers.run(tmp_path / "run", {"stages": [captions()]}, vlm(), data=data())
+    first = chiasm.load(result.model).model
+    taught = QFormerRetrieval.from_pretrained(result.stages["represent"]).connector.state_dict()
+    own = first.connector.state_dict()
+    assert "queries" in taught and all(torch.equal(taught[name], own[name]) for name in taught.keys() & own.keys())
+    shutil.rmtree(result.model)
+    again = chiasm.load(helpers.run(tmp_path / "run", {"stages": [captions()]}, vlm(), data=data()).model).model
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    chiasm.train(load_recipe({"stages": [captions(steps=1)]}), result.model, data(), tmp_path / "more", quiet=True)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """The folder of a run: its lock, its log, and where it stands.
 
-RUN/recipe.yaml   log.jsonl   checkpoints/<stage>-<step>/   <stage>/ (a model)   model/ (the last stage's)
+RUN/recipe.yaml   log.jsonl   checkpoints/<stage>-<step>/   <stage>/ (a model)   model/ (the result)
 
 The weights in `model/` are hard links to the last stage's where the disk has them; Chiasm writes none in place.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -76,23 +77,33 @@ class Run:
         save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.stages, keep, self.team)
         self.log.write("checkpoint", stage, step, finished=finished)
 
-    def save_model(self, stage: str, model: PreTrainedModel, processor: ProcessorMixin) -> Path:
-        """The finished stage as a model folder; that of the last stage is the run's result too."""
+    def save_stage(self, stage: str, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+        """A finished stage as a model folder."""
+        self.team.first_does(lambda: self._write(self.folder / stage, model, processor))
+
+    def save_result(self, stage: str, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+        """The run's model, if the stage is its last: that of the stage's folder, or beside a retrieval model the one
+        whose connector it trained."""
         place, result = self.folder / stage, self.folder / MODEL
-        is_last = stage == self.stages[-1]
 
         def write() -> None:
-            if not place.is_dir():
-                with whole_folder(place) as unfinished, without_progress_bars():
-                    model.save_pretrained(unfinished)
-                    processor.save_pretrained(unfinished)
-                    write_card(unfinished, model, self.folder)
-            if is_last and not result.is_dir():
+            if stage != self.stages[-1] or result.is_dir():
+                return
+            if json.loads((place / "config.json").read_text(encoding="utf-8"))["model_type"] == model.config.model_type:
                 with whole_folder(result) as unfinished:
                     _copy(place, unfinished)
+            else:
+                self._write(result, model, processor)
 
         self.team.first_does(write)
-        return result if is_last else place
+
+    def _write(self, place: Path, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+        if place.is_dir():
+            return
+        with whole_folder(place) as unfinished, without_progress_bars():
+            model.save_pretrained(unfinished)
+            processor.save_pretrained(unfinished)
+            write_card(unfinished, model, self.folder)
 
 
 @contextmanager

@@ -59,11 +59,12 @@ class StageState:
         if "connector" not in self.plan.frozen_parts() and hasattr(self.context.model.config, "fresh_connector"):
             self.context.model.config.fresh_connector = False
         if self.stage.reads_captions:
-            run.save_model(self.stage.name, model, self.learner.processor)
+            run.save_stage(self.stage.name, model, self.learner.processor)
         final = {name: p.data for name, p in self.context.model.named_parameters() if plain_name(name) in trained}
         run.save(self.stage.name, num_steps, True, final, {}, self.stage.keep_checkpoints)
         if not self.stage.reads_captions:
-            run.save_model(self.stage.name, model, self.learner.processor)
+            run.save_stage(self.stage.name, model, self.learner.processor)
+        run.save_result(self.stage.name, self.context.model, self.context.processor)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """Of the generative model and of the stage's own, whose common ones are the same tensors."""

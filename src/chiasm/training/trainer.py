@@ -131,7 +131,8 @@ def _begin(context: Context, recipe: Recipe, environment: dict[str, Any]) -> Non
     if position.finished:
         restore(dict(model.named_parameters()), run.resumed, {})
         if not next(stage for stage in recipe.stages if stage.name == position.stage).reads_captions:
-            run.save_model(position.stage, model, context.processor)
+            run.save_stage(position.stage, model, context.processor)
+        run.save_result(position.stage, model, context.processor)
         return
     # Features of a frozen part are made before the stage's first step, from what earlier stages have made of it.
     known = {name: parameter.data for name, parameter in model.named_parameters()}
