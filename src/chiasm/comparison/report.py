@@ -1,5 +1,6 @@
 """`report.html` of a comparison: the recommendation first, then the numbers it stands on; no script, no network."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -180,5 +181,6 @@ def _even(by_skill: Mapping[str, Sequence[Row]]) -> list[list[Row | None]]:
 
 
 def _whole(cell: Any) -> str:
-    """A table's text whose numbers keep their percent signs beside them."""
-    return str(cell).replace(" %", "\u00a0%")
+    """A table's text that is broken neither between a number and its unit nor within an interval."""
+    kept = re.sub(r"(?<=\d) (?=%|[KMG]?(?:iB|B|FLOP)\b|M\b|ms\b|s\b)", "\u00a0", str(cell))
+    return kept.replace("–", "\u2060–\u2060")
