@@ -50,7 +50,9 @@ def second(name: str, start: Path, folder: Path, args: argparse.Namespace) -> di
     stage |= {"data": "questions", "parts": parts, "validation": {"samples": 16, "answers": 0}}
     captions = EmojiScenes("train", size=400, seed=args.seed + 1000, form="caption")
     data = [*captions, *questions(args.seed, args.samples)]
-    result = api.train(load_recipe({"stages": [stage]}), str(start), data, folder / name.replace(" ", "-"))
+    held_out = EmojiScenes("validation", size=16, seed=args.seed, weights=SKILLS)
+    run = folder / name.replace(" ", "-")
+    result = api.train(load_recipe({"stages": [stage]}), str(start), data, run, validation_data=held_out)
     test = EmojiScenes("test", size=args.tests, seed=args.seed, weights=SKILLS)
     return {"answers": api.evaluate(str(result.model), test, batch_size=32, max_new_tokens=8).summary}
 

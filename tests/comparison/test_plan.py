@@ -1,5 +1,6 @@
 """Plans: what is refused, with file, line and key; which combinations are cells, and why others are not."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from chiasm.comparison.cell import identity
 from chiasm.comparison.choices import expand
-from chiasm.comparison.compare import quickened
+from chiasm.comparison.compare import places, quickened
 from chiasm.comparison.plan import load_plan
 from chiasm.comparison.strategies import recipe_of
 from chiasm.training.recipe import RecipeError, load_recipe
@@ -146,3 +147,26 @@ def test_a_connector_that_is_unknown_is_named_with_its_line(tmp_path: Path) -> N
     path.write_text("data: {train: a, test: b}\nbudget: {samples: 8}\ngrid:\n  connector:\n    - mlp\n    - mpl\n")
     with pytest.raises(RecipeError, match=r"plan.yaml:6: grid.connector.1: connector 'mpl' is unknown"):
         load_plan(path)
+
+
+def test_several_plans_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare" / "plan.yaml").write_text("not this one")
+    out = Path("out")
+    assert places(["compare"], out) == [("compare", out)]
+    several = places(["compare", "claims"], out)
+    assert several[0] == ("compare", out / "compare") and several[1][1] == out / "early_over_late"
+    assert {load_plan(plan).title for plan, _ in several} >= {"Ten connectors, one language model"}
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    shutil.copy(several[1][0], mine / "one.yaml")
+    assert places(["mine"], out) == [("mine/one.yaml", out / "one")]
+    with pytest.raises(ValueError, match=r"compare, mine/compare\.yaml, mine/one\.yaml have one name; rename"):
+        shutil.copy(several[1][0], mine / "compare.yaml")
+        places(["compare", "mine"], out)
+    (mine / "compare.yaml").unlink()
+    code, listed, _ = run("compare", "claims/gates", "mine/one.yaml", "-o", "out", "--list")
+    assert code == 0 and " -o out/gates --here --only " in listed and " -o out/one --here --only " in listed
+    code, _, told = run("compare", "claims", "-o", "out", "--only", "mlp-early")
+    assert code == 2 and "--only names cells of one plan, and here are 8; choose one" in " ".join(told.split())

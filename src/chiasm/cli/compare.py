@@ -11,7 +11,10 @@ from chiasm.cli.app import Json, app, emit, err, example, out
 
 @app.command(epilog=example("chiasm compare compare -o runs/compared"))
 def compare(
-    plan: Annotated[str, typer.Argument(help="A plan file, or the name of one that ships.", show_default=False)],
+    plans: Annotated[
+        list[str],
+        typer.Argument(metavar="PLAN...", help="Plan files or names, or folders of them: claims.", show_default=False),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the comparison.", show_default=False)],
     quick: Annotated[bool, typer.Option("--quick", help="A few samples: shows that all of it works.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each with one cell at a time.")] = 1,
@@ -28,24 +31,39 @@ def compare(
     if jobs > 1 and (list_ or here):
         other = "--list" if list_ else "--here"
         raise ValueError(f"--jobs {jobs} is not for {other}, which starts no process; leave one out")
+    places = comparing.places(plans, output)
+    if only and len(places) > 1:
+        raise ValueError(f"--only names cells of one plan, and here are {len(places)}; choose one")
     if list_:
-        loaded = comparing.load_plan(plan)
-        choices, skipped = comparing.cells_of(comparing.quickened(loaded) if quick else loaded)
-        for one in skipped:
-            err.print(f"skipped {one.way}: {one.reason}", markup=False, highlight=False, soft_wrap=True)
-        jobs_ = comparing.job_list(plan, comparing.select(choices, only), output, quick)
-        return emit(jobs_) if as_json else out.print("\n".join(jobs_), markup=False, highlight=False, soft_wrap=True)
-
-    def say(text: str) -> None:
-        err.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    done = comparing.compare(plan, output, quick=quick, jobs=0 if here else jobs, only=only, say=say, quiet=as_json)
+        listed = [line for plan, folder in places for line in _listed(plan, folder, only, quick)]
+        return emit(listed) if as_json else out.print("\n".join(listed), markup=False, highlight=False, soft_wrap=True)
+    told = []
+    for plan, folder in places:
+        done = comparing.compare(
+            plan, folder, quick=quick, jobs=0 if here else jobs, only=only, say=_say, quiet=as_json
+        )
+        skipped = [{"way": one.way, "reason": one.reason} for one in done.skipped]
+        report = {"report": str(done.report), "results": done.results, "skipped": skipped, "failed": done.failed}
+        told.append(report)
+        if done.results and not as_json:
+            counted = f"{len(done.results)} cells" + (f", {len(done.failed)} failed" if done.failed else "")
+            out.print(f"{counted}; report: {escape(str(done.report))}", soft_wrap=True)
     if as_json:
-        skipped_ = [{"way": one.way, "reason": one.reason} for one in done.skipped]
-        emit({"report": str(done.report), "results": done.results, "skipped": skipped_, "failed": done.failed})
-    elif done.results:
-        counted = f"{len(done.results)} cells" + (f", {len(done.failed)} failed" if done.failed else "")
-        out.print(f"{counted}; report: {escape(str(done.report))}", soft_wrap=True)
-    if done.failed:
+        emit(told if len(told) > 1 else told[0])
+    if any(one["failed"] for one in told):
         raise typer.Exit(1)
     return None
+
+
+def _listed(plan: str, folder: Path, only: list[str], quick: bool) -> list[str]:
+    from chiasm.comparison import compare as comparing
+
+    loaded = comparing.load_plan(plan)
+    choices, skipped = comparing.cells_of(comparing.quickened(loaded) if quick else loaded)
+    for one in skipped:
+        _say(f"skipped {one.way}: {one.reason}")
+    return comparing.job_list(plan, comparing.select(choices, only), folder, quick)
+
+
+def _say(text: str) -> None:
+    err.print(text, markup=False, highlight=False, soft_wrap=True)

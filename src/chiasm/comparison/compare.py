@@ -23,6 +23,7 @@ from chiasm.comparison.results import write_results
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.sources import resolve
 from chiasm.sources.writing import whole_file
+from chiasm.training.recipe import recipes_in
 from chiasm.vision.encoder import load_vision
 
 PLAN, REPORT, ERROR = "plan.yaml", "report.html", "error.txt"
@@ -134,6 +135,22 @@ def in_words(plan: Plan) -> str:
         "minutes": f"{amount:g} minutes of training steps",
     }
     return f"{words[kind]} for every cell"
+
+
+def places(plans: Sequence[str], output: Path) -> list[tuple[str, Path]]:
+    """Every plan with its folder: one plan has the folder itself; of several, or of a folder of plans, each has one of
+    its own in it, by the plan's name.
+
+    Raises:
+        ValueError: two plans have one name.
+    """
+    files = [[str(file) for file in recipes_in(plan)] or [plan] for plan in plans]
+    if len(files) == 1 and files[0] == [plans[0]]:
+        return [(plans[0], output)]
+    named = [(file, output / Path(file).stem) for group in files for file in group]
+    if len({folder for _, folder in named}) < len(named):
+        raise ValueError(f"two of the plans {', '.join(file for file, _ in named)} have one name; rename a file")
+    return named
 
 
 def cells_of(plan: Plan) -> tuple[list[Choice], list[Skipped]]:

@@ -67,14 +67,25 @@ def find_recipe(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    package = Path(__file__).parents[1]
-    folders = [package / "recipes", package.parents[1] / "recipes"]
-    for folder in folders:
+    for folder in _folders():
         if (own := folder / f"{source}.yaml").is_file():
             return own
-    files = [file.relative_to(folder) for folder in folders if folder.is_dir() for file in folder.rglob("*.yaml")]
+    files = [file.relative_to(folder) for folder in _folders() if folder.is_dir() for file in folder.rglob("*.yaml")]
     known = sorted(file.with_suffix("").as_posix() for file in files)
     raise RecipeError(f"recipe {str(source)!r} is neither a file nor one of Chiasm's own ({', '.join(known)})")
+
+
+def recipes_in(source: str | Path) -> list[Path]:
+    """The files of a folder, or of one of Chiasm's own folders of recipes (`claims`); none where one has its name."""
+    if any((folder / f"{source}.yaml").is_file() for folder in _folders()):
+        return []
+    folders = [Path(source), *(folder / source for folder in _folders())]
+    return next((sorted(folder.glob("*.yaml")) for folder in folders if folder.is_dir()), [])
+
+
+def _folders() -> list[Path]:
+    package = Path(__file__).parents[1]
+    return [package / "recipes", package.parents[1] / "recipes"]
 
 
 def to_yaml(recipe: Recipe) -> str:
