@@ -175,3 +175,24 @@ def test_a_cell_that_fails_is_told_with_all_it_said(
     assert error.read_text().startswith("Traceback\n  in forward")
     page = done.report.read_text()
     assert "What failed" in page and "a loose wire" in page
+    done = comparing.compare(plan, run)
+    assert not done.failed and len(done.results) == 2 and not error.exists()
+
+
+def test_a_quick_comparison_goes_on_after_a_cell_that_fails(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process, and without what texts lose."""
+    run_cell = comparing.run_cell
+
+    def broken(plan: Any, choice: Any, *rest: Any) -> Any:
+        if choice.connector["name"] == "linear":
+            raise RuntimeError("a loose wire")
+        return run_cell(plan, choice, *rest)
+
+    monkeypatch.setattr(comparing, "run_cell", broken)
+    done = comparing.compare(plan, tmp_path / "run", quick=True)
+    assert done.failed == {"linear-early-frozen-seed0": "RuntimeError: a loose wire"}
+    assert [result["forgetting"] for result in done.results] == [None] and "a loose wire" in done.report.read_text()
+    with pytest.raises(RuntimeError, match="a loose wire"):
+        comparing.compare(plan, tmp_path / "other")

@@ -37,11 +37,10 @@ def compare(
     if list_:
         listed = [line for plan, folder in places for line in _listed(plan, folder, only, quick)]
         return emit(listed) if as_json else out.print("\n".join(listed), markup=False, highlight=False, soft_wrap=True)
+    jobs = 0 if here or (quick and jobs == 1 and not only) else jobs
     told = []
     for plan, folder in places:
-        done = comparing.compare(
-            plan, folder, quick=quick, jobs=0 if here else jobs, only=only, say=_say, quiet=as_json
-        )
+        done = comparing.compare(plan, folder, quick=quick, jobs=jobs, only=only, say=_say, quiet=as_json)
         skipped = [{"way": one.way, "reason": one.reason} for one in done.skipped]
         report = {"report": str(done.report), "results": done.results, "skipped": skipped, "failed": done.failed}
         told.append(report)

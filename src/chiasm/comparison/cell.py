@@ -41,10 +41,10 @@ from chiasm.training.recipe import load_recipe
 from chiasm.training.run import LOG, RECIPE
 from chiasm.training.schema import Recipe
 
-CELLS, RESULT, ATTENTION = "cells", "result.json", "attention.png"
+CELLS, RESULT, ERROR, ATTENTION = "cells", "result.json", "error.txt", "attention.png"
 FEW_SHOT = "few-shot"
 EVALUATION, RUN, BUDGET = "evaluation", "run", "samples.json"
-NEWER = (("data", "test_captions"), ("evaluation", "retrieval"))
+NEWER = (("data", "test_captions"), ("evaluation", "retrieval"), ("training", "forgetting"))
 """Keys that older plans have not: where they say nothing, cells that were finished without them stay finished."""
 Say = Callable[[str], None]
 
@@ -107,6 +107,7 @@ def run_cell(
         "retrieval": found,
     }
     whole_file(folder / RESULT, json.dumps(result, ensure_ascii=False, indent=1))
+    (folder / ERROR).unlink(missing_ok=True)
     _tidy(folder / RUN, plan.keep_models)
     return result
 

@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from chiasm.comparison.cell import ATTENTION, CELLS, EVALUATION, Say, data_of, finished, run_cell
+from chiasm.comparison.cell import ATTENTION, CELLS, ERROR, EVALUATION, Say, data_of, finished, run_cell
 from chiasm.comparison.choices import Choice, Grid, Skipped, expand
 from chiasm.comparison.claims import judge
 from chiasm.comparison.plan import Plan, load_plan
@@ -26,8 +27,8 @@ from chiasm.sources.writing import whole_file
 from chiasm.training.recipe import recipes_in
 from chiasm.vision.encoder import load_vision
 
-PLAN, REPORT, ERROR = "plan.yaml", "report.html", "error.txt"
-QUICK: dict[str, Any] = {"samples": 12, "captions": 8, "limit": 10}
+PLAN, REPORT = "plan.yaml", "report.html"
+QUICK: dict[str, Any] = {"samples": 4, "captions": 4, "limit": 8, "drawn": 120}
 """How little `quick` trains and asks: it shows that everything works, not which way is better."""
 
 
@@ -85,7 +86,12 @@ def compare(
         failed = _in_processes(waiting, saved, output, jobs, say)
     else:
         for choice in waiting:
-            run_cell(plan, choice, output, say, quiet)
+            try:
+                run_cell(plan, choice, output, say, quiet)
+            except Exception:
+                if not quick or only:
+                    raise
+                failed[choice.name] = _failed(output, choice.name, traceback.format_exc(), say)
     results = [result for choice in choices if (result := finished(plan, choice, output)) is not None]
     if results and not (only and jobs == 0):
         write_all(output, plan, results, skipped, failed)
@@ -167,13 +173,17 @@ def select(choices: Sequence[Choice], only: Sequence[str]) -> list[Choice]:
 
 
 def quickened(plan: Plan) -> Plan:
-    """The plan with so little training and so few questions that a cell takes about a minute on two cores."""
+    """The plan with so little training and so few questions that a cell takes seconds."""
     raw = plan.model_dump(mode="json", exclude_unset=True)
-    few = {"caption_samples": QUICK["captions"], "validations": 2, "validation_samples": 8}
+    few = {"caption_samples": QUICK["captions"], "validations": 1, "validation_samples": 4}
+    few |= {"init": "keep", "forgetting": False}
     asked = {"limit": QUICK["limit"], "repeats": 1, "pictures": 10}
     if plan.evaluation.retrieval is not None:
         asked |= {"retrieval": min(QUICK["limit"], plan.evaluation.retrieval)}
     raw |= {"budget": {"samples": QUICK["samples"]}, "seeds": plan.seeds[:1]}
+    for name, source in raw["data"].items():
+        if isinstance(source, dict) and "size" in source:
+            raw["data"][name] = source | {"size": min(QUICK["drawn"], source["size"])}
     raw |= {"training": {**raw.get("training", {}), **few}, "evaluation": {**raw.get("evaluation", {}), **asked}}
     return load_plan(raw)
 
@@ -193,6 +203,16 @@ def encoder_grid(plan: Plan) -> Grid:
     return load_vision(resolve(plan.base.vision), features=features or None, image_size=plan.base.image_size).grid
 
 
+def _failed(output: Path, name: str, everything: str, say: Say) -> str:
+    """The last line of what a cell said when it failed; all of it is left in the cell's folder."""
+    told = output / CELLS / name / ERROR
+    told.parent.mkdir(parents=True, exist_ok=True)
+    told.write_text(everything.strip() + "\n", encoding="utf-8")
+    said = everything.strip().splitlines()[-1]
+    say(f"{name}: failed: {said}; all of it: {told}")
+    return said
+
+
 def _in_processes(choices: Sequence[Choice], plan: Path, output: Path, jobs: int, say: Say) -> dict[str, str]:
     """Runs every cell in a process of its own, `jobs` at once; of those that failed it gives the last line and leaves
     all that they said in the cell's folder."""
@@ -203,17 +223,10 @@ def _in_processes(choices: Sequence[Choice], plan: Path, output: Path, jobs: int
         say(f"{choice.name}: started")
         command = [sys.executable, "-m", "chiasm", "compare", str(plan), "-o", str(output), "--only", choice.name]
         done = subprocess.run([*command, "--here"], env=environment, capture_output=True, text=True)
-        told = output / CELLS / choice.name / ERROR
         if done.returncode == 0:
-            told.unlink(missing_ok=True)
             say(f"{choice.name}: finished")
             return None
-        everything = done.stderr.strip() or done.stdout.strip() or "no message"
-        told.parent.mkdir(parents=True, exist_ok=True)
-        told.write_text(everything + "\n", encoding="utf-8")
-        said = everything.splitlines()[-1]
-        say(f"{choice.name}: failed: {said}; all of it: {told}")
-        return said
+        return _failed(output, choice.name, done.stderr.strip() or done.stdout.strip() or "no message", say)
 
     with ThreadPoolExecutor(jobs) as pool:
         ended = dict(zip((choice.name for choice in choices), pool.map(run, choices), strict=True))

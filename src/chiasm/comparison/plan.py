@@ -140,6 +140,7 @@ class Training(Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     validations: PositiveInt = Field(6, description="points of the learning curve")
     validation_samples: NonNegativeInt = 64
+    forgetting: bool | None = Field(None, description="`false` leaves out what texts lose by training")
 
 
 class Evaluation(Strict):

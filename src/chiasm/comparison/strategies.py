@@ -46,6 +46,7 @@ def recipe_of(
     dtype: str,
     validations: int,
     validation_samples: int,
+    forgetting: bool | None,
 ) -> dict[str, Any]:
     """A recipe for a model of a fusion.
 
@@ -86,7 +87,7 @@ def recipe_of(
         "seed": seed,
         "checkpoint_every": "2m",
         "keep_checkpoints": 1,
-        "forgetting": {"text": True, "pictures": 32 if "vision" in strategy else 0},
+        "forgetting": {"text": forgetting is not False, "pictures": 32 if "vision" in strategy else 0},
         "stages": [*first, questions],
     }
 
