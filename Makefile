@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 READY  := .venv/.ready
 
-.PHONY: demo test test-weights check format bench docs install clean
+.PHONY: demo test test-weights test-clients check format bench docs install clean
 
 demo: install            ## the main job: real weights, both stages, report, about ten minutes on two cores
 	$(BIN)/chiasm demo -o demo
@@ -16,6 +16,10 @@ test-weights: install    ## the tests on real weights, after fetching them
 	$(BIN)/chiasm pull smollm2-135m-instruct efficientnet-lite0 efficientnet-lite1 efficientnet-lite2 twemoji
 	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite-pytorch==0.1.0  # a reference to compare with
 	$(BIN)/python -m pytest -m weights
+
+test-clients: install    ## the server with OpenAI's Node client and, where it is installed, Chromium
+	npm install --silent --no-audit --no-fund --no-save --prefix .venv/node openai
+	CHIASM_NODE_MODULES=$(CURDIR)/.venv/node/node_modules $(BIN)/python -m pytest tests/serving/test_clients.py tests/serving/test_page.py
 
 check: install           ## style, types, layers
 	$(BIN)/ruff check .
