@@ -13,7 +13,7 @@ CHAPTERS: list[tuple[str, list[str]]] = [
     ("Training", ["training.md", "recipes.md", "scale.md"]),
     ("Which is best?", ["comparison.md", "claims.md"]),
     ("Answering", ["decoding.md", "serving.md"]),
-    ("How to", ["howto.md", "convert.md", "new_connector.md"]),
+    ("How to", ["howto.md", "howto.ko.md", "convert.md", "new_connector.md"]),
     ("Reference", ["reference.md", "papers.md", "glossary.md"]),
 ]
 """Chapter → pages; a page's title is its own first heading."""
