@@ -18,8 +18,8 @@ from chiasm.demo import SKILLS, questions
 from chiasm.training.recipe import load_recipe
 
 CONNECTOR = {"name": "qformer", "num_queries": 16, "init_from": "minilm-l6"}
-STARTS = {"random": "keep", "closed form": "closed_form", "first stage": "keep"}
-"""Name → how the second training begins."""
+STARTS = {"random": ("keep", 1e-3), "closed form": ("closed_form", 1e-4), "first stage": ("keep", 1e-4)}
+"""Name → how the second training begins, and the connector's rate; what is new in it takes 1e-3."""
 
 
 def first_stage(folder: Path, args: argparse.Namespace) -> Path:
@@ -41,13 +41,16 @@ def recalls(run: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def second(name: str, start: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Questions, LoRA, and how many are answered, with the pictures and with wrong ones."""
+    init, rate = STARTS[name]
     parts = {
         "vision": "frozen",
-        "connector": {"tune": "full", "lr": 1e-4},
+        "connector": {"tune": "full", "lr": rate},
         "language": {"tune": "lora", "lr": 1.5e-3, "rank": 16, "alpha": 32},
     }
-    stage = {"name": "instruct", "samples": args.samples, "batch_size": 4, "warmup": 0.05, "init": STARTS[name]}
+    stage: dict[str, Any] = {"name": "instruct", "samples": args.samples, "batch_size": 4, "warmup": 0.05, "init": init}
     stage |= {"data": "questions", "parts": parts, "validation": {"samples": 16, "answers": 0}}
+    if name == "first stage":
+        stage["patterns"] = {"connector.proj.*": {"tune": "full", "lr": 1e-3}}
     captions = EmojiScenes("train", size=400, seed=args.seed + 1000, form="caption")
     data = [*captions, *questions(args.seed, args.samples)]
     held_out = EmojiScenes("validation", size=16, seed=args.seed, weights=SKILLS)
@@ -75,6 +78,7 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=Path, help="a run of the first stage; by default it is made")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -84,7 +88,7 @@ def main() -> None:
         print(json.dumps(recalls(run, args)), flush=True)
         print(f"| start | right | wrong picture | {' | '.join(SKILLS)} |")
         print(f"|---|---:|---:|{'---:|' * len(SKILLS)}")
-        for name in STARTS:
+        for name in args.starts:
             result = second(name, run / "model" if name == "first stage" else folder / "new", folder, args)
             print(row(name, result), flush=True)
             print(json.dumps(result, ensure_ascii=False))
