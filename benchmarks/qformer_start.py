@@ -18,7 +18,12 @@ from chiasm.demo import SKILLS, questions
 from chiasm.training.recipe import load_recipe
 
 CONNECTOR = {"name": "qformer", "num_queries": 16, "init_from": "minilm-l6"}
-STARTS = {"random": ("keep", 1e-3), "closed form": ("closed_form", 1e-4), "first stage": ("keep", 1e-4)}
+STARTS = {
+    "random": ("keep", 1e-3),
+    "closed form": ("closed_form", 1e-4),
+    "first stage": ("keep", 1e-4),
+    "first stage, closed form": ("closed_form", 1e-4),
+}
 """Name → how the second training begins, and the connector's rate; what is new in it takes 1e-3."""
 
 
@@ -54,7 +59,7 @@ def second(name: str, start: Path, folder: Path, args: argparse.Namespace) -> di
     captions = EmojiScenes("train", size=400, seed=args.seed + 1000, form="caption")
     data = [*captions, *questions(args.seed, args.samples)]
     held_out = EmojiScenes("validation", size=16, seed=args.seed, weights=SKILLS)
-    run = folder / name.replace(" ", "-")
+    run = folder / name.replace(" ", "-").replace(",", "")
     result = api.train(load_recipe({"stages": [stage]}), str(start), data, run, validation_data=held_out)
     test = EmojiScenes("test", size=args.tests, seed=args.seed, weights=SKILLS)
     return {"answers": api.evaluate(str(result.model), test, batch_size=32, max_new_tokens=8).summary}
@@ -89,7 +94,7 @@ def main() -> None:
         print(f"| start | right | wrong picture | {' | '.join(SKILLS)} |")
         print(f"|---|---:|---:|{'---:|' * len(SKILLS)}")
         for name in args.starts:
-            result = second(name, run / "model" if name == "first stage" else folder / "new", folder, args)
+            result = second(name, run / "model" if "first stage" in name else folder / "new", folder, args)
             print(row(name, result), flush=True)
             print(json.dumps(result, ensure_ascii=False))
 
