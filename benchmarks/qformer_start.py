@@ -1,7 +1,7 @@
-"""What BLIP-2's first stage is worth: one Q-Former, three starts, the same questions learned from on real weights.
+"""What BLIP-2's first stage is worth: one Q-Former, its starts, the same questions learned from on real weights.
 
-At random but for MiniLM's layers; fitted to the closed form of an mlp; and after ITC, ITM and ITG on captions, where
-finding a caption's picture is measured too. Then LoRA and the same samples in the same order for all three.
+At random but for MiniLM's layers, or after ITC, ITM and ITG on captions, where finding a caption's picture is measured
+too; each as it is or fitted to the closed form of an mlp. Then LoRA and the same samples in the same order for all.
     python benchmarks/qformer_start.py --epochs 4 --samples 480
 """
 
@@ -19,12 +19,13 @@ from chiasm.training.recipe import load_recipe
 
 CONNECTOR = {"name": "qformer", "num_queries": 16, "init_from": "minilm-l6"}
 STARTS = {
-    "random": ("keep", 1e-3),
+    "random": ("keep", 1e-4),
     "closed form": ("closed_form", 1e-4),
     "first stage": ("keep", 1e-4),
+    "first stage, projection at 1e-3": ("keep", 1e-4),
     "first stage, closed form": ("closed_form", 1e-4),
 }
-"""Name → how the second training begins, and the connector's rate; what is new in it takes 1e-3."""
+"""Name → how the second training begins, and the connector's rate."""
 
 
 def first_stage(folder: Path, args: argparse.Namespace) -> Path:
@@ -54,7 +55,7 @@ def second(name: str, start: Path, folder: Path, args: argparse.Namespace) -> di
     }
     stage: dict[str, Any] = {"name": "instruct", "samples": args.samples, "batch_size": 4, "warmup": 0.05, "init": init}
     stage |= {"data": "questions", "parts": parts, "validation": {"samples": 16, "answers": 0}}
-    if name == "first stage":
+    if "projection" in name:
         stage["patterns"] = {"connector.proj.*": {"tune": "full", "lr": 1e-3}}
     captions = EmojiScenes("train", size=400, seed=args.seed + 1000, form="caption")
     data = [*captions, *questions(args.seed, args.samples)]

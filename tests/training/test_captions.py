@@ -160,11 +160,23 @@ def test_the_first_stage_alone_leaves_a_model_that_answers_too(tmp_path: Path) -
     taught = QFormerRetrieval.from_pretrained(result.stages["represent"]).connector.state_dict()
     own = first.connector.state_dict()
     assert "queries" in taught and all(torch.equal(taught[name], own[name]) for name in taught.keys() & own.keys())
+    assert first.config.fresh_connector
     shutil.rmtree(result.model)
     again = chiasm.load(helpers.run(tmp_path / "run", {"stages": [captions()]}, vlm(), data=data()).model).model
     for name, tensor in first.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     chiasm.train(load_recipe({"stages": [captions(steps=1)]}), result.model, data(), tmp_path / "more", quiet=True)
+
+
+@pytest.mark.parametrize("dies_at", [5, 7])
+def test_what_the_first_stage_taught_is_put_in_words_by_the_second(tmp_path: Path, dies_at: int) -> None:
+    """`init: auto` is for a connector that has not spoken to the language model yet, resumed or not."""
+    spoken = [helpers.stage(name, parts=ANSWERS, steps=2, init="auto", checkpoint_every=1) for name in ("say", "again")]
+    stages = {"stages": [captions(), *spoken]}
+    whole, resumed = helpers.whole_and_resumed(tmp_path, stages, vlm, data(), dies_at)
+    for result in (whole, resumed):
+        assert {event["stage"] for event in events(result, "closed_form")} == {"say"}
+        assert chiasm.load(result.model).model.config.fresh_connector is False
 
 
 @pytest.mark.parametrize(

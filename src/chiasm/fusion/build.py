@@ -89,7 +89,7 @@ def build_fusion(
         image_token_id=image_token_id,
         direct_head=not language.config.is_encoder_decoder and head_is_direct(language),
         cross_attention=_cross_attention(fusion, cross_attention, language),
-        fresh_connector=initialise is None,
+        fresh_connector=True,
         dtype=language.dtype,
     )
     with torch.random.fork_rng(devices=[]):

@@ -33,7 +33,8 @@ class ChiasmConfig(PreTrainedConfig):
         direct_head: whether the language model's logits are its output embedding applied to the last hidden state.
         cross_attention: intermediate fusion's blocks (`chiasm.fusion.cross_attention_settings.CrossAttentionSettings`).
         unified: the unified transformer's tokens (`chiasm.fusion.unified_settings.UnifiedSettings`).
-        fresh_connector: whether nothing has trained the connector yet, so that a stage may choose what it starts from.
+        fresh_connector: whether the connector has not yet learned to speak to the language model, so that a stage may
+            choose what it starts from; a first stage of BLIP-2 does not teach that.
         adapters: part → LoRA settings, for parts that carry unmerged adapters.
         part_dtypes: part → dtype of its saved weights, such as `float32`; None where all have the model's `dtype`.
     """

@@ -72,6 +72,13 @@ def groups_of(model: PreTrainedModel, stage: Stage) -> list[Group]:
     return found
 
 
+def teaches_speech(model: PreTrainedModel, stage: Stage) -> bool:
+    """Whether a stage trains the connector with the language model; one that reads captions teaches it to look only."""
+    if stage.reads_captions or not hasattr(model.config, "fresh_connector"):
+        return False
+    return any(group.part == "connector" and group.plan.tune != "frozen" for group in groups_of(model, stage))
+
+
 def adapter_targets(model: PreTrainedModel, stage: Stage, group: Group, whole_part: bool) -> str | list[str]:
     """LoRA's targets in a group: as the recipe says it where the group is all of its part, else every layer's path.
 

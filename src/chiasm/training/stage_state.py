@@ -7,6 +7,7 @@ from chiasm.training.checkpoint import OPTIMIZER, Saved, restore
 from chiasm.training.context import Context
 from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.schema import Stage
+from chiasm.training.selection import teaches_speech
 from chiasm.training.stage_model import StageModel
 from chiasm.training.stages import FreezePlan
 
@@ -56,7 +57,7 @@ class StageState:
         changed = set(self.plan.trainable) | set(merge_adapters(model))
         trained |= changed & {plain_name(name) for name, _ in self.context.model.named_parameters()}
         model.requires_grad_(False).eval()
-        if "connector" not in self.plan.frozen_parts() and hasattr(self.context.model.config, "fresh_connector"):
+        if teaches_speech(self.context.model, self.stage):
             self.context.model.config.fresh_connector = False
         if self.stage.reads_captions:
             run.save_stage(self.stage.name, model, self.learner.processor)

@@ -30,6 +30,7 @@ from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
 from chiasm.training.run import LOG, MODEL, fingerprint_of, open_run
 from chiasm.training.schema import Recipe
+from chiasm.training.selection import teaches_speech
 from chiasm.training.source import picture_fingerprint, split, survey
 from chiasm.training.stage_log import left_out
 from chiasm.training.stage_run import StageRun
@@ -122,9 +123,9 @@ def _begin(context: Context, recipe: Recipe, environment: dict[str, Any]) -> Non
             run.log.write("forgetting", **context.probe.fields())
         return
     context.trained = {plain_name(name) for name in run.resumed.names(WEIGHTS)}
-    if any(name.startswith("connector.") for name in context.trained) and hasattr(model.config, "fresh_connector"):
-        model.config.fresh_connector = False
     position = run.resumed.position
+    if any(teaches_speech(model, stage) for stage in recipe.stages[: run.stages.index(position.stage) + 1]):
+        model.config.fresh_connector = False
     if isinstance(model, LateFusionModel) and any(name.startswith("answer_head.") for name in context.trained):
         taught = next(stage for stage in recipe.stages if stage.objectives == ["answers"])
         give_answer_head(model, taught, context.samples, context.survey.usable)
