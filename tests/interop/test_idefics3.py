@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
@@ -20,6 +21,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 import chiasm
 import tiny
 from chiasm.interop.idefics3 import positions
+from chiasm.vision.towers import build_tower
 from contracts import (
     check_engine_equals_generate,
     check_equals_reference,
@@ -173,3 +175,20 @@ def test_pictures_of_other_shapes_answer_together_as_alone(tmp_path: Path) -> No
     alone = [vlm.generate([a], [i], max_new_tokens=4)[0] for a, i in zip(asked, images, strict=True)]
     assert vlm.generate(asked, images, max_new_tokens=4) == alone
     check_engine_equals_generate(vlm)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_cost_is_counted(kind: str, tmp_path: Path) -> None:
+    reference(tmp_path, kind)
+    cost = chiasm.load(tmp_path).cost()
+    patches, width, inner, layers = 16, 20, 44, 3
+    layer = patches * (4 * width * width + 2 * width * inner) + 2 * patches * patches * width
+    assert cost.encode_flops == 2 * (patches * width * 3 * 7 * 7 + layers * layer)
+    assert cost.visual_tokens == TOKENS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_encoder_connects_alone(kind: str) -> None:
+    tower = build_tower(AutoConfig.for_model(f"{kind}_vision", **SIZES, image_size=SIDE, patch_size=7))
+    vlm = chiasm.connect(tower, tiny.language(), "pixel_shuffle", tokenizer=tiny.tokenizer())
+    assert vlm.model.num_image_tokens == TOKENS and isinstance(vlm.chat(tiny.picture(), "What?", max_new_tokens=2), str)

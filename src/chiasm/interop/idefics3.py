@@ -98,8 +98,8 @@ def table(config: Idefics3Config) -> Table:
 def positions(side: int) -> list[int]:
     """The position that the reference gives to each of so many patches in a row.
 
-    It looks the share of the row up among borders, in float32, by which some patches of some grids get their
-    neighbour's: of 19 patches, for example, the last but one.
+    It looks the share of the row up among borders, in float32: in some grids, such as 25 × 25, some patches so get
+    their neighbour's.
     """
     borders = torch.arange(1 / side, 1.0, 1 / side)
     shares = torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor(side))
