@@ -229,6 +229,21 @@ def test_internvl_keeps_its_processor(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], inputs[name]) for name in inputs)
 
 
+def test_internvls_tokens_get_their_names(tmp_path: Path) -> None:
+    """Those of a tokenizer that has the tokens alone."""
+    test_internvl.with_processor(tmp_path)
+    told = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    kept = {name: value for name, value in told.items() if name not in test_internvl.TOKENS}
+    kept.pop("model_specific_special_tokens", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(kept))
+    vlm = chiasm.load(tmp_path)
+    assert not hasattr(vlm.processor.tokenizer, "start_image_token")
+    done = convert(vlm.model, vlm.processor, "transformers", tmp_path / "out")
+    assert done.difference is not None and done.difference < 1e-4
+    named = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert {name: named[name] for name in test_internvl.TOKENS} == test_internvl.TOKENS
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_from_the_command_line(tied: bool, tmp_path: Path) -> None:
     """Odd sizes, added words, bfloat16 and adapters that are not merged."""
@@ -283,8 +298,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "Idefics3's encoder is SigLIP's, this one is of type 'clip_vision_model'",
     ),
     "blocks at the edge": (
-        {"vision": "siglip", "connector": {"name": "pixel_shuffle", "projection": "linear", "factor": 4}},
-        "does not divide its",
+        {"vision": "siglip", "connector": {"name": "pixel_shuffle", "projection": "linear"}},
+        "scale_factor=2, which does not divide its 3 patches a side",
     ),
     "queries": ({"connector": tiny.connector("qformer")}, "BLIP-2 has an encoder of its own"),
     "regions": ({"connector": "mlp", "regions": (3, 3)}, "names of"),

@@ -18,7 +18,7 @@ from chiasm.interop.export.parts import (
     text_settings,
 )
 from chiasm.interop.export.pictures import KEPT
-from chiasm.interop.export.prompts import portable_template, portable_tokenizer
+from chiasm.interop.export.prompts import name_tokens, portable_template, portable_tokenizer
 from chiasm.interop.idefics3 import BOUNDARY, WHOLE, chiasm_config, positions, table
 from chiasm.vision.image_processor import ChiasmImageProcessor
 
@@ -98,7 +98,7 @@ def _plain_processor(model: FusionModel, processor: ChiasmProcessor) -> Deepseek
         "set vlm.processor.image_boundary = None and image_tiles = 1 if it was trained so",
     )
     words = portable_tokenizer(processor)
-    words.add_special_tokens({"extra_special_tokens": {"image_token": processor.image_token}})
+    name_tokens(words, {"image_token": processor.image_token})
     images = _images(model, processor.image_processor)
     template = portable_template(processor)
     return DeepseekVLProcessor(images, words, chat_template=template, num_image_tokens=model.num_image_tokens)

@@ -129,6 +129,14 @@ def portable_tokenizer(processor: ChiasmProcessor) -> PreTrainedTokenizerBase:
     return words
 
 
+def name_tokens(words: PreTrainedTokenizerBase, tokens: dict[str, str]) -> None:
+    """Gives tokens the names by which another processor asks a tokenizer for them, in its files too."""
+    new = {name: token for name, token in tokens.items() if getattr(words, name, None) != token}
+    words.SPECIAL_TOKENS_ATTRIBUTES = [*words.SPECIAL_TOKENS_ATTRIBUTES, *new]
+    for name, token in new.items():
+        setattr(words, name, token)
+
+
 def _expected(processor: ChiasmProcessor, messages: list[dict[str, Any]]) -> str:
     text = render(processor.tokenizer, messages, add_generation_prompt=True).text
     return text.replace(IMAGE_TOKEN, processor.image_token)
