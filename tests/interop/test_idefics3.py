@@ -20,7 +20,9 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 
 import chiasm
 import tiny
+from chiasm.data.collation import require_one_size
 from chiasm.interop.idefics3 import positions
+from chiasm.vision.image_processor import ChiasmImageProcessor
 from chiasm.vision.towers import build_tower
 from contracts import (
     check_engine_equals_generate,
@@ -192,3 +194,18 @@ def test_its_encoder_connects_alone(kind: str) -> None:
     tower = build_tower(AutoConfig.for_model(f"{kind}_vision", **SIZES, image_size=SIDE, patch_size=7))
     vlm = chiasm.connect(tower, tiny.language(), "pixel_shuffle", tokenizer=tiny.tokenizer())
     assert vlm.model.num_image_tokens == TOKENS and isinstance(vlm.chat(tiny.picture(), "What?", max_new_tokens=2), str)
+
+
+def test_training_reads_a_picture_as_one(tmp_path: Path) -> None:
+    with_processor(tmp_path, splitting=True)
+    vlm = chiasm.load(tmp_path)
+    with pytest.raises(ValueError, match="training needs pictures of one size"):
+        require_one_size(vlm.processor, (SIDE, SIDE))
+    half = [0.5, 0.5, 0.5]
+    vlm.processor.image_processor = ChiasmImageProcessor(SIDE, half, half, resize_mode="pad")
+    vlm.processor.image_tiles = 1
+    require_one_size(vlm.processor, (SIDE, SIDE))
+    inputs = vlm.processor(messages=tiny.ask("What?"), images=tiny.picture(), padding_side="right")
+    ids = inputs["input_ids"][0].tolist()
+    assert ids.count(260) == TOKENS and ids.count(261) == 2
+    assert vlm.model(**inputs, labels=inputs["input_ids"]).loss.isfinite()
