@@ -26,7 +26,8 @@ def table() -> str:
     ]
     for fusion in FUSIONS:
         for name in UNIFIED_INPUTS if fusion == "unified" else CONNECTORS:
-            kinds = {kind: attention for (f, attention, c), kind in ROUTES.items() if (f, c) == (fusion, name)}
+            routes = ((f, attention, c.partition(":")[0], kind) for (f, attention, c), kind in ROUTES.items())
+            kinds = {kind: attention for f, attention, connector, kind in routes if (f, connector) == (fusion, name)}
             if fusion != "early" and not kinds:
                 continue
             lines.append(_row(fusion, name, kinds))

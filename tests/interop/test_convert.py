@@ -9,6 +9,7 @@ import pytest
 import test_blip2
 import test_idefics
 import test_idefics2
+import test_idefics3
 import test_internvl
 import test_llava
 import test_paligemma
@@ -37,6 +38,8 @@ REFERENCES: dict[str, Any] = {
     ),
     "idefics without added words": lambda folder: test_idefics.reference(folder, additional_vocab_size=0),
     "idefics2": test_idefics2.reference,
+    "idefics3": test_idefics3.reference,
+    "smolvlm": lambda folder: test_idefics3.reference(folder, "smolvlm", scale_factor=1),
     "internvl": test_internvl.reference,
     "paligemma": test_paligemma.reference,
     "llava": lambda folder: (test_llava.reference(folder), test_llava.theirs(folder)),
@@ -59,6 +62,8 @@ WITH_PROCESSORS: dict[str, Any] = {
     "instructblip": blip("instructblip", "llama"),
     "idefics": lambda folder: test_idefics.processors(folder, use_resampler=True),
     "idefics2": test_idefics2.with_processor,
+    "idefics3": test_idefics3.with_processor,
+    "idefics3 in tiles": lambda folder: test_idefics3.with_processor(folder, splitting=True),
     "paligemma": test_paligemma.with_processor,
     "chameleon": test_unified_loaders.chameleon_with_processor,
 }
@@ -178,6 +183,35 @@ def test_a_prefix_model_becomes_paligemma(tmp_path: Path) -> None:
         convert(other.model, other.processor, "transformers", tmp_path / "other")
 
 
+@pytest.mark.parametrize(("family", "factor"), [("llama", 2), ("qwen2", 1)])
+def test_siglip_with_pixel_shuffle_becomes_idefics3(family: str, factor: int, tmp_path: Path) -> None:
+    """Several pictures in one prompt too, by transformers alone."""
+    vision = test_idefics3.siglip()
+    shuffle = {"name": "pixel_shuffle", "projection": "linear", "factor": factor}
+    vlm = chiasm.connect(vision, tiny.language(family), shuffle, tokenizer=tiny.tokenizer())
+    done = convert(vlm.model, vlm.processor, "transformers", tmp_path)
+    assert done.kind == "idefics3" and done.difference is not None and done.difference < 1e-4
+    assert any("DeepSeek-VL" in note for note in done.notes)
+    theirs, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    pictures = [tiny.picture(1), tiny.picture(2).resize((70, 21))]
+    content = [{"type": "image", "image": one} for one in pictures] + [{"type": "text", "text": "What?"}]
+    asked = [{"role": "user", "content": content}]
+    inputs = processor.apply_chat_template(
+        asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    tokens = theirs.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    text = vlm.processor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+    assert text == vlm.chat(pictures, "What?", max_new_tokens=5)
+    ask = pipeline("image-text-to-text", model=str(tmp_path))
+    answer = ask(text=asked, max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert answer.strip() == text
+    again = chiasm.load(tmp_path).model.state_dict()
+    ours = {name: tensor for name, tensor in vlm.model.state_dict().items() if not name.startswith("vision.model.head")}
+    assert again.keys() == ours.keys() and all(
+        torch.equal(again[name], ours[name]) for name in ours if "lm" not in name
+    )
+
+
 def test_internvl_keeps_its_processor(tmp_path: Path) -> None:
     """Its class for videos needs torchvision to be loaded, not to be written down."""
     test_internvl.with_processor(tmp_path)
@@ -193,6 +227,21 @@ def test_internvl_keeps_its_processor(tmp_path: Path) -> None:
     inputs = vlm.processor(messages=QUESTION, images=probe_picture(vlm.model))
     found = chiasm.load(tmp_path / "out").processor(messages=QUESTION, images=probe_picture(vlm.model))
     assert all(torch.equal(found[name], inputs[name]) for name in inputs)
+
+
+def test_internvls_tokens_get_their_names(tmp_path: Path) -> None:
+    """Those of a tokenizer that has the tokens alone."""
+    test_internvl.with_processor(tmp_path)
+    told = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    kept = {name: value for name, value in told.items() if name not in test_internvl.TOKENS}
+    kept.pop("model_specific_special_tokens", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(kept))
+    vlm = chiasm.load(tmp_path)
+    assert not hasattr(vlm.processor.tokenizer, "start_image_token")
+    done = convert(vlm.model, vlm.processor, "transformers", tmp_path / "out")
+    assert done.difference is not None and done.difference < 1e-4
+    named = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert {name: named[name] for name in test_internvl.TOKENS} == test_internvl.TOKENS
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -244,6 +293,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "depth": ({"connector": {"name": "mlp", "depth": 3}}, "has depth 3, LLaVA's projector has 2"),
     "width": ({"connector": {"name": "mlp", "width": 99}}, "inner width of 99"),
     "encoder": ({"connector": "pixel_shuffle"}, "InternVL has an encoder of its own"),
+    "encoder, one matrix": (
+        {"connector": {"name": "pixel_shuffle", "projection": "linear"}},
+        "Idefics3's encoder is SigLIP's, this one is of type 'clip_vision_model'",
+    ),
+    "blocks at the edge": (
+        {"vision": "siglip", "connector": {"name": "pixel_shuffle", "projection": "linear"}},
+        "scale_factor=2, which does not divide its 3 patches a side",
+    ),
     "queries": ({"connector": tiny.connector("qformer")}, "BLIP-2 has an encoder of its own"),
     "regions": ({"connector": "mlp", "regions": (3, 3)}, "names of"),
     "blocks": (

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_idefics3
 import torch
 from gguf import GGUFReader
 from PIL import Image
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Idefics3Processor,
     LlamaConfig,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 import chiasm
 import tiny
@@ -124,6 +127,60 @@ def test_llama_cpp_gives_the_same_text(family: str, connector: str, tied: bool, 
             assert text.startswith(expected.rstrip("\ufffd"))
 
 
+def idefics3(folder: Path, longest: int = 96, words: Any = None) -> chiasm.VLM:
+    """Tiles of 32 pixels, four visual tokens each, at most 3 × 3."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    if words is None:
+        words = tiny.tokenizer(None)
+        words.add_tokens(["\n\n"])
+    places = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
+    words.add_tokens([*test_idefics3.MARKS, "<global-img>", *places], special_tokens=True)
+    text = {"vocab_size": len(words), "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    config = LlamaConfig(**sizes, **text, num_key_value_heads=2, head_dim=16, max_position_embeddings=2048)
+    changes = {"text_config": config.to_dict(), "vision_config": sizes | {"image_size": 32, "patch_size": 8}}
+    test_idefics3.reference(folder, **changes, image_token_id=words.convert_tokens_to_ids("<image>"))
+    images = Idefics3ImageProcessorPil(size={"longest_edge": longest}, max_image_size={"longest_edge": 32})
+    template = test_idefics3.TEMPLATE
+    Idefics3Processor(images, words, image_seq_len=4, chat_template=template).save_pretrained(folder)
+    vlm = chiasm.load(folder)
+    torch.manual_seed(7)
+    for parameter in vlm.model.language.parameters():
+        if parameter.ndim == 2:
+            parameter.data.normal_(0, 0.3)
+    vlm.model.connector.output.weight.data.mul_(4)
+    return vlm
+
+
+def test_llama_cpp_gives_the_same_text_of_tiles(tmp_path: Path) -> None:
+    vlm = idefics3(tmp_path / "theirs")
+    done = convert(vlm.model, vlm.processor, "gguf", tmp_path / "out")
+    assert any("those of 96 × 96 pixels" in note for note in done.notes)
+    shown = ((3, (96, 96)), (5, (96, 96)), (3, (96, 64)), (8, (32, 96)))
+    pictures = [None, *(tiny.picture(seed).resize(size) for seed, size in shown)]
+    found = answers(tmp_path / "out", pictures, "What is it?", 8)
+    lengths = [sure(vlm, picture) for picture in pictures]
+    assert sum(lengths[1:]) >= 6
+    for picture, text, length in zip(pictures, found, lengths, strict=True):
+        if length:
+            assert text.startswith(vlm.chat(picture, "What is it?", max_new_tokens=length).rstrip("\ufffd"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"longest": 32}, "this model reads those of up to 32 pixels as one"),
+        ({"words": tiny.tokenizer(None)}, r"around tiles, a token each; .* more than one for '\\n\\n'"),
+    ],
+)
+def test_tiles_that_llama_cpp_writes_otherwise_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    vlm = idefics3(tmp_path / "theirs", **options)
+    with pytest.raises(ValueError, match=message):
+        convert(vlm.model, vlm.processor, "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("quantize", "kind"), [("q8_0", "Q8_0"), ("q4_0", "Q4_0"), ("f16", "F16")])
 def test_matrices_are_quantised_on_request(quantize: str, kind: str, tmp_path: Path) -> None:
     vlm = model()
@@ -148,6 +205,11 @@ def test_matrices_are_quantised_on_request(quantize: str, kind: str, tmp_path: P
         ({"language": small("qwen3", attention_bias=True)}, "attention_bias, for which llama.cpp's 'qwen3'"),
         ({"language": small("mistral", sliding_window=7)}, "'mistral' models no sliding window, this one has one of 7"),
         ({"language": small("qwen2", **NEAR)}, "'qwen2' models no sliding window, this one has one of 7"),
+        (
+            {"connector": {"name": "pixel_shuffle", "projection": "linear"}},
+            "in tiles and as a whole, .* a picture as one",
+        ),
+        ({"connector": "pixel_shuffle"}, "no projector for connector name='pixel_shuffle', factor=2, projection='mlp'"),
         ({"features": {"layers": [1, 2]}}, "llama.cpp reads the patches of one hidden state"),
     ],
 )

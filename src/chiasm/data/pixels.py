@@ -13,7 +13,7 @@ from chiasm.data.schema import ImageRef
 @dataclass(frozen=True)
 class Pixels:
     """`inputs`: `pixel_values` (I, 3, height, width), or (B, I, ...) with a mask, or patches. `tiles`: of each
-    picture, a number, or frames, rows and columns."""
+    picture, a number, or rows and columns, behind frames where there are some."""
 
     inputs: dict[str, Tensor]
     tiles: list[Any]
@@ -39,7 +39,7 @@ def read_pixels(image_processor: Any, flat: list[Any], counts: list[int], tiles:
     if not flat:
         return Pixels({}, [])
     if keeps_sizes(image_processor):
-        return Pixels(_rows(image_processor, flat, counts), [tiles or 1] * len(flat))
+        return _rows(image_processor, flat, counts, tiles)
     if tells_grids(image_processor):
         made = image_processor([opened(item) for item in flat], return_tensors="pt")
         named = {name: torch.as_tensor(made[name]) for name in ("pixel_values", "image_grid_thw")}
@@ -55,13 +55,19 @@ def opened(item: Any) -> Any:
     return ImageRef.of(item).load() if isinstance(item, str | Path) else item
 
 
-def _rows(image_processor: Any, flat: list[Any], counts: list[int]) -> dict[str, Tensor]:
+def _rows(image_processor: Any, flat: list[Any], counts: list[int], tiles: int | None) -> Pixels:
     rest = (opened(item) for item in flat)
     groups = [[next(rest) for _ in range(count)] for count in counts]
-    made = image_processor([group for group in groups if group], return_tensors="pt")
+    told = {"return_row_col_info": True} if tiles is None else {}
+    made = image_processor([group for group in groups if group], return_tensors="pt", **told)
+    cut: list[Any] = [tiles] * len(flat)
+    if tiles is None:
+        down, across = ([side for group in made[name] for side in group] for name in ("rows", "cols"))
+        cut = [(int(rows), int(columns)) for rows, columns in zip(down, across, strict=True)]
     rows = torch.tensor([row for row, count in enumerate(counts) if count])
     values = {name: torch.as_tensor(made[name]) for name in ("pixel_values", "pixel_attention_mask")}
-    return {
+    padded = {
         name: value.new_zeros(len(counts), *value.shape[1:]).index_copy(0, rows, value)
         for name, value in values.items()
     }
+    return Pixels(padded, cut)

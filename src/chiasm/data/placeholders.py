@@ -1,6 +1,6 @@
 """Where pictures stand in a text: the tokens of a picture, what frames them, and which pictures are whose."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,50 @@ class Placeholders:
         if len(self.frame) == 1:
             return [*self.frame] * (not follows_picture) + [*tile, *self.frame] * tiles
         return [*self.frame[:1], *tile * tiles, *self.frame[1:]]
+
+
+@dataclass(frozen=True)
+class TiledPlaceholders:
+    """How a picture is written in tiles, row by row, each behind its place, and as a whole at last (Idefics3).
+
+    Args:
+        token: of one visual token.
+        count: T, visual tokens of a tile.
+        frame: the token in front of every tile and of the whole, and behind it.
+        whole: what stands in front of the whole.
+        place: what stands in front of a tile, by its row and column.
+        ends: what ends a row, and what ends the last.
+    """
+
+    token: int
+    count: int
+    frame: int
+    whole: tuple[int, ...]
+    place: Callable[[int, int], list[int]]
+    ends: tuple[tuple[int, ...], tuple[int, ...]]
+
+    def of(self, tiles: Any, follows_picture: bool) -> list[int]:
+        """Tokens of a picture that was cut into so many rows and columns, or that was not."""
+        rows, columns = tiles if isinstance(tiles, tuple) else (0, 0)
+        visual, written = [self.token] * self.count, []
+        for row in range(1, rows + 1):
+            for column in range(1, columns + 1):
+                written += [self.frame, *self.place(row, column), *visual]
+            written += self.ends[row == rows]
+        return [*written, self.frame, *self.whole, *visual, self.frame]
+
+
+def tiled_placeholders(words: Any, token: int, count: int, frame: str, whole: str) -> TiledPlaceholders:
+    """Idefics3's, by a tokenizer: `whole` stands in front of the whole picture, `<row_1_col_1>` of the first tile."""
+
+    def ids(text: str) -> list[int]:
+        return words(text, add_special_tokens=False)["input_ids"]
+
+    def place(row: int, column: int) -> list[int]:
+        return ids(f"<row_{row}_col_{column}>")
+
+    ends = (tuple(ids("\n")), tuple(ids("\n\n")))
+    return TiledPlaceholders(token, count, words.convert_tokens_to_ids(frame), tuple(ids(whole)), place, ends)
 
 
 def region_words(down: int, across: int) -> list[str]:

@@ -11,12 +11,14 @@ from chiasm.data.labels import IGNORE, last_answer
 from chiasm.data.pixels import keeps_sizes, read_pixels
 from chiasm.data.placeholders import (
     Placeholders,
+    TiledPlaceholders,
     as_messages,
     check_count,
     deal_images,
     deal_tiles,
     flatten_images,
     region_words,
+    tiled_placeholders,
 )
 from chiasm.data.schema import ImageRef
 
@@ -26,6 +28,7 @@ OPTIONS: dict[str, Any] = {
     "text_is_message": False,
     "image_token": IMAGE_TOKEN,
     "image_boundary": None,
+    "image_tag": None,
     "image_space": False,
     "image_tiles": 1,
     "regions": None,
@@ -48,9 +51,11 @@ class ChiasmProcessor(ProcessorMixin):
         image_token: the placeholder; `<image>` in messages and texts stands for a whole picture, whatever it is.
         image_boundary: a token before and after a picture's placeholders, pictures side by side sharing the one
             between; or two tokens, which open and close a picture.
+        image_tag: what stands between `image_boundary`, one token, and the whole picture, where every tile has its row
+            and column there (Idefics3).
         image_space: whether a space parts a picture from a word that touches it (Idefics2).
         image_tiles: pictures that the image processor makes of one, each with T placeholders; None where it cuts as
-            many as suit a picture's shape (InternVL).
+            many as suit a picture's shape (InternVL, Idefics3).
         regions: rows and columns of regions whose names ("top left") stand in front of their visual tokens.
         encoder_decoder: whether the last answer is the decoder's: labels are its tokens alone, and not the prompt's.
     """
@@ -69,6 +74,7 @@ class ChiasmProcessor(ProcessorMixin):
         text_is_message: bool = False,
         image_token: str = IMAGE_TOKEN,
         image_boundary: str | Sequence[str] | None = None,
+        image_tag: str | None = None,
         image_space: bool = False,
         image_tiles: int | None = 1,
         regions: Sequence[int] | None = None,
@@ -90,6 +96,7 @@ class ChiasmProcessor(ProcessorMixin):
         self.token_types = token_types
         self.text_is_message = text_is_message
         self.image_boundary = image_boundary
+        self.image_tag = image_tag
         self.image_space = image_space
         self.image_tiles = image_tiles
         self.regions = None if regions is None else list(regions)
@@ -208,8 +215,11 @@ class ChiasmProcessor(ProcessorMixin):
         return self._tokenize(text, [], special=not self._has_bos(text), tiles=tiles)
 
     @property
-    def placeholders(self) -> Placeholders:
+    def placeholders(self) -> Placeholders | TiledPlaceholders:
         """How a picture is written in tokens."""
+        if self.image_tag is not None:
+            marks = (str(self.image_boundary), self.image_tag)
+            return tiled_placeholders(self.tokenizer, self.image_token_id, self.num_image_tokens, *marks)
         frame = [self.image_boundary] if isinstance(self.image_boundary, str) else self.image_boundary or []
         ids = tuple(self.tokenizer.convert_tokens_to_ids(token) for token in frame)
         if self.regions is None:

@@ -187,7 +187,7 @@ class FusionModel(PartDtypes, PictureGenerationMixin):
             image_features = self.encode_images(pixel_values, pixel_attention_mask)
         if image_features is None:
             return None
-        if (patches := self.vision.patch_mask(pixel_attention_mask)) is not None:
+        if self.connector.takes_mask and (patches := self.vision.patch_mask(pixel_attention_mask)) is not None:
             more["patch_mask"] = patches.flatten(1)
         if self.connector.reads_instruction:
             more["instruction_ids"] = qformer_input_ids if instruction_ids is None else instruction_ids

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, ProcessorMixin
 
+from chiasm.connectors import connector_settings
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.late import LateFusionModel
 from chiasm.interop.clip import export_late
@@ -21,6 +22,7 @@ from chiasm.interop.export.fuyu import export_fuyu
 from chiasm.interop.export.gguf import export_gguf
 from chiasm.interop.export.idefics import export_idefics
 from chiasm.interop.export.idefics2 import export_idefics2
+from chiasm.interop.export.idefics3 import export_idefics3
 from chiasm.interop.export.internvl import export_internvl
 from chiasm.interop.export.llava import export_llava
 from chiasm.interop.export.paligemma import export_paligemma
@@ -58,6 +60,11 @@ KINDS = {
         "BLIP-2 with OPT; not InstructBLIP",
     ),
     "idefics2": Kind(export_idefics2, "an Idefics2 encoder; `idefics2_resampler`", "no"),
+    "idefics3": Kind(
+        export_idefics3,
+        "SigLIP, or an encoder of Idefics3 or SmolVLM; `pixel_shuffle` with `projection: linear`",
+        "models with Idefics3's processor",
+    ),
     "idefics": Kind(
         export_idefics,
         "CLIP, class token kept; Llama; `perceiver_resampler` or `linear` with `project: false`; Idefics' blocks",
@@ -71,7 +78,8 @@ ROUTES = {
     ("early", "causal", "mlp"): "llava",
     ("early", "causal", "linear"): "llava",
     ("early", "prefix", "linear"): "paligemma",
-    ("early", "causal", "pixel_shuffle"): "internvl",
+    ("early", "causal", "pixel_shuffle: mlp"): "internvl",
+    ("early", "causal", "pixel_shuffle: linear"): "idefics3",
     ("early", "causal", "qformer"): "blip-2",
     ("early", "causal", "idefics2_resampler"): "idefics2",
     ("intermediate", "causal", "perceiver_resampler"): "idefics",
@@ -79,7 +87,10 @@ ROUTES = {
     ("unified", "causal", "vq"): "chameleon",
     ("unified", "causal", "patches"): "fuyu",
 }
-"""(fusion, attention, connector, or unified fusion's image input) → kind."""
+"""(fusion, attention, connector and its `WORD`, or unified fusion's image input) → kind."""
+
+WORD = {"pixel_shuffle": "projection"}
+"""Connector → an option by which its kind differs."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,7 @@ def route(model: PreTrainedModel) -> str:
     config = model.config
     unified = config.fusion == "unified"
     word = "image input" if unified else "connector"
-    key = (config.fusion, config.attention, model.vision.kind if unified else config.connector["name"])
+    key = (config.fusion, config.attention, model.vision.kind if unified else _connector(config.connector))
     if key not in ROUTES:
         fitting = sorted({connector for fusion, _, connector in ROUTES if fusion == config.fusion})
         raise ValueError(
@@ -154,6 +165,12 @@ def route(model: PreTrainedModel) -> str:
             + ("--to onnx takes any connector" if config.fusion == "early" else "Chiasm's own server runs it")
         )
     return ROUTES[key]
+
+
+def _connector(settings: dict[str, Any]) -> str:
+    """A connector as `ROUTES` names it."""
+    name = settings["name"]
+    return f"{name}: {connector_settings(settings)[WORD[name]]}" if name in WORD else name
 
 
 def to_transformers(model: PreTrainedModel, processor: Any, folder: Path, check: bool = True) -> Converted:

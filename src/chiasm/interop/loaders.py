@@ -22,6 +22,7 @@ from chiasm.interop.clip import load_clip, load_siglip
 from chiasm.interop.fuyu import load_fuyu
 from chiasm.interop.idefics import load_idefics
 from chiasm.interop.idefics2 import load_idefics2
+from chiasm.interop.idefics3 import load_idefics3
 from chiasm.interop.internvl import load_internvl
 from chiasm.interop.llava import load_llava
 from chiasm.interop.paligemma import load_paligemma
@@ -67,11 +68,13 @@ LOADERS = {
     "fuyu": load_fuyu,
     "idefics": load_idefics,
     "idefics2": load_idefics2,
+    "idefics3": load_idefics3,
     "instructblip": load_blip2,
     "internvl": load_internvl,
     "llava": load_llava,
     "paligemma": load_paligemma,
     "qwen2_vl": load_qwen2_vl,
+    "smolvlm": load_idefics3,
 }
 
 

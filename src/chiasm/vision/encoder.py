@@ -50,6 +50,9 @@ LARGEST_SIDE = 4096
 NATIVE = ("idefics2_vision",)
 """Model types that take pictures of any size, with a mask of their patches."""
 
+MASKED = ("idefics3_vision", "smolvlm_vision")
+"""Model types that take a mask of their patches with pictures of one size."""
+
 
 class VisionEncoder(nn.Module):
     """A vision model and the features that are read from it. Every parameter lives under `.model`."""
@@ -112,9 +115,11 @@ class VisionEncoder(nn.Module):
         return self._read(self.model(**inputs, **self._options()))
 
     def patch_mask(self, pixel_attention_mask: Tensor | None) -> Bool[Tensor, "B rows columns"] | None:
-        """Patches that are all picture, where pictures of several sizes are padded."""
+        """Patches that are all picture, where pictures of several sizes are padded; for `MASKED`, partly picture."""
         if pixel_attention_mask is None:
             return None
+        if self.model.config.model_type in MASKED:
+            return F.max_pool2d(pixel_attention_mask.float()[:, None], self.model.config.patch_size)[:, 0] > 0
         if self.features.resolution != "native":
             raise ValueError(
                 f"pixel_attention_mask is for encoders with resolution: native, this one takes "

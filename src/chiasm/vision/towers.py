@@ -30,8 +30,10 @@ UNLISTED_CLASSES = {
     "blip_2_vision_model": "Blip2VisionModel",
     "blip_vision_model": "BlipVisionModel",
     "idefics2_vision": "models.idefics2.modeling_idefics2.Idefics2VisionTransformer",
+    "idefics3_vision": "models.idefics3.modeling_idefics3.Idefics3VisionTransformer",
     "instructblip_vision_model": "InstructBlipVisionModel",
     "metaclip_2_vision_model": "MetaClip2VisionModel",
+    "smolvlm_vision": "models.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer",
 }
 """Model type → class, for towers that transformers' AutoModel does not list."""
 

@@ -42,7 +42,7 @@ def check_folder(folder: Path, model: FusionModel, processor: ChiasmProcessor | 
         inputs = {THEIRS.get(name, name): tensor for name, tensor in inputs.items()}
         _compare_inputs(folder, model, exported, inputs)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    inputs |= _more(model, inputs)
+    inputs |= _more(model, inputs, exported.rows)
     with torch.no_grad():
         ours, found = model(**inputs).logits, theirs(**inputs).logits[..., : model.config.text_config.vocab_size]
     return _difference(model, ours, found)
@@ -77,7 +77,7 @@ def _difference(model: PartDtypes, ours: Tensor, found: Tensor) -> float:
     return difference
 
 
-def _more(model: FusionModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _more(model: FusionModel, inputs: dict[str, Tensor], rows: bool) -> dict[str, Tensor]:
     """What some kinds of models need beside a picture and a text."""
     more, words = {}, torch.ones(1, 3, dtype=torch.long, device=model.device)
     if model.config.is_encoder_decoder:
@@ -90,7 +90,7 @@ def _more(model: FusionModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if model.config.image_token_id >= vocabulary(model.language):
             more["input_ids"] = inputs["input_ids"].masked_fill(places, 0)
     native = model.config.features is not None and model.vision.features.resolution == "native"
-    by_row = model.config.fusion == "intermediate" or native
+    by_row = model.config.fusion == "intermediate" or native or rows
     if by_row and inputs["pixel_values"].ndim == 4:
         more["pixel_values"] = inputs["pixel_values"][None]
     return more

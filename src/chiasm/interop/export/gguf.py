@@ -17,6 +17,7 @@ from chiasm.interop.export.gguf_language import (
     window,
     write_language,
 )
+from chiasm.interop.export.gguf_tiles import NOTE, TILED, longest_side, require_tokens
 from chiasm.interop.export.gguf_tokenizer import write_tokenizer
 from chiasm.interop.export.gguf_vision import CLASS_TOKEN, ELSEWHERE, depth, projector, write_vision
 from chiasm.interop.export.parts import require, require_plain, rows, weights
@@ -54,7 +55,12 @@ def export_gguf(
         f"write the files for texts of up to {near} tokens with --inexact, or convert --to onnx",
     )
     depth(model)
-    projector(model)
+    kind, _ = projector(model)
+    require(
+        kind != TILED or model.config.vision_config.model_type not in CLASS_TOKEN,
+        f"llama.cpp's {TILED!r} has no class token, this {model.config.vision_config.model_type!r} encoder has one",
+        "connect a siglip_vision_model",
+    )
     require(
         inexact or model.config.vision_config.model_type not in CLASS_TOKEN,
         f"llama.cpp misplaces the class token of {model.config.vision_config.model_type!r} encoders (its issue 25814), "
@@ -63,14 +69,21 @@ def export_gguf(
     )
     if processor is None:
         raise ValueError("a GGUF file holds its tokenizer, and this model came without; put its files into the folder")
+    images = processor.image_processor
+    longest = longest_side(model, processor) if kind == TILED else None
+    if kind == TILED:
+        require_tokens(processor)
+    template = marked_template(processor)
     quantization = quantize or own_quantization(model.language.dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_language(model, processor, folder / LANGUAGE, quantization)
-    _write_vision(model, processor.image_processor, folder / VISION, own_quantization(model.language.dtype))
-    return _notes(model, processor)
+    _write_language(model, processor, folder / LANGUAGE, quantization, template)
+    _write_vision(model, images, folder / VISION, own_quantization(model.language.dtype), longest)
+    return _notes(model, processor) + ([] if longest is None else [NOTE.format(side=longest)])
 
 
-def _write_language(model: FusionModel, processor: ChiasmProcessor, path: Path, quantization: str) -> None:
+def _write_language(
+    model: FusionModel, processor: ChiasmProcessor, path: Path, quantization: str, template: str
+) -> None:
     config = model.config.text_config
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
     writer.add_type(gguf.GGUFType.MODEL)
@@ -78,18 +91,18 @@ def _write_language(model: FusionModel, processor: ChiasmProcessor, path: Path, 
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     words, count = processor.tokenizer, rows(model)
     adds = processor.add_special_tokens and words("a")["input_ids"][:1] == [words.bos_token_id]
-    write_tokenizer(writer, words, count, adds, marked_template(processor))
+    write_tokenizer(writer, words, count, adds, template)
     state = weights(model)
     parts = {name.removeprefix("language."): tensor for name, tensor in state.items() if name.startswith("language.")}
     write_language(writer, config, parts, count, quantization)
     _close(writer)
 
 
-def _write_vision(model: FusionModel, images: Any, path: Path, quantization: str) -> None:
+def _write_vision(model: FusionModel, images: Any, path: Path, quantization: str, longest: int | None) -> None:
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[MODEL_ARCH.MMPROJ])
     writer.add_type(gguf.GGUFType.MMPROJ)
     writer.add_file_type(file_type(quantization))
-    write_vision(writer, model, images, quantization)
+    write_vision(writer, model, images, quantization, longest)
     _close(writer)
 
 

@@ -12,12 +12,20 @@ from torch import Tensor
 from chiasm.connectors.ldp import LightweightDownsampleProjector
 from chiasm.connectors.linear import LinearProjector
 from chiasm.connectors.mlp import MLPProjector
+from chiasm.connectors.pixel_shuffle import PixelShuffleProjector
 from chiasm.fusion.base import FusionModel
 from chiasm.interop.export.gguf_language import add_tensor
 from chiasm.interop.export.parts import require
+from chiasm.interop.idefics3 import positions
+from chiasm.vision.encoder import MASKED
 from chiasm.vision.probe import pair
 
-TOWERS = {"clip_vision_model": "quick_gelu", "siglip_vision_model": "gelu_pytorch_tanh"}
+TOWERS = {
+    "clip_vision_model": "quick_gelu",
+    "siglip_vision_model": "gelu_pytorch_tanh",
+    "idefics3_vision": "gelu_pytorch_tanh",
+    "smolvlm_vision": "gelu_pytorch_tanh",
+}
 """Encoders that llama.cpp builds → the activation that they have where their configuration names none."""
 
 ACTIVATIONS: dict[str, str | None] = {
@@ -58,6 +66,12 @@ def depth(model: FusionModel) -> int:
         fits and not features.interpolate_positions and features.layers[0].grid == features.grid,
         "llama.cpp reads the patches of one hidden state of a square picture, this model reads more or less",
         f"connect with features={{'layers': [-2]}}, or {ELSEWHERE}",
+    )
+    require(
+        tower.model_type not in MASKED or positions(features.grid[0]) == list(range(features.grid[0])),
+        f"this {tower.model_type!r} encoder gives some of {features.grid[0]} patches a side their neighbours' "
+        "positions, by a rounding that llama.cpp does not have",
+        ELSEWHERE,
     )
     layer = features.layers[0].layer
     count = tower.num_hidden_layers
@@ -111,6 +125,10 @@ def _ldp(connector: LightweightDownsampleProjector) -> dict[str, Tensor]:
     return mlp | _layer("mm.model.peg.0", connector.peg)
 
 
+def _shuffle(connector: PixelShuffleProjector) -> dict[str, Tensor]:
+    return {"mm.model.fc.weight": connector.layers[0].weight}
+
+
 @dataclass(frozen=True)
 class Projector:
     """A projector type of llama.cpp.
@@ -134,17 +152,31 @@ PROJECTORS = {
     ),
     "linear": Projector("mlp", "one layer", lambda linear, _: linear.proj is not None, _linear),
     "ldp": Projector("ldpv2", "24×24 patches", lambda ldp, _: ldp.grid == LDP_GRID, _ldp),
+    "pixel_shuffle": Projector(
+        "idefics3",
+        "a model from Idefics3 or SmolVLM, in tiles",
+        lambda shuffle, _: len(shuffle.layers) == 1,
+        _shuffle,
+    ),
 }
 """Connector → the projector that it becomes."""
 
 
-def write_vision(writer: GGUFWriter, model: FusionModel, images: Any, quantization: str) -> None:
-    """Writes hyperparameters and tensors of the encoder and the projector."""
+def write_vision(writer: GGUFWriter, model: FusionModel, images: Any, quantization: str, longest: int | None) -> None:
+    """Writes hyperparameters and tensors of the encoder and the projector.
+
+    Args:
+        longest: pixels of the side to which a picture is scaled before it is cut into tiles; None where none is cut.
+    """
     kind, tensors = projector(model)
     layers, tower = depth(model), model.vision.model.config
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type(kind)
     writer.add_vision_projection_dim(model.connector.language_width)
+    if isinstance(model.connector, PixelShuffleProjector):
+        writer.add_vision_projector_scale_factor(model.connector.factor)
+    if longest is not None:
+        writer.add_vision_preproc_image_size(longest)
     writer.add_vision_image_size(model.vision.image_size[0])
     writer.add_vision_patch_size(pair(tower.patch_size)[0])
     writer.add_vision_embedding_length(tower.hidden_size)
@@ -158,7 +190,7 @@ def write_vision(writer: GGUFWriter, model: FusionModel, images: Any, quantizati
     if (switch := ACTIVATIONS[tower.hidden_act]) is not None:
         getattr(writer, f"add_vision_{switch}")(True)
     names = gguf.get_tensor_name_map(MODEL_ARCH.MMPROJ, layers)
-    normalised = model.vision.features.layers[0].layer == "last" and tower.model_type == "siglip_vision_model"
+    normalised = model.vision.features.layers[0].layer == "last" and tower.model_type not in CLASS_TOKEN
     for name, tensor in model.vision.model.state_dict().items():
         if not _runs(name, layers, normalised):
             continue

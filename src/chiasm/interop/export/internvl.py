@@ -16,7 +16,7 @@ from chiasm.interop.export.parts import (
     require_tower,
     text_settings,
 )
-from chiasm.interop.export.prompts import portable_template, portable_tokenizer
+from chiasm.interop.export.prompts import name_tokens, portable_template, portable_tokenizer
 from chiasm.interop.internvl import FRAME, chiasm_config, table
 
 SHARED = ("size", "image_mean", "image_std", "resample", "do_resize", "do_rescale", "rescale_factor", "do_normalize")
@@ -90,9 +90,7 @@ def _processor(model: FusionModel, processor: ChiasmProcessor) -> InternVLProces
     words = portable_tokenizer(processor)
     tokens = {"context_image_token": processor.image_token, "video_token": "<video>"}
     tokens |= dict(zip(FRAME, frame, strict=True))  # type: ignore[arg-type]
-    for name, token in tokens.items():
-        if not hasattr(words, name):
-            words.add_special_tokens({"extra_special_tokens": {name: token}})
+    name_tokens(words, tokens)
     return ProcessorOfPictures(
         processor.image_processor,
         words,

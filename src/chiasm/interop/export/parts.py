@@ -32,6 +32,7 @@ class Exported:
         loads: whether the processor can be loaded from a folder here.
         notes: what is good to know before it is used.
         ask: how the processor is given a conversation and a picture.
+        rows: whether the model reads pictures in rows, `(B, I, 3, height, width)`.
     """
 
     model: PreTrainedModel
@@ -39,6 +40,7 @@ class Exported:
     loads: bool = True
     notes: tuple[str, ...] = ()
     ask: Callable[[Any, list[dict[str, Any]], Image.Image], Any] = by_template
+    rows: bool = False
 
 
 def merged(model: Model) -> Model:

@@ -48,6 +48,29 @@ GATHER_MARKED = (
 )
 """The same for llama.cpp, which gives a text with a mark of its own, `<__media_...__>`, where a picture stands."""
 
+GATHER_SHOWN = (
+    "{%- set gathered = namespace(messages=[], mark='') -%}"
+    "{%- for message in messages -%}"
+    "{%- set words = namespace(text='', parts=[]) -%}"
+    "{%- if message['content'] is string -%}{%- set words.text = message['content'] -%}"
+    "{%- else -%}{%- for part in message['content'] -%}{%- set words.text = words.text + part['text'] -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- for piece in words.text.split('<__media_') -%}"
+    "{%- set rest = piece -%}"
+    "{%- if not loop.first -%}"
+    "{%- set gathered.mark = '<__media_' + piece.split('__>')[0] + '__>' -%}"
+    "{%- set words.parts = words.parts + [{'type': 'image'}] -%}"
+    "{%- set rest = piece.split('__>')[1] -%}"
+    "{%- endif -%}"
+    "{%- if rest -%}{%- set words.parts = words.parts + [{'type': 'text', 'text': rest}] -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set gathered.messages = gathered.messages + [dict(message, content=words.parts)] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = gathered.messages -%}"
+    "{% set prompt %}OWN{% endset %}{{ prompt | replace('PICTURE', gathered.mark) }}"
+)
+"""For a template that places pictures itself: its parts are made again of llama.cpp's text and its marks."""
+
 MARK = "<__media_0__>"
 
 PROBES: tuple[list[dict[str, Any]], ...] = ([_USER], [_MORE], [_USER, _ANSWER, _MORE])
@@ -77,12 +100,13 @@ def marked_template(processor: ChiasmProcessor) -> str:
     Raises:
         ValueError: none was found.
     """
-    words = processor.tokenizer
+    words, token = processor.tokenizer, processor.image_token
     own = words.get_chat_template() if words.chat_template else PLAIN_TEMPLATE
     marked = [[{**message, "content": _marked(message["content"])} for message in probe] for probe in PROBES]
-    wanted = [_expected(processor, probe).replace(processor.image_token, MARK) for probe in PROBES]
-    for content in CONTENTS:
-        template = GATHER_MARKED.replace("CONTENT", content) + own
+    wanted = [_expected(processor, probe).replace(token, MARK) for probe in PROBES]
+    gathered = [GATHER_MARKED.replace("CONTENT", content) + own for content in CONTENTS]
+    shown = GATHER_SHOWN.replace("PICTURE", token).replace("OWN", own.replace(IMAGE_TOKEN, token))
+    for template in (*gathered, shown):
         if [_render(words, template, probe) for probe in marked] == wanted:
             return template
     raise ValueError(
@@ -103,6 +127,14 @@ def portable_tokenizer(processor: ChiasmProcessor) -> PreTrainedTokenizerBase:
         words.backend_tokenizer.post_processor = processors.Sequence([])
     words.chat_template = None
     return words
+
+
+def name_tokens(words: PreTrainedTokenizerBase, tokens: dict[str, str]) -> None:
+    """Gives tokens the names by which another processor asks a tokenizer for them, in its files too."""
+    new = {name: token for name, token in tokens.items() if getattr(words, name, None) != token}
+    words.SPECIAL_TOKENS_ATTRIBUTES = [*words.SPECIAL_TOKENS_ATTRIBUTES, *new]
+    for name, token in new.items():
+        setattr(words, name, token)
 
 
 def _expected(processor: ChiasmProcessor, messages: list[dict[str, Any]]) -> str:
