@@ -13,7 +13,7 @@ MARKS = (BOUNDARY, WHOLE, "\n", "\n\n")
 
 NOTE = (
     "llama.cpp scales a picture to the tiles, and to the whole, in one step, Idefics3's processor in several: only "
-    "pictures that fill their tiles as they are, such as those of {side} × {side} pixels, look exactly alike to it"
+    "square pictures of {side} pixels look exactly alike to it"
 )
 
 
