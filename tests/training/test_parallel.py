@@ -7,7 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +21,7 @@ import torch
 from torch import distributed as dist
 
 import chiasm
+import tiny
 from chiasm.data.schema import ImageRef
 from chiasm.training import stage_run
 from chiasm.training.errors import TrainingError
@@ -27,12 +31,38 @@ from chiasm.training.stage_model import AnswerModel
 
 FULL = {"tune": "full", "lr": 1e-2}
 FULL_CONNECTOR = {"connector": FULL}
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "connector": FULL_CONNECTOR,
-    "encoder": {"connector": FULL, "vision": FULL},
-    "lora": helpers.LORA,
-    "everything": {"connector": FULL, "vision": FULL, "language": FULL},
+NORMS, LATER = {**FULL, "only": "norms"}, {**FULL, "from_layer": 1}
+DORA, RSLORA = ({"tune": method, "lr": 1e-2, "rank": 3} for method in ("dora", "rslora"))
+PAIRS, BLIP2 = {"objectives": ["contrastive"]}, {"objectives": ["contrastive", "grounded_generation"]}
+ANSWERS, CODES = {"objectives": ["answers"]}, {"objectives": ["reconstruction"]}
+STRATEGIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "connector": ("early", FULL_CONNECTOR, {}),
+    "encoder": ("early", {"connector": FULL, "vision": FULL}, {}),
+    "lora": ("early", helpers.LORA, {}),
+    "lora-encoder": ("early", {**helpers.LORA, "vision": FULL}, {}),
+    "dora": ("early", {"connector": FULL, "vision": DORA, "language": DORA}, {}),
+    "rslora": ("early", {"connector": FULL, "vision": RSLORA, "language": RSLORA}, {}),
+    "norms": ("early", {"connector": FULL, "vision": NORMS, "language": NORMS}, {}),
+    "from_layer": ("early", {"connector": FULL, "vision": LATER, "language": LATER}, {}),
+    "everything": ("early", {"connector": FULL, "vision": FULL, "language": FULL}, {}),
+    "intermediate": ("intermediate", {"connector": FULL, "vision": NORMS}, {}),
+    "late": ("late", {"connector": FULL, "vision": FULL, "language": RSLORA}, PAIRS),
+    "late-connector": ("late", FULL_CONNECTOR, PAIRS),
+    "late-answers": ("late", {"answer_head": FULL, "vision": NORMS}, ANSWERS),
+    "blip-2": ("q-former", {"connector": FULL, "vision": NORMS}, BLIP2),
+    "unified": ("unified", {"vision": FULL, "language": FULL}, {}),
+    "image-tokenizer": ("image-tokenizer", {"vision": FULL}, CODES),
 }
+"""Model, parts and settings of every run that is compared; parts that are not named are frozen."""
+MODELS: dict[str, Callable[[], chiasm.VLM | chiasm.DualEncoder]] = {
+    "early": helpers.vlm,
+    "intermediate": partial(helpers.vlm, fusion="intermediate"),
+    "q-former": partial(helpers.vlm, connector=tiny.connector("qformer")),
+    "late": helpers.dual_encoder,
+    "unified": partial(helpers.unified, {"name": "patches", "patch_size": 10}),
+    "image-tokenizer": partial(helpers.unified, helpers.VQ),
+}
+PARALLEL = ("ddp", "fsdp")
 
 
 def recipe(parts: dict[str, Any], fusion: str = "early", **settings: Any) -> dict[str, Any]:
@@ -60,25 +90,22 @@ def compare(one: Path, other: Path, tolerance: float = 1e-6) -> None:
         assert torch.allclose(tensor, expected[name], rtol=0, atol=tolerance), name
 
 
-def jobs() -> dict[str, tuple[dict[str, Any], str]]:
-    """Recipe and fusion of every run that is compared."""
-    found = {}
-    for parallel in ("ddp", "fsdp"):
-        for name, parts in STRATEGIES.items():
-            found[f"{parallel}-{name}"] = (recipe(parts, parallel=parallel), "early")
-        blocks = recipe({"connector": FULL}, "intermediate", parallel=parallel)
-        found[f"{parallel}-intermediate"] = (blocks, "intermediate")
-    return found
+def train(folder: Path, strategy: str, **settings: Any) -> None:
+    """The run of a strategy, by as many processes as there are."""
+    model, parts, more = STRATEGIES[strategy]
+    asked = recipe(parts, model, **settings, **more)
+    helpers.run(folder, asked, MODELS[model](), cache_root=folder.parent / "features")
 
 
 ADAMW = {"optimizer": "adamw", "accumulate": 1, "checkpoint_every": 2}
-UNEVEN = {**helpers.LORA, "vision": FULL}
+UNEVEN = ("lora-encoder", "late-connector")
+"""Strategies with tensors that two processes share unevenly, or cannot share: a temperature is one number."""
 
 
-def stop(folder: Path, settings: dict[str, Any]) -> None:
+def stop(folder: Path, strategy: str, **settings: Any) -> None:
     """A run that ends without a word in its third step."""
     with helpers.killed_at(3):
-        helpers.run(folder, settings, cache_root=folder.parent / "features")
+        train(folder, strategy, **settings)
 
 
 def caught(folder: Path, name: str, settings: dict[str, Any], **options: Any) -> None:
@@ -93,10 +120,11 @@ def caught(folder: Path, name: str, settings: dict[str, Any], **options: Any) ->
 def work(folder: Path) -> None:
     """All runs, in one of two processes."""
     dist.init_process_group("gloo")
-    for name, (settings, fusion) in jobs().items():
-        helpers.run(folder / name, settings, helpers.vlm(fusion=fusion), cache_root=folder / "features")
-    stop(folder / "to-one", recipe(UNEVEN, parallel="fsdp", **ADAMW))
-    helpers.run(folder / "from-one", recipe(UNEVEN, parallel="fsdp", **ADAMW), cache_root=folder / "features")
+    for parallel, strategy in product(PARALLEL, STRATEGIES):
+        train(folder / f"{parallel}-{strategy}", strategy, parallel=parallel)
+    for strategy in UNEVEN:
+        stop(folder / f"to-one-{strategy}", strategy, parallel="fsdp", **ADAMW)
+        train(folder / f"from-one-{strategy}", strategy, parallel="fsdp", **ADAMW)
     losses = AnswerModel.losses
 
     def infinite(self: AnswerModel, *arguments: Any) -> dict[str, torch.Tensor]:
@@ -146,7 +174,7 @@ def spawn(call: str, *arguments: Any, size: int = 2) -> list[subprocess.Popen]:
 
 def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
     """Exit codes and what was said."""
-    said = [process.communicate(timeout=240)[1] for process in processes]
+    said = [process.communicate(timeout=600)[1] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
@@ -154,7 +182,8 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the runs by two processes."""
     folder = tmp_path_factory.mktemp("two")
-    stop(folder / "from-one", recipe(UNEVEN, **ADAMW))
+    for strategy in UNEVEN:
+        stop(folder / f"from-one-{strategy}", strategy, **ADAMW)
     for code, said in finish(spawn("work", folder)):
         assert code == 0, said
     return folder
@@ -165,21 +194,22 @@ def test_the_first_process_decides_when_a_checkpoint_is_due(together: Path) -> N
     assert saved == [2, 4]
 
 
-@pytest.mark.parametrize("name", jobs())
-def test_two_processes_equal_one(tmp_path: Path, together: Path, name: str) -> None:
-    settings, fusion = jobs()[name]
-    helpers.run(tmp_path / "one", settings, helpers.vlm(fusion=fusion))
-    compare(together / name, tmp_path / "one")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_equal_one(tmp_path: Path, together: Path, strategy: str) -> None:
+    train(tmp_path / "one", strategy)
+    for parallel in PARALLEL:
+        compare(together / f"{parallel}-{strategy}", tmp_path / "one")
 
 
-def test_shards_go_on_in_another_number_of_processes(tmp_path: Path, together: Path) -> None:
-    shards = together / "to-one" / "checkpoints" / "align-2" / "weights"
+@pytest.mark.parametrize("strategy", UNEVEN)
+def test_shards_go_on_in_another_number_of_processes(tmp_path: Path, together: Path, strategy: str) -> None:
+    shards = together / f"to-one-{strategy}" / "checkpoints" / "align-2" / "weights"
     assert len(list(shards.glob("*.safetensors"))) == 2
-    helpers.run(together / "to-one", recipe(UNEVEN, **ADAMW))
-    helpers.run(tmp_path / "one", recipe(UNEVEN, **ADAMW))
-    for name in ("to-one", "from-one"):
-        compare(together / name, tmp_path / "one", tolerance=2e-5)
-        assert [e["step"] for e in read_log(together / name / "log.jsonl") if e["event"] == "resume"] == [2]
+    train(together / f"to-one-{strategy}", strategy, **ADAMW)
+    train(tmp_path / "one", strategy, **ADAMW)
+    for run in (together / f"{name}-{strategy}" for name in ("to-one", "from-one")):
+        compare(run, tmp_path / "one", tolerance=2e-5)
+        assert [e["step"] for e in read_log(run / "log.jsonl") if e["event"] == "resume"] == [2]
 
 
 def test_a_fault_of_one_process_is_told_once(together: Path) -> None:
