@@ -22,12 +22,15 @@ from torch import distributed as dist
 
 import chiasm
 import tiny
-from chiasm.data.schema import ImageRef
+from chiasm.data.schema import ImageRef, Sample
 from chiasm.training import stage_run
+from chiasm.training.batches import Order
 from chiasm.training.errors import TrainingError
 from chiasm.training.log import read_log
+from chiasm.training.recipe import load_recipe
 from chiasm.training.schema import Stage
 from chiasm.training.stage_model import AnswerModel
+from chiasm.training.team import Team
 
 FULL = {"tune": "full", "lr": 1e-2}
 FULL_CONNECTOR = {"connector": FULL}
@@ -90,16 +93,42 @@ def compare(one: Path, other: Path, tolerance: float = 1e-6) -> None:
         assert torch.allclose(tensor, expected[name], rtol=0, atol=tolerance), name
 
 
-def train(folder: Path, strategy: str, **settings: Any) -> None:
+def train(folder: Path, strategy: str, data: list[Sample] | None = None, **settings: Any) -> None:
     """The run of a strategy, by as many processes as there are."""
     model, parts, more = STRATEGIES[strategy]
     asked = recipe(parts, model, **settings, **more)
-    helpers.run(folder, asked, MODELS[model](), cache_root=folder.parent / "features")
+    helpers.run(folder, asked, MODELS[model](), data, cache_root=folder.parent / "features")
 
 
 ADAMW = {"optimizer": "adamw", "accumulate": 1, "checkpoint_every": 2}
 UNEVEN = ("lora-encoder", "late-connector")
 """Strategies with tensors that two processes share unevenly, or cannot share: a temperature is one number."""
+
+
+ONE_SIDED = ("connector", "everything", "intermediate", "unified")
+"""Strategies that are tried with pictures in one process only."""
+ONE_EPOCH = {"steps": 2, "group_by_length": False, "validation": {"samples": 0}}
+
+
+def one_sided() -> list[Sample]:
+    """Two steps of which the first of two processes reads text alone, and the other one pictures alone."""
+    order = Order(range(16), None, load_recipe(recipe(FULL_CONNECTOR, **ONE_EPOCH)).stages[0], 0)
+    batches = [batch for step in range(2) for batch in order.step(step)]
+    blind = {index for batch in batches for index in Team(0, 2).share(batch)}
+    return [helpers.sample(index, images=int(index not in blind)) for index in range(16)]
+
+
+def looked(folder: Path, strategy: str, **settings: Any) -> None:
+    """A run on such data; whether this process was shown pictures is written down."""
+    shown, losses = list[bool](), AnswerModel.losses
+
+    def noting(self: AnswerModel, inputs: dict[str, torch.Tensor], *rest: Any) -> dict[str, torch.Tensor]:
+        shown.append("pixel_values" in inputs or "image_features" in inputs)
+        return losses(self, inputs, *rest)
+
+    with patch.object(AnswerModel, "losses", noting):
+        train(folder, strategy, one_sided(), **ONE_EPOCH, **settings)
+    (folder / f"shown-{dist.get_rank()}.json").write_text(json.dumps(shown))
 
 
 def stop(folder: Path, strategy: str, **settings: Any) -> None:
@@ -122,6 +151,8 @@ def work(folder: Path) -> None:
     dist.init_process_group("gloo")
     for parallel, strategy in product(PARALLEL, STRATEGIES):
         train(folder / f"{parallel}-{strategy}", strategy, parallel=parallel)
+    for parallel, strategy in product(PARALLEL, ONE_SIDED):
+        looked(folder / f"one-sided-{parallel}-{strategy}", strategy, parallel=parallel)
     for strategy in UNEVEN:
         stop(folder / f"to-one-{strategy}", strategy, parallel="fsdp", **ADAMW)
         train(folder / f"from-one-{strategy}", strategy, parallel="fsdp", **ADAMW)
@@ -199,6 +230,15 @@ def test_two_processes_equal_one(tmp_path: Path, together: Path, strategy: str) 
     train(tmp_path / "one", strategy)
     for parallel in PARALLEL:
         compare(together / f"{parallel}-{strategy}", tmp_path / "one")
+
+
+@pytest.mark.parametrize("strategy", ONE_SIDED)
+def test_pictures_in_one_process_and_text_in_the_other(tmp_path: Path, together: Path, strategy: str) -> None:
+    train(tmp_path / "one", strategy, one_sided(), **ONE_EPOCH)
+    for parallel in PARALLEL:
+        run = together / f"one-sided-{parallel}-{strategy}"
+        assert [json.loads((run / f"shown-{rank}.json").read_text()) for rank in (0, 1)] == [[False] * 4, [True] * 4]
+        compare(run, tmp_path / "one")
 
 
 @pytest.mark.parametrize("strategy", UNEVEN)
