@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.collation import require_one_size
-from chiasm.data.schema import Sample
+from chiasm.data.schema import Samples
 from chiasm.fusion.adapters import plain_name
 from chiasm.fusion.late import LateFusionModel
 from chiasm.training.checkpoint import WEIGHTS, restore
@@ -51,10 +51,10 @@ def train(
     recipe: str | Path | dict[str, Any] | Recipe,
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    samples: Sequence[Sample],
+    samples: Samples,
     output: str | Path,
     *,
-    validation_samples: Sequence[Sample] | None = None,
+    validation_samples: Samples | None = None,
     overrides: Sequence[str] = (),
     generate: Generate | None = None,
     closed_form: Callable[..., Any] = closed_form_start,
