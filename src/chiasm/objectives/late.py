@@ -95,7 +95,8 @@ def answer_loss(
 
     def answers(pixels: Tensor | None, features: Tensor | None, ids: Tensor, *rest: Tensor | None) -> Tensor:
         mask, pooled = rest
-        return model.answers(model.patches(pixels, features), model.pooled_texts(ids, mask) if pooled is None else pooled)
+        pooled = model.pooled_texts(ids, mask) if pooled is None else pooled
+        return model.answers(model.patches(pixels, features), pooled)
 
     shown = inputs.get("pixel_values"), inputs.get("image_features")
     logits = reaching(answers, *shown, inputs["input_ids"], inputs.get("attention_mask"), pooled_texts)
