@@ -282,8 +282,8 @@ def _scan_tar(tar: Path) -> tuple[list[tuple[str, str, ByteRange]], str | None]:
 
 def _damaged(tar: Path, place: int, reason: str) -> str:
     return (
-        f"shard {tar} is cut off or damaged at byte {place:,} of {tar.stat().st_size:,} ({reason}), and what stands there "
-        "and behind it is lost: fetch it again; shards must be whole, uncompressed tars"
+        f"shard {tar} is cut off or damaged at byte {place:,} of {tar.stat().st_size:,} ({reason}), and what stands "
+        "there and behind it is lost: fetch it again; shards must be whole, uncompressed tars"
     )
 
 
