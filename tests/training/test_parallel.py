@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -171,35 +172,48 @@ def work(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def die(folder: Path) -> None:
-    """A run of which the second process is killed."""
+END = {"dies": signal.SIGKILL, "hangs": signal.SIGSTOP}
+PARALLEL_OF = {"dies": "ddp", "hangs": "fsdp"}
+
+
+def lost(how: str) -> dict[str, Any]:
+    return recipe(FULL_CONNECTOR, checkpoint_every=1, parallel=PARALLEL_OF[how])
+
+
+def end(folder: Path, how: str) -> None:
+    """A run of which the second process dies or hangs."""
     log_step = stage_run.StageRun._log_step
 
-    def dying(self: Any, step: int, *rest: Any) -> None:
+    def ending(self: Any, step: int, *rest: Any) -> None:
         if step == 2 and self.team.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+            (folder.parent / "moment").write_text(str(time.time()))
+            os.kill(os.getpid(), END[how])
         log_step(self, step, *rest)
 
-    stage_run.StageRun._log_step = dying  # type: ignore[method-assign]
+    stage_run.StageRun._log_step = ending  # type: ignore[method-assign]
     try:
-        helpers.run(folder, recipe(FULL_CONNECTOR, checkpoint_every=1))
+        helpers.run(folder, lost(how))
     except TrainingError as error:
         sys.exit(f"told: {error}")
 
 
-def spawn(call: str, *arguments: Any, size: int = 2) -> list[subprocess.Popen]:
-    """A function of this file in several processes that know of each other."""
+def spawn(call: str, *arguments: Any, patience: int = 60) -> list[subprocess.Popen]:
+    """A function of this file in two processes that know of each other, and wait so many seconds for each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    common |= {"PYTHONPATH": os.pathsep.join(paths), "TORCH_CPP_LOG_LEVEL": "ERROR", "CHIASM_PROCESS_TIMEOUT": "60"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    common |= {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "CHIASM_PROCESS_TIMEOUT": str(patience),
+    }
     code = f"import sys, pathlib, test_parallel; test_parallel.{call}(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return [
         subprocess.Popen(command, env={**os.environ, **common, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(size)
+        for rank in range(2)
     ]
 
 
@@ -263,12 +277,19 @@ def test_a_fault_of_one_process_is_told_once(together: Path) -> None:
         assert second == ["Stopped", "1" if kind == "TrainingError" else "2"]
 
 
-def test_a_process_that_dies_stops_the_others(tmp_path: Path) -> None:
-    (code, said), (killed, _) = finish(spawn("die", tmp_path / "run"))
-    assert killed == -signal.SIGKILL and code == 1
-    assert re.search(r"told: process 0 of 2 lost another one, which died or hung \(.+\); .*run the same command", said)
-    helpers.run(tmp_path / "run", recipe(FULL_CONNECTOR, checkpoint_every=1))
-    helpers.run(tmp_path / "one", recipe(FULL_CONNECTOR, checkpoint_every=1))
+@pytest.mark.parametrize("how", END)
+def test_a_process_that_is_lost_stops_the_others_in_time(tmp_path: Path, how: str) -> None:
+    patience = 20
+    first, second = spawn("end", tmp_path / "run", how, patience=patience)
+    said = first.communicate(timeout=600)[1]
+    waited = time.time() - float((tmp_path / "moment").read_text())
+    second.kill()
+    second.communicate()
+    assert first.returncode == 1 and waited < patience + 30, said
+    line = r"told: process 0 of 2 lost another one, which died or hung \(.+\); .*run the same command again: it goes on"
+    assert len(re.findall(line, said)) == 1, said
+    helpers.run(tmp_path / "run", lost(how))
+    helpers.run(tmp_path / "one", lost(how))
     compare(tmp_path / "run", tmp_path / "one")
 
 
