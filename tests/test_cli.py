@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from rich.console import Console
 from safetensors import SafetensorError
@@ -15,6 +16,7 @@ import chiasm
 import chiasm.vlm
 import tiny
 from chiasm.api import progress_bar
+from chiasm.cli import app
 from chiasm.generation.engine import Engine, Piece
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
@@ -309,6 +311,38 @@ def test_a_conversation_remembers(run: Any, model: Path, data: Path, monkeypatch
     code, out, err = run("chat", model, data.parent / "0.png", "--max-new-tokens", 3)
     assert code == 0, err
     assert "no such picture" in out
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_packed_weights_in_a_chat(
+    run: Any, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    packed = chiasm.load(model)
+    Engine(packed.model, packed.processor, weights=weights, release=True).close()
+    picture, few = data.parent / "0.png", {"max_new_tokens": 5}
+    expected = packed.chat(picture, "Colour?", **few)
+    asked = ["chat", model, picture, "--max-new-tokens", 5, "--weights", weights]
+    code, out, err = run(*asked, "-p", "Colour?")
+    assert code == 0 and out.strip() == expected, err
+    code, out, err = run(*asked, "-p", "Colour?", "--show-attention", data.parent / "seen.png", "--json")
+    assert code == 0 and json.loads(out)["answer"] == expected, err
+    shot = packed.chat(picture, "Colour?", examples=[(picture, "Colour?", "red")], **few)
+    code, out, err = run(*asked, "-p", "Colour?", "--example", f"{picture}|Colour?|red")
+    assert code == 0 and out.strip() == shot, err
+    lines = iter(["Colour?", "/quit"])
+    monkeypatch.setattr("rich.console.Console.input", lambda *_: next(lines))
+    code, out, err = run(*asked)
+    assert code == 0 and expected in out, err
+
+
+def test_weights_are_one_option_of_chat_and_serve(run: Any, model: Path) -> None:
+    told = [
+        next(p.help for p in typer.main.get_command(app).commands[verb].params if p.name == "weights")  # type: ignore[attr-defined]
+        for verb in ("chat", "serve")
+    ]
+    assert told[0] == told[1]
+    code, _, err = run("chat", model, "-p", "Hi", "--weights", "int3")
+    assert code == 2 and "weights='int3', expected one of float32, int8, int4" in err
 
 
 def test_brackets_are_printed_as_they_are(run: Any, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
