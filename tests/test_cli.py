@@ -167,6 +167,33 @@ def test_broken_samples_are_left_out_of_an_evaluation_on_demand(run: Any, model:
     assert "none of the 2 samples can be used, the first being" in " ".join(err.split())
 
 
+def test_an_evaluation_that_was_stopped_goes_on(
+    run: Any, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped with the second model: the first one's answers, and the other's so far, are not asked for again."""
+    folder, generate, batches = tmp_path / "result", chiasm.VLM.generate, []
+    asked = ["eval", model, "--data", data, "--max-new-tokens", 2, "--batch-size", 8, "--against", tmp_path / "other"]
+    chiasm.connect(tiny.vision(seed=7), tiny.language(), tokenizer=tiny.tokenizer()).save_pretrained(tmp_path / "other")
+
+    def dying(self: chiasm.VLM, *given: Any, **options: Any) -> list[str]:
+        if len(batches) == 7:
+            raise KeyboardInterrupt
+        batches.append(given)
+        return generate(self, *given, **options)
+
+    monkeypatch.setattr(chiasm.VLM, "generate", dying)
+    code, _, err = run(*asked, "-o", folder)
+    assert code == 130 and "stopped; the same command goes on from the answers in" in err
+    assert len((folder / "answers.jsonl").read_text().splitlines()) == 7
+    batches.clear()
+    assert run(*asked, "-o", folder)[0] == 0 and len(batches) == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["results.jsonl", "summary.json"]
+    monkeypatch.setattr(chiasm.VLM, "generate", generate)
+    assert run(*asked, "-o", tmp_path / "whole")[0] == 0
+    for name in ("results.jsonl", "summary.json"):
+        assert (folder / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
 def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
     assert run("data", "check", data)[0] == 0
     (data.parent / "3.png").write_bytes((data.parent / "3.png").read_bytes()[:60])
