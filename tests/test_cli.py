@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from rich.console import Console
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ import chiasm
 import chiasm.vlm
 import tiny
 from chiasm.api import progress_bar
+from chiasm.cli import app
 from chiasm.generation.engine import Engine, Piece
 from chiasm.training.log import Reporter, Task
 
@@ -167,6 +169,33 @@ def test_broken_samples_are_left_out_of_an_evaluation_on_demand(run: Any, model:
     assert "none of the 2 samples can be used, the first being" in " ".join(err.split())
 
 
+def test_an_evaluation_that_was_stopped_goes_on(
+    run: Any, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped with the second model: the first one's answers, and the other's so far, are not asked for again."""
+    folder, generate, batches = tmp_path / "result", chiasm.VLM.generate, []
+    asked = ["eval", model, "--data", data, "--max-new-tokens", 2, "--batch-size", 8, "--against", tmp_path / "other"]
+    chiasm.connect(tiny.vision(seed=7), tiny.language(), tokenizer=tiny.tokenizer()).save_pretrained(tmp_path / "other")
+
+    def dying(self: chiasm.VLM, *given: Any, **options: Any) -> list[str]:
+        if len(batches) == 7:
+            raise KeyboardInterrupt
+        batches.append(given)
+        return generate(self, *given, **options)
+
+    monkeypatch.setattr(chiasm.VLM, "generate", dying)
+    code, _, err = run(*asked, "-o", folder)
+    assert code == 130 and "stopped; the same command goes on from the answers in" in err
+    assert len((folder / "answers.jsonl").read_text().splitlines()) == 7
+    batches.clear()
+    assert run(*asked, "-o", folder)[0] == 0 and len(batches) == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["results.jsonl", "summary.json"]
+    monkeypatch.setattr(chiasm.VLM, "generate", generate)
+    assert run(*asked, "-o", tmp_path / "whole")[0] == 0
+    for name in ("results.jsonl", "summary.json"):
+        assert (folder / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
 def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
     assert run("data", "check", data)[0] == 0
     (data.parent / "3.png").write_bytes((data.parent / "3.png").read_bytes()[:60])
@@ -311,6 +340,38 @@ def test_a_conversation_remembers(run: Any, model: Path, data: Path, monkeypatch
     code, out, err = run("chat", model, data.parent / "0.png", "--max-new-tokens", 3)
     assert code == 0, err
     assert "no such picture" in out
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_packed_weights_in_a_chat(
+    run: Any, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    packed = chiasm.load(model)
+    Engine(packed.model, packed.processor, weights=weights, release=True).close()
+    picture, few = data.parent / "0.png", {"max_new_tokens": 5}
+    expected = packed.chat(picture, "Colour?", **few)
+    asked = ["chat", model, picture, "--max-new-tokens", 5, "--weights", weights]
+    code, out, err = run(*asked, "-p", "Colour?")
+    assert code == 0 and out.strip() == expected, err
+    code, out, err = run(*asked, "-p", "Colour?", "--show-attention", data.parent / "seen.png", "--json")
+    assert code == 0 and json.loads(out)["answer"] == expected, err
+    shot = packed.chat(picture, "Colour?", examples=[(picture, "Colour?", "red")], **few)
+    code, out, err = run(*asked, "-p", "Colour?", "--example", f"{picture}|Colour?|red")
+    assert code == 0 and out.strip() == shot, err
+    lines = iter(["Colour?", "/quit"])
+    monkeypatch.setattr("rich.console.Console.input", lambda *_: next(lines))
+    code, out, err = run(*asked)
+    assert code == 0 and expected in out, err
+
+
+def test_weights_are_one_option_of_chat_and_serve(run: Any, model: Path) -> None:
+    told = [
+        next(p.help for p in typer.main.get_command(app).commands[verb].params if p.name == "weights")  # type: ignore[attr-defined]
+        for verb in ("chat", "serve")
+    ]
+    assert told[0] == told[1]
+    code, _, err = run("chat", model, "-p", "Hi", "--weights", "int3")
+    assert code == 2 and "weights='int3', expected one of float32, int8, int4" in err
 
 
 def test_brackets_are_printed_as_they_are(run: Any, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

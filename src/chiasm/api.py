@@ -17,6 +17,7 @@ from chiasm.data.splits import Subset
 from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.evaluate import evaluate as evaluate_answers
+from chiasm.evaluation.kept import KeptAnswers, identity_of
 from chiasm.evaluation.retrieval import evaluate_retrieval
 from chiasm.evaluation.usable import of_one_picture, skipped_note, usable
 from chiasm.evaluation.zero_shot import TEMPLATES, evaluate_zero_shot
@@ -142,6 +143,7 @@ def evaluate(
     shots_from: Any = None,
     templates: Sequence[str] = (),
     skip_bad: bool = False,
+    answers: Path | None = None,
     progress: Progress | None = None,
 ) -> EvalResult:
     """Scores a model's answers per skill, or how well it finds, beside the control that is shown another picture.
@@ -155,6 +157,8 @@ def evaluate(
         shots_from: the data that they are drawn from; by default the train split where there is one.
         templates: prompts for zero-shot classification, with `{}` where the label stands.
         skip_bad: look at every sample first and leave out those that cannot be used; the result names them.
+        answers: a file that keeps written answers as they come; what the same model was asked before with the same
+            pictures and settings is taken from it.
 
     Raises:
         ValueError: an unusable sample without `skip_bad`, or an option that the task does not read.
@@ -186,8 +190,11 @@ def evaluate(
             result = evaluate_zero_shot(vlm.model, vlm.processor, samples, tuple(templates) or TEMPLATES, **shown)
         else:
             examples = _examples(data, samples, shots, shots_from, skip_bad)
+            kept = None
+            if answers is not None:
+                kept = KeptAnswers(answers, identity_of(vlm.model, vlm.processor, max_new_tokens=max_new_tokens))
             generate = partial(vlm.generate, max_new_tokens=max_new_tokens)
-            result = evaluate_answers(generate, samples, metric=metric, examples=examples, **shown)
+            result = evaluate_answers(generate, samples, metric=metric, examples=examples, kept=kept, **shown)
     except (SampleError, ImageError) as error:
         if skip_bad:
             raise

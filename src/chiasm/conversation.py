@@ -4,8 +4,8 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,46 @@ COMMANDS = {
 HISTORY_LINES = 1000
 
 
-def converse(vlm: VLM, images: list[Path], options: dict[str, Any], console: Console) -> None:
+@contextmanager
+def engine_of(vlm: VLM, weights: str) -> Iterator[Engine]:
+    """What answers one person, with the model's own weights or with packed ones in their place."""
+    engine = Engine(vlm.model, vlm.processor, max_batch=1, weights=weights, release=weights != "float32")
+    try:
+        yield engine
+    finally:
+        engine.close(finish=False)
+
+
+def answer(vlm: VLM, images: list[Path], prompt: str, options: dict[str, Any], weights: str) -> Iterator[str]:
+    """The pieces of one answer; packed weights are an engine's, the model's own need none.
+
+    Args:
+        options: fields of `Decoding`, and `examples`: solved ones that the prompt starts with.
+    """
+    if weights == "float32":
+        yield from vlm.stream(images, prompt, **options)
+        return
+    turns, shown, decoding = _read(options)
+    with engine_of(vlm, weights) as engine:
+        ticket = engine.submit(put_first(turns, user_message(prompt, len(images))), [*shown, *images], decoding)
+        yield from map(Trim(), (piece.text for piece in ticket))
+
+
+def converse(engine: Engine, images: list[Path], options: dict[str, Any], console: Console) -> None:
     """Questions and streamed answers until the end of input; earlier turns stay in the prompt.
 
     Args:
-        options: fields of `Decoding`, and `examples`: solved ones that every prompt starts with.
+        options: as `answer` takes them; the examples stand in front of every prompt.
     """
-    engine = Engine(vlm.model, vlm.processor, max_batch=1)
-    try:
-        with _typed_lines():
-            Conversation(engine, options, console, images).run()
-    finally:
-        engine.close(finish=False)
+    with _typed_lines():
+        Conversation(engine, options, console, images).run()
+
+
+def _read(options: dict[str, Any]) -> tuple[list[Message], list[Any], Decoding]:
+    """The examples' messages and pictures, and how tokens are chosen."""
+    decoding = dict(options)
+    turns, shown = solved(decoding.pop("examples", ()))
+    return turns, shown, Decoding(**decoding)
 
 
 class Conversation:
@@ -56,9 +84,7 @@ class Conversation:
 
     def __init__(self, engine: Engine, options: dict[str, Any], console: Console, images: list[Path]) -> None:
         self.engine, self.console = engine, console
-        decoding = dict(options)
-        self.turns, self.examples = solved(decoding.pop("examples", ()))
-        self.decoding = Decoding(**decoding)
+        self.turns, self.examples, self.decoding = _read(options)
         self.history: list[Message] = []
         self.shown: list[Path] = []
         self.waiting: list[Path] = []

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from chiasm.data.check import check
 from chiasm.data.readers import read
 from chiasm.data.rows import split_placeholders
 from chiasm.data.schema import Sample, SampleError, text_of
@@ -247,12 +248,13 @@ def test_image_folder_with_metadata_and_its_splits(folder: Path) -> None:
         read(folder / "set")
 
 
-def test_webdataset_shards(folder: Path) -> None:
-    def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
 
+
+def test_webdataset_shards(folder: Path) -> None:
     red, blue = ((folder / f"{colour}.png").read_bytes() for colour in ("red", "blue"))
     (folder / "shards").mkdir()
     with tarfile.open(folder / "shards" / "0.tar", "w") as tar:
@@ -277,6 +279,46 @@ def test_webdataset_shards(folder: Path) -> None:
         add(tar, "0.txt", b"x")
     with pytest.raises(ValueError, match="a compressed file: unpack it first"):
         read(folder / "z.tar.gz")
+
+
+DAMAGE = {
+    "a member": lambda shard, place: shard[: place + 700],
+    "a header": lambda shard, place: shard[: place + 100],
+    "between two": lambda shard, place: shard[:place],
+    "bits of a header": lambda shard, place: shard[: place + 9] + bytes([shard[place + 9] ^ 4]) + shard[place + 10 :],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_shard_keeps_its_samples_before_the_place(folder: Path, damage: str) -> None:
+    """The place is where the picture of the fifth of ten samples begins, whose caption stands before it."""
+    (folder / "shards").mkdir()
+    for number in range(3):
+        with tarfile.open(folder / "shards" / f"{number}.tar", "w") as tar:
+            for index in range(10):
+                add(tar, f"{number}{index}.txt", b"Red.")
+                add(tar, f"{number}{index}.png", (folder / "red.png").read_bytes())
+    shard = folder / "shards" / "1.tar"
+    with tarfile.open(shard) as tar:
+        place = tar.getmember("14.png").offset
+    shard.write_bytes(DAMAGE[damage](shard.read_bytes(), place))
+    samples = read(folder / "shards")
+    assert len(samples) == 10 + 5 + 10 and samples[13].id == "13" and samples[15].id == "20"
+    with pytest.raises(SampleError, match=r"sample '1\.tar': shard .*1\.tar is cut off or damaged at byte .*") as error:
+        samples[14]
+    assert "\n" not in str(error.value)
+    report = check(samples)
+    assert [(finding.kind, finding.index) for finding in report.findings] == [("damaged shard", 14)]
+    train, held = hold_out(samples)
+    assert len(train) + len(held) == 25
+    with pytest.raises(ValueError, match=r"shard .*1\.tar is cut off or damaged at byte 0 "):
+        read(cut(shard))
+
+
+def cut(shard: Path) -> Path:
+    """A shard of which only the first header is left."""
+    shard.write_bytes(shard.read_bytes()[:600])
+    return shard
 
 
 def test_mixture(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import chiasm
+import tiny
 from chiasm.data.schema import ImageRef, Sample, SampleError
 from chiasm.evaluation.evaluate import EvalResult, choose_metric, evaluate, wrong_pictures
+from chiasm.evaluation.kept import KeptAnswers, identity_of
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 NAMES = {value: name for name, value in COLOURS.items()}
@@ -241,6 +245,79 @@ def test_results_survive_the_disk(tmp_path) -> None:
     assert EvalResult.load(folder) == result
     lines = (folder / "results.jsonl").read_text(encoding="utf-8").split("\n")
     assert json.loads(lines[0])["sample"] == "가" and "가" in lines[0]
+
+
+class Asked:
+    """A model that sees, and counts what it is asked; it is stopped before its `dies_at`-th batch."""
+
+    def __init__(self, dies_at: int | None = None) -> None:
+        self.dies_at, self.batches = dies_at, 0
+
+    def __call__(self, messages, images):
+        if self.batches == self.dies_at:
+            raise KeyboardInterrupt
+        self.batches += 1
+        return seeing(messages, images)
+
+
+def stopped(samples: list[Sample], file: Path, after: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Asked(after), samples, batch_size=3, kept=KeptAnswers(file, "a"))
+
+
+def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
+    samples = [
+        replace(colour(str(i), name), messages=[ask(f"Colour {i}?", 1), say(name)])
+        for i, name in enumerate([*COLOURS] * 3)
+    ]
+    whole, again = evaluate(seeing, samples, batch_size=3), Asked()
+    for after in (3, 2):  # of eight batches, four with wrong pictures; three are there already at the second time
+        stopped(samples, tmp_path / "new" / "answers", after)
+    with (tmp_path / "new" / "answers").open("a") as file:
+        file.write('{"batch": "cut o')
+    assert evaluate(again, samples, batch_size=3, kept=KeptAnswers(tmp_path / "new" / "answers", "a")) == whole
+    assert again.batches == 3
+    last = Asked(0)
+    assert evaluate(last, samples, batch_size=3, kept=KeptAnswers(tmp_path / "new" / "answers", "a")) == whole
+
+
+@pytest.mark.parametrize("change", ["model or settings", "batch", "question", "picture"])
+def test_answers_are_kept_for_the_same_question_alone(tmp_path: Path, change: str) -> None:
+    samples = [colour(str(i), name) for i, name in enumerate(COLOURS)]
+    stopped(samples, tmp_path / "answers", 1)
+    if change == "question":
+        samples[1] = replace(samples[1], messages=[ask("Colour?", 1), say("green")])
+    if change == "picture":
+        samples[1] = replace(samples[1], images=[picture("white")])
+    kept = KeptAnswers(tmp_path / "answers", "b" if change == "model or settings" else "a")
+    asked = Asked()
+    evaluate(asked, samples, batch_size=2 if change == "batch" else 3, control=False, kept=kept)
+    assert asked.batches == 2
+
+
+def test_who_is_asked_is_known_by_weights_and_settings() -> None:
+    vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer())
+    first = identity_of(vlm.model, vlm.processor, max_new_tokens=4)
+    assert identity_of(vlm.model, vlm.processor, max_new_tokens=4) == first
+    assert identity_of(vlm.model, vlm.processor, max_new_tokens=5) != first
+    vlm.processor.tokenizer.chat_template += " "
+    second = identity_of(vlm.model, vlm.processor, max_new_tokens=4)
+    next(vlm.model.connector.parameters()).data[0, 0] += 1e-3
+    assert len({first, second, identity_of(vlm.model, vlm.processor, max_new_tokens=4)}) == 3
+
+
+def test_a_full_disk_stops_with_the_answers_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [colour(str(i), name) for i, name in enumerate(COLOURS)]
+    stopped(samples, tmp_path / "answers", 1)
+    kept = KeptAnswers(tmp_path / "answers", "a")
+
+    def full(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="answers is not written: the disk is full"):
+        patch.setattr(Path, "open", full)
+        evaluate(seeing, samples, batch_size=3, kept=kept)
+    assert len(KeptAnswers(tmp_path / "answers", "a").known) == 1
 
 
 def test_a_full_disk_leaves_the_older_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

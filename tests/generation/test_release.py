@@ -17,6 +17,7 @@ from chiasm.generation.engine import Engine
 from chiasm.generation.lean import lean_model
 from chiasm.generation.lean_decoder import LeanDecoder
 from chiasm.generation.packed_linear import PackedLinear
+from chiasm.training.recipe import load_recipe
 from tiny import picture
 
 
@@ -93,6 +94,21 @@ def test_what_needs_the_full_matrices_is_an_error(tmp_path: Path) -> None:
         _ = vlm.model.language.get_output_embeddings().weight
     with pytest.raises(ValueError, match="weights='float32', but an engine with release=True has left 'int8'"):
         Engine(vlm.model, vlm.processor)
+
+
+def test_a_refusal_to_train_changes_nothing(tmp_path: Path) -> None:
+    vlm = released()
+
+    def state() -> tuple[list[bool], list[bool]]:
+        return [m.training for m in vlm.model.modules()], [p.requires_grad for p in vlm.model.parameters()]
+
+    before = state()
+    stage = {"name": "tune", "steps": 1, "parts": {"*": "frozen", "connector": {"tune": "full", "lr": 1e-3}}}
+    for refused in (vlm.model.train, lambda: chiasm.train(load_recipe({"stages": [stage]}), vlm, [], tmp_path / "run")):
+        with pytest.raises(RuntimeError, match="cannot be trained: an engine with release=True has left only int8"):
+            refused()
+        assert state() == before
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_engine_with_other_weights_is_refused_in_any_precision() -> None:

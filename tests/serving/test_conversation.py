@@ -12,7 +12,7 @@ from rich.console import Console
 import chiasm
 import tiny
 from chiasm import terminal
-from chiasm.conversation import converse
+from chiasm.conversation import converse, engine_of
 from chiasm.data.readers import read
 from chiasm.generation.engine import Engine
 from chiasm.generation.text import TextStream
@@ -33,7 +33,8 @@ def talk(vlm: chiasm.VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         )
         monkeypatch.setattr(console, "input", lambda *_: next(said))
         monkeypatch.setattr("builtins.input", lambda *_: next(said))
-        converse(vlm, images or [], {"max_new_tokens": 4, "temperature": 0.0}, console)
+        with engine_of(vlm, "float32") as engine:
+            converse(engine, images or [], {"max_new_tokens": 4, "temperature": 0.0}, console)
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     return say

@@ -23,6 +23,7 @@ COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), 
 SETTINGS = {"batch_size": 4, "dtype": "float32", "validation": {"samples": 0}, "checkpoint_every": 2}
 FORGETTING_OFF = {"text": False, "pictures": 0}
 FROZEN = {"*": "frozen"}
+VQ = {"name": "vq", "image_size": [16, 16], "levels": [5, 5, 5], "width": 8, "depth": 1}
 FUSIONS = ("early", "intermediate")
 
 
@@ -35,6 +36,24 @@ def vlm(language: str = "llama", vision: str = "clip", connector: Any = "mlp", f
     connected = chiasm.connect(tiny.vision(vision), tiny.language(language), connector, fusion, **options)
     contracts.open_gates(connected.model, 0.5)
     return connected
+
+
+def dual_encoder(vision: str = "clip", language: str = "llama", **connector: Any) -> chiasm.DualEncoder:
+    """A tiny dual encoder, always with the same weights."""
+    pictures = ChiasmImageProcessor(30 if vision != "convnext" else 64, [0.5] * 3, [0.5] * 3)
+    options: dict[str, Any] = {"tokenizer": tiny.tokenizer(), "image_processor": pictures, "fusion": "late"}
+    return chiasm.connect(
+        tiny.vision(vision), tiny.language(language), {"name": "linear", "space": 11, **connector}, **options
+    )
+
+
+def unified(image_input: Any) -> chiasm.VLM:
+    """A tiny unified transformer, always with the same weights."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    torch.manual_seed(3)
+    return chiasm.connect(
+        language=sizes, fusion="unified", image_input=image_input, positions="mrope", unified={"qk_norm": "rms"}
+    )
 
 
 def sample(index: int, images: int = 1) -> Sample:
@@ -65,22 +84,39 @@ CROSS_ATTENTION = {"cross_attention": {"tune": "full", "lr": 1e-2}}
 
 def with_blocks(recipe: dict[str, Any], fusion: str) -> dict[str, Any]:
     """The recipe, whose stages tune gated cross-attention too where the fusion has it."""
-    if fusion == "early":
+    if fusion != "intermediate":
         return recipe
     return {**recipe, "stages": [{**s, "parts": {**s["parts"], **CROSS_ATTENTION}} for s in recipe["stages"]]}
 
 
-def run(folder: Path, recipe: Any, model: chiasm.VLM | None = None, data: Any = None, **options: Any) -> TrainResult:
+def run(
+    folder: Path,
+    recipe: Any,
+    model: chiasm.VLM | chiasm.DualEncoder | None = None,
+    data: Any = None,
+    **options: Any,
+) -> TrainResult:
     """`train` on the tiny model with a cache of its own, quietly; forgetting is measured where the recipe says so."""
     model = model or vlm()
     if isinstance(recipe, dict):
         recipe = {"forgetting": FORGETTING_OFF, **recipe}
     options = {"cache_root": folder.parent / "features", "quiet": True} | options
     data = samples() if data is None else data
-    return train(recipe, model.model, model.processor, data, folder, **options)
+    with _plain_kernels():
+        return train(recipe, model.model, model.processor, data, folder, **options)
 
 
-def weights(model: chiasm.VLM) -> dict[str, torch.Tensor]:
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """oneDNN compiles a kernel for every new shape: for tiny layers ten times the work of the arithmetic."""
+    was, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = was
+
+
+def weights(model: chiasm.VLM | chiasm.DualEncoder) -> dict[str, torch.Tensor]:
     """A copy of every weight."""
     return {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
 

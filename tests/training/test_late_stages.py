@@ -12,21 +12,11 @@ import chiasm.api
 import tiny
 from chiasm.data.schema import Sample
 from chiasm.training.log import read_log
-from chiasm.vision.image_processor import ChiasmImageProcessor
 
 LOCKED = {"vision": "frozen", "language": "frozen", "connector": {"tune": "full", "lr": 1e-2}}
 LIT = {**LOCKED, "language": {"tune": "full", "lr": 1e-3}}
 LORA = {**LIT, "vision": {"tune": "lora", "lr": 1e-2, "rank": 3}, "language": {"tune": "lora", "lr": 1e-2, "rank": 3}}
 HEAD = {"*": "frozen", "answer_head": {"tune": "full", "lr": 1e-2}}
-
-
-def encoder(vision: str = "clip", language: str = "llama", **connector: Any) -> chiasm.DualEncoder:
-    """A tiny dual encoder, always with the same weights."""
-    pictures = ChiasmImageProcessor(30 if vision != "convnext" else 64, [0.5] * 3, [0.5] * 3)
-    options: dict[str, Any] = {"tokenizer": tiny.tokenizer(), "image_processor": pictures, "fusion": "late"}
-    return chiasm.connect(
-        tiny.vision(vision), tiny.language(language), {"name": "linear", "space": 11, **connector}, **options
-    )
 
 
 def stage(**settings: Any) -> dict[str, Any]:
@@ -55,7 +45,7 @@ def check_same_scores(one: chiasm.DualEncoder, other: chiasm.DualEncoder) -> Non
 @pytest.mark.parametrize("objective", ["contrastive", "sigmoid"])
 @pytest.mark.parametrize("parts", [LOCKED, LIT])
 def test_a_stage_changes_what_it_names(objective: str, parts: dict[str, Any], tmp_path: Path) -> None:
-    model = encoder(logit_bias=-5.0 if objective == "sigmoid" else None)
+    model = helpers.dual_encoder(logit_bias=-5.0 if objective == "sigmoid" else None)
     before = helpers.weights(model)
     result = helpers.run(tmp_path / "run", {"stages": [stage(objectives=[objective], parts=parts)]}, model, data())
     assert moved(model, before) == {part for part, plan in parts.items() if plan != "frozen"}
@@ -67,7 +57,7 @@ def test_a_stage_changes_what_it_names(objective: str, parts: dict[str, Any], tm
 
 @pytest.mark.parametrize("vision", ["siglip", "dinov2", "convnext"])
 def test_lora_in_both_towers(vision: str, tmp_path: Path) -> None:
-    model = encoder(vision, "gpt2")
+    model = helpers.dual_encoder(vision, "gpt2")
     if vision == "convnext":
         parts: dict[str, Any] = {**LORA, "vision": {"tune": "full", "lr": 1e-3}}
     else:
@@ -81,7 +71,7 @@ def test_lora_in_both_towers(vision: str, tmp_path: Path) -> None:
 def test_learning_tells_captions_apart_beside_the_shuffled_control(tmp_path: Path) -> None:
     settings = stage(steps=60, batch_size=8, parts=LIT, validation={"samples": 8})
     result = helpers.run(
-        tmp_path / "run", {"stages": [settings]}, encoder(), data(48)[8:], validation_samples=data(48)[:8]
+        tmp_path / "run", {"stages": [settings]}, helpers.dual_encoder(), data(48)[8:], validation_samples=data(48)[:8]
     )
     first, last = events(result, "validation")
     assert last["loss"] < first["loss"] and last["loss"] < last["shuffled_loss"]
@@ -90,7 +80,7 @@ def test_learning_tells_captions_apart_beside_the_shuffled_control(tmp_path: Pat
 def test_chunks_change_nothing(tmp_path: Path) -> None:
     runs = {}
     for chunk in (None, 3):
-        model = encoder()
+        model = helpers.dual_encoder()
         result = helpers.run(
             tmp_path / str(chunk), {"stages": [stage(parts=LIT, batch_size=8, chunk=chunk)]}, model, data()
         )
@@ -104,7 +94,7 @@ def test_vectors_of_a_frozen_text_tower_change_nothing(tmp_path: Path, monkeypat
     runs = []
     for kept in (100, 0):
         monkeypatch.setattr("chiasm.training.late_stage.KEPT_TEXTS", kept)
-        result = helpers.run(tmp_path / str(kept), {"stages": [stage()]}, encoder(), data())
+        result = helpers.run(tmp_path / str(kept), {"stages": [stage()]}, helpers.dual_encoder(), data())
         runs.append([event["loss"] for event in events(result, "step")])
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
 
@@ -122,12 +112,12 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, dies_at: int) -> None:
     """The last stage is one after the head was made."""
     stages = [*TWO["stages"], stage(name="again", parts={**LIT, "answer_head": "frozen"}, steps=3)]
     settings = {"stages": [{**s, "checkpoint_every": 1} for s in stages]}
-    helpers.whole_and_resumed(tmp_path, settings, encoder, data(), dies_at)
+    helpers.whole_and_resumed(tmp_path, settings, helpers.dual_encoder, data(), dies_at)
 
 
 def test_the_preview_knows_the_head_of_an_earlier_stage() -> None:
     stages = [*TWO["stages"], stage(name="again", parts={**LIT, "answer_head": "frozen"}, steps=3)]
-    model = encoder()
+    model = helpers.dual_encoder()
     *_, again = chiasm.api.preview({"stages": stages}, model, data(), quiet=True)
     assert again.plan.states["answer_head"] == "frozen"
     assert model.model.config.answer_head is None
@@ -137,7 +127,7 @@ def test_the_preview_knows_the_head_of_an_earlier_stage() -> None:
 
 @pytest.mark.parametrize("combine", ["concat", "product", "mlp"])
 def test_a_head_learns_to_answer_and_leaves_the_towers(combine: str, tmp_path: Path) -> None:
-    model = encoder()
+    model = helpers.dual_encoder()
     cosines = model.score(tiny.picture(), ["red", "green"])
     settings = stage(
         name="answer", objectives=["answers"], parts=HEAD, steps=60, batch_size=8, validation={"samples": 8}
@@ -159,7 +149,7 @@ def test_a_head_learns_to_answer_and_leaves_the_towers(combine: str, tmp_path: P
 
 def test_answers_beyond_the_list_teach_nothing(tmp_path: Path) -> None:
     settings = stage(name="answer", objectives=["answers"], parts=HEAD, answer_head={"most": 2})
-    model = encoder()
+    model = helpers.dual_encoder()
     result = helpers.run(tmp_path / "run", {"stages": [settings]}, model, data())
     assert model.model.config.answer_head["answers"] == ["blue", "green"]
     assert sum(event["supervised_tokens"] for event in events(result, "step")) < 16
@@ -179,7 +169,7 @@ def test_answers_beyond_the_list_teach_nothing(tmp_path: Path) -> None:
 )
 def test_stages_that_make_no_sense_are_refused(settings: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=told):
-        helpers.run(tmp_path / "run", {"stages": [stage(**settings)]}, encoder(), data())
+        helpers.run(tmp_path / "run", {"stages": [stage(**settings)]}, helpers.dual_encoder(), data())
 
 
 def test_late_objectives_are_for_late_fusion(tmp_path: Path) -> None:
@@ -189,7 +179,7 @@ def test_late_objectives_are_for_late_fusion(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["clip", "siglip", "late_vqa"])
 def test_the_shipped_recipes_run(recipe: str, tmp_path: Path) -> None:
-    model = encoder(logit_bias=-10.0 if recipe == "siglip" else None)
+    model = helpers.dual_encoder(logit_bias=-10.0 if recipe == "siglip" else None)
     short = ["steps=2", "batch_size=4", "dtype=float32", "validation.samples=4"]
     result = helpers.run(tmp_path / "run", recipe, model, data(), overrides=short)
     assert chiasm.load(result.model).model.config.fusion == "late"
@@ -197,7 +187,7 @@ def test_the_shipped_recipes_run(recipe: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["clip", "late_vqa"])
 def test_a_plan_is_shown_before_it_is_trained(recipe: str) -> None:
-    model = encoder()
+    model = helpers.dual_encoder()
     before = helpers.weights(model)
     stages = chiasm.api.preview(recipe, model, data(), overrides=["batch_size=4"])
     assert all(stage.seconds is not None and stage.memory.optimizer > 0 for stage in stages)

@@ -7,7 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,21 +22,51 @@ import torch
 from torch import distributed as dist
 
 import chiasm
-from chiasm.data.schema import ImageRef
+import tiny
+from chiasm.data.schema import ImageRef, Sample
 from chiasm.training import stage_run
+from chiasm.training.batches import Order
 from chiasm.training.errors import TrainingError
 from chiasm.training.log import read_log
+from chiasm.training.recipe import load_recipe
 from chiasm.training.schema import Stage
 from chiasm.training.stage_model import AnswerModel
+from chiasm.training.team import Team
 
 FULL = {"tune": "full", "lr": 1e-2}
 FULL_CONNECTOR = {"connector": FULL}
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "connector": FULL_CONNECTOR,
-    "encoder": {"connector": FULL, "vision": FULL},
-    "lora": helpers.LORA,
-    "everything": {"connector": FULL, "vision": FULL, "language": FULL},
+NORMS, LATER = {**FULL, "only": "norms"}, {**FULL, "from_layer": 1}
+DORA, RSLORA = ({"tune": method, "lr": 1e-2, "rank": 3} for method in ("dora", "rslora"))
+PAIRS, BLIP2 = {"objectives": ["contrastive"]}, {"objectives": ["contrastive", "grounded_generation"]}
+ANSWERS, CODES = {"objectives": ["answers"]}, {"objectives": ["reconstruction"]}
+STRATEGIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "connector": ("early", FULL_CONNECTOR, {}),
+    "encoder": ("early", {"connector": FULL, "vision": FULL}, {}),
+    "lora": ("early", helpers.LORA, {}),
+    "lora-encoder": ("early", {**helpers.LORA, "vision": FULL}, {}),
+    "dora": ("early", {"connector": FULL, "vision": DORA, "language": DORA}, {}),
+    "rslora": ("early", {"connector": FULL, "vision": RSLORA, "language": RSLORA}, {}),
+    "norms": ("early", {"connector": FULL, "vision": NORMS, "language": NORMS}, {}),
+    "from_layer": ("early", {"connector": FULL, "vision": LATER, "language": LATER}, {}),
+    "everything": ("early", {"connector": FULL, "vision": FULL, "language": FULL}, {}),
+    "intermediate": ("intermediate", {"connector": FULL, "vision": NORMS}, {}),
+    "late": ("late", {"connector": FULL, "vision": FULL, "language": RSLORA}, PAIRS),
+    "late-connector": ("late", FULL_CONNECTOR, PAIRS),
+    "late-answers": ("late", {"answer_head": FULL, "vision": NORMS}, ANSWERS),
+    "blip-2": ("q-former", {"connector": FULL, "vision": NORMS}, BLIP2),
+    "unified": ("unified", {"vision": FULL, "language": FULL}, {}),
+    "image-tokenizer": ("image-tokenizer", {"vision": FULL}, CODES),
 }
+"""Model, parts and settings of every run that is compared; parts that are not named are frozen."""
+MODELS: dict[str, Callable[[], chiasm.VLM | chiasm.DualEncoder]] = {
+    "early": helpers.vlm,
+    "intermediate": partial(helpers.vlm, fusion="intermediate"),
+    "q-former": partial(helpers.vlm, connector=tiny.connector("qformer")),
+    "late": helpers.dual_encoder,
+    "unified": partial(helpers.unified, {"name": "patches", "patch_size": 10}),
+    "image-tokenizer": partial(helpers.unified, helpers.VQ),
+}
+PARALLEL = ("ddp", "fsdp")
 
 
 def recipe(parts: dict[str, Any], fusion: str = "early", **settings: Any) -> dict[str, Any]:
@@ -60,25 +94,48 @@ def compare(one: Path, other: Path, tolerance: float = 1e-6) -> None:
         assert torch.allclose(tensor, expected[name], rtol=0, atol=tolerance), name
 
 
-def jobs() -> dict[str, tuple[dict[str, Any], str]]:
-    """Recipe and fusion of every run that is compared."""
-    found = {}
-    for parallel in ("ddp", "fsdp"):
-        for name, parts in STRATEGIES.items():
-            found[f"{parallel}-{name}"] = (recipe(parts, parallel=parallel), "early")
-        blocks = recipe({"connector": FULL}, "intermediate", parallel=parallel)
-        found[f"{parallel}-intermediate"] = (blocks, "intermediate")
-    return found
+def train(folder: Path, strategy: str, data: list[Sample] | None = None, **settings: Any) -> None:
+    """The run of a strategy, by as many processes as there are."""
+    model, parts, more = STRATEGIES[strategy]
+    asked = recipe(parts, model, **settings, **more)
+    helpers.run(folder, asked, MODELS[model](), data, cache_root=folder.parent / "features")
 
 
 ADAMW = {"optimizer": "adamw", "accumulate": 1, "checkpoint_every": 2}
-UNEVEN = {**helpers.LORA, "vision": FULL}
+UNEVEN = ("lora-encoder", "late-connector")
+"""Strategies with tensors that two processes share unevenly, or cannot share: a temperature is one number."""
 
 
-def stop(folder: Path, settings: dict[str, Any]) -> None:
+ONE_SIDED = ("connector", "everything", "intermediate", "unified")
+"""Strategies that are tried with pictures in one process only."""
+ONE_EPOCH = {"steps": 2, "group_by_length": False, "validation": {"samples": 0}}
+
+
+def one_sided() -> list[Sample]:
+    """Two steps of which the first of two processes reads text alone, and the other one pictures alone."""
+    order = Order(range(16), None, load_recipe(recipe(FULL_CONNECTOR, **ONE_EPOCH)).stages[0], 0)
+    batches = [batch for step in range(2) for batch in order.step(step)]
+    blind = {index for batch in batches for index in Team(0, 2).share(batch)}
+    return [helpers.sample(index, images=int(index not in blind)) for index in range(16)]
+
+
+def looked(folder: Path, strategy: str, **settings: Any) -> None:
+    """A run on such data; whether this process was shown pictures is written down."""
+    shown, losses = list[bool](), AnswerModel.losses
+
+    def noting(self: AnswerModel, inputs: dict[str, torch.Tensor], *rest: Any) -> dict[str, torch.Tensor]:
+        shown.append("pixel_values" in inputs or "image_features" in inputs)
+        return losses(self, inputs, *rest)
+
+    with patch.object(AnswerModel, "losses", noting):
+        train(folder, strategy, one_sided(), **ONE_EPOCH, **settings)
+    (folder / f"shown-{dist.get_rank()}.json").write_text(json.dumps(shown))
+
+
+def stop(folder: Path, strategy: str, **settings: Any) -> None:
     """A run that ends without a word in its third step."""
     with helpers.killed_at(3):
-        helpers.run(folder, settings, cache_root=folder.parent / "features")
+        train(folder, strategy, **settings)
 
 
 def caught(folder: Path, name: str, settings: dict[str, Any], **options: Any) -> None:
@@ -93,10 +150,13 @@ def caught(folder: Path, name: str, settings: dict[str, Any], **options: Any) ->
 def work(folder: Path) -> None:
     """All runs, in one of two processes."""
     dist.init_process_group("gloo")
-    for name, (settings, fusion) in jobs().items():
-        helpers.run(folder / name, settings, helpers.vlm(fusion=fusion), cache_root=folder / "features")
-    stop(folder / "to-one", recipe(UNEVEN, parallel="fsdp", **ADAMW))
-    helpers.run(folder / "from-one", recipe(UNEVEN, parallel="fsdp", **ADAMW), cache_root=folder / "features")
+    for parallel, strategy in product(PARALLEL, STRATEGIES):
+        train(folder / f"{parallel}-{strategy}", strategy, parallel=parallel)
+    for parallel, strategy in product(PARALLEL, ONE_SIDED):
+        looked(folder / f"one-sided-{parallel}-{strategy}", strategy, parallel=parallel)
+    for strategy in UNEVEN:
+        stop(folder / f"to-one-{strategy}", strategy, parallel="fsdp", **ADAMW)
+        train(folder / f"from-one-{strategy}", strategy, parallel="fsdp", **ADAMW)
     losses = AnswerModel.losses
 
     def infinite(self: AnswerModel, *arguments: Any) -> dict[str, torch.Tensor]:
@@ -112,41 +172,54 @@ def work(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def die(folder: Path) -> None:
-    """A run of which the second process is killed."""
+END = {"dies": signal.SIGKILL, "hangs": signal.SIGSTOP}
+PARALLEL_OF = {"dies": "ddp", "hangs": "fsdp"}
+
+
+def lost(how: str) -> dict[str, Any]:
+    return recipe(FULL_CONNECTOR, checkpoint_every=1, parallel=PARALLEL_OF[how])
+
+
+def end(folder: Path, how: str) -> None:
+    """A run of which the second process dies or hangs."""
     log_step = stage_run.StageRun._log_step
 
-    def dying(self: Any, step: int, *rest: Any) -> None:
+    def ending(self: Any, step: int, *rest: Any) -> None:
         if step == 2 and self.team.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+            (folder.parent / "moment").write_text(str(time.time()))
+            os.kill(os.getpid(), END[how])
         log_step(self, step, *rest)
 
-    stage_run.StageRun._log_step = dying  # type: ignore[method-assign]
+    stage_run.StageRun._log_step = ending  # type: ignore[method-assign]
     try:
-        helpers.run(folder, recipe(FULL_CONNECTOR, checkpoint_every=1))
+        helpers.run(folder, lost(how))
     except TrainingError as error:
         sys.exit(f"told: {error}")
 
 
-def spawn(call: str, *arguments: Any, size: int = 2) -> list[subprocess.Popen]:
-    """A function of this file in several processes that know of each other."""
+def spawn(call: str, *arguments: Any, patience: int = 60) -> list[subprocess.Popen]:
+    """A function of this file in two processes that know of each other, and wait so many seconds for each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    common |= {"PYTHONPATH": os.pathsep.join(paths), "TORCH_CPP_LOG_LEVEL": "ERROR", "CHIASM_PROCESS_TIMEOUT": "60"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    common |= {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "CHIASM_PROCESS_TIMEOUT": str(patience),
+    }
     code = f"import sys, pathlib, test_parallel; test_parallel.{call}(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return [
         subprocess.Popen(command, env={**os.environ, **common, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(size)
+        for rank in range(2)
     ]
 
 
 def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
     """Exit codes and what was said."""
-    said = [process.communicate(timeout=240)[1] for process in processes]
+    said = [process.communicate(timeout=600)[1] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
@@ -154,7 +227,8 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the runs by two processes."""
     folder = tmp_path_factory.mktemp("two")
-    stop(folder / "from-one", recipe(UNEVEN, **ADAMW))
+    for strategy in UNEVEN:
+        stop(folder / f"from-one-{strategy}", strategy, **ADAMW)
     for code, said in finish(spawn("work", folder)):
         assert code == 0, said
     return folder
@@ -165,21 +239,31 @@ def test_the_first_process_decides_when_a_checkpoint_is_due(together: Path) -> N
     assert saved == [2, 4]
 
 
-@pytest.mark.parametrize("name", jobs())
-def test_two_processes_equal_one(tmp_path: Path, together: Path, name: str) -> None:
-    settings, fusion = jobs()[name]
-    helpers.run(tmp_path / "one", settings, helpers.vlm(fusion=fusion))
-    compare(together / name, tmp_path / "one")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_equal_one(tmp_path: Path, together: Path, strategy: str) -> None:
+    train(tmp_path / "one", strategy)
+    for parallel in PARALLEL:
+        compare(together / f"{parallel}-{strategy}", tmp_path / "one")
 
 
-def test_shards_go_on_in_another_number_of_processes(tmp_path: Path, together: Path) -> None:
-    shards = together / "to-one" / "checkpoints" / "align-2" / "weights"
+@pytest.mark.parametrize("strategy", ONE_SIDED)
+def test_pictures_in_one_process_and_text_in_the_other(tmp_path: Path, together: Path, strategy: str) -> None:
+    train(tmp_path / "one", strategy, one_sided(), **ONE_EPOCH)
+    for parallel in PARALLEL:
+        run = together / f"one-sided-{parallel}-{strategy}"
+        assert [json.loads((run / f"shown-{rank}.json").read_text()) for rank in (0, 1)] == [[False] * 4, [True] * 4]
+        compare(run, tmp_path / "one")
+
+
+@pytest.mark.parametrize("strategy", UNEVEN)
+def test_shards_go_on_in_another_number_of_processes(tmp_path: Path, together: Path, strategy: str) -> None:
+    shards = together / f"to-one-{strategy}" / "checkpoints" / "align-2" / "weights"
     assert len(list(shards.glob("*.safetensors"))) == 2
-    helpers.run(together / "to-one", recipe(UNEVEN, **ADAMW))
-    helpers.run(tmp_path / "one", recipe(UNEVEN, **ADAMW))
-    for name in ("to-one", "from-one"):
-        compare(together / name, tmp_path / "one", tolerance=2e-5)
-        assert [e["step"] for e in read_log(together / name / "log.jsonl") if e["event"] == "resume"] == [2]
+    train(together / f"to-one-{strategy}", strategy, **ADAMW)
+    train(tmp_path / "one", strategy, **ADAMW)
+    for run in (together / f"{name}-{strategy}" for name in ("to-one", "from-one")):
+        compare(run, tmp_path / "one", tolerance=2e-5)
+        assert [e["step"] for e in read_log(run / "log.jsonl") if e["event"] == "resume"] == [2]
 
 
 def test_a_fault_of_one_process_is_told_once(together: Path) -> None:
@@ -193,12 +277,19 @@ def test_a_fault_of_one_process_is_told_once(together: Path) -> None:
         assert second == ["Stopped", "1" if kind == "TrainingError" else "2"]
 
 
-def test_a_process_that_dies_stops_the_others(tmp_path: Path) -> None:
-    (code, said), (killed, _) = finish(spawn("die", tmp_path / "run"))
-    assert killed == -signal.SIGKILL and code == 1
-    assert re.search(r"told: process 0 of 2 lost another one, which died or hung \(.+\); .*run the same command", said)
-    helpers.run(tmp_path / "run", recipe(FULL_CONNECTOR, checkpoint_every=1))
-    helpers.run(tmp_path / "one", recipe(FULL_CONNECTOR, checkpoint_every=1))
+@pytest.mark.parametrize("how", END)
+def test_a_process_that_is_lost_stops_the_others_in_time(tmp_path: Path, how: str) -> None:
+    patience = 20
+    first, second = spawn("end", tmp_path / "run", how, patience=patience)
+    said = first.communicate(timeout=600)[1]
+    waited = time.time() - float((tmp_path / "moment").read_text())
+    second.kill()
+    second.communicate()
+    assert first.returncode == 1 and waited < patience + 30, said
+    line = r"told: process 0 of 2 lost another one, which died or hung \(.+\); .*run the same command again: it goes on"
+    assert len(re.findall(line, said)) == 1, said
+    helpers.run(tmp_path / "run", lost(how))
+    helpers.run(tmp_path / "one", lost(how))
     compare(tmp_path / "run", tmp_path / "one")
 
 

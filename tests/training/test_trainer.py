@@ -1,9 +1,13 @@
 """Whole runs on a tiny model: who changes, who does not, what is written, and what stops a run."""
 
 import errno
+import json
 import math
 import os
+import re
+import tarfile
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,8 @@ from safetensors.torch import load_file
 
 import chiasm
 import contracts
+from chiasm.data.containers import TarRows
+from chiasm.data.readers import read
 from chiasm.data.schema import ImageRef, Sample
 from chiasm.training import features
 from chiasm.training.checkpoint import TrainingError
@@ -302,6 +308,39 @@ def test_a_bad_sample_stops_the_run_by_name_or_is_skipped_and_counted(
     if kind == "picture":
         assert "broken.jpg: is not a picture" in events(result, "skipped")[0]["reason"]
     assert sum(event["samples"] for event in events(result, "step")) == 6
+
+
+def test_a_damaged_shard_is_named_and_the_run_goes_on_without_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three shards of eight samples one is cut in the middle, and one has a member with a flipped bit."""
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for index in range(8):
+                row = {"question": "colour", "answer": "red" if index % 2 else "blue"}
+                picture = BytesIO()
+                helpers.sample(index).images[0].load().save(picture, "PNG")
+                for ending, content in (("json", json.dumps(row).encode()), ("png", picture.getvalue())):
+                    member = tarfile.TarInfo(f"{number}{index}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, BytesIO(content))
+    shard = tmp_path / "1.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 3])
+    with tarfile.open(tmp_path / "2.tar") as tar:
+        place = tar.getmember("23.png").offset_data + 50
+    flipped = bytearray((tmp_path / "2.tar").read_bytes())
+    flipped[place] ^= 8
+    (tmp_path / "2.tar").write_bytes(flipped)
+    data, recipe = read(tmp_path), {"stages": [helpers.stage(steps=None, epochs=1)]}
+    with pytest.raises(ValueError, match=r"shard .*1\.tar is cut off or damaged at byte .*--skip-bad") as error:
+        helpers.run(tmp_path / "run", recipe, data=data)
+    assert "\n" not in str(error.value)
+    result = helpers.run(tmp_path / "run", recipe, data=data, overrides=["skip_bad=true"], quiet=False)
+    assert re.search(r"going on without what is lost: .*1\.tar is cut off", capsys.readouterr().err)
+    (skipped,) = events(result, "skipped")
+    assert re.search(r"2\.tar, member 23\.png: is truncated or damaged", skipped["reason"])
+    before = len(TarRows([shard])) - 1
+    assert 0 < before < 7 and sum(event["samples"] for event in events(result, "step")) == 8 + before + 7
 
 
 def test_an_encoder_that_cannot_be_compiled_is_noted_and_runs(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
 from PIL import Image
@@ -13,8 +14,6 @@ from chiasm.data.drawing import drawn
 from chiasm.data.schema import ImageRef, Sample
 from chiasm.training.recipe import load_recipe
 
-SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
-VQ = {"name": "vq", "image_size": [16, 16], "levels": [5, 5, 5], "width": 8, "depth": 1}
 COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250), "white": (250, 250, 250)}
 SMALL = ["batch_size=8", "validation.samples=6", "validation.every=20"]
 
@@ -31,19 +30,13 @@ def samples(drawings: bool = True, size: tuple[int, int] = (20, 20)) -> list[Sam
     return made
 
 
-def connect(image_input: Any) -> chiasm.VLM:
-    return chiasm.connect(
-        language=SIZES, fusion="unified", image_input=image_input, positions="mrope", unified={"qk_norm": "rms"}
-    )
-
-
 def log(result: Any, kind: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in Path(result.log).read_text().splitlines()]
     return [line for line in lines if kind in line.values()]
 
 
 def test_both_stages(tmp_path: Path) -> None:
-    vlm = connect(VQ)
+    vlm = helpers.unified(helpers.VQ)
     steps = [
         "stages.tokenizer.steps=60",
         "stages.tokenizer.parts.vision.lr=1e-2",
@@ -66,7 +59,7 @@ def test_both_stages(tmp_path: Path) -> None:
 
 
 def test_patches_of_different_shapes(tmp_path: Path) -> None:
-    vlm = connect({"name": "patches", "patch_size": 8})
+    vlm = helpers.unified({"name": "patches", "patch_size": 8})
     stage = {"name": "read", "steps": 30, "parts": {"vision": {"tune": "full", "lr": 3e-3}, "language": "full"}}
     recipe = {"lr": 3e-3, "batch_size": 8, "validation": {"samples": 6, "answers": 0}, "stages": [stage]}
     result = chiasm.train(load_recipe(recipe), vlm, samples(drawings=False), tmp_path / "run", quiet=True)
@@ -76,6 +69,6 @@ def test_patches_of_different_shapes(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stage 'tokenizer': reconstruction trains an image tokenizer, which"):
-        chiasm.train("unified", connect("patches"), samples(), tmp_path / "run", quiet=True)
+        chiasm.train("unified", helpers.unified("patches"), samples(), tmp_path / "run", quiet=True)
     with pytest.raises(ValueError, match="reconstruction trains an image tokenizer alone: make two stages"):
         load_recipe("unified", ["stages.tokenizer.objectives=[reconstruction, next_token]"])

@@ -26,6 +26,12 @@ err = Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 Model = Annotated[str, typer.Argument(help="A model folder or hub id.", show_default=False)]
 Data = Annotated[str, typer.Option("--data", help="LLaVA JSON, image folder, dataset folder, or emoji-scenes.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        "--weights", help="float32 gives the model's own tokens; int8 and int4 are faster and take less memory."
+    ),
+]
 
 
 def example(text: str) -> str:

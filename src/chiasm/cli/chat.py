@@ -1,12 +1,13 @@
 """`chat`: one answer, or a conversation in the terminal."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from chiasm.cli.app import Json, Model, app, emit, example, out, require_picture_name, require_words
+from chiasm.cli.app import Json, Model, Weights, app, emit, example, out, require_picture_name, require_words
 
 
 @app.command(epilog=example("chiasm chat models/mine cat.jpg -p 'What is this?'"))
@@ -22,10 +23,11 @@ def chat(
     show_attention: Annotated[
         Path | None, typer.Option(help="With -p: write a PNG of where each word of the answer looked.")
     ] = None,
+    weights: Weights = "float32",
     as_json: Json = False,
 ) -> None:
     """Ask about pictures: one answer with -p, otherwise a conversation."""
-    from chiasm.conversation import converse
+    from chiasm.conversation import answer, converse, engine_of
     from chiasm.terminal import printable
     from chiasm.vlm import load_vlm, ready_to_answer
 
@@ -46,18 +48,19 @@ def chat(
     vlm = ready_to_answer(load_vlm(model))
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "examples": examples}
     if prompt is None:
-        return converse(vlm, images, options, out)
-    if show_attention is not None:
-        seen = vlm.attention(images, prompt, **options)
+        with engine_of(vlm, weights) as engine:
+            return converse(engine, images, options, out)
+    if show_attention is None:
+        said = answer(vlm, images, prompt, options, weights)
+    else:
+        with nullcontext() if weights == "float32" else engine_of(vlm, weights):
+            seen = vlm.attention(images, prompt, **options)
         seen.save(show_attention)
+        said = iter([seen.answer])
     if as_json:
-        answer = vlm.chat(images, prompt, **options) if show_attention is None else seen.answer
-        return emit({"prompt": prompt, "images": list(map(str, images)), "answer": answer})
+        return emit({"prompt": prompt, "images": list(map(str, images)), "answer": "".join(said)})
     shown = printable if sys.stdout.isatty() else str
-    if show_attention is not None:
-        sys.stdout.write(f"{shown(seen.answer)}\n")
-        return None
-    for piece in vlm.stream(images, prompt, **options):
+    for piece in said:
         sys.stdout.write(shown(piece))
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -1,11 +1,13 @@
 """`eval`: how well a model answers, or finds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from chiasm.cli.app import Data, Json, Model, app, emit, err, example, out
+from chiasm.cli.app import Data, Json, Model, app, argument, emit, err, example, out
 
 LONGEST = 64
 
@@ -20,7 +22,8 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="validation, test, ...; by default everything.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples, evenly spread.")] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder for results.jsonl and summary.json.")
+        Path | None,
+        typer.Option("-o", "--output", help="Folder for results.jsonl and summary.json; a stopped one goes on there."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 16,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer that is written; else 64.")] = None,
@@ -45,6 +48,7 @@ def evaluate(
     """Score a model's answers per skill, or what it finds, with intervals, beside the wrong-picture control."""
     from chiasm import api
     from chiasm.evaluation.evaluate import EvalResult
+    from chiasm.evaluation.kept import ANSWERS
     from chiasm.evaluation.skills import caption_lines, to_table
 
     if output is not None and output.is_file():
@@ -62,17 +66,19 @@ def evaluate(
         "task": task,
         "templates": template,
         "skip_bad": skip_bad,
+        "answers": None if output is None else output / ANSWERS,
     }
-    with api.progress_bar("answering", err) as update:
-        result = api.evaluate(model, data, control=control, progress=update, **asked)
-    if output is not None:
-        result.save(output)
     other = None
-    if against is not None and scored:
-        other = EvalResult.load(against)
-    elif against is not None:
-        with api.progress_bar("answering, the other model", err) as update:
-            other = api.evaluate(against, data, control=False, progress=update, **asked)
+    with _told_where(output):
+        with api.progress_bar("answering", err) as update:
+            result = api.evaluate(model, data, control=control, progress=update, **asked)
+        if output is not None:
+            result.save(output)
+        if against is not None and scored:
+            other = EvalResult.load(against)
+        elif against is not None:
+            with api.progress_bar("answering, the other model", err) as update:
+                other = api.evaluate(against, data, control=False, progress=update, **asked)
     compared = {} if other is None else _compare(result, other, model, str(against))
     if as_json:
         plain = {key: value for key, value in compared.items() if key != "table"}
@@ -84,6 +90,21 @@ def evaluate(
         out.print(compared["table"])
         out.print(compared["verdict"], markup=False, highlight=False, soft_wrap=True)
     return None
+
+
+@contextmanager
+def _told_where(output: Path | None) -> Iterator[None]:
+    """Says where a stopped evaluation goes on; afterwards the answers that it kept for that are not needed."""
+    from chiasm.evaluation.kept import ANSWERS
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if output is not None:
+            err.print(f"stopped; the same command goes on from the answers in {argument(output)}", soft_wrap=True)
+        raise
+    if output is not None:
+        (output / ANSWERS).unlink(missing_ok=True)
 
 
 def _refuse_unread(models: list[str], max_new_tokens: int | None, shots: int) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from chiasm.cli.app import Json, app, err, example, out
+from chiasm.cli.app import Json, Weights, app, err, example, out
 
 KEYS = "CHIASM_API_KEYS"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -38,9 +38,7 @@ def serve(
     max_body: Annotated[int, typer.Option(help="Of a request, in MiB.")] = 32,
     max_batch: Annotated[int, typer.Option(help="Requests answered at the same time, by each model.")] = 8,
     max_waiting: Annotated[int, typer.Option(help="Requests in line, for each model; more get status 429.")] = 64,
-    weights: Annotated[
-        str, typer.Option(help="float32 gives the model's own tokens; int8 and int4 are faster and take less memory.")
-    ] = "float32",
+    weights: Weights = "float32",
     request_seconds: Annotated[float, typer.Option(help="For an answer, at most.")] = 300,
     as_json: Json = False,
 ) -> None:

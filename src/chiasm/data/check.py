@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from chiasm.data.schema import ImageError, ImageRef, Problem, Sample, SampleError, Samples, text_of
+from chiasm.data.schema import DAMAGED_SHARD, ImageError, ImageRef, Problem, Sample, SampleError, Samples, text_of
 
 KINDS = {
     "unreadable row": "the row is not valid, or in no known layout",
+    DAMAGED_SHARD: "a tar that is cut off or damaged: the samples from there on are lost",
     "placeholders": "as many image placeholders as pictures are needed",
     "role": "roles are system (first only), then user and assistant in turn",
     "no answer": "nothing to learn or to score: the assistant says nothing",

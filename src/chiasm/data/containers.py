@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from chiasm.data.schema import ByteRange, ImageRef, Problem, SampleError
+from chiasm.data.schema import DAMAGED_SHARD, ByteRange, ImageRef, Problem, SampleError
 
 SAVED_DATASET = ("dataset_dict.json", "dataset_info.json", "state.json")
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -74,21 +74,34 @@ class DatasetRows(Rows):
 
 
 class TarRows(Rows):
-    """WebDataset shards: the files of one base name are a row: `json` gives keys, `txt` a caption, the rest images."""
+    """WebDataset shards: the files of one base name are a row: `json` gives keys, `txt` a caption, the rest images.
+
+    Of a shard that is cut off or damaged the row that stands there cannot be read, and those behind it are not seen.
+    """
 
     def __init__(self, tars: list[Path]) -> None:
         self.folder, self.name = tars[0].parent, tars[0].stem
-        groups: dict[tuple[Path, str], dict[str, ByteRange]] = {}
+        self.groups: list[tuple[tuple[Path, str], dict[str, ByteRange]]] = []
+        self.damage: dict[int, str] = {}
         for tar in tars:
-            for stem, ending, place in _tar_members(tar):
+            groups: dict[tuple[Path, str], dict[str, ByteRange]] = {}
+            members, damage = _scan_tar(tar)
+            for stem, ending, place in members:
                 groups.setdefault((tar, stem), {})[ending] = place
-        self.groups = list(groups.items())
+            self.groups += groups.items()
+            if damage is not None:
+                self.groups += [((tar, ""), {})] if not groups else []
+                self.damage[len(self.groups) - 1] = damage
+        if len(self.damage) == len(self.groups):
+            raise ValueError("; ".join(self.damage.values()) or f"{tars[0]} holds no samples")
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def row(self, index: int) -> dict[str, Any]:
         (tar, stem), members = self.groups[index]
+        if index in self.damage:
+            raise SampleError(tar.name, [Problem(DAMAGED_SHARD, self.damage[index])])
         row: dict[str, Any] = {"id": stem}
         for ending, place in sorted(members.items()):
             try:
@@ -245,23 +258,33 @@ def _line_spans(blob: bytes, file: Path) -> Iterator[tuple[int, int]]:
         start = end + 1
 
 
-def _tar_members(tar: Path) -> Iterator[tuple[str, str, ByteRange]]:
-    """(base name, ending, place) of the files in an uncompressed tar."""
+def _scan_tar(tar: Path) -> tuple[list[tuple[str, str, ByteRange]], str | None]:
+    """(base name, ending, place) of the files in an uncompressed tar, and what is wrong with it if anything is."""
+    found: list[tuple[str, str, ByteRange]] = []
+    end = 0
     try:
         with tarfile.open(tar, "r:") as members:
             for member in members:
+                end = member.offset
                 if member.isfile():
                     folder, _, file = member.name.rpartition("/")
                     stem, _, ending = file.partition(".")
-                    yield (
-                        f"{folder}/{stem}".lstrip("/"),
-                        ending.lower(),
-                        ByteRange(tar, member.offset_data, member.size),
-                    )
+                    place = ByteRange(tar, member.offset_data, member.size)
+                    found.append((f"{folder}/{stem}".lstrip("/"), ending.lower(), place))
+            end = members.offset
     except tarfile.TarError as error:
-        raise ValueError(
-            f"{tar} is truncated or compressed ({error}): shards must be whole, uncompressed tars"
-        ) from error
+        return found, _damaged(tar, end, str(error))
+    mark = ByteRange(tar, end, tarfile.BLOCKSIZE).read()  # tarfile takes a bad header for the end
+    if mark == bytes(tarfile.BLOCKSIZE):
+        return found, None
+    return found, _damaged(tar, end, "a header is damaged" if len(mark) == tarfile.BLOCKSIZE else "its end is missing")
+
+
+def _damaged(tar: Path, place: int, reason: str) -> str:
+    return (
+        f"shard {tar} is cut off or damaged at byte {place:,} of {tar.stat().st_size:,} ({reason}), and what stands "
+        "there and behind it is lost: fetch it again; shards must be whole, uncompressed tars"
+    )
 
 
 def _unreadable(reason: str) -> Problem:

@@ -13,6 +13,8 @@ from chiasm.rgb import DAMAGE, to_rgb
 
 MAX_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB: Pillow's own warning level
 ROLES = ("system", "user", "assistant")
+DAMAGED_SHARD = "damaged shard"
+"""The kind of a `Problem` behind which many samples are lost, not one."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -16,8 +17,9 @@ from typing import Any
 from PIL import Image
 
 from chiasm.data.few_shot import put_first
-from chiasm.data.schema import Sample, Samples, text_of
+from chiasm.data.schema import ImageRef, Sample, Samples, text_of
 from chiasm.evaluation import captions
+from chiasm.evaluation.kept import KeptAnswers
 from chiasm.evaluation.metrics import METRICS, anls, contains, token_f1, tokens
 from chiasm.evaluation.skills import ALL, Row, summarise
 from chiasm.sources.writing import whole_file
@@ -49,10 +51,10 @@ class Question:
         """The solved examples and the prompt."""
         return put_first([message for example in self.examples for message in example.messages], self.prompt)
 
-    def pictures(self, shown: Sample) -> list[Image.Image]:
+    def pictures(self, shown: Sample) -> list[ImageRef]:
         """The examples' own pictures, then those of the sample that is shown."""
         before = [ref for example in self.examples for ref in example.images]
-        return [ref.load() for ref in (*before, *shown.images[: self.num_images])]
+        return [*before, *shown.images[: self.num_images]]
 
     @property
     def place(self) -> tuple[int, int]:
@@ -103,6 +105,7 @@ def evaluate(
     progress: Progress | None = None,
     metric: str | None = None,
     examples: Sequence[Samples] | None = None,
+    kept: KeptAnswers | None = None,
 ) -> EvalResult:
     """Score `generate` on `samples`, with the shuffled-image control beside it.
 
@@ -113,6 +116,7 @@ def evaluate(
         progress: called with the answers so far and the answers in total.
         metric: a key of `METRICS` for everything; by default chosen for each skill by `choose_metric`.
         examples: for every sample, solved ones that its questions start with; the control shows them as they are.
+        kept: answers of an evaluation that was stopped, which are not asked for again; new ones are added.
 
     A sample may list further accepted answers to its last question in `meta["answers"]`. Where a sample's id comes
     again, its question's `id` is numbered; `sample` is the id as it is.
@@ -134,8 +138,9 @@ def evaluate(
     controlled = [q for q in questions if q.num_images and q.sample in donors]
     total = len(questions) + len(controlled)
     own = {question.sample: question.sample for question in questions}
-    answers = _ask(generate, samples, questions, own, batch_size, progress, 0, total)
-    others = _ask(generate, samples, controlled, donors, batch_size, progress, len(questions), total)
+    ask, tell = partial(_ask, generate, samples, batch_size, kept), progress or (lambda *_: None)
+    answers = ask(questions, own, lambda done: tell(done, total))
+    others = ask(controlled, donors, lambda done: tell(len(questions) + done, total))
     metrics = _metrics(questions, metric)
     rows = []
     for question in questions:
@@ -195,25 +200,33 @@ def _count_images(messages: list[dict]) -> int:
 def _ask(
     generate: Generate,
     samples: Samples,
+    batch_size: int,
+    kept: KeptAnswers | None,
     questions: list[Question],
     pictures_of: dict[int, int],
-    batch_size: int,
-    progress: Progress | None,
-    done: int,
-    total: int,
+    progress: Callable[[int], None],
 ) -> dict[tuple[int, int], str]:
     """Answers by the question's place. `pictures_of` maps a sample to the one whose pictures are shown."""
     answers: dict[tuple[int, int], str] = {}
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        shown = [question.pictures(samples[pictures_of[question.sample]]) for question in batch]
-        given = generate([question.messages for question in batch], shown)
-        if len(given) != len(batch):
-            raise ValueError(f"generate gave {len(given)} answers to {len(batch)} questions: it must give one each")
+        asked = [(question.messages, question.pictures(samples[pictures_of[question.sample]])) for question in batch]
+        given = _answers(generate, asked, kept)
         answers |= {question.place: answer for question, answer in zip(batch, given, strict=True)}
-        if progress is not None:
-            progress(done + start + len(batch), total)
+        progress(start + len(batch))
     return answers
+
+
+def _answers(generate: Generate, asked: list[tuple[list[dict], list[ImageRef]]], kept: KeptAnswers | None) -> list[str]:
+    key = "" if kept is None else kept.key(asked)
+    if kept is not None and key in kept.known:
+        return kept.known[key]
+    given = generate([messages for messages, _ in asked], [[ref.load() for ref in refs] for _, refs in asked])
+    if len(given) != len(asked):
+        raise ValueError(f"generate gave {len(given)} answers to {len(asked)} questions: it must give one each")
+    if kept is not None:
+        kept.keep(key, given)
+    return given
 
 
 def wrong_pictures(samples: Samples, seed: int = 0) -> tuple[dict[int, int], list[str]]:

@@ -12,7 +12,11 @@ NAMED = 5
 
 
 def usable(samples: Samples, progress: Callable[[int, int], None] | None = None) -> tuple[Samples, list[Row]]:
-    """The samples that can be used, and `id` and `reason` of each other one. Every picture is decoded.
+    """The samples that can be used, and `id` and `reason` of each other one.
+
+    Every picture is decoded here, and again when it is shown: the samples that there are decide whose picture is the
+    wrong one for whom, so all must be known before the first question, and decoded pictures of a whole data set are
+    more than memory holds.
 
     Raises:
         ValueError: none can be used.

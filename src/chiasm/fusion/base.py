@@ -19,6 +19,7 @@ from chiasm.fusion.generation_inputs import PictureGenerationMixin
 from chiasm.fusion.part_dtypes import PartDtypes, set_config_dtypes
 from chiasm.language.adapter import accepts, build_language, embedding_width, logits_at, vocabulary
 from chiasm.language.next_token import next_token_loss, supervised_positions
+from chiasm.language.released import require_trainable
 from chiasm.positions import grid as grid_positions
 from chiasm.positions.regions import region_order
 from chiasm.vision.encoder import VisionEncoder, VisionFeatures
@@ -78,6 +79,13 @@ class FusionModel(PartDtypes, PictureGenerationMixin):
                 "features with resolution 'native' need a connector that takes a mask, such as idefics2_resampler, "
                 f"and patch_positions 'none', got {config.connector['name']!r} and {config.patch_positions!r}"
             )
+
+    def train(self, mode: bool = True) -> "FusionModel":
+        """Training mode, for a model that can be trained; of another one nothing changes."""
+        if mode:
+            require_trainable(self)
+        super().train(mode)
+        return self
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language.get_input_embeddings()

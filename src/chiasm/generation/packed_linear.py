@@ -5,18 +5,19 @@ from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from chiasm.generation.native.build import library
 from chiasm.generation.native.matrix import unpack
 from chiasm.generation.packed import Packed, blocks
+from chiasm.language.released import Released
 
 AT_ONCE = 1 << 22
 """Weights that are unpacked together."""
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Released):
     """Unpacks a part of its matrix at a time, for reading prompts.
 
     There is nothing in it to train, save or convert: asking for that is an error. Its buffers stay where they are and
@@ -63,23 +64,13 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> NoReturn:
-        self._refuse("its weight was asked for")
-
-    def train(self, mode: bool = True) -> "PackedLinear":
-        if mode:
-            self._refuse("the model cannot be trained")
-        return super().train(mode)
+        self.refuse("its weight was asked for")
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._refuse("the model cannot be saved")
+        self.refuse("the model cannot be saved")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         return self
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise RuntimeError(
-            f"{what}: an engine with release=True has left only {self.kind} of its matrices; load the model again"
-        )
 
 
 def _rows(packed: Packed, start: int, stop: int) -> Float[Tensor, "rows columns"]:

@@ -14,7 +14,7 @@ from chiasm.objectives.contrastive import contrastive_loss, identical_pairs
 from chiasm.objectives.grounded_generation import decoder_inputs, grounded_generation_loss
 from chiasm.objectives.masks import multimodal_causal_mask
 from chiasm.objectives.matching import draw_negatives, matching_loss, pairs_to_match
-from chiasm.objectives.processes import gather, gather_with_gradient
+from chiasm.objectives.processes import gather, gather_with_gradient, reaching
 
 
 def caption_losses(
@@ -32,7 +32,7 @@ def caption_losses(
         num_samples: of all batches of a step, where this is one of several.
         num_tokens: supervised tokens of all of them.
     """
-    patches = model.patches(inputs.get("pixel_values"), inputs.get("image_features"))
+    patches = reaching(model.patches, inputs.get("pixel_values"), inputs.get("image_features"))
     losses = {}
     if "contrastive" in objectives or "matching" in objectives:
         losses = _comparisons(model, inputs, patches, objectives, num_samples)

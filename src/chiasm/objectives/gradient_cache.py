@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from chiasm.objectives.processes import reaching
+
 
 def in_chunks(embed: Callable[..., Tensor], chunk: int | None, *inputs: Tensor | None) -> Tensor:
     """`embed(*inputs)`, row by row the same, with activations of at most `chunk` rows at a time.
@@ -21,7 +23,7 @@ def in_chunks(embed: Callable[..., Tensor], chunk: int | None, *inputs: Tensor |
     """
     rows = next(len(tensor) for tensor in inputs if tensor is not None)
     if chunk is None or rows <= chunk or not torch.is_grad_enabled():
-        return embed(*inputs)
+        return reaching(embed, *inputs)
     parts = [
         checkpoint(embed, *(None if t is None else t[start : start + chunk] for t in inputs), use_reentrant=False)
         for start in range(0, rows, chunk)

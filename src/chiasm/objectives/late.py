@@ -13,7 +13,7 @@ from chiasm.fusion.late import LateFusionModel
 from chiasm.language.next_token import IGNORE
 from chiasm.objectives.contrastive import contrastive_loss
 from chiasm.objectives.gradient_cache import in_chunks
-from chiasm.objectives.processes import gather, gather_with_gradient
+from chiasm.objectives.processes import gather, gather_with_gradient, reaching
 from chiasm.objectives.sigmoid import sigmoid_loss
 
 LARGEST_SCALE = math.log(100.0)
@@ -92,10 +92,14 @@ def answer_loss(
         num_answers: known ones of all batches of a step; those of this batch where it is None.
         pooled_texts: the text tower's vectors, where they are known already.
     """
-    patches = model.patches(inputs.get("pixel_values"), inputs.get("image_features"))
-    if pooled_texts is None:
-        pooled_texts = model.pooled_texts(inputs["input_ids"], inputs.get("attention_mask"))
-    logits = model.answers(patches, pooled_texts)
+
+    def answers(pixels: Tensor | None, features: Tensor | None, ids: Tensor, *rest: Tensor | None) -> Tensor:
+        mask, pooled = rest
+        pooled = model.pooled_texts(ids, mask) if pooled is None else pooled
+        return model.answers(model.patches(pixels, features), pooled)
+
+    shown = inputs.get("pixel_values"), inputs.get("image_features")
+    logits = reaching(answers, *shown, inputs["input_ids"], inputs.get("attention_mask"), pooled_texts)
     known = int((inputs["labels"] != IGNORE).sum())
     count = max(1, known if num_answers is None else num_answers)
     return F.cross_entropy(logits.float(), inputs["labels"], ignore_index=IGNORE, reduction="sum") / count

@@ -1,6 +1,6 @@
 """A batch that is spread over processes, seen as one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -50,6 +50,20 @@ def gather_with_gradient(rows: Tensor) -> tuple[Tensor, int]:
     if _is_alone():
         return rows, 0
     return _Gather.apply(rows)
+
+
+def reaching(embed: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """`embed(*inputs)`. Where this process has no rows, a row of ones goes through and none of it comes out: layers of
+    transformers take no empty batch, and a sharded model needs all processes in every layer.
+
+    Args:
+        embed: something of its inputs' rows, each by itself.
+        inputs: tensors with one row for each of its result; None stays None.
+    """
+    rows = next(len(tensor) for tensor in inputs if tensor is not None)
+    if rows:
+        return embed(*inputs)
+    return embed(*(None if tensor is None else tensor.new_ones(1, *tensor.shape[1:]) for tensor in inputs))[:0]
 
 
 def _is_alone() -> bool:

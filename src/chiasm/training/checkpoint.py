@@ -89,7 +89,7 @@ def save_checkpoint(
     """
     team = team or Team()
     target = folder / f"{checkpoint.position.stage}-{checkpoint.position.step}"
-    if is_sharded(checkpoint.weights):
+    if is_sharded(checkpoint.weights.values()):
         _save_shards(target, checkpoint, team)
     else:
         team.first_does(lambda: _save_whole(target, checkpoint))

@@ -16,7 +16,7 @@ from chiasm.connectors import Connector
 from chiasm.connectors.closed_form import NothingToLearn, Ridge, is_exact, solve, start
 from chiasm.connectors.fitting import FEWEST_STEPS, steps_within_reach
 from chiasm.data.chat import IMAGE_TOKEN, flatten
-from chiasm.data.schema import Sample
+from chiasm.data.schema import Sample, Samples
 from chiasm.fusion.base import FusionModel
 from chiasm.language.adapter import embedding_scale, embedding_width
 from chiasm.positions.grid import WIDTH
@@ -59,7 +59,7 @@ def is_slow(connector: Connector) -> bool:
     return not is_exact(connector) and steps_within_reach(connector) < FEWEST_STEPS
 
 
-def caption_indices(samples: Sequence[Sample], indices: Sequence[int]) -> list[int]:
+def caption_indices(samples: Samples, indices: Sequence[int]) -> list[int]:
     """The samples to start from: those that describe their pictures, or all where hardly any does.
 
     What an answer leaves out is taken for absent, so "two" about a picture of eight things would teach what is wrong.
@@ -123,7 +123,7 @@ class WordEmbeddings:
 def closed_form(
     model: FusionModel,
     tokenizer: PreTrainedTokenizerBase,
-    samples: Sequence[Sample],
+    samples: Samples,
     features_of: Callable[[Sample], Float[Tensor, "images N D_v"]],
 ) -> Started:
     """Initialises the model's connector from samples with pictures and answers.

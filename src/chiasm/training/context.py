@@ -1,13 +1,13 @@
 """What all stages of a run share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, ProcessorMixin
 
-from chiasm.data.schema import Sample
+from chiasm.data.schema import Samples
 from chiasm.training.forgetting import ForgettingProbe
 from chiasm.training.log import Reporter
 from chiasm.training.run import Run
@@ -22,9 +22,9 @@ class Context:
 
     model: PreTrainedModel
     processor: ProcessorMixin
-    samples: Sequence[Sample]
+    samples: Samples
     survey: Survey
-    held_out: Sequence[Sample]
+    held_out: Samples
     run: Run
     reporter: Reporter
     generate: Generate | None

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.feature_cache import DTYPES, FeatureCache, encoder_identity
-from chiasm.data.schema import ImageError, ImageRef, Problem, Sample, SampleError
+from chiasm.data.schema import ImageError, ImageRef, Problem, Sample, SampleError, Samples
 from chiasm.training.batches import WORKERS, prefetch
 from chiasm.training.compiling import can_compile
 from chiasm.training.log import Reporter
@@ -51,7 +51,7 @@ class Features:
         self.encode, self.compiled, self.cache = encode, compiled, cache
         self.processor, self.reporter, self.stage = processor, reporter, stage
 
-    def fill(self, samples: Sequence[Sample], indices: Sequence[int]) -> "Rows | None":
+    def fill(self, samples: Samples, indices: Sequence[int]) -> "Rows | None":
         """Encodes what is missing of the samples' pictures; None where the disk has no room and the cache is no must.
 
         Raises:
@@ -71,7 +71,7 @@ class Features:
         self._encode_missing(missing, rows.faults)
         return rows
 
-    def _locate(self, samples: Sequence[Sample], indices: Sequence[int]) -> tuple["Rows", Missing]:
+    def _locate(self, samples: Samples, indices: Sequence[int]) -> tuple["Rows", Missing]:
         """Where the pictures of samples are in the cache, and those that are not there yet."""
         rows, missing = Rows(self.cache), Missing()
         with ThreadPoolExecutor(WORKERS) as pool, self.reporter.task("looking up pictures", len(indices)) as task:

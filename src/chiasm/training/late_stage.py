@@ -9,7 +9,7 @@ from torch import Tensor
 
 from chiasm.data.captions import CaptionProcessor, collate_captions, encode_caption, pictures, text_id, text_ids
 from chiasm.data.collation import Batch, Item
-from chiasm.data.schema import Problem, Sample, SampleError
+from chiasm.data.schema import Problem, Sample, SampleError, Samples
 from chiasm.fusion.late import LateFusionModel
 from chiasm.language.next_token import IGNORE
 from chiasm.objectives import PAIR_OBJECTIVES
@@ -51,7 +51,7 @@ class TwoTowers(StageModel):
         )
 
     @torch.no_grad()
-    def prepare(self, samples: Sequence[Sample], indices: Sequence[int], reporter: Reporter) -> None:
+    def prepare(self, samples: Samples, indices: Sequence[int], reporter: Reporter) -> None:
         """Vectors of all texts, similar lengths together: a function of the data alone, as a resumed run needs."""
         if any(parameter.requires_grad for parameter in self.model.language.parameters()):
             return
@@ -67,7 +67,7 @@ class TwoTowers(StageModel):
         if vectors:
             self.known, self.vectors = {text: row for row, text in enumerate(order)}, torch.cat(vectors)
 
-    def _texts(self, samples: Sequence[Sample], indices: Sequence[int]) -> dict[int, list[int]]:
+    def _texts(self, samples: Samples, indices: Sequence[int]) -> dict[int, list[int]]:
         """Tokens of the distinct texts by their number; none where they are too many to keep."""
         texts: dict[int, list[int]] = {}
         for index in indices:
@@ -148,7 +148,7 @@ def late_stage_model(model: LateFusionModel, processor: CaptionProcessor, stage:
     return PairModel(model, processor, stage)
 
 
-def give_answer_head(model: LateFusionModel, stage: Stage, samples: Sequence[Sample], usable: Sequence[int]) -> None:
+def give_answer_head(model: LateFusionModel, stage: Stage, samples: Samples, usable: Sequence[int]) -> None:
     """Adds the head that a stage trains, over the data's most frequent answers, where there is none."""
     if model.config.answer_head is not None:
         return

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, ProcessorMixin
 
-from chiasm.data.schema import Sample
+from chiasm.data.schema import Samples
 from chiasm.fusion.late import LateFusionModel
 from chiasm.training.late_stage import give_answer_head, late_stage_model
 from chiasm.training.schema import Stage
@@ -18,7 +18,7 @@ def learner_of(
     processor: ProcessorMixin,
     stage: Stage,
     number: int,
-    samples: Sequence[Sample] | None,
+    samples: Samples | None,
     usable: Sequence[int] | None = None,
     taught: Path | None = None,
 ) -> StageModel:

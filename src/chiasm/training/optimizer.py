@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.training.schema import Settings
-from chiasm.training.sharding import whole
+from chiasm.training.sharding import alike, is_sharded, whole
 from chiasm.training.stages import FreezePlan
 
 FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -23,14 +23,15 @@ class StageOptimizer:
         self.settings = settings
         self.num_steps = num_steps
         self.parameters = {name: p for name, p in model.named_parameters() if plan.rates[name] is not None}
-        groups: dict[tuple[str, float, float], list[Tensor]] = {}
+        groups: dict[tuple[str, float, float, bool], list[Tensor]] = {}
         for name, parameter in self.parameters.items():
             decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
-            groups.setdefault((plan.labels[name], plan.rates[name] or 0.0, decay), []).append(parameter)
+            key = plan.labels[name], plan.rates[name] or 0.0, decay, is_sharded([parameter])
+            groups.setdefault(key, []).append(parameter)
         fused = all(p.device.type in FUSED_DEVICES for p in self.parameters.values())
         members = [
             {"params": tensors, "lr": rate, "weight_decay": decay, "part": part, "peak": rate}
-            for (part, rate, decay), tensors in groups.items()
+            for (part, rate, decay, _), tensors in groups.items()
         ]
         self.rule: torch.optim.Optimizer = (
             torch.optim.SGD(members)
@@ -53,14 +54,16 @@ class StageOptimizer:
         Returns:
             The gradients' norm before clipping; without a step if it is not finite.
         """
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = whole(nn.utils.get_total_norm(gradients))
+        reached = alike(p for p in self.parameters.values() if p.grad is not None)
+        norms = [whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in reached]
+        norm = norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
         if not torch.isfinite(norm):
             return norm.item()
         if self.settings.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.clip, norm)
-        for group in self.rule.param_groups:
-            group["lr"] = group["peak"] * self.factor(step)
+            for group in reached:
+                nn.utils.clip_grads_with_norm_(group, self.settings.clip, norm)
+        for members in self.rule.param_groups:
+            members["lr"] = members["peak"] * self.factor(step)
         self.rule.step()
         return norm.item()
 

@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.collation import Batch, Item, load_pixels
-from chiasm.data.schema import Sample, SampleError
+from chiasm.data.schema import Sample, SampleError, Samples
 from chiasm.training.attention import fast_attention
 from chiasm.training.features import with_hint
 from chiasm.training.four_bit import four_bit_layers
@@ -39,17 +39,13 @@ class Pace:
     picture_bytes: int = 0
 
 
-def seconds_per_sample(
-    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, samples: Sequence[Sample]
-) -> float:
+def seconds_per_sample(model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, samples: Samples) -> float:
     """Seconds that one sample takes: read, encoded once, and taken through one step. The model stays as it is."""
     pace = measure(model, processor, stage, samples)
     return pace.encode_seconds + pace.step_seconds
 
 
-def measure(
-    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, samples: Sequence[Sample], number: int = 0
-) -> Pace:
+def measure(model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, samples: Samples, number: int = 0) -> Pace:
     """Takes a copy of the model through a few steps of a stage.
 
     Args:
@@ -135,7 +131,7 @@ def _middle(times: list[float]) -> float:
     return statistics.median(times[1:] or times)
 
 
-def _items(samples: Sequence[Sample], learner: StageModel, encode: Callable | None, skip_bad: bool) -> list[Item]:
+def _items(samples: Samples, learner: StageModel, encode: Callable | None, skip_bad: bool) -> list[Item]:
     items = []
     for sample in samples:
         try:

@@ -80,9 +80,11 @@ class Sharded(Engine):
         twin.model = copy.deepcopy(learner.model)
         super().__init__(twin)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        numbers = {parameter for parameter in twin.model.parameters() if parameter.ndim == 0}
+        self.numbers = [parameter for parameter in numbers if parameter.requires_grad]
         for block in _blocks(twin.model):
-            fully_shard(block, mesh=mesh)
-        self.root: Any = fully_shard(_Losses(twin), mesh=mesh)
+            fully_shard(block, mesh=mesh, ignored_params=numbers)
+        self.root: Any = fully_shard(_Losses(twin), mesh=mesh, ignored_params=numbers)
 
     def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
         return self.root(inputs, num_samples, num_tokens)
@@ -92,7 +94,15 @@ class Sharded(Engine):
         self.root.set_requires_gradient_sync(last)
         yield
         if last:
+            self._average_numbers()
             self.reshard()
+
+    def _average_numbers(self) -> None:
+        """A single number, such as a temperature, has no shards: its gradient is averaged as DDP does."""
+        for number in self.numbers:
+            gradient = torch.zeros_like(number) if number.grad is None else number.grad
+            dist.all_reduce(gradient)
+            number.grad = gradient / dist.get_world_size()
 
     def reshard(self) -> None:
         """FSDP keeps the root's parameters after a forward, and those that no gradient passed."""
@@ -143,7 +153,7 @@ def on_cpu(model: PreTrainedModel) -> Iterator[None]:
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:
     """Modules that are sharded by themselves, so that only one of them is whole at a time: layers of transformers."""
-    parts = [getattr(model, "language", None), model.vision.model]
+    parts = [getattr(model, "language", None), getattr(model.vision, "model", None)]
     found: list[nn.Module] = []
     for part in parts:
         if part is not None and hasattr(part.config.get_text_config(), "num_hidden_layers"):

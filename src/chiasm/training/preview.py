@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from chiasm.data.schema import Sample
+from chiasm.data.schema import Samples
 from chiasm.data.splits import Subset
 from chiasm.fusion.late import LateFusionModel
 from chiasm.sources.cache import cache_folder, free_space
@@ -65,9 +65,9 @@ def preview(
     recipe: Recipe,
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    samples: Sequence[Sample] | None = None,
+    samples: Samples | None = None,
     reporter: Reporter | None = None,
-    validation_samples: Sequence[Sample] | None = None,
+    validation_samples: Samples | None = None,
 ) -> list[StagePreview]:
     """Every stage of a recipe.
 
@@ -95,7 +95,7 @@ def _preview(
     number: int,
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    samples: Sequence[Sample] | None,
+    samples: Samples | None,
     found: Survey | None,
 ) -> StagePreview:
     learner = learner_of(

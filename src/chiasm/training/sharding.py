@@ -1,5 +1,7 @@
 """Tensors of which every process holds a part."""
 
+from collections.abc import Iterable
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -14,5 +16,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def is_sharded(tensors: dict[str, Tensor]) -> bool:
-    return any(isinstance(tensor, DTensor) for tensor in tensors.values())
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def alike(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Sharded ones and whole ones apart, which no operation takes together."""
+    given = list(tensors)
+    kinds = [[tensor for tensor in given if isinstance(tensor, DTensor) == sharded] for sharded in (True, False)]
+    return [kind for kind in kinds if kind]

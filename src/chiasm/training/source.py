@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from chiasm.data.collation import Batch, Item, load_pixels
-from chiasm.data.schema import Sample, SampleError, text_of
+from chiasm.data.schema import DAMAGED_SHARD, Sample, SampleError, Samples, text_of
 from chiasm.data.splits import hold_out
 from chiasm.training.closed_form import describes
 from chiasm.training.features import Rows, with_hint
@@ -42,7 +42,7 @@ class Survey:
         """The samples with as many pictures as a stage's objectives can use."""
         return self._kept([stage.takes(count) for count in self.pictures])
 
-    def of_stage(self, stage: Stage, samples: Sequence[Sample]) -> "Survey":
+    def of_stage(self, stage: Stage, samples: Samples) -> "Survey":
         """The samples that a stage reads.
 
         Raises:
@@ -65,9 +65,7 @@ class Survey:
         return replace(self, **columns)
 
 
-def split(
-    samples: Sequence[Sample], validation_samples: Sequence[Sample] | None, recipe: Recipe
-) -> tuple[Sequence[Sample], Sequence[Sample]]:
+def split(samples: Samples, validation_samples: Samples | None, recipe: Recipe) -> tuple[Samples, Samples]:
     """What is trained on, and what is held out: a share of the data where nothing else is given."""
     if validation_samples is not None or not recipe.validates or len(samples) < 2:
         return samples, validation_samples or []
@@ -77,7 +75,7 @@ def split(
         raise with_hint(error) from error
 
 
-def survey(samples: Sequence[Sample], tokens_per_image: int, skip_bad: bool, reporter: Reporter) -> Survey:
+def survey(samples: Samples, tokens_per_image: int, skip_bad: bool, reporter: Reporter) -> Survey:
     """Looks at every sample's text, without opening a picture.
 
     Raises:
@@ -95,6 +93,8 @@ def survey(samples: Sequence[Sample], tokens_per_image: int, skip_bad: bool, rep
                     raise with_hint(error) from error
                 bad[index] = error
                 digest.update(b"bad")
+                if any(problem.kind == DAMAGED_SHARD for problem in error.problems):
+                    reporter.note(f"going on without what is lost: {error}")
             else:
                 usable.append(index)
                 lengths.append(_length(sample, tokens_per_image))
@@ -142,20 +142,21 @@ class Hope:
                 raise nothing_left(list(self.skipped.values()))
 
 
-def usable_samples(samples: Sequence[Sample], at_most: int, skip_bad: bool) -> list[Sample]:
-    """The first samples of a data set, without those that cannot be used if these are skipped.
+def usable_samples(samples: Samples, at_most: int, skip_bad: bool) -> tuple[list[Sample], list[SampleError]]:
+    """The first samples of a data set, and what is wrong with those that cannot be used, if these are skipped.
 
     Raises:
         ValueError: a sample is unusable and `skip_bad` is not set.
     """
-    chosen = []
+    chosen, bad = [], []
     for index in range(min(len(samples), at_most)):
         try:
             chosen.append(samples[index].validate())
         except SampleError as error:
             if not skip_bad:
                 raise with_hint(error) from error
-    return chosen
+            bad.append(error)
+    return chosen, bad
 
 
 def _length(sample: Sample, tokens_per_image: int) -> int:
@@ -167,7 +168,7 @@ def _length(sample: Sample, tokens_per_image: int) -> int:
 class Source:
     """Prepares samples: text as tokens, pictures as cached features or as pixels."""
 
-    samples: Sequence[Sample]
+    samples: Samples
     learner: StageModel
     rows: Rows | None = None
     skip_bad: bool = False

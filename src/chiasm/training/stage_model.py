@@ -21,7 +21,7 @@ from chiasm.data.collation import Batch, Item, collate, encode_sample
 from chiasm.data.labels import IGNORE
 from chiasm.data.packing import ROOM, collate_packed
 from chiasm.data.processor import ChiasmProcessor
-from chiasm.data.schema import Sample
+from chiasm.data.schema import Sample, Samples
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval, build_retrieval, take_own_weights
 from chiasm.language.adapter import context_length, load_tokenizer
 from chiasm.objectives.captions import caption_losses
@@ -48,7 +48,7 @@ class StageModel(ABC):
     def collate(self, items: Sequence[Item]) -> Batch:
         """Items as one batch."""
 
-    def prepare(self, samples: Sequence[Sample], indices: Sequence[int], reporter: Reporter) -> None:  # noqa: B027  (most need nothing)
+    def prepare(self, samples: Samples, indices: Sequence[int], reporter: Reporter) -> None:  # noqa: B027  (most need nothing)
         """What can be computed before the first step of the samples that the stage will meet."""
 
     def measures(self, batches: Sequence[Batch]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from chiasm.data.collation import Batch
-from chiasm.data.schema import Sample, SampleError
+from chiasm.data.schema import Sample, SampleError, Samples
 from chiasm.training.attention import fast_attention
 from chiasm.training.batches import WORKERS, Order, prefetch, seed_of
 from chiasm.training.compiling import compiled_layers
@@ -177,14 +177,17 @@ class StageRun:
         self.learner.prepare(context.samples, self.order.visited(self.num_steps), context.reporter)
         self.validator = self.team.all_do(self._validator)
 
-    def _source(self, samples: Sequence[Sample], rows: Rows | None = None) -> Source:
+    def _source(self, samples: Samples, rows: Rows | None = None) -> Source:
         if rows is None and self.features is not None:
             rows = self.features.fill(samples, range(len(samples)))
         return Source(samples, self.learner, rows, self.stage.skip_bad)
 
     def _validator(self) -> Validator | None:
         context, stage = self.context, self.stage
-        held_out = usable_samples(context.held_out, stage.validation.samples, stage.skip_bad)
+        held_out, bad = usable_samples(context.held_out, stage.validation.samples, stage.skip_bad)
+        if bad:
+            told = f"held-out samples left out, since they cannot be used: {len(bad)}, the first being {bad[0]}"
+            self.log.warn(self.first_step, told)
         held_out = [sample for sample in held_out if stage.takes(len(sample.images))]
         if not held_out:
             return None

@@ -55,7 +55,7 @@ def read_into(place: Path, name: str, into: dict[str, Tensor]) -> None:
         reader = dcp.HuggingFaceStorageReader(str(place / name))
         with _one_line(place / name), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(_at_least_1d(into), storage_reader=reader, no_dist=not is_sharded(into))
+            dcp.load(_at_least_1d(into), storage_reader=reader, no_dist=not is_sharded(into.values()))
         return
     with safe_open(place / f"{name}{SUFFIX}", framework="pt") as opened:
         for key, tensor in into.items():

@@ -16,9 +16,10 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.collation import require_one_size
-from chiasm.data.schema import Sample
+from chiasm.data.schema import Samples
 from chiasm.fusion.adapters import plain_name
 from chiasm.fusion.late import LateFusionModel
+from chiasm.language.released import require_trainable
 from chiasm.training.checkpoint import WEIGHTS, restore
 from chiasm.training.closed_form import closed_form as closed_form_start
 from chiasm.training.context import Context
@@ -52,10 +53,10 @@ def train(
     recipe: str | Path | dict[str, Any] | Recipe,
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    samples: Sequence[Sample],
+    samples: Samples,
     output: str | Path,
     *,
-    validation_samples: Sequence[Sample] | None = None,
+    validation_samples: Samples | None = None,
     overrides: Sequence[str] = (),
     generate: Generate | None = None,
     closed_form: Callable[..., Any] = closed_form_start,
@@ -77,9 +78,11 @@ def train(
         cache_root: where encoded pictures are kept; by default the user's cache.
 
     Raises:
+        RuntimeError: an engine with `release=True` has taken the model's weights.
         ValueError: the recipe, the data or the folder do not fit; one line that names the value and the fix.
         TrainingError: the loss is not finite, or a checkpoint cannot be written.
     """
+    require_trainable(model)
     output, was_training = Path(output), model.training
     had_gradients = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with processes(model.device) as team, torch.random.fork_rng():

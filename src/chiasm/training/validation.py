@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from chiasm.data.collation import Batch
-from chiasm.data.schema import ImageError, Sample
+from chiasm.data.schema import ImageError, Sample, Samples
 from chiasm.language.adapter import ContextError
 from chiasm.objectives.processes import alone
 from chiasm.training.parallel import Engine
@@ -27,9 +27,9 @@ class Validator:
     def __init__(
         self,
         learner: StageModel,
-        source: Callable[[Sequence[Sample]], Source],
-        samples: Sequence[Sample],
-        others: Sequence[Sample],
+        source: Callable[[Samples], Source],
+        samples: Samples,
+        others: Samples,
         batch_size: int,
         num_answers: int,
         generate: Generate | None,
@@ -125,7 +125,7 @@ def by_objective(losses: dict[str, float], prefix: str = "loss") -> dict[str, fl
     return {f"{prefix}_{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
 
 
-def with_wrong_pictures(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample | None]:
+def with_wrong_pictures(samples: Samples, others: Samples) -> list[Sample | None]:
     """Every sample with as many pictures of another one, none of which is its own; None where there is no such other.
 
     Samples without pictures stay as they are.
