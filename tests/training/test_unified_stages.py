@@ -20,7 +20,7 @@ from chiasm.training.recipe import load_recipe
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
 VQ = {"name": "vq", "image_size": [16, 16], "levels": [5, 5, 5], "width": 8, "depth": 1}
 COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250), "white": (250, 250, 250)}
-SMALL = ["batch_size=8", "validation.samples=6", "validation.every=20"]
+SMALL = ["batch_size=8", "validation.samples=6", "validation.every=20", "validation.drawings=3"]
 
 
 def samples(drawings: bool = True, size: tuple[int, int] = (20, 20)) -> list[Sample]:
@@ -61,6 +61,9 @@ def test_both_stages(tmp_path: Path) -> None:
     assert first[-1]["psnr"] > first[0]["psnr"] + 3 and 0 < first[-1]["codes_used"] <= first[-1]["codes"] == 125
     last = [line for line in told if line["stage"] == "unified"]
     assert last[-1]["loss"] < 0.7 * last[0]["loss"] and last[-1]["loss"] < last[-1]["shuffled_loss"]
+    assert not any("drawn_recall" in line for line in first)
+    assert all(0 < line["drawn"] <= 3 and line["drawn_chance"] == 1 / line["drawn"] for line in last)
+    assert all(0 <= line["drawn_recall"] <= 1 and line["drawn_psnr"] > 0 for line in last)
     tokenizer = chiasm.load(result.stages["tokenizer"]).model
     model = chiasm.load(result.model).model
     for name, parameter in model.named_parameters():
@@ -110,7 +113,7 @@ def killed_in(stage: str, folder: Path) -> None:
 
 def told(folder: Path) -> list[list[Any]]:
     """Every loss and measure in a run's log."""
-    measures = ("event", "stage", "step", "loss", "shuffled_loss", "psnr", "codes_used", "answers")
+    measures = ("event", "stage", "step", "loss", "shuffled_loss", "psnr", "codes_used", "answers", "drawn_psnr")
     events = [event for event in read_log(folder / "log.jsonl") if event["event"] in ("step", "validation")]
     return [[event.get(measure) for measure in measures] for event in events]
 
