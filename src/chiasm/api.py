@@ -15,6 +15,7 @@ from chiasm.data.readers import read, read_train
 from chiasm.data.schema import ImageError, SampleError, Samples
 from chiasm.data.splits import Subset
 from chiasm.dual_encoder import DualEncoder
+from chiasm.evaluation.drawing import drawing_fields, evaluate_drawings, known_requests, requests
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.evaluate import evaluate as evaluate_answers
 from chiasm.evaluation.kept import KeptAnswers, identity_of
@@ -22,6 +23,7 @@ from chiasm.evaluation.retrieval import evaluate_retrieval
 from chiasm.evaluation.usable import of_one_picture, skipped_note, usable
 from chiasm.evaluation.zero_shot import TEMPLATES, evaluate_zero_shot
 from chiasm.fusion.late import LateFusionModel
+from chiasm.generation.draw import can_draw
 from chiasm.interop.convert import Converted
 from chiasm.interop.convert import convert as convert_model
 from chiasm.sources.writing import refuse_to_overwrite
@@ -90,6 +92,9 @@ def train(
     def generate(messages: list[Any], images: list[list[Any]]) -> list[str]:
         return vlm.generate(messages, images, max_new_tokens=32)
 
+    def score_drawings(samples: Samples) -> dict[str, Any]:
+        return drawing_fields(evaluate_drawings(vlm.model, vlm.processor, requests(samples)[0], control=False))
+
     return train_model(
         recipe,
         vlm.model,
@@ -99,6 +104,7 @@ def train(
         validation_samples=None if validation_data is None else read(validation_data),
         overrides=overrides,
         generate=generate,
+        score_drawings=score_drawings if can_draw(vlm.model) else None,
         resume=resume,
         quiet=quiet,
     )
@@ -142,6 +148,8 @@ def evaluate(
     shots: int = 0,
     shots_from: Any = None,
     templates: Sequence[str] = (),
+    judge: DualEncoder | str | Path | None = None,
+    not_in: Any = None,
     skip_bad: bool = False,
     answers: Path | None = None,
     progress: Progress | None = None,
@@ -150,12 +158,15 @@ def evaluate(
 
     Args:
         task: of a `DualEncoder`: `retrieval` (recall@k in both directions), `zero-shot` (which of all captions it is)
-            or `answers`; by default `answers` where it has a head for them, else `retrieval`.
+            or `answers`; by default `answers` where it has a head for them, else `retrieval`. Of a model that draws:
+            `answers`, or `drawing` (how often a drawing is nearest to the picture that its words asked for).
         split: `validation`, `test` or another split of the data; by default all of it.
         limit: at most so many samples, evenly spread.
         shots: solved examples in front of every question, of its skill and from other samples.
         shots_from: the data that they are drawn from; by default the train split where there is one.
         templates: prompts for zero-shot classification, with `{}` where the label stands.
+        judge: of drawings: a `DualEncoder` whose vectors tell nearness, beside the colours.
+        not_in: of drawings: data whose requests are left out, such as what the model was trained on.
         skip_bad: look at every sample first and leave out those that cannot be used; the result names them.
         answers: a file that keeps written answers as they come; what the same model was asked before with the same
             pictures and settings is taken from it.
@@ -166,28 +177,34 @@ def evaluate(
     if shots_from is not None and not shots:
         raise ValueError("shots_from names the data of solved examples, but shots is 0; pass shots=4 or leave it out")
     vlm = model if isinstance(model, VLM | DualEncoder) else ready_to_answer(load(model))
-    given = samples = spread(read(data, split=split), limit)
-    task = task or _task_of(vlm)
-    if task not in TASKS or (task != "answers" and isinstance(vlm, VLM)):
-        of = "answers" if isinstance(vlm, VLM) else ", ".join(TASKS)
-        raise ValueError(f"task {task!r} is not one of this model; choose of {of}")
+    task, known = task or _task_of(vlm), _tasks_of(vlm)
+    if task not in known:
+        raise ValueError(f"task {task!r} is not one of this model; choose of {', '.join(known)}")
     unread: dict[str, Any] = {"metric": metric, "shots": shots} if task != "answers" else {}
     unread |= {"templates": templates} if task != "zero-shot" else {}
+    unread |= {"judge": judge, "not_in": not_in} if task != "drawing" else {}
     if named := next((name for name, value in unread.items() if value), None):
         raise ValueError(f"{named}={unread[named]!r} is not for task {task!r}, which does not read it; leave it out")
     if shots and isinstance(vlm, DualEncoder):
         raise ValueError(f"shots={shots}: a model of two towers reads one question and no examples; leave shots out")
+    samples, asked = read(data, split=split), list[str]()
+    if task == "drawing":
+        samples, asked = requests(samples, () if not_in is None else known_requests(read(not_in)))
+    given = samples = spread(samples, limit)
     samples, skipped = usable(given, progress) if skip_bad else (given, [])
     shown: dict[str, Any] = {"control": control, "batch_size": batch_size, "progress": progress}
     notes = skipped_note(skipped, len(given))
     try:
-        if task != "answers":
+        if task in ("retrieval", "zero-shot"):
             samples, others = of_one_picture(samples)
             notes += others
         if task == "retrieval":
             result = evaluate_retrieval(vlm.model, vlm.processor, samples, **shown).evaluation(samples)
         elif task == "zero-shot":
             result = evaluate_zero_shot(vlm.model, vlm.processor, samples, tuple(templates) or TEMPLATES, **shown)
+        elif task == "drawing":
+            eye = None if judge is None else _judge(judge)
+            result = evaluate_drawings(vlm.model, vlm.processor, samples, judge=eye, **shown)
         else:
             examples = _examples(data, samples, shots, shots_from, skip_bad)
             kept = None
@@ -200,7 +217,7 @@ def evaluate(
             raise
         raise with_hint(error) from error
     result.skipped = skipped
-    result.notes = [*notes, *result.notes]
+    result.notes = [*asked, *notes, *result.notes]
     return result
 
 
@@ -211,12 +228,23 @@ def _examples(data: Any, samples: Samples, shots: int, shots_from: Any, skip_bad
     return draw_examples(samples, usable(spread(pool, MOST_CANDIDATES))[0] if skip_bad else pool, shots)
 
 
-TASKS = ("answers", "retrieval", "zero-shot")
+def _tasks_of(model: VLM | DualEncoder) -> tuple[str, ...]:
+    if isinstance(model, DualEncoder):
+        return ("answers", "retrieval", "zero-shot")
+    return ("answers", "drawing") if can_draw(model.model) else ("answers",)
 
 
 def _task_of(model: VLM | DualEncoder) -> str:
     answers = isinstance(model, VLM) or getattr(model.model.config, "answer_head", None) is not None
     return "answers" if answers else "retrieval"
+
+
+def _judge(model: DualEncoder | str | Path) -> Any:
+    """Pictures → a vector of length 1 each, by a model of two towers."""
+    encoder = model if isinstance(model, DualEncoder) else ready_to_answer(load(model))
+    if not isinstance(encoder, DualEncoder) or not isinstance(encoder.model, LateFusionModel):
+        raise ValueError(f"judge {model} gives no vector a picture; name a model of two towers (fusion late)")
+    return encoder.embed_images
 
 
 def spread(samples: Samples, limit: int | None) -> Samples:

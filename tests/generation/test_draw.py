@@ -5,6 +5,7 @@ import torch
 
 import chiasm
 import tiny
+from chiasm.data.drawing import request
 from chiasm.generation.draw import Brush, draw_codes, guide
 
 VQ = {"name": "vq", "image_size": [24, 16], "levels": [4, 3], "width": 8, "depth": 1}
@@ -21,7 +22,8 @@ def test_cached_drawing_is_the_full_forwards(positions: str) -> None:
     """Greedy codes are the likeliest of a forward over the whole picture, whose positions are those of training."""
     vlm = connect(positions)
     prompts = ["two red apples", "a cat"]
-    codes = draw_codes(vlm.model, vlm.processor, prompts, Brush(temperature=0, guidance=1.0))
+    asked = [[request(prompt)] for prompt in prompts]
+    codes = draw_codes(vlm.model, vlm.processor, asked, Brush(temperature=0, guidance=1.0))
     assert codes.shape == (2, 6) and int(codes.max()) < 12
     for prompt, row in zip(prompts, codes, strict=True):
         drawn = [

@@ -1,7 +1,7 @@
 """An index in a folder and one on a Qdrant server answer alike: found by text and picture, added, replaced, deleted."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,20 @@ from chiasm.retrieval import Index, Item, contact_sheet, read_pictures
 from retrieval.pretend import COLOURS, ColourEncoder, paint
 
 
-@pytest.fixture(params=["folder", "qdrant"])
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Any], Index]:
+@pytest.fixture(params=["folder", "qdrant", "server"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[Any], Index]]:
     """Makes an empty index."""
+    if request.param == "folder":
+        yield lambda encoder: Index.create(tmp_path / "index", encoder, "somewhere")
+        return
+    pytest.importorskip("qdrant_client")
+    from retrieval.qdrant_double import Double, served
+
     if request.param == "qdrant":
-        pytest.importorskip("qdrant_client")
-    location = ":memory:" if request.param == "qdrant" else tmp_path / "index"
-    return lambda encoder: Index.create(location, encoder, "somewhere")
+        yield lambda encoder: Index.create(":memory:", encoder, "somewhere")
+        return
+    with served(Double()) as address:
+        yield lambda encoder: Index.create(f"{address}/pictures", encoder, "somewhere")
 
 
 @pytest.mark.parametrize("several", [0, 3])

@@ -1,5 +1,8 @@
 """A tiny connected model, colour pictures with a question each, and recipes that take a second."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -138,6 +141,13 @@ def killed_at(step: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(StageRun, "_optimize", dying)
         yield
+
+
+def started(code: str, folder: Path) -> subprocess.Popen[bytes]:
+    """A process that runs `code` with the tests' modules at hand and a folder as its argument."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code, str(folder)], env=environment, stderr=subprocess.PIPE)
 
 
 def whole_and_resumed(

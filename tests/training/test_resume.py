@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -99,14 +97,10 @@ def killed_and_resumed(folder: Path, dice: random.Random, at_most: int) -> int:
     Returns:
         How often it was killed.
     """
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     log, kills = folder / "log.jsonl", 0
     while True:
         started = log.stat().st_size if log.exists() else 0
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLABLE, str(folder)], env=environment, stderr=subprocess.PIPE
-        )
+        process = helpers.started(KILLABLE, folder)
         while kills < at_most and process.poll() is None:
             if log.exists() and log.stat().st_size != started:
                 time.sleep(dice.uniform(0, 0.6))

@@ -1,6 +1,8 @@
 """The recipe `unified` trains an image tokenizer, then a decoder that reads and draws; patches train as well."""
 
 import json
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from PIL import Image
 import chiasm
 from chiasm.data.drawing import drawn
 from chiasm.data.schema import ImageRef, Sample
+from chiasm.training.log import read_log
 from chiasm.training.recipe import load_recipe
 
 COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250), "white": (250, 250, 250)}
-SMALL = ["batch_size=8", "validation.samples=6", "validation.every=20"]
+SMALL = ["batch_size=8", "validation.samples=6", "validation.every=20", "validation.drawings=3"]
 
 
 def samples(drawings: bool = True, size: tuple[int, int] = (20, 20)) -> list[Sample]:
@@ -50,12 +53,61 @@ def test_both_stages(tmp_path: Path) -> None:
     assert first[-1]["psnr"] > first[0]["psnr"] + 3 and 0 < first[-1]["codes_used"] <= first[-1]["codes"] == 125
     last = [line for line in told if line["stage"] == "unified"]
     assert last[-1]["loss"] < 0.7 * last[0]["loss"] and last[-1]["loss"] < last[-1]["shuffled_loss"]
+    assert not any("drawn_recall" in line for line in first)
+    assert all(0 < line["drawn"] <= 3 and line["drawn_chance"] == 1 / line["drawn"] for line in last)
+    assert all(0 <= line["drawn_recall"] <= 1 and line["drawn_psnr"] > 0 for line in last)
     tokenizer = chiasm.load(result.stages["tokenizer"]).model
     model = chiasm.load(result.model).model
     for name, parameter in model.named_parameters():
         assert torch.equal(tokenizer.get_parameter(name), before[name]) == name.startswith("language.")
         assert torch.equal(parameter, tokenizer.get_parameter(name)) == name.startswith("vision.")
     assert chiasm.load(result.model).draw("red", seed=0).size == (16, 16)
+
+
+RESUMED = ["checkpoint_every=1", "validation.every=5", "stages.tokenizer.steps=40", "stages.unified.steps=30"]
+KILLABLE = "import sys, pathlib, test_unified_stages as test; test.run(pathlib.Path(sys.argv[1]))"
+
+
+def run(folder: Path) -> None:
+    """Both stages with a checkpoint behind every step."""
+    torch.manual_seed(0)
+    chiasm.train("unified", helpers.unified(helpers.VQ), samples(), folder, overrides=SMALL + RESUMED, quiet=True)
+
+
+@pytest.mark.slow
+def test_a_kill_in_either_stage_changes_nothing(tmp_path: Path) -> None:
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    for stage in ("tokenizer", "unified"):
+        killed_in(stage, folder)
+    run(folder)
+    run(whole)
+    assert [event["stage"] for event in read_log(folder / "log.jsonl") if event["event"] == "resume"] == [
+        "tokenizer",
+        "unified",
+    ]
+    assert told(folder) == told(whole)
+    ours, theirs = (helpers.weights(chiasm.load(place / "model")) for place in (folder, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def killed_in(stage: str, folder: Path) -> None:
+    """Starts the run, or lets it go on, and ends it by SIGKILL at some moment of its `stage`."""
+    log, process = folder / "log.jsonl", helpers.started(KILLABLE, folder)
+    while process.poll() is None:
+        if log.exists() and any(event["event"] == "step" and event["stage"] == stage for event in read_log(log)):
+            time.sleep(time.time_ns() % 150 / 1000)
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, error.decode()
+
+
+def told(folder: Path) -> list[list[Any]]:
+    """Every loss and measure in a run's log."""
+    measures = ("event", "stage", "step", "loss", "shuffled_loss", "psnr", "codes_used", "answers", "drawn_psnr")
+    events = [event for event in read_log(folder / "log.jsonl") if event["event"] in ("step", "validation")]
+    return [[event.get(measure) for measure in measures] for event in events]
 
 
 def test_patches_of_different_shapes(tmp_path: Path) -> None:

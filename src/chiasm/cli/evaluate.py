@@ -17,7 +17,8 @@ def evaluate(
     model: Model,
     data: Data,
     task: Annotated[
-        str | None, typer.Option(help="Of a dual encoder: retrieval, zero-shot or answers; by default what it can.")
+        str | None,
+        typer.Option(help="Of two towers: retrieval, zero-shot or answers. Of a model that draws: answers or drawing."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="validation, test, ...; by default everything.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples, evenly spread.")] = None,
@@ -36,6 +37,13 @@ def evaluate(
     template: Annotated[
         list[str], typer.Option(help="Zero-shot: a prompt with {} where the label stands; repeatable.")
     ] = [],  # noqa: B006
+    judge: Annotated[
+        str | None, typer.Option(help="Drawing: two towers that tell which pictures are near, beside their colours.")
+    ] = None,
+    not_in: Annotated[
+        str | None,
+        typer.Option(help="Drawing: leave out the requests of this data, such as what the model was trained on."),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(help="Another model, or the -o folder of its evaluation, to compare with on the same questions."),
@@ -45,7 +53,7 @@ def evaluate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Score a model's answers per skill, or what it finds, with intervals, beside the wrong-picture control."""
+    """Score a model's answers per skill, what it finds or what it draws, with intervals, beside a wrong picture's."""
     from chiasm import api
     from chiasm.evaluation.evaluate import EvalResult
     from chiasm.evaluation.kept import ANSWERS
@@ -54,7 +62,7 @@ def evaluate(
     if output is not None and output.is_file():
         raise NotADirectoryError(f"-o {output} is a file; name a folder for the results")
     scored = against is not None and (Path(against) / "results.jsonl").is_file()
-    _refuse_unread([model] if against is None or scored else [model, against], max_new_tokens, shots)
+    _refuse_unread([model] if against is None or scored else [model, against], max_new_tokens, shots, task)
     asked: dict[str, Any] = {
         "split": split,
         "limit": limit,
@@ -65,12 +73,14 @@ def evaluate(
         "shots_from": shots_from,
         "task": task,
         "templates": template,
+        "judge": judge,
+        "not_in": not_in,
         "skip_bad": skip_bad,
         "answers": None if output is None else output / ANSWERS,
     }
     other = None
     with _told_where(output):
-        with api.progress_bar("answering", err) as update:
+        with api.progress_bar("drawing" if task == "drawing" else "answering", err) as update:
             result = api.evaluate(model, data, control=control, progress=update, **asked)
         if output is not None:
             result.save(output)
@@ -107,12 +117,14 @@ def _told_where(output: Path | None) -> Iterator[None]:
         (output / ANSWERS).unlink(missing_ok=True)
 
 
-def _refuse_unread(models: list[str], max_new_tokens: int | None, shots: int) -> None:
+def _refuse_unread(models: list[str], max_new_tokens: int | None, shots: int, task: str | None) -> None:
     """Refuses options that the models do not read, before one of them is asked anything."""
     from chiasm.vlm import is_retrieval
 
     if max_new_tokens is None and not shots:
         return
+    if task == "drawing" and max_new_tokens is not None:
+        raise ValueError(f"--max-new-tokens {max_new_tokens} is for answers in words, --task drawing writes none")
     finding = [model for model in models if is_retrieval(model)]
     if finding and shots:
         raise ValueError(f"--shots {shots} is for models that read examples; {finding[0]} is a retrieval model")

@@ -249,9 +249,10 @@ def answer_text(fact: Fact, language: str) -> str:
     return fact.answer if fact.skill == "reading" else say(fact.answer, language)
 
 
-def caption(scene: Scene, language: str, dice: Dice) -> str:
-    """Everything in the scene in one or two sentences: each object with its place, or how many of each there are."""
-    with_places = dice.happens(0.7)
+def caption(scene: Scene, language: str, dice: Dice, places: bool = False) -> str:
+    """Everything in the scene in one or two sentences: each object with its place, or how many of each there are, which
+    three in ten say but where `places` are always told."""
+    with_places = dice.happens(0.7) or places
     if language == "ko":
         return _korean_caption(scene, with_places)
     if with_places:

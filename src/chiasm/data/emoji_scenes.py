@@ -49,6 +49,7 @@ class EmojiScenes(Samples):
         shot_skills: whether the examples are of the "same" skill as the question, or "mixed".
         exact: whether objects have one size and stand in the middle of their places, on a colour's exact shade, with a
             sign only where it is asked for: what is easiest to draw.
+        places: whether every caption says where things are, so that its words tell the picture; else seven in ten do.
 
     `meta` of every sample: split, language, objects (name, emoji, place, box), background, sign, and the turns' skills;
     `shots` has the objects, background and sign of every example.
@@ -56,7 +57,7 @@ class EmojiScenes(Samples):
 
     OPTIONS = (
         *("size", "seed", "num_objects", "language", "questions_per_scene", "form", "weights", "artwork"),
-        *("shots", "shot_skills", "exact"),
+        *("shots", "shot_skills", "exact", "places"),
     )
 
     def __init__(
@@ -73,6 +74,7 @@ class EmojiScenes(Samples):
         shots: int = 0,
         shot_skills: str = "same",
         exact: bool = False,
+        places: bool = False,
     ) -> None:
         _expect("split", split, SPLITS)
         _expect("language", language, LANGUAGES)
@@ -93,7 +95,7 @@ class EmojiScenes(Samples):
         if not sum(self.weights.values()):
             raise ValueError("weights are all 0: no skill is left to ask about")
         self.split, self.seed, self.language, self.form = split, seed, language, form
-        self.shots, self.shot_skills, self.exact = shots, shot_skills, exact
+        self.shots, self.shot_skills, self.exact, self.places = shots, shot_skills, exact, places
         self.world = World.of(split == "test-unseen", num_objects)
         folder = _twemoji() if artwork is None else Path(artwork)
         self.artwork = folder / "72x72" if (folder / "72x72").is_dir() else folder
@@ -184,7 +186,7 @@ class EmojiScenes(Samples):
     def _caption(self, dice: Dice) -> tuple[Scene, Turns, list[str]]:
         scene, _ = compose(dice, [], self.world, {}, self.exact)
         instruction = dice.pick(WORDINGS[self.language]["caption"])
-        return scene, [(instruction, caption(scene, self.language, dice))], ["caption"]
+        return scene, [(instruction, caption(scene, self.language, dice, self.places))], ["caption"]
 
     def _deal(self, rank: int) -> tuple[list[str], dict[str, str]]:
         """The skill whose turn it is and its next answer: through all answers before any comes again."""

@@ -199,8 +199,9 @@ def _emoji_scenes(source: str, split: str | None, options: dict[str, Any]) -> Em
         needed = key in options and key in ("seed", "shots")
         if type(options.get(key)) not in ((int,) if needed else (int, type(None))):
             raise ValueError(f"{EMOJI_SCENES}: {key} is {options[key]!r}, expected a whole number")
-    if type(options.get("exact", False)) is not bool:
-        raise ValueError(f"{EMOJI_SCENES}: exact is {options['exact']!r}, expected true or false")
+    for key in ("exact", "places"):
+        if type(options.get(key, False)) is not bool:
+            raise ValueError(f"{EMOJI_SCENES}: {key} is {options[key]!r}, expected true or false")
     return EmojiScenes(split or named or "train", **options)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from chiasm.data.drawing import draws
 from chiasm.data.few_shot import put_first
 from chiasm.data.schema import ImageRef, Sample, Samples, text_of
 from chiasm.evaluation import captions
@@ -119,10 +120,11 @@ def evaluate(
         kept: answers of an evaluation that was stopped, which are not asked for again; new ones are added.
 
     A sample may list further accepted answers to its last question in `meta["answers"]`. Where a sample's id comes
-    again, its question's `id` is numbered; `sample` is the id as it is.
+    again, its question's `id` is numbered; `sample` is the id as it is. Requests for a picture are left
+    out and counted.
 
     Raises:
-        ValueError: no samples, an unknown metric, or `generate` gives another number of answers.
+        ValueError: no samples, or none answered in words; an unknown metric; not one answer a question.
         SampleError: a sample without an answer, or with an image too many or too few.
     """
     if metric is not None and metric not in METRICS:
@@ -132,9 +134,14 @@ def evaluate(
         sample.validate()
     names = names_of(samples)
     questions = [q for number, sample in enumerate(samples) for q in _questions(number, names[number], sample)]
+    drawings = sum(draws(m) for sample in samples for m in sample.messages if m["role"] == "assistant")
+    told = f"requests for a picture, which task drawing scores: {drawings}"
+    if not questions:
+        raise ValueError(f"nothing to answer in words; {told}")
     if examples is not None:
         questions = [replace(question, examples=tuple(examples[question.sample])) for question in questions]
     donors, notes = wrong_pictures(samples, seed) if control else ({}, list[str]())
+    notes += [f"left out: {told}"] if drawings else []
     controlled = [q for q in questions if q.num_images and q.sample in donors]
     total = len(questions) + len(controlled)
     own = {question.sample: question.sample for question in questions}
@@ -181,7 +188,8 @@ def names_of(samples: Samples) -> list[str]:
 
 
 def _questions(number: int, name: str, sample: Sample) -> Iterator[Question]:
-    turns = [index for index, message in enumerate(sample.messages) if message["role"] == "assistant"]
+    said = [index for index, message in enumerate(sample.messages) if message["role"] == "assistant"]
+    turns = [index for index in said if not draws(sample.messages[index])]
     for turn, index in enumerate(turns, start=1):
         prompt = sample.messages[:index]
         references = [text_of(sample.messages[index]["content"])]

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from chiasm.data.chat import Message
 from chiasm.data.drawing import request
 from chiasm.data.unified import UnifiedProcessor
 from chiasm.fusion.unified import UnifiedModel
@@ -49,23 +50,28 @@ def draw(model: Any, processor: Any, prompts: Sequence[str], brush: Brush) -> li
     Raises:
         ValueError: the model cannot draw.
     """
-    if not isinstance(model, UnifiedModel) or not getattr(model.vision, "draws", False):
+    if not can_draw(model):
         raise ValueError(
             f"this model (fusion {model.config.fusion!r}) cannot draw; connect with fusion='unified' and "
             "image_input='vq', and train it by the recipe unified"
         )
-    codes = draw_codes(model, processor, prompts, brush)
+    codes = draw_codes(model, processor, [[request(words)] for words in prompts], brush)
     return model.vision.pictures(codes)
+
+
+def can_draw(model: Any) -> bool:
+    """Whether a model's pictures are codes that it can write, and an image tokenizer turns back into pictures."""
+    return isinstance(model, UnifiedModel) and getattr(model.vision, "draws", False)
 
 
 @torch.inference_mode()
 def draw_codes(
-    model: UnifiedModel, processor: UnifiedProcessor, prompts: Sequence[str], brush: Brush
+    model: UnifiedModel, processor: UnifiedProcessor, requests: Sequence[list[Message]], brush: Brush
 ) -> Int[Tensor, "pictures N"]:
-    """The codes of one picture for each prompt, in raster order."""
+    """The codes of one picture for each conversation, which ends with a request for it, in raster order."""
     guided = brush.guidance != 1.0
-    asked = [*prompts, *([None] * len(prompts) if guided else [])]
-    inputs = processor(messages=[[request(words)] for words in asked])
+    asked = [*requests, *([[request(None)]] * len(requests) if guided else [])]
+    inputs = processor(messages=asked)
     ids = inputs["input_ids"].to(model.device)
     begin = torch.tensor([[model.settings.begin_token_id]] * len(asked), device=ids.device)
     ids, mask = (

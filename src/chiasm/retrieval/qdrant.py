@@ -2,8 +2,10 @@
 
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +20,10 @@ from chiasm.retrieval.records import Encoder, Hit
 from chiasm.retrieval.where import RANGES, Where, conditions
 
 PAGE, BATCH = 1_000, 256
+NUMBERS = 1_000_000
+"""Of vectors in one request: about 20 MB of JSON, and a server takes 32 as it comes."""
+TIMEOUT = 60
+"""Seconds that a request may take."""
 RANGE_NAMES = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}
 IN_MEMORY = ":memory:"
 
@@ -32,7 +38,7 @@ class QdrantIndex(Index):
 
     def __init__(self, location: str, encoder: Encoder | None, client: Any = None) -> None:
         self.client, self.collection = (client, _address(location)[1]) if client else _connect(location)
-        if not _exists(self.client, self.collection, location):
+        if not self.client.collection_exists(self.collection):
             raise FileNotFoundError(f"{location} holds no collection {self.collection!r}; make it with chiasm index")
         self._model: Any = (self.client.get_collection(self.collection).config.metadata or {}).get("chiasm")
         if self._model is None:
@@ -46,7 +52,7 @@ class QdrantIndex(Index):
         from qdrant_client import models
 
         client, collection = _connect(location)
-        if _exists(client, collection, location):
+        if client.collection_exists(collection):
             raise FileExistsError(f"collection {collection!r} exists; choose another name, or add to it")
         blank = encoder.embed_images([Image.new("RGB", (32, 32), "white")])
         several = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
@@ -86,9 +92,11 @@ class QdrantIndex(Index):
         asked = _filter(conditions(where))
         queries = [vector if self._model["several"] == "false" else [vector] for vector in vectors.float().tolist()]
         requests = [models.QueryRequest(query=q, limit=k, filter=asked, with_payload=True) for q in queries]
+        step = _at_once(vectors.shape[-1])
         return [
             [Hit.of(point.payload, point.score) for point in found.points]
-            for found in self.client.query_batch_points(self.collection, requests)
+            for start in range(0, len(requests), step)
+            for found in self.client.query_batch_points(self.collection, requests[start : start + step])
         ]
 
     @contextmanager
@@ -103,8 +111,9 @@ class QdrantIndex(Index):
             models.PointStruct(id=_point(record["id"]), vector=row, payload=record)
             for record, row in zip(records, rows.tolist(), strict=True)
         ]
-        for start in range(0, len(points), BATCH):
-            self.client.upsert(self.collection, points[start : start + BATCH], wait=True)
+        step = _at_once(vectors[0].numel())
+        for start in range(0, len(points), step):
+            self.client.upsert(self.collection, points[start : start + step], wait=True)
 
     def _vectors(self, ids: Sequence[str]) -> Float[Tensor, "rows K D"]:
         points = self.client.retrieve(self.collection, [_point(name) for name in ids], with_vectors=True)
@@ -117,6 +126,11 @@ class QdrantIndex(Index):
 
         points = models.PointIdsList(points=[_point(name) for name in ids])
         self.client.delete(self.collection, points, wait=True)
+
+
+def _at_once(numbers: int) -> int:
+    """Points of so many numbers each that one request holds."""
+    return max(1, min(BATCH, NUMBERS // numbers))
 
 
 def _point(name: str) -> str:
@@ -142,20 +156,36 @@ def _connect(location: str) -> tuple[Any, str]:
         raise ValueError("a Qdrant index needs the package qdrant-client: pip install 'chiasm[retrieval]'") from None
     if server == IN_MEMORY:
         return QdrantClient(IN_MEMORY), collection
-    key = os.environ.get("QDRANT_API_KEY")
-    return QdrantClient(url=server, api_key=key, check_compatibility=False), collection
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Api key is used with an insecure connection")
+        client = QdrantClient(
+            url=server, api_key=os.environ.get("QDRANT_API_KEY"), check_compatibility=False, timeout=TIMEOUT
+        )
+    return _Client(client, location), collection
 
 
-def _exists(client: Any, collection: str, location: str) -> bool:
-    """Whether there is such a collection. Raises ConnectionError where no server answers."""
-    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+class _Client:
+    """A server's client, whose faults are `ConnectionError`s of one line."""
 
-    try:
-        return client.collection_exists(collection)
-    except (ResponseHandlingException, UnexpectedResponse) as error:
-        raise ConnectionError(
-            f"no Qdrant server answers for {location} ({error}); start it, or set QDRANT_API_KEY"
-        ) from error
+    def __init__(self, client: Any, location: str) -> None:
+        self._client, self._location = client, location
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self._call, getattr(self._client, name))
+
+    def _call(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+        try:
+            return call(*arguments, **options)
+        except ResponseHandlingException as error:
+            raise ConnectionError(f"no Qdrant server answers for {self._location} ({error.source})") from error
+        except UnexpectedResponse as error:
+            said = error.content.decode(errors="replace")[:200]
+            fix = "; set QDRANT_API_KEY" if error.status_code in (401, 403) else ""
+            raise ConnectionError(
+                f"the Qdrant server refuses {self._location}: {error.status_code} {error.reason_phrase}, {said}{fix}"
+            ) from error
 
 
 def _filter(asked: list[Where]) -> Any:

@@ -13,7 +13,7 @@ from chiasm.training.log import Reporter
 from chiasm.training.run import Run
 from chiasm.training.source import Survey
 from chiasm.training.team import Team
-from chiasm.training.validation import Generate
+from chiasm.training.validation import Generate, ScoreDrawings
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Context:
     run: Run
     reporter: Reporter
     generate: Generate | None
+    score_drawings: ScoreDrawings | None
     closed_form: Callable[..., Any]
     cache_root: Path | None
     team: Team = field(default_factory=Team)

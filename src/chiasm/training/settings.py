@@ -34,6 +34,9 @@ class Validation(Strict):
     every: PositiveInt | None = Field(None, description="steps between validations within a stage")
     samples: NonNegativeInt = Field(64, description="held-out samples, at most; 0 turns validation off")
     answers: NonNegativeInt = Field(4, description="answers that are generated and logged")
+    drawings: NonNegativeInt = Field(
+        0, description="held-out pictures that a model which draws is asked for, and scored by"
+    )
 
 
 class Captions(Strict):

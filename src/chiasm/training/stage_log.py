@@ -63,7 +63,8 @@ class StageLog:
         self.log.write("validation", self.stage.name, done, **fields)
         right, wrong = result["loss"], result["shuffled_loss"]
         against = f", with wrong pictures {wrong:.4f}" if wrong is not None else ""
-        self.reporter.note(f"stage {self.stage.name}, step {done}: validation loss {right:.4f}{against}")
+        drawn = f"; drawings found {result['drawn_recall']:.0%}" if "drawn_recall" in result else ""
+        self.reporter.note(f"stage {self.stage.name}, step {done}: validation loss {right:.4f}{against}{drawn}")
         if done and wrong is not None and right >= wrong:
             self.warn(
                 done, f"the pictures do not help: loss {right:.4f} with the right ones, {wrong:.4f} with wrong ones"

@@ -193,8 +193,9 @@ class StageRun:
             return None
         held_out = self._readable(held_out)
         others = self._readable([context.samples[index] for index in context.survey.usable[:SPARE_PICTURES]])
-        answers = stage.validation.answers
-        validator = Validator(self.learner, self._source, held_out, others, stage.batch_size, answers, context.generate)
+        answers = stage.validation.answers, context.generate
+        drawings = stage.validation.drawings, context.score_drawings
+        validator = Validator(self.learner, self._source, held_out, others, stage.batch_size, *answers, *drawings)
         if not validator.right:
             self.log.warn(self.first_step, "no validation: none of the held-out samples can be used")
             return None

@@ -36,7 +36,7 @@ from chiasm.training.source import picture_fingerprint, split, survey
 from chiasm.training.stage_log import left_out
 from chiasm.training.stage_run import StageRun
 from chiasm.training.team import Team, processes
-from chiasm.training.validation import Generate
+from chiasm.training.validation import Generate, ScoreDrawings
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def train(
     validation_samples: Samples | None = None,
     overrides: Sequence[str] = (),
     generate: Generate | None = None,
+    score_drawings: ScoreDrawings | None = None,
     closed_form: Callable[..., Any] = closed_form_start,
     resume: bool = True,
     quiet: bool = False,
@@ -73,6 +74,7 @@ def train(
         validation_samples: by default 5 % of the samples are held out.
         overrides: `key=value` changes to the recipe, such as `stages.align.batch_size=8`.
         generate: answers a batch of (conversations, lists of pictures), for the answers that validation logs.
+        score_drawings: draws what held-out samples ask for, for the scores that validation logs.
         closed_form: `init: closed_form`, called as `closed_form(model, tokenizer, samples, features_of)`.
         resume: False starts anew and removes the checkpoints of an earlier run in the folder.
         cache_root: where encoded pictures are kept; by default the user's cache.
@@ -97,7 +99,18 @@ def train(
         environment = _environment(model, team)
         with open_run(output, loaded, seen, environment, resume, reporter, team) as run:
             context = Context(
-                model, processor, kept, found, held_out, run, reporter, generate, closed_form, cache_root, team
+                model,
+                processor,
+                kept,
+                found,
+                held_out,
+                run,
+                reporter,
+                generate,
+                score_drawings,
+                closed_form,
+                cache_root,
+                team,
             )
             if loaded.forgetting.measures and team.first:
                 shown = held_out if len(held_out) else kept

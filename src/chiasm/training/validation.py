@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from chiasm.data.collation import Batch
+from chiasm.data.drawing import asked_in_words
 from chiasm.data.schema import ImageError, Sample, Samples
 from chiasm.language.adapter import ContextError
 from chiasm.objectives.processes import alone
@@ -19,6 +20,8 @@ from chiasm.training.stage_model import StageModel
 from chiasm.training.team import Team
 
 Generate = Callable[[list[list[dict]], list[list[Image.Image]]], list[str]]
+ScoreDrawings = Callable[[Sequence[Sample]], dict[str, Any]]
+"""Draws what samples ask for; the scores for the log."""
 
 
 class Validator:
@@ -33,12 +36,15 @@ class Validator:
         batch_size: int,
         num_answers: int,
         generate: Generate | None,
+        num_drawings: int = 0,
+        score_drawings: ScoreDrawings | None = None,
     ) -> None:
         """
         Args:
             source: prepares samples as training does.
             samples: the held-out samples.
             others: more samples whose pictures may serve as wrong ones.
+            score_drawings: draws `num_drawings` of the pictures that held-out samples ask for.
         """
         self.learner = learner
         swapped = with_wrong_pictures(samples, others) if learner.controlled else [None] * len(samples)
@@ -49,6 +55,8 @@ class Validator:
         self.right = _batches(source(samples), batch_size)
         self.wrong = _batches(source([s for s in swapped if s is not None]), batch_size) if self.controlled else []
         self.generate = generate if learner.answers else None
+        wanted = [sample for sample in samples if asked_in_words(sample)][:num_drawings] if learner.answers else []
+        self.wanted, self.score_drawings = wanted, score_drawings
         self.asked = [sample for sample in samples if sample.answer.strip()][:num_answers]
         self.num_samples = sum(len(batch.ids) for batch in self.right)
 
@@ -63,6 +71,9 @@ class Validator:
         if isinstance(asked, Engine) or not team.first:
             return result | {"answers": []}
         result |= self.learner.measures(self.right)
+        if self.score_drawings is not None and self.wanted:
+            with autocast(self.learner.model.device, dtype):
+                result |= self.score_drawings(self.wanted)
         try:
             result["answers"] = self._answers(dtype)
         except ContextError as error:

@@ -173,8 +173,7 @@ class ImageTokenizer(PreTrainedModel):
 
     def pictures(self, codes: Int[Tensor, "images N"]) -> list[Image.Image]:
         """The same as pictures that can be looked at."""
-        levels = ((self.decode(codes).float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-        return [Image.fromarray(picture.cpu().numpy()) for picture in levels]
+        return as_pictures(self.decode(codes))
 
     def _quantized(self, pixel_values: Tensor) -> Float[Tensor, "images rows columns channels"]:
         return self.quantizer(self.encoder(pixel_values.to(self.dtype)).permute(0, 2, 3, 1).float())
@@ -183,3 +182,9 @@ class ImageTokenizer(PreTrainedModel):
         """The pictures as they come back."""
         quantized = self._quantized(pixel_values).to(self.dtype)
         return self.decoder(quantized.permute(0, 3, 1, 2))
+
+
+def as_pictures(pixels: Float[Tensor, "images 3 height width"]) -> list[Image.Image]:
+    """Values from -1 to 1 as pictures that can be looked at."""
+    levels = ((pixels.float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    return [Image.fromarray(picture.cpu().numpy()) for picture in levels]
