@@ -91,10 +91,10 @@ def test_a_kill_in_either_stage_changes_nothing(tmp_path: Path) -> None:
 
 
 def killed_in(stage: str, folder: Path) -> None:
-    """Starts the run, or lets it go on, and ends it by SIGKILL at some moment of its `stage`."""
+    """Starts the run, or lets it go on, and ends it by SIGKILL at some moment behind the first checkpoint of `stage`."""
     log, process = folder / "log.jsonl", helpers.started(KILLABLE, folder)
     while process.poll() is None:
-        if log.exists() and any(event["event"] == "step" and event["stage"] == stage for event in read_log(log)):
+        if log.exists() and any(e["event"] == "step" and e["stage"] == stage and e["step"] > 1 for e in read_log(log)):
             time.sleep(time.time_ns() % 150 / 1000)
             process.send_signal(signal.SIGKILL)
             break
