@@ -91,7 +91,7 @@ def test_a_kill_in_either_stage_changes_nothing(tmp_path: Path) -> None:
 
 
 def killed_in(stage: str, folder: Path) -> None:
-    """Starts the run, or lets it go on, and ends it by SIGKILL at some moment behind the first checkpoint of `stage`."""
+    """Starts the run, or lets it go on, and ends it by SIGKILL somewhere behind the first checkpoint of `stage`."""
     log, process = folder / "log.jsonl", helpers.started(KILLABLE, folder)
     while process.poll() is None:
         if log.exists() and any(e["event"] == "step" and e["stage"] == stage and e["step"] > 1 for e in read_log(log)):
