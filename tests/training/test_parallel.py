@@ -1,5 +1,6 @@
 """Two processes take the steps that one would take, whatever the stage trains, with whole copies or with shards."""
 
+import errno
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -20,6 +22,7 @@ import helpers
 import pytest
 import torch
 from torch import distributed as dist
+from torch.distributed import checkpoint as dcp
 
 import chiasm
 import tiny
@@ -162,8 +165,13 @@ def work(folder: Path) -> None:
     def infinite(self: AnswerModel, *arguments: Any) -> dict[str, torch.Tensor]:
         return {name: loss / (1 - dist.get_rank()) for name, loss in losses(self, *arguments).items()}
 
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     with patch.object(AnswerModel, "losses", infinite):
         caught(folder, "infinite", recipe(FULL_CONNECTOR, validation={"samples": 0}))
+    with patch.object(dcp.HuggingFaceStorageWriter, "write_data", full) if dist.get_rank() else nullcontext():
+        caught(folder, "full", recipe(FULL_CONNECTOR, parallel="fsdp", checkpoint_every=1))
     broken = helpers.samples(8)
     broken[6] = replace(broken[6], images=[ImageRef.of(b"no picture", "rotten.png")])
     caught(folder, "broken", recipe(FULL_CONNECTOR, cache_features=False, validation={"samples": 0}), data=broken)
@@ -269,11 +277,15 @@ def test_shards_go_on_in_another_number_of_processes(tmp_path: Path, together: P
 def test_a_fault_of_one_process_is_told_once(together: Path) -> None:
     expected = {
         "infinite": ("TrainingError", r"stage 'align', step 1: the loss is inf on the samples s\d+"),
+        "full": (
+            "TrainingError",
+            r"align-1 is not written: the disk is full \(.*\); make room .* checkpoints are intact",
+        ),
         "broken": ("ValueError", r"sample 's6': picture rotten.png: is not a picture"),
     }
     for name, (kind, words) in expected.items():
         first, second = (json.loads((together / f"{name}-{rank}.json").read_text()) for rank in (0, 1))
-        assert first[0] == kind and re.search(words, first[1]), first
+        assert first[0] == kind and re.search(words, first[1]) and "\n" not in first[1], first
         assert second == ["Stopped", "1" if kind == "TrainingError" else "2"]
 
 

@@ -237,6 +237,28 @@ def test_a_full_disk_leaves_a_run_that_goes_on(
     assert_same(tmp_path / "run", reference)
 
 
+def test_a_gradient_that_is_not_finite_costs_no_step(tmp_path: Path) -> None:
+    recipe = {"stages": [helpers.stage(checkpoint_every=1)]}
+    whole, broken, again = (helpers.vlm() for _ in range(3))
+    helpers.run(tmp_path / "whole", recipe, whole)
+    seen = list[torch.Tensor]()
+
+    def third_is_infinite(gradient: torch.Tensor) -> torch.Tensor:
+        seen.append(gradient)
+        return gradient if len(seen) < 3 else gradient / 0
+
+    broken.model.connector.output.weight.register_hook(third_is_infinite)
+    with pytest.raises(
+        TrainingError, match=r"step 3: the gradient is (inf|nan) on the samples s\d+, .* is intact"
+    ) as told:
+        helpers.run(tmp_path / "run", recipe, broken)
+    assert "\n" not in str(told.value)
+    resumed = helpers.run(tmp_path / "run", recipe, again)
+    assert [event["step"] for event in read_log(resumed.log) if event["event"] == "resume"] == [2]
+    ours, theirs = helpers.weights(again), helpers.weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_the_same_command_passes_over_finished_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     start = stage_run.StageRun.run
