@@ -45,6 +45,15 @@ class DualEncoder:
         """A vector of length 1 for every picture; of a Q-Former K vectors, what its queries saw."""
         return self.model.embed_images(self._patches(images))
 
+    def prepare(self, image: Any) -> Float[Tensor, "1 3 H W"]:
+        """One picture as the model reads it, small however large it was."""
+        return self.processor(images=[image])["pixel_values"]
+
+    @torch.inference_mode()
+    def embed_prepared(self, prepared: Sequence[Float[Tensor, "1 3 H W"]]) -> Float[Tensor, "images *K P"]:
+        """What `embed_images` gives for pictures that are prepared."""
+        return self.model.embed_images(self.model.patches(self._moved(torch.cat(list(prepared)))))
+
     @torch.inference_mode()
     def embed_texts(self, texts: str | Sequence[str]) -> Float[Tensor, "texts P"]:
         """A vector of length 1 for every text."""
@@ -135,7 +144,10 @@ class DualEncoder:
             self._processor.push_to_hub(repository, **kwargs)
 
     def _patches(self, images: Any) -> Float[Tensor, "images N D_p"]:
-        return self.model.patches(self.processor(images=images)["pixel_values"].to(self.model.device, self.model.dtype))
+        return self.model.patches(self._moved(self.processor(images=images)["pixel_values"]))
+
+    def _moved(self, pixels: Tensor) -> Tensor:
+        return pixels.to(self.model.device, self.model.dtype)
 
     def _tokens(self, texts: str | Sequence[str]) -> dict[str, Tensor]:
         return {name: value.to(self.model.device) for name, value in self.processor(text=texts).items()}

@@ -24,6 +24,12 @@ class ColourEncoder:
         self.looked_at += len(images)
         return torch.stack([self._look(image) for image in images])
 
+    def prepare(self, image: Any) -> Any:
+        return image
+
+    def embed_prepared(self, prepared: Sequence[Any]) -> Tensor:
+        return self.embed_images(prepared)
+
     def embed_texts(self, texts: str | Sequence[str]) -> Tensor:
         names = [texts] if isinstance(texts, str) else texts
         return self._project(torch.tensor([COLOURS[name.split()[-1]] for name in names]).float())

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 import typer
 
@@ -33,6 +34,7 @@ def main() -> None:
     from chiasm.sources import SourceError
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")  # is an error of ours
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except typer.Abort:

@@ -147,6 +147,7 @@ def search(
 def _add(opened: Any, items: Any, skip_bad: bool, batch_size: int, as_json: bool) -> None:
     from chiasm.api import progress_bar
     from chiasm.data.schema import ImageError, SampleError
+    from chiasm.retrieval.pictures import in_words
 
     with progress_bar("indexing", err) as update:
         done = 0
@@ -161,9 +162,11 @@ def _add(opened: Any, items: Any, skip_bad: bool, batch_size: int, as_json: bool
         except (ImageError, SampleError) as error:
             raise ValueError(f"{error}; --skip-bad leaves such pictures out") from error
     if as_json:
-        return emit(
-            {"added": report.added, "replaced": report.replaced, "unchanged": report.unchanged, "bad": report.bad}
-        )
+        told = {"added": report.added, "replaced": report.replaced, "unchanged": report.unchanged, "bad": report.bad}
+        return emit(told | {"left_out": items.left_out})
+    if items.left_out:
+        left_out = f"{in_words(items.left_out)}, which Pillow does not read; convert them"
+        err.print(f"left out: {left_out}", soft_wrap=True, highlight=False)
     for reason in report.bad.values():
         err.print(f"skipped: {escape(reason)}", soft_wrap=True, highlight=False)
     search = f"chiasm search {argument(opened.location)} 'a red car'"

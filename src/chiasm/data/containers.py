@@ -13,7 +13,7 @@ import yaml
 from chiasm.data.schema import DAMAGED_SHARD, ByteRange, ImageRef, Problem, SampleError
 
 SAVED_DATASET = ("dataset_dict.json", "dataset_info.json", "state.json")
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+PICTURES = ("jpg", "jpeg", "jfif", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 
 
 class Rows(ABC):

@@ -95,6 +95,7 @@ class ImageRef:
             return _own_rgb(self.source)
         if not isinstance(self.source, Path | bytes | ByteRange):
             return _own_rgb(self.source())
+        self._refuse_pipes()
         try:
             with Image.open(self.source if isinstance(self.source, Path) else io.BytesIO(self._bytes())) as picture:
                 if picture.width * picture.height > self.max_pixels:
@@ -130,7 +131,17 @@ class ImageRef:
             return self.source.length
         return len(self.source) if isinstance(self.source, bytes) else 0
 
+    def _refuse_pipes(self) -> None:
+        """Reading from a pipe or a device, whatever its name, would wait for ever."""
+        if (
+            isinstance(self.source, Path)
+            and self.source.exists()
+            and not (self.source.is_file() or self.source.is_dir())
+        ):
+            raise ImageError("broken picture", self.name, "is a pipe or a device, not a file")
+
     def _bytes(self) -> bytes:
+        self._refuse_pipes()
         try:
             if isinstance(self.source, Path):
                 return self.source.read_bytes()

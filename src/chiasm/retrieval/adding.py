@@ -2,11 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from chiasm.data.schema import ImageError, SampleError
@@ -70,16 +71,17 @@ class Intake:
     Args:
         known: what the index holds; what is to be stored is noted there.
         skip_bad: report what cannot be read, instead of raising.
+        prepare: a picture as the model reads it, so that a batch of photographs is never held in full.
     """
 
-    def __init__(self, known: Known, skip_bad: bool) -> None:
-        self.known, self.skip_bad, self.report = known, skip_bad, Added()
+    def __init__(self, known: Known, skip_bad: bool, prepare: Callable[[Image.Image], Any]) -> None:
+        self.known, self.skip_bad, self.prepare, self.report = known, skip_bad, prepare, Added()
         self.taken: dict[str, Record] = {}
 
     def sort(
         self, chunk: Sequence[Item | SampleError], pool: Executor
     ) -> tuple[list[tuple[Record, Any]], list[Record]]:
-        """Records and pictures to encode, and records to store with the vectors that are there.
+        """Records and prepared pictures to encode, and records to store with the vectors that are there.
 
         Raises:
             ImageError, SampleError or ValueError: a picture cannot be read, or its id stands for another one.
@@ -97,7 +99,7 @@ class Intake:
             self.taken[record["id"]] = record
             getattr(self.report, kind.report).append(record["id"])
             if kind.encode and not isinstance(item, SampleError):
-                new.append((record, item.image.load() if image is None else image))
+                new.append((record, self.prepare(item.image.load()) if image is None else image))
             elif kind.store:
                 old.append(record)
             if kind.store:
@@ -105,12 +107,12 @@ class Intake:
         return new, old
 
     def _look(self, item: Item | SampleError) -> tuple[Record, Any, ValueError | None]:
-        """A picture's record, the picture where its content is new, or why it cannot be read."""
+        """A picture's record, the prepared picture where its content is new, or why it cannot be read."""
         if isinstance(item, SampleError):
             return {}, None, item
         try:
             record = item.record()
-            return record, None if record["key"] in self.known.keys else item.image.load(), None
+            return record, None if record["key"] in self.known.keys else self.prepare(item.image.load()), None
         except ImageError as error:
             return {}, None, error
 

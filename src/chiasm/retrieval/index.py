@@ -129,7 +129,7 @@ class Index(ABC):
         """
         stream, pending = iter(items), Pending()
         with self._writing() as known, ThreadPoolExecutor(THREADS) as pool:
-            intake = Intake(known, skip_bad)
+            intake = Intake(known, skip_bad, self.encoder.prepare)
             while chunk := list(islice(stream, batch_size)):
                 try:
                     new, old = intake.sort(chunk, pool)
@@ -241,7 +241,7 @@ class Index(ABC):
 
     def _embed(self, new: list[tuple[dict[str, Any], Any]], old: list[dict[str, Any]], pending: Pending) -> None:
         if new:
-            pending.vectors.append(_rows(self.encoder.embed_images([image for _, image in new])))
+            pending.vectors.append(_rows(self.encoder.embed_prepared([image for _, image in new])))
             pending.records += [record for record, _ in new]
         if old:
             pending.vectors.append(self._vectors([record["id"] for record in old]))

@@ -1,9 +1,9 @@
 """Pictures to index: files, a pattern, a folder (with or without `metadata.jsonl`), or a data set."""
 
-import glob
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,20 @@ from chiasm.retrieval.records import Item
 METADATA = "metadata.jsonl"
 NAMES = ("file_name", "image", "path")
 """Keys of a row of metadata that may hold the picture's file."""
+UNREAD = ("heic", "heif", "jxl", "svg", "dng", "cr2", "cr3", "nef", "arw", "raf", "psd")
+"""Endings of pictures that Pillow does not read."""
+APPLE_DOUBLE = "._"
+"""How names begin that macOS gives to what belongs to a file, and is none, on other systems' disks."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures to add, one after the other. `count` is that of the files, or of the samples that show them."""
+    """Pictures to add, one after the other. `count` is that of the files, or of the samples that show them; `left_out`
+    are files that Pillow does not read, by their ending."""
 
     items: Iterable[Item | SampleError]
     count: int
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Item | SampleError]:
         return iter(self.items)
@@ -34,7 +40,8 @@ def read_pictures(source: str | Path, metadata: Path | None = None) -> Pictures:
     A picture's id is its place in the folder, or its sample's id.
 
     Args:
-        source: a picture, a folder of pictures, a pattern such as `photos/**/*.jpg`, or a data set.
+        source: a picture, a folder of pictures, a pattern such as `photos/**/*.jpg`, or a data set. Links to folders
+            are not followed.
         metadata: JSON lines with `file_name` and anything else; by default `metadata.jsonl` of the folder.
 
     Raises:
@@ -42,7 +49,11 @@ def read_pictures(source: str | Path, metadata: Path | None = None) -> Pictures:
     """
     path, pattern = Path(source), any(sign in str(source) for sign in "*?[")
     root = _root(path) if pattern and not path.exists() else path if path.is_dir() else path.parent
-    files = _files(path, root, pattern)
+    found = _files(path, root, pattern)
+    files, unread = [file for file in found if _ending(file) in PICTURES], Counter(map(_ending, found))
+    left_out = {ending: unread[ending] for ending in UNREAD if unread[ending]}
+    if left_out and not files:
+        raise ValueError(f"{str(source)!r} holds {in_words(left_out)} alone, which Pillow does not read; convert them")
     if not files:
         if pattern and not path.exists():
             raise ValueError(f"no picture matches {str(source)!r}; endings are {', '.join(PICTURES)}")
@@ -56,21 +67,31 @@ def read_pictures(source: str | Path, metadata: Path | None = None) -> Pictures:
     there = set(files)
     missing = [file for file in rows if file not in there] if path.is_dir() else []
     items = [Item(_name(file, root), ImageRef.of(file), rows.get(file, {})) for file in [*files, *missing]]
-    return Pictures(items, len(items))
+    return Pictures(items, len(items), left_out)
+
+
+def in_words(left_out: Mapping[str, int]) -> str:
+    """Files by their ending: "3 .heic, 1 .svg"."""
+    return ", ".join(f"{count} .{ending}" for ending, count in left_out.items())
 
 
 def _files(path: Path, root: Path, pattern: bool) -> list[Path]:
+    """Files that are named like pictures, of endings that Pillow reads and of others."""
     if path.is_file():
         return [path] if _is_picture(path) else []
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if _is_picture(file))
-    if not pattern:
+    if not path.is_dir() and not pattern:
         return []
-    return sorted(file for name in glob.glob(str(path), recursive=True) if _is_picture(file := Path(name)))
+    inside = "**/*" if path.is_dir() else path.relative_to(root).as_posix()
+    return sorted(file for file in root.glob(inside) if _is_picture(file))
+
+
+def _ending(path: Path) -> str:
+    return path.suffix.lower().lstrip(".")
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower().lstrip(".") in PICTURES and not path.is_dir()
+    named = _ending(path) in (*PICTURES, *UNREAD) and not path.name.startswith(APPLE_DOUBLE)
+    return named and not path.is_dir()
 
 
 def _root(pattern: Path) -> Path:

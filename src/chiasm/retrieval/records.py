@@ -17,6 +17,12 @@ class Encoder(Protocol):
 
     model: nn.Module
 
+    def prepare(self, image: Any) -> Any:
+        """One picture as the model reads it."""
+
+    def embed_prepared(self, prepared: Sequence[Any]) -> Float[Tensor, "images ..."]:
+        """What `embed_images` gives for pictures that are prepared."""
+
     def embed_images(self, images: Any) -> Float[Tensor, "images ..."]:
         """One vector a picture, or K."""
 
@@ -35,9 +41,10 @@ class Item:
 
     def record(self) -> dict[str, Any]:
         """What the index remembers of it; `key` is the sha256 of its content."""
+        key = self.image.key()
         path = None if self.image.path is None else str(self.image.path.resolve())
         where = {} if self.origin is None or path is not None else {"origin": list(self.origin)}
-        return {"id": self.id, "key": self.image.key(), "path": path, "metadata": self.metadata, **where}
+        return {"id": self.id, "key": key, "path": path, "metadata": self.metadata, **where}
 
 
 @dataclass(frozen=True)
