@@ -54,6 +54,10 @@ class PackedFusionModel(PositionedModel, GenerationMixin):
         block = torch.zeros(1, self.vision.merge**2, self.vision.width, device=like.device, dtype=like.dtype)
         return self.connect_features(block)
 
+    @property
+    def picture_marks(self) -> list[int]:
+        return [token for token in (self.config.image_token_id, self.config.video_token_id) if token is not None]
+
     def _kinds(
         self, input_ids: Int[Tensor, "B S"] | None, inputs_embeds: Float[Tensor, "B S D_l"] | None
     ) -> Int[Tensor, "B S"]:
@@ -149,8 +153,7 @@ class PackedFusionModel(PositionedModel, GenerationMixin):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Beams and several answers repeat a row's pictures together."""
         packed = {name: kwargs.pop(name) for name in PACKED_INPUTS if kwargs.get(name) is not None}
-        embeddings = kwargs.get("inputs_embeds")
-        kinds = self._kinds(input_ids if embeddings is None else None, embeddings)
+        kinds = self._kinds(*self.prompt(input_ids, kwargs.get("inputs_embeds")))
         for kind, (pixels, grids) in ((IMAGE, PACKED_INPUTS[:2]), (VIDEO, PACKED_INPUTS[2:])):
             if pixels in packed:
                 tokens = (kinds == kind).sum(dim=1).tolist()

@@ -61,15 +61,19 @@ class PositionedModel(EarlyFusionModel):
         image_grid_thw: Int[Tensor, "pictures 3"] | None,
     ) -> tuple[Tensor | None, Int[Tensor, "B 1"] | None]:
         """Positions of a forward, and what the cache must know of them; None where tokens are just counted."""
-        if position_ids is not None or self.kind == "raster":
+        if self.kind == "raster":
             return position_ids, None
+        past = cache.get_seq_length() if cache is not None else 0
+        plain = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+        if position_ids is not None:
+            whole = not past and position_ids.ndim == 3 and (plain or attention_mask is None)
+            return position_ids, self._delta(position_ids, attention_mask) if whole else None
         like = input_ids if input_ids is not None else inputs_embeds
         assert like is not None
-        past = cache.get_seq_length() if cache is not None else 0
         if not past:
-            whole = self.whole_positions(input_ids, inputs_embeds, attention_mask, image_grid_thw)
-            return whole, self._delta(whole, attention_mask)
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            positions = self.whole_positions(input_ids, inputs_embeds, attention_mask, image_grid_thw)
+            return positions, self._delta(positions, attention_mask)
+        if plain:
             counted = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -like.shape[1] :]
         else:
             counted = (torch.arange(like.shape[1], device=like.device) + past)[None].expand(like.shape[0], -1)
@@ -91,14 +95,19 @@ class PositionedModel(EarlyFusionModel):
             setattr(cache, DELTA, delta)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        """Coordinates of the whole prompt, whichever way it is given."""
+        """Coordinates of the whole prompt, whichever way it is given; behind a cache's pictures they are counted on."""
         if self.kind == "raster":
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         given = model_kwargs.get("input_ids")
         ids = given if given is not None and given.shape[1] > 0 else inputs_tensor
-        embeddings = None if ids.ndim == 2 else ids
+        prompt = (ids, None) if ids.ndim == 2 else (None, ids)
+        cache = model_kwargs.get("cache")
+        held = 0 if cache is None else cache.get_seq_length()
+        if held and hasattr(cache, DELTA) and not self.visual_places(*prompt)[:, held:].any():
+            counted = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+            return (counted + getattr(cache, DELTA)).expand(AXES[self.kind], -1, -1)
         mask, grids = model_kwargs.get("attention_mask"), model_kwargs.get("image_grid_thw")
-        return self.whole_positions(ids if embeddings is None else None, embeddings, mask, grids)
+        return self.whole_positions(*prompt, mask, grids)
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
