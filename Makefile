@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 READY  := .venv/.ready
 
-.PHONY: demo test test-weights check format bench docs install clean
+.PHONY: demo test test-weights test-transformers check format bench docs install clean
 
 demo: install            ## the main job: real weights, both stages, report, about ten minutes on two cores
 	$(BIN)/chiasm demo -o demo
@@ -16,6 +16,15 @@ test-weights: install    ## the tests on real weights, after fetching them
 	$(BIN)/chiasm pull smollm2-135m-instruct efficientnet-lite0 efficientnet-lite1 efficientnet-lite2 twemoji
 	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite-pytorch==0.1.0  # a reference to compare with
 	$(BIN)/python -m pytest -m weights
+
+test-transformers: install  ## transformers' own common tests on our model classes, after fetching them
+	set -e; version=$$($(BIN)/python -c 'import transformers; print(transformers.__version__)'); \
+	folder=build/transformers-$$version; \
+	test -e $$folder.tar.gz || \
+		$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers -d build transformers==$$version; \
+	tar -xzf $$folder.tar.gz -C build transformers-$$version/tests; \
+	OMP_NUM_THREADS=1 CHIASM_TRANSFORMERS_TESTS=$(CURDIR)/$$folder/tests \
+		$(BIN)/python -m pytest -n auto tests/transformers_common
 
 check: install           ## style, types, layers
 	$(BIN)/ruff check .

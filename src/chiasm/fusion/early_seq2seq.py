@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from chiasm.fusion.early import EarlyFusionModel
@@ -36,6 +37,7 @@ class EarlySeq2SeqModel(EarlyFusionModel, GenerationMixin):
         if "language" in self._modules:  # not yet while transformers begins to build the model
             self.language.generation_config = value
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,

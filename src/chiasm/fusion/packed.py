@@ -11,9 +11,8 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from chiasm.connectors import build_connector
-from chiasm.fusion.base import FusionOutput
 from chiasm.fusion.config import ChiasmConfig
-from chiasm.fusion.sequence import PositionedModel
+from chiasm.fusion.sequence import PositionedModel, PositionedOutput
 from chiasm.language.adapter import build_language, embedding_width
 from chiasm.positions.sequence import Grid, split_positions
 from chiasm.vision.packed import PackedTower
@@ -110,7 +109,7 @@ class PackedFusionModel(PositionedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
         **kwargs: Any,
-    ) -> FusionOutput:
+    ) -> PositionedOutput:
         """Next-token logits, and the loss where labels are given.
 
         Args:
@@ -135,7 +134,8 @@ class PackedFusionModel(PositionedModel, GenerationMixin):
         inputs = {"inputs_embeds": embedded, "attention_mask": attention_mask, "position_ids": position_ids}
         fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
         self.remember(fields.get("cache"), delta)
-        return FusionOutput(**fields, visual_tokens=tokens)
+        grids = video_grid_thw if pixel_values is None else image_grid_thw
+        return PositionedOutput(**fields, visual_tokens=tokens, image_grid_thw=grids)
 
     @staticmethod
     def _placed(embedded: Tensor, places: Bool[Tensor, "B S"], tokens: Tensor | None) -> Tensor:

@@ -1,17 +1,38 @@
 """Early and unified fusion with positions by row and column: what the model and `generate` must know about them."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from chiasm.fusion.base import FusionOutput
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.positions.sequence import AXES, Grid, sequence_positions
 
 DELTA = "position_delta"
 """Attribute of a cache: by how much the next position is ahead of the number of tokens, for each row `(B, 1)`."""
+
+
+@dataclass
+class PositionedOutput(FusionOutput):
+    """A fusion's output, with the grids of the pictures that its visual tokens `(P, 1, D_l)` are of."""
+
+    image_grid_thw: Tensor | None = None
+
+    @property
+    def image_outputs(self) -> BaseModelOutputWithPooling:
+        """Visual tokens, picture by picture where their grids are known."""
+        tokens, grids = self.visual_tokens, self.image_grid_thw
+        if tokens is None or grids is None or tokens.shape[1] != 1:
+            return super().image_outputs
+        patches = grids.prod(dim=1)
+        return BaseModelOutputWithPooling(
+            pooler_output=tokens[:, 0].split((patches * len(tokens) // patches.sum()).tolist())
+        )
 
 
 class PositionedModel(EarlyFusionModel):

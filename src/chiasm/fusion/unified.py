@@ -13,10 +13,9 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from chiasm.fusion.base import FusionOutput
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.pictures import real_pictures
-from chiasm.fusion.sequence import PositionedModel
+from chiasm.fusion.sequence import PositionedModel, PositionedOutput
 from chiasm.fusion.unified_decoder import PATCH, WORD
 from chiasm.fusion.unified_settings import UnifiedSettings
 from chiasm.language.adapter import build_language
@@ -156,7 +155,7 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         return_logits: bool | None = None,
         codes: bool = False,
         **kwargs: Any,
-    ) -> FusionOutput:
+    ) -> PositionedOutput:
         """Next-token logits, and the loss where labels are given.
 
         Args:
@@ -191,7 +190,7 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         wanted = (labels, logits_to_keep, num_items_in_batch, return_logits)
         fields = self.predict(inputs | kwargs, cache, *wanted, whole_vocabulary=codes)
         self.remember(fields.get("cache"), delta)
-        return FusionOutput(**fields, visual_tokens=tokens)
+        return PositionedOutput(**fields, visual_tokens=tokens, image_grid_thw=image_grid_thw)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
