@@ -255,7 +255,8 @@ class FusionModel(PartDtypes, PictureGenerationMixin):
     @staticmethod
     def _positions(given: Tensor | None, attention_mask: Any, cache: Cache | None) -> Tensor | None:
         """Positions that count real tokens only, so that left padding changes nothing."""
-        started = cache is not None and cache.get_seq_length() > 0
-        if given is not None or started or not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        if given is not None or not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
             return given
+        if cache is not None and cache.get_seq_length() > 0:
+            return None
         return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)

@@ -27,6 +27,8 @@ class Seq2SeqFusionOutput(Seq2SeqLMOutput):
 class EarlySeq2SeqModel(EarlyFusionModel, GenerationMixin):
     """A picture takes T places in the encoder's sequence; labels are the decoder's own tokens."""
 
+    _can_compile_fullgraph = False  # what is compiled while it generates is the language model
+
     @property
     def generation_config(self) -> GenerationConfig | None:
         """The language model's own, whose `generate` this is."""

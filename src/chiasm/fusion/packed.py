@@ -139,8 +139,8 @@ class PackedFusionModel(PositionedModel, GenerationMixin):
 
     @staticmethod
     def _placed(embedded: Tensor, places: Bool[Tensor, "B S"], tokens: Tensor | None) -> Tensor:
-        wanted, found = int(places.sum()), 0 if tokens is None else len(tokens)
-        if wanted != found:
+        wanted, found = places.sum(), 0 if tokens is None else len(tokens)
+        if not torch.compiler.is_compiling() and wanted != found:
             raise ValueError(f"the text holds {wanted} image placeholders but the pictures give {found} visual tokens")
         return embedded if tokens is None else embedded.masked_scatter(places[..., None], tokens.to(embedded))
 

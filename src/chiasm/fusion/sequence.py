@@ -84,11 +84,12 @@ class PositionedModel(EarlyFusionModel):
         """Positions of a forward, and what the cache must know of them; None where tokens are just counted."""
         if self.kind == "raster":
             return position_ids, None
-        past = cache.get_seq_length() if cache is not None else 0
         plain = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+        if position_ids is not None and (position_ids.ndim == 2 or not (plain or attention_mask is None)):
+            return position_ids, None
+        past = cache.get_seq_length() if cache is not None else 0
         if position_ids is not None:
-            whole = not past and position_ids.ndim == 3 and (plain or attention_mask is None)
-            return position_ids, self._delta(position_ids, attention_mask) if whole else None
+            return position_ids, None if past else self._delta(position_ids, attention_mask)
         like = input_ids if input_ids is not None else inputs_embeds
         assert like is not None
         if not past:
