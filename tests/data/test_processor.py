@@ -1,5 +1,6 @@
 """Labels come from one tokenisation, whatever the chat template; images and placeholders agree or are refused."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,3 +143,22 @@ def test_a_template_that_reads_only_parts_gets_parts() -> None:
 def test_a_chat_template_may_be_one_of_ours_by_name() -> None:
     vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer(), chat_template="lean")
     assert vlm.processor.tokenizer.chat_template == LEAN_TEMPLATE
+
+
+def test_a_template_that_is_given_renders_and_is_stored(tmp_path: Path) -> None:
+    images = ChiasmImageProcessor(size=30, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    words = ChiasmProcessor(images, tiny.tokenizer(), num_image_tokens=3, chat_template=LEAN_TEMPLATE)
+    told = processor()
+    told.chat_template = LEAN_TEMPLATE
+    told.save_pretrained(tmp_path)
+    for one in (words, told, ChiasmProcessor.from_pretrained(tmp_path)):
+        assert one.chat_template == one.tokenizer.chat_template == LEAN_TEMPLATE
+        assert one.apply_chat_template(tiny.ask("What?")) == "<image>\nWhat?\n"
+
+
+def test_what_is_given_takes_the_place_of_what_is_stored(tmp_path: Path) -> None:
+    processor().save_pretrained(tmp_path)
+    images = ChiasmImageProcessor(size=50, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    again = ChiasmProcessor.from_pretrained(tmp_path, num_image_tokens=5, image_processor=images)
+    assert again(images=PICTURE, messages=tiny.ask("What?"))["pixel_values"].shape == (1, 3, 50, 50)
+    assert again.encode(tiny.ask("What?"))["input_ids"].count(again.image_token_id) == 5

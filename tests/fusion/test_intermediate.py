@@ -193,7 +193,9 @@ def test_a_copy_looks_through_its_own_blocks() -> None:
         assert not torch.allclose(copied(**inputs).logits, vlm.model(**inputs).logits)
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
+    """And the blocks of cross-attention are computed again, as the language model's layers are."""
     vlm = connect()
     inputs = batch(vlm)
 
@@ -203,8 +205,11 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         return {n: p.grad.clone() for n, p in vlm.model.named_parameters() if p.grad is not None}
 
     before = gradients()
-    vlm.model.activation_checkpointing_enable()
+    vlm.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    runs = list[None]()
+    vlm.model.cross_attention.blocks[0].q_proj.register_forward_hook(lambda *_: runs.append(None))
     after = gradients()
+    assert len(runs) == 2
     assert before.keys() == after.keys() and any("connector" in name for name in after)
     for name, gradient in before.items():
         torch.testing.assert_close(after[name], gradient, rtol=1e-4, atol=1e-6)

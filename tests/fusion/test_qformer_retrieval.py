@@ -209,6 +209,20 @@ def test_pictures_and_texts_are_scored_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(chiasm.load(tmp_path).score(images, words), scores)
 
 
+@pytest.mark.parametrize("words", [VOCABULARY + 7, VOCABULARY - 7])
+def test_the_table_of_words_can_be_resized(words: int, tmp_path: Path) -> None:
+    """The head and the configuration have as many, so that it loads."""
+    model, (ids, mask) = retrieval(), texts()
+    model.resize_token_embeddings(words)
+    assert model.config.vocab_size == model.connector.decoder_token_id == words
+    head = model.connector.language_head
+    assert head(torch.randn(1, 24), model.connector.words.weight).shape == (1, words)
+    model.save_pretrained(tmp_path)
+    again = QFormerRetrieval.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again.embed_texts(ids % words, mask), model.embed_texts(ids % words, mask))
+
+
 def test_the_table_of_words_can_be_given() -> None:
     """A plain one keeps the [DEC] token; one of another size does not fit the head."""
     model, (ids, mask) = retrieval(), texts()

@@ -140,6 +140,25 @@ def test_pictures_in_answers_are_learned_as_codes() -> None:
         patches.model(**patches.processor.pad([sample]), pixel_values=torch.zeros(4, 300))
 
 
+def test_patches_may_come_row_by_row() -> None:
+    vlm = connect("patches")
+    inputs = batch(vlm)
+    patches = len(inputs["pixel_values"]) // 2
+    rows = inputs | {"pixel_values": inputs["pixel_values"].unflatten(0, (2, patches))}
+    with torch.no_grad():
+        ours, flat = vlm.model(**rows), vlm.model(**inputs)
+    assert torch.equal(ours.logits, flat.logits) and ours.visual_tokens.shape[:2] == (2, patches)
+    assert len(ours.image_outputs.pooler_output) == 2
+
+
+def test_pictures_are_not_learned_from_targets_that_are_shifted() -> None:
+    vlm = connect("vq")
+    inputs = batch(vlm)
+    shifted = inputs["input_ids"].roll(-1, 1)
+    with pytest.raises(ValueError, match="shift_labels hold pictures, whose codes are told for labels only"):
+        vlm.model(**inputs, labels=inputs["input_ids"], shift_labels=shifted)
+
+
 def test_z_loss_is_for_training() -> None:
     vlm = connect(unified={"z_loss": 0.5})
     tokens = torch.randint(0, 250, (1, 9))

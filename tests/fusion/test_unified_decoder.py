@@ -30,9 +30,14 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0}
+SHORT = SIZES | {"max_position_embeddings": 8}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
+LONG = {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0] * 3, "long_factor": [2.0, 3.0, 4.0]}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "llama3": LlamaConfig(**SIZES, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 64}),
+    "dynamic": LlamaConfig(**SHORT, rope_parameters=DYNAMIC),
+    "longrope": LlamaConfig(**SHORT, rope_parameters=LONG | {"original_max_position_embeddings": 8}),
     "tied": LlamaConfig(**SIZES, tie_word_embeddings=True, head_dim=10),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
@@ -64,6 +69,16 @@ def test_logits_are_the_language_models(name: str, positions: str) -> None:
         spread = places.expand(3, -1, -1) if positions.startswith("mrope") else places
         again = ours(tokens, attention_mask=mask, position_ids=spread).logits[..., :53]
         assert torch.equal(again, theirs)
+
+
+def test_rows_count_their_tokens_by_themselves() -> None:
+    """Without positions; and targets that stand at their logits already take the labels' place."""
+    ours, tokens = decoder_from(_language("llama"), 53), torch.randint(0, 53, (2, 5))
+    told = ours(tokens, position_ids=torch.arange(5).expand(2, -1)).logits
+    assert torch.equal(ours(tokens).logits, told)
+    shifted = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+    loss = ours(tokens, labels=tokens).loss
+    torch.testing.assert_close(ours(tokens, labels=tokens.flip(1), shift_labels=shifted).loss, loss)
 
 
 def test_generation_is_the_language_models() -> None:

@@ -48,7 +48,7 @@ def test_the_rotation_is_qwen2_vls() -> None:
     query = torch.randn(2, 3, 7, 12)
     cos, sin = Qwen2VLRotaryEmbedding(config)(query, positions)
     theirs, _ = apply_rotary_pos_emb(query, query, cos, sin)
-    inverse, scale = frequencies(config, torch.device("cpu"))
+    inverse, scale = frequencies(config, torch.device("cpu"), positions)
     ours = rotate(query, *rotation(positions, inverse, axes_of("mrope", 6, SECTIONS), scale))
     assert torch.equal(ours, theirs)
 

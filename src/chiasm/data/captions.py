@@ -59,11 +59,10 @@ class CaptionProcessor(ProcessorMixin):
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "CaptionProcessor":
         """A saved processor from its loaded parts and its own settings."""
-        image_processor, tokenizer = args
-        options = {
-            name: processor_dict[name] for name in ("frame", "fixed_length", "lowercase") if name in processor_dict
-        }
-        return cls(image_processor, tokenizer, text_length=processor_dict["text_length"], **options)
+        told = processor_dict | kwargs
+        parts = {name: kwargs.get(name, part) for name, part in zip(cls.get_attributes(), args, strict=True)}
+        options = {name: told[name] for name in ("frame", "fixed_length", "lowercase") if name in told}
+        return cls(**parts, text_length=told["text_length"], **options)
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
         """Model inputs: pictures, texts, or both."""

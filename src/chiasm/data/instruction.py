@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from chiasm.data.chat import IMAGE_TOKEN, Message, flatten
-from chiasm.data.processor import OPTIONS, ChiasmProcessor
+from chiasm.data.processor import ChiasmProcessor
 
 
 class InstructionProcessor(ChiasmProcessor):
@@ -18,6 +18,8 @@ class InstructionProcessor(ChiasmProcessor):
         instruction_tokenizer: the connector's own tokenizer; a copy of the language model's where it is None.
         instruction_length: tokens of the longest instruction; what is longer loses its end.
     """
+
+    own_options = ("num_image_tokens", "instruction_length")
 
     def __init__(
         self,
@@ -32,12 +34,6 @@ class InstructionProcessor(ChiasmProcessor):
         self.instruction_length = instruction_length
         options["instruction_tokenizer"] = instruction_tokenizer or copy.deepcopy(tokenizer)
         super().__init__(image_processor, tokenizer, num_image_tokens, chat_template, **options)
-
-    @classmethod
-    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "InstructionProcessor":
-        """A saved processor from its loaded parts and its own settings."""
-        names = ("num_image_tokens", "instruction_length", *OPTIONS)
-        return cls(*args, **{name: processor_dict[name] for name in names if name in processor_dict})
 
     def encode(self, messages: list[Message], *args: Any, **kwargs: Any) -> dict[str, list[int]]:
         """Also the tokens of the instruction, as `instruction`."""

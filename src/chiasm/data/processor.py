@@ -1,7 +1,7 @@
 """Conversations and pictures → model inputs: the chat template, the placeholders' expansion, and labels by spans."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
@@ -60,6 +60,9 @@ class ChiasmProcessor(ProcessorMixin):
         encoder_decoder: whether the last answer is the decoder's: labels are its tokens alone, and not the prompt's.
     """
 
+    own_options: ClassVar[tuple[str, ...]] = ("num_image_tokens",)
+    """Options that are stored beside `OPTIONS`."""
+
     draws = False
     """Whether pictures in answers are learned: their labels are their own placeholders."""
 
@@ -88,6 +91,8 @@ class ChiasmProcessor(ProcessorMixin):
             )
         if regions is not None:
             region_words(*regions)
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -103,14 +108,25 @@ class ChiasmProcessor(ProcessorMixin):
         self.encoder_decoder = encoder_decoder
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template, **parts)
+        super().__init__(image_processor, tokenizer, **parts)
+
+    @property
+    def chat_template(self) -> Any:
+        """The tokenizer's, which renders conversations."""
+        return self.tokenizer.chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: Any) -> None:
+        if template is not None:  # transformers begins every processor without one
+            self.tokenizer.chat_template = template
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "ChiasmProcessor":
-        """A saved processor from its loaded parts and its own settings."""
-        image_processor, tokenizer = args
-        options = {name: processor_dict.get(name, default) for name, default in OPTIONS.items()}
-        return cls(image_processor, tokenizer, num_image_tokens=processor_dict["num_image_tokens"], **options)
+        """A saved processor from its loaded parts and its own settings, or what is given in place of them."""
+        told = processor_dict | kwargs
+        parts = {name: kwargs.get(name, part) for name, part in zip(cls.get_attributes(), args, strict=True)}
+        own = {name: told[name] for name in cls.own_options if name in told}
+        return cls(**parts, **own, **{name: told.get(name, default) for name, default in OPTIONS.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """What is stored: all options, also those that a subclass only passes on."""

@@ -8,7 +8,7 @@ import torch
 
 from chiasm.data.chat import Message
 from chiasm.data.pixels import tells_grids
-from chiasm.data.processor import OPTIONS, ChiasmProcessor
+from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import ImageRef
 
 ROW_TOKEN, BEGIN_TOKEN, END_TOKEN = "<row>", "<image_begin>", "<image_end>"
@@ -49,6 +49,7 @@ class UnifiedProcessor(ChiasmProcessor):
         merge: patches of a placeholder's side.
     """
 
+    own_options = ("num_image_tokens", "grid", "row_token", "merge")
     draws = True
 
     def __init__(
@@ -64,12 +65,6 @@ class UnifiedProcessor(ChiasmProcessor):
         self.grid = None if grid is None else list(grid)
         self.row_token, self.merge = row_token, merge
         super().__init__(image_processor, tokenizer, num_image_tokens, **options)
-
-    @classmethod
-    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "UnifiedProcessor":
-        """A saved processor from its loaded parts and its own settings."""
-        names = ("num_image_tokens", "grid", "row_token", "merge", *OPTIONS)
-        return cls(*args, **{name: processor_dict[name] for name in names if name in processor_dict})
 
     @property
     def placeholders(self) -> Any:

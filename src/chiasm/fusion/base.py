@@ -29,6 +29,7 @@ from chiasm.vision.encoder import VisionEncoder, VisionFeatures
 class FusionOutput(CausalLMOutputWithPast):
     """A causal language model's output, with the visual tokens `(images, T, D_l)` that it has seen."""
 
+    hidden_states: tuple[Tensor | None, ...] | None = None  # None where only some layers' are asked for
     visual_tokens: Tensor | None = None
 
     @property
@@ -228,22 +229,24 @@ class FusionModel(PartDtypes, PictureGenerationMixin):
 
         With labels, logits of the whole sequence are made in evaluation mode and not in training mode, where only
         supervised positions meet the head; `return_logits` asks for one or the other. `whole_vocabulary` shows logits
-        that are hidden from text.
+        that are hidden from text. Among the inputs may be `shift_labels`, which then take the labels' place.
         """
+        shift_labels = inputs.pop("shift_labels", None)
+        supervised = None if labels is None else supervised_positions(labels, shift_labels)
         if "position_ids" in inputs or accepts(self.language, "position_ids"):
             inputs["position_ids"] = self._positions(inputs.get("position_ids"), inputs.get("attention_mask"), cache)
-        if labels is not None and not (return_logits if return_logits is not None else not self.training):
+        if supervised is not None and not (return_logits if return_logits is not None else not self.training):
             inputs.pop("use_cache", None)
-            rows, columns, targets = supervised_positions(labels)
+            rows, columns, targets = supervised
             logits = self.shown(logits_at(self.language, inputs, rows, columns, self.config.direct_head), True)
             return {"loss": next_token_loss(logits, targets, num_items_in_batch, self.z_loss)}
         if accepts(self.language, "logits_to_keep"):
             inputs["logits_to_keep"] = logits_to_keep
         output = self.language(**inputs, cache=cache, return_dict=True)
-        logits = self.shown(output.logits, whole_vocabulary or labels is not None)
+        logits = self.shown(output.logits, whole_vocabulary or supervised is not None)
         loss = None
-        if labels is not None:
-            rows, columns, targets = supervised_positions(labels)
+        if supervised is not None:
+            rows, columns, targets = supervised
             loss = next_token_loss(logits[rows, columns], targets, num_items_in_batch, self.z_loss)
         fields = ("cache", "hidden_states", "attentions")
         return {"loss": loss, "logits": logits} | {name: getattr(output, name) for name in fields}
@@ -260,7 +263,8 @@ class FusionModel(PartDtypes, PictureGenerationMixin):
     @staticmethod
     def _positions(given: Tensor | None, attention_mask: Any, cache: Cache | None) -> Tensor | None:
         """Positions that count real tokens only, so that left padding changes nothing."""
-        started = cache is not None and cache.get_seq_length() > 0
-        if given is not None or started or not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        if given is not None or not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
             return given
+        if cache is not None and cache.get_seq_length() > 0:
+            return None
         return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)

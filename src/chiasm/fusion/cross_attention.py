@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from chiasm.fusion.cross_attention_settings import NORMS, CrossAttentionSettings
 
@@ -53,7 +54,7 @@ def looking(look: Look | None) -> Iterator[None]:
         LOOK.reset(token)
 
 
-class GatedCrossAttention(nn.Module):
+class GatedCrossAttention(GradientCheckpointingLayer):
     """x + tanh(attention_gate) · attention(x, pictures), then x + tanh(feed_forward_gate) · feed_forward(x)."""
 
     def __init__(self, width: int, visual_width: int, settings: CrossAttentionSettings) -> None:
@@ -83,9 +84,13 @@ class GatedCrossAttention(nn.Module):
         return self.k_norm(keys), values
 
     def forward(
-        self, hidden: Float[Tensor, "B S D_l"], keys_values: KeysValues, look: Look
+        self,
+        hidden: Float[Tensor, "B S D_l"],
+        keys: Float[Tensor, "B G K head"],
+        values: Float[Tensor, "B G K head"],
+        look: Look,
     ) -> Float[Tensor, "B S D_l"]:
-        attended = self._attend(_normed(self.attention_norm, hidden), keys_values, look)
+        attended = self._attend(_normed(self.attention_norm, hidden), (keys, values), look)
         if self.settings.mask_attention:
             attended = attended.masked_fill(~look.sees, 0.0)
         hidden = hidden + torch.tanh(self.attention_gate).to(hidden.dtype) * attended.to(hidden.dtype)
@@ -202,5 +207,5 @@ class _InFront:
             return None
         if look.blocks[self.index] is not self.block:
             return None
-        hidden = self.block(args[0] if args else kwargs["hidden_states"], look.keys_values[self.index], look)
+        hidden = self.block(args[0] if args else kwargs["hidden_states"], *look.keys_values[self.index], look)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, GenerationMixin, PreTrainedModel
@@ -20,6 +21,8 @@ from chiasm.fusion.splice import splice
 
 class EarlyFusionModel(FusionModel, GenerationMixin):
     """A picture takes T places in the sequence, and every layer of the language model reads them like words."""
+
+    _can_compile_fullgraph = True
 
     def __init__(self, config: ChiasmConfig, vision: Any = None, language: PreTrainedModel | None = None) -> None:
         super().__init__(config, vision, language)
@@ -54,7 +57,7 @@ class EarlyFusionModel(FusionModel, GenerationMixin):
         embeddings = self.word_embeddings(input_ids, inputs_embeds, placeholders)
         if visual_tokens is not None:
             return splice(embeddings, placeholders, visual_tokens)
-        if placeholders.any():
+        if not torch.compiler.is_compiling() and placeholders.any():
             raise ValueError(
                 f"the text holds {int(placeholders.sum())} image placeholders but no image was given; "
                 "pass pixel_values or image_features"
@@ -117,10 +120,10 @@ class EarlyFusionModel(FusionModel, GenerationMixin):
     ) -> dict[str, Any]:
         """What token types change in the language model's inputs: the mask of a prefix. Behind one, all is causal."""
         mask = inputs["attention_mask"]
-        started = cache is not None and cache.get_seq_length() > 0
         if token_type_ids is None or self.config.attention != "prefix":
             return {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        if started or isinstance(mask, dict) or (mask is not None and mask.ndim == 4):
+        made = isinstance(mask, dict) or (mask is not None and mask.ndim == 4)
+        if made or (cache is not None and cache.get_seq_length() > 0):
             return {}
         positions = self._positions(inputs["position_ids"], mask, cache)
         mask = prefix_mask(self.language.config, inputs["inputs_embeds"], mask, token_type_ids, cache, positions)

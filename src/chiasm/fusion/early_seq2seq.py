@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from chiasm.fusion.early import EarlyFusionModel
@@ -26,6 +27,8 @@ class Seq2SeqFusionOutput(Seq2SeqLMOutput):
 class EarlySeq2SeqModel(EarlyFusionModel, GenerationMixin):
     """A picture takes T places in the encoder's sequence; labels are the decoder's own tokens."""
 
+    _can_compile_fullgraph = False  # what is compiled while it generates is the language model
+
     @property
     def generation_config(self) -> GenerationConfig | None:
         """The language model's own, whose `generate` this is."""
@@ -36,6 +39,7 @@ class EarlySeq2SeqModel(EarlyFusionModel, GenerationMixin):
         if "language" in self._modules:  # not yet while transformers begins to build the model
             self.language.generation_config = value
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,

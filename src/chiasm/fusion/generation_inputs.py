@@ -19,6 +19,9 @@ PICTURE_INPUTS = (
 )
 """Inputs with one row for each picture, which beams repeat by the pictures of a conversation."""
 
+READ_ONCE = (*PICTURE_INPUTS, "pixel_values_videos")
+"""Inputs that a cache makes needless."""
+
 
 def expand_images(images: Tensor, placeholders: Bool[Tensor, "B S"], num_tokens: int, times: int) -> Tensor:
     """Pictures of each row repeated `times` as a group: rows [A B] [C] twice → A B A B C C."""
@@ -62,6 +65,26 @@ class PictureGenerationMixin(GenerationMixin):
     ) -> Bool[Tensor, "B S"]:
         raise NotImplementedError
 
+    @property
+    def picture_marks(self) -> list[int]:
+        """Tokens that tell where pictures stand."""
+        return [self.config.image_token_id]
+
+    @staticmethod
+    def prompt(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What tells where pictures stand: a prompt's tokens, also those beside embeddings, or embeddings alone."""
+        told = inputs_embeds is None or (input_ids is not None and input_ids.shape[1] == inputs_embeds.shape[1])
+        return (input_ids, None) if told else (None, inputs_embeds)
+
+    def _marked(self, input_ids: Int[Tensor, "B S"], inputs_embeds: Float[Tensor, "B S D_l"]) -> Tensor:
+        """Embeddings whose pictures stand where the tokens beside them say so."""
+        if input_ids.shape[1] != inputs_embeds.shape[1]:
+            return inputs_embeds
+        table: Any = self.get_input_embeddings()
+        marks = [mark for mark in self.picture_marks if mark < table.weight.shape[0]]
+        places = torch.isin(input_ids, input_ids.new_tensor(marks))
+        return torch.where(places[..., None], table(input_ids.masked_fill(~places, 0)), inputs_embeds)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -70,11 +93,17 @@ class PictureGenerationMixin(GenerationMixin):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Pictures are read once: afterwards the cache holds them. An assistant is not told of its first step."""
+        """Pictures are read once: afterwards the cache holds them, also where a prompt goes on from one that holds them
+        all. An assistant is not told of its first step."""
         cache = kwargs.get("cache")
-        is_first_iteration = is_first_iteration or cache is None or cache.get_seq_length() == 0
-        if use_cache and not is_first_iteration:
-            kwargs = {name: value for name, value in kwargs.items() if name not in PICTURE_INPUTS}
+        started = cache is not None and cache.get_seq_length() > 0
+        if inputs_embeds is not None and is_first_iteration:
+            inputs_embeds = self._marked(input_ids, inputs_embeds)
+        if use_cache and started:
+            new = -(kwargs.get("next_sequence_length") or 0)
+            if not is_first_iteration or not self.placeholders(*self.prompt(input_ids, inputs_embeds))[:, new:].any():
+                kwargs = {name: value for name, value in kwargs.items() if name not in READ_ONCE}
+        is_first_iteration = is_first_iteration or not started
         return super().prepare_inputs_for_generation(
             input_ids,
             inputs_embeds=inputs_embeds,
@@ -108,8 +137,7 @@ class PictureGenerationMixin(GenerationMixin):
         pictures = {name: kwargs.pop(name) for name in names}
         expanded = {}
         if pictures:
-            embeddings = kwargs.get("inputs_embeds")
-            placeholders = self.placeholders(input_ids if embeddings is None else None, embeddings)
+            placeholders = self.placeholders(*self.prompt(input_ids, kwargs.get("inputs_embeds")))
             expanded = {
                 name: expand_images(tensor, placeholders, self.num_image_tokens, expand_size)
                 for name, tensor in pictures.items()

@@ -4,15 +4,12 @@ A picture takes one placeholder in the text. Every text token sees the most rece
 picture sees none, and earlier pictures reach later text through the language model's own self-attention.
 """
 
-import contextvars
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
@@ -267,12 +264,6 @@ class IntermediateFusionModel(FusionModel, GenerationMixin):
             kwargs["image_attention_mask"] = torch.cat([visible, last], dim=1)
         return kwargs
 
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
-    ) -> None:
-        """Layers that are computed again in the backward look at the pictures of their own forward."""
-        super()._set_gradient_checkpointing(enable, _in_context(gradient_checkpointing_func), **kwargs)
-
 
 def _before_restarts(position_ids: Tensor) -> Bool[Tensor, "B S"]:
     """The last tokens of samples that share a sequence: the next one does not see their pictures."""
@@ -305,15 +296,3 @@ def _by_row(tokens: Float[Tensor, "images T W"], counts: Int[Tensor, " B"]) -> F
     rows = tokens.new_zeros(counts.shape[0], max(int(counts.max()), 1), *tokens.shape[1:])
     places = torch.arange(rows.shape[1], device=counts.device) < counts[:, None]
     return rows.masked_scatter(places[..., None, None], tokens)
-
-
-def _in_context(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A checkpoint function that computes again in the context of the first time."""
-
-    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if getattr(run, "keywords", {}).get("use_reentrant"):
-            raise ValueError("intermediate fusion needs gradient checkpointing with use_reentrant=False, got True")
-        context = contextvars.copy_context()
-        return run(lambda *inner, **named: context.copy().run(function, *inner, **named), *args, **kwargs)
-
-    return call

@@ -11,9 +11,8 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from chiasm.connectors import build_connector
-from chiasm.fusion.base import FusionOutput
 from chiasm.fusion.config import ChiasmConfig
-from chiasm.fusion.sequence import PositionedModel
+from chiasm.fusion.sequence import PositionedModel, PositionedOutput
 from chiasm.language.adapter import build_language, embedding_width
 from chiasm.positions.sequence import Grid, split_positions
 from chiasm.vision.packed import PackedTower
@@ -53,6 +52,10 @@ class PackedFusionModel(PositionedModel, GenerationMixin):
     def blank_picture(self, like: Tensor) -> Float[Tensor, "1 1 D_l"]:
         block = torch.zeros(1, self.vision.merge**2, self.vision.width, device=like.device, dtype=like.dtype)
         return self.connect_features(block)
+
+    @property
+    def picture_marks(self) -> list[int]:
+        return [token for token in (self.config.image_token_id, self.config.video_token_id) if token is not None]
 
     def _kinds(
         self, input_ids: Int[Tensor, "B S"] | None, inputs_embeds: Float[Tensor, "B S D_l"] | None
@@ -106,7 +109,7 @@ class PackedFusionModel(PositionedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
         **kwargs: Any,
-    ) -> FusionOutput:
+    ) -> PositionedOutput:
         """Next-token logits, and the loss where labels are given.
 
         Args:
@@ -131,12 +134,13 @@ class PackedFusionModel(PositionedModel, GenerationMixin):
         inputs = {"inputs_embeds": embedded, "attention_mask": attention_mask, "position_ids": position_ids}
         fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
         self.remember(fields.get("cache"), delta)
-        return FusionOutput(**fields, visual_tokens=tokens)
+        grids = video_grid_thw if pixel_values is None else image_grid_thw
+        return PositionedOutput(**fields, visual_tokens=tokens, image_grid_thw=grids)
 
     @staticmethod
     def _placed(embedded: Tensor, places: Bool[Tensor, "B S"], tokens: Tensor | None) -> Tensor:
-        wanted, found = int(places.sum()), 0 if tokens is None else len(tokens)
-        if wanted != found:
+        wanted, found = places.sum(), 0 if tokens is None else len(tokens)
+        if not torch.compiler.is_compiling() and wanted != found:
             raise ValueError(f"the text holds {wanted} image placeholders but the pictures give {found} visual tokens")
         return embedded if tokens is None else embedded.masked_scatter(places[..., None], tokens.to(embedded))
 
@@ -149,8 +153,7 @@ class PackedFusionModel(PositionedModel, GenerationMixin):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Beams and several answers repeat a row's pictures together."""
         packed = {name: kwargs.pop(name) for name in PACKED_INPUTS if kwargs.get(name) is not None}
-        embeddings = kwargs.get("inputs_embeds")
-        kinds = self._kinds(input_ids if embeddings is None else None, embeddings)
+        kinds = self._kinds(*self.prompt(input_ids, kwargs.get("inputs_embeds")))
         for kind, (pixels, grids) in ((IMAGE, PACKED_INPUTS[:2]), (VIDEO, PACKED_INPUTS[2:])):
             if pixels in packed:
                 tokens = (kinds == kind).sum(dim=1).tolist()

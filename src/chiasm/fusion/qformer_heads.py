@@ -92,6 +92,12 @@ class LanguageHead(nn.Module):
     def forward(self, states: Float[Tensor, "K W"], words: Float[Tensor, "V W"]) -> Float[Tensor, "K V"]:
         return F.linear(self.norm(F.gelu(self.dense(states))), words, self.bias)
 
+    def resize(self, vocabulary: int) -> None:
+        """Gives the head so many words."""
+        bias, kept = self.bias.new_zeros(vocabulary), min(vocabulary, len(self.bias))
+        bias[:kept] = self.bias.detach()[:kept]
+        self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+
 
 def _initialise(module: nn.Module) -> None:
     """BERT's start: normal weights of deviation 0.02 and no biases."""

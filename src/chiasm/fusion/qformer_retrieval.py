@@ -87,6 +87,13 @@ class QFormerRetrieval(PartDtypes):
     def get_output_embeddings(self) -> None:
         return None
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """More words or fewer, and as many biases of the language-modelling head; those of new words are 0."""
+        words = super().resize_token_embeddings(*args, **kwargs)
+        if self.connector.language_head is not None:
+            self.connector.language_head.resize(words.num_embeddings)
+        return words
+
     @property
     def temperature(self) -> Float[Tensor, ""]:
         """What similarities are divided by, kept from zero."""

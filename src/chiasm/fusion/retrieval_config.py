@@ -40,5 +40,14 @@ class QFormerRetrievalConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
 
+    @property
+    def vocab_size(self) -> int:
+        """Words of the text branch, by the name that transformers has for them."""
+        return self.connector["vocabulary"]
+
+    @vocab_size.setter
+    def vocab_size(self, words: int) -> None:
+        self.connector = {**self.connector, "vocabulary": words}
+
 
 AutoConfig.register("chiasm_qformer_retrieval", QFormerRetrievalConfig, exist_ok=True)

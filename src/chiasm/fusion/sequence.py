@@ -1,17 +1,38 @@
 """Early and unified fusion with positions by row and column: what the model and `generate` must know about them."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from chiasm.fusion.base import FusionOutput
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.positions.sequence import AXES, Grid, sequence_positions
 
 DELTA = "position_delta"
 """Attribute of a cache: by how much the next position is ahead of the number of tokens, for each row `(B, 1)`."""
+
+
+@dataclass
+class PositionedOutput(FusionOutput):
+    """A fusion's output, with the grids of the pictures that its visual tokens `(P, 1, D_l)` are of."""
+
+    image_grid_thw: Tensor | None = None
+
+    @property
+    def image_outputs(self) -> BaseModelOutputWithPooling:
+        """Visual tokens, picture by picture where their grids are known."""
+        tokens, grids = self.visual_tokens, self.image_grid_thw
+        if tokens is None or grids is None or tokens.shape[1] != 1:
+            return super().image_outputs
+        patches = grids.prod(dim=1)
+        return BaseModelOutputWithPooling(
+            pooler_output=tokens[:, 0].split((patches * len(tokens) // patches.sum()).tolist())
+        )
 
 
 class PositionedModel(EarlyFusionModel):
@@ -61,15 +82,20 @@ class PositionedModel(EarlyFusionModel):
         image_grid_thw: Int[Tensor, "pictures 3"] | None,
     ) -> tuple[Tensor | None, Int[Tensor, "B 1"] | None]:
         """Positions of a forward, and what the cache must know of them; None where tokens are just counted."""
-        if position_ids is not None or self.kind == "raster":
+        if self.kind == "raster":
             return position_ids, None
+        plain = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+        if position_ids is not None and (position_ids.ndim == 2 or not (plain or attention_mask is None)):
+            return position_ids, None
+        past = cache.get_seq_length() if cache is not None else 0
+        if position_ids is not None:
+            return position_ids, None if past else self._delta(position_ids, attention_mask)
         like = input_ids if input_ids is not None else inputs_embeds
         assert like is not None
-        past = cache.get_seq_length() if cache is not None else 0
         if not past:
-            whole = self.whole_positions(input_ids, inputs_embeds, attention_mask, image_grid_thw)
-            return whole, self._delta(whole, attention_mask)
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            positions = self.whole_positions(input_ids, inputs_embeds, attention_mask, image_grid_thw)
+            return positions, self._delta(positions, attention_mask)
+        if plain:
             counted = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -like.shape[1] :]
         else:
             counted = (torch.arange(like.shape[1], device=like.device) + past)[None].expand(like.shape[0], -1)
@@ -91,14 +117,19 @@ class PositionedModel(EarlyFusionModel):
             setattr(cache, DELTA, delta)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        """Coordinates of the whole prompt, whichever way it is given."""
+        """Coordinates of the whole prompt, whichever way it is given; behind a cache's pictures they are counted on."""
         if self.kind == "raster":
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         given = model_kwargs.get("input_ids")
         ids = given if given is not None and given.shape[1] > 0 else inputs_tensor
-        embeddings = None if ids.ndim == 2 else ids
+        tokens, embeddings = (ids, None) if ids.ndim == 2 else (None, ids)
+        cache = model_kwargs.get("cache")
+        held = 0 if cache is None else cache.get_seq_length()
+        if held and hasattr(cache, DELTA) and not self.visual_places(tokens, embeddings)[:, held:].any():
+            counted = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+            return (counted + getattr(cache, DELTA)).expand(AXES[self.kind], -1, -1)
         mask, grids = model_kwargs.get("attention_mask"), model_kwargs.get("image_grid_thw")
-        return self.whole_positions(ids if embeddings is None else None, embeddings, mask, grids)
+        return self.whole_positions(tokens, embeddings, mask, grids)
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1

@@ -13,10 +13,9 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from chiasm.fusion.base import FusionOutput
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.pictures import real_pictures
-from chiasm.fusion.sequence import PositionedModel
+from chiasm.fusion.sequence import PositionedModel, PositionedOutput
 from chiasm.fusion.unified_decoder import PATCH, WORD
 from chiasm.fusion.unified_settings import UnifiedSettings
 from chiasm.language.adapter import build_language
@@ -49,6 +48,11 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         return rows * (columns + (self.settings.row_token_id is not None)) + 2 * framed
 
     @property
+    def picture_marks(self) -> list[int]:
+        row = self.settings.row_token_id
+        return [*super().picture_marks, *([] if row is None else [row])]
+
+    @property
     def z_loss(self) -> float:
         return self.settings.z_loss if self.training else 0.0
 
@@ -74,9 +78,11 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         return torch.tensor(self.settings.code_ids, device=codes.device)[codes]
 
     def encode_images(self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None) -> Tensor:
-        """What the decoder reads of pictures: `(P, 1, D_l)` of patches, `(images, N, D_l)` of codes."""
+        """What the decoder reads of pictures: `(P, 1, D_l)` of patches, or `(B, P, D_l)` where they come row by row;
+        `(images, N, D_l)` of codes."""
         if self.vision.kind == "patches":
-            return self.vision(pixel_values)[:, None]
+            rows = pixel_values.shape[:-1] if pixel_values.ndim == 3 else (-1, 1)
+            return self.vision(pixel_values.flatten(0, -2)).unflatten(0, rows)
         return self.get_input_embeddings()(self.code_tokens(pixel_values))
 
     def blank_picture(self, like: Tensor) -> Float[Tensor, "1 T D_l"]:
@@ -149,13 +155,13 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         return_logits: bool | None = None,
         codes: bool = False,
         **kwargs: Any,
-    ) -> FusionOutput:
+    ) -> PositionedOutput:
         """Next-token logits, and the loss where labels are given.
 
         Args:
             input_ids: text, with a placeholder (`config.image_token_id`) for every patch or code of a picture.
-            pixel_values: patches `(P, 3 · patch_size²)` of all pictures, or pictures `(images, 3, height, width)` for
-                an image tokenizer.
+            pixel_values: patches `(P, 3 · patch_size²)` of all pictures, or `(B, P, 3 · patch_size²)`; pictures
+                `(images, 3, height, width)` for an image tokenizer.
             image_grid_thw: each picture's frames, rows and columns; needed for videos, otherwise told by the text.
             token_type_ids: with `attention: prefix`, 0 for the prefix, 1 for what is read causally.
             labels: tokens where they are supervised, −100 elsewhere; placeholders stand for the picture's own codes.
@@ -164,18 +170,17 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         Raises:
             ValueError: pictures and placeholders do not match; the message has both counts.
         """
-        if self.vision.kind == "patches" and pixel_values is not None:
-            pixel_values = pixel_values.flatten(0, -2)
-        pictures, _ = (pixel_values, None) if self.vision.kind == "patches" else real_pictures(pixel_values, None)
         tokens, drawn = None, None
-        if pictures is not None and self.vision.kind == "vq":
+        if self.vision.kind == "patches" and pixel_values is not None:
+            tokens = self.encode_images(pixel_values)
+        elif (pictures := real_pictures(pixel_values, None)[0]) is not None:
             drawn = self.code_tokens(pictures)
             tokens = self.get_input_embeddings()(drawn)
-        elif pictures is not None:
-            tokens = self.encode_images(pictures)
         embedded = self.embed(input_ids, inputs_embeds, tokens)
         if labels is not None:
             labels = self._with_codes(labels, input_ids, drawn)
+        if (shifted := kwargs.get("shift_labels")) is not None and (shifted == self.config.image_token_id).any():
+            raise ValueError("shift_labels hold pictures, whose codes are told for labels only; pass labels alone")
         position_ids, delta = self.positioned(
             position_ids, input_ids, inputs_embeds, attention_mask, cache, image_grid_thw
         )
@@ -185,7 +190,7 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         wanted = (labels, logits_to_keep, num_items_in_batch, return_logits)
         fields = self.predict(inputs | kwargs, cache, *wanted, whole_vocabulary=codes)
         self.remember(fields.get("cache"), delta)
-        return FusionOutput(**fields, visual_tokens=tokens)
+        return PositionedOutput(**fields, visual_tokens=tokens, image_grid_thw=image_grid_thw)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any

@@ -179,7 +179,7 @@ class UnifiedDecoder(UnifiedPreTrained):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(states), cache=cache)
 
     def _rotation(self, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        inverse, scale = frequencies(self.config, like.device)
+        inverse, scale = frequencies(self.config, like.device, position_ids)
         coordinates = position_ids if position_ids.ndim == 3 else position_ids[None]
         cos, sin = rotation(coordinates, inverse, self.axes, scale)
         return cos.to(like.dtype), sin.to(like.dtype)
@@ -211,7 +211,7 @@ class UnifiedDecoderForCausalLM(UnifiedPreTrained, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and the loss where labels are given."""
-        count = kwargs.pop("num_items_in_batch", None)
+        count, shift_labels = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -226,7 +226,7 @@ class UnifiedDecoderForCausalLM(UnifiedPreTrained, GenerationMixin):
         logits = self.lm_head(states[:, kept])
         loss = None
         if labels is not None:
-            rows, columns, targets = supervised_positions(labels)
+            rows, columns, targets = supervised_positions(labels, shift_labels)
             loss = next_token_loss(logits[rows, columns], targets, count)
         return CausalLMOutputWithPast(
             loss=loss,

@@ -23,8 +23,8 @@ SHARED = (
     *("hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "initializer_range"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"),
 )
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotation whose frequencies do not depend on the length of the sequence."""
+ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
+"""Kinds of rotation that the decoder turns by."""
 
 OPTIONS = ("positions", "rope_sections", "qk_norm", "norm_order")
 """Fields of `UnifiedDecoderConfig` that a model may choose beside the weights that it starts from."""
@@ -46,8 +46,8 @@ def decoder_config(config: PreTrainedConfig, **options: Any) -> UnifiedDecoderCo
     _refuse(kind, "sliding_window", getattr(config, "sliding_window", None), None)
     rope = config.rope_parameters["rope_type"]
     parameters = {name: value for name, value in config.rope_parameters.items() if name != "mrope_section"}
-    if rope not in STATIC_ROPE:
-        raise ValueError(f"rope_type {rope!r} of this {kind} model is none of {', '.join(STATIC_ROPE)}")
+    if rope not in ROPE_TYPES:
+        raise ValueError(f"rope_type {rope!r} of this {kind} model is none of {', '.join(ROPE_TYPES)}")
     _refuse(kind, "partial_rotary_factor", config.rope_parameters.get("partial_rotary_factor", 1.0), 1.0)
     fields = {name: copy.deepcopy(getattr(config, name)) for name in SHARED}
     biased = bool(getattr(config, "attention_bias", False))

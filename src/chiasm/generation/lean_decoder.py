@@ -53,7 +53,7 @@ class LeanDecoder(BatchedDecoder):
             self.lean_step.run(self.slots, done, layer, hidden, places, flat)
             assert look is not None and look.blocks is not None
             states = hidden.unflatten(0, (-1, length))
-            hidden = look.blocks[index](states, look.keys_values[index], look).flatten(0, 1).float().contiguous()
+            hidden = look.blocks[index](states, *look.keys_values[index], look).flatten(0, 1).float().contiguous()
             done = layer
         return self.lean_step.run(self.slots, done, last, hidden, places, flat, told=len(rows))
 

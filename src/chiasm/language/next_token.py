@@ -8,8 +8,17 @@ from torch.nn import functional as F
 IGNORE = -100
 
 
-def supervised_positions(labels: Int[Tensor, "B S"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and columns whose next token is supervised, and those tokens: three vectors of length K."""
+def supervised_positions(
+    labels: Int[Tensor, "B S"], shift_labels: Int[Tensor, "B S"] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns whose next token is supervised, and those tokens: three vectors of length K.
+
+    Args:
+        shift_labels: in place of the labels, each one at its logits already, as trainers give that split sequences.
+    """
+    if shift_labels is not None:
+        rows, columns = torch.nonzero(shift_labels != IGNORE, as_tuple=True)
+        return rows, columns, shift_labels[rows, columns]
     rows, columns = torch.nonzero(labels[:, 1:] != IGNORE, as_tuple=True)
     return rows, columns, labels[rows, columns + 1]
 

@@ -14,11 +14,18 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 DEFAULT = "default"
 
 
-def frequencies(config: Any, device: torch.device) -> tuple[Float[Tensor, " half"], float]:
-    """Inverse frequencies of a configuration's rotation, and the factor of its sines and cosines."""
+LONGER = ("dynamic", "longrope")
+"""Kinds of rotation whose frequencies depend on how long the sequence is."""
+
+
+def frequencies(
+    config: Any, device: torch.device, position_ids: Int[Tensor, "... B S"]
+) -> tuple[Float[Tensor, " half"], float]:
+    """Inverse frequencies of a configuration's rotation at these positions, and the factor of its sines and cosines."""
     kind = config.rope_parameters["rope_type"]
     if kind != DEFAULT:
-        return ROPE_INIT_FUNCTIONS[kind](config, device)
+        length = {"seq_len": position_ids.max() + 1} if kind in LONGER else {}
+        return ROPE_INIT_FUNCTIONS[kind](config, device, **length)
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
     return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
@@ -54,7 +61,7 @@ def rotation(
 
 
 def rotate(
-    heads: Float[Tensor, "B H S head"], cos: Float[Tensor, "B S head"], sin: Float[Tensor, "B S head"]
+    heads: Float[Tensor, "B H S head"], cos: Float[Tensor, "#B S head"], sin: Float[Tensor, "#B S head"]
 ) -> Float[Tensor, "B H S head"]:
     """Queries or keys, turned: the first half of a head's channels with the second."""
     first, second = heads.chunk(2, dim=-1)
