@@ -45,7 +45,7 @@ def look_at(ours: GatedCrossAttention, hidden: Tensor, visual: Tensor) -> Tensor
     mask = VISIBLE.bool().repeat_interleave(visual.shape[1] // 2, dim=-1)
     keys_values = ours.keys_values(visual)
     with torch.no_grad():
-        return ours(hidden, keys_values, Look([keys_values], mask[:, None], mask.any(dim=-1, keepdim=True)))
+        return ours(hidden, *keys_values, Look([keys_values], mask[:, None], mask.any(dim=-1, keepdim=True)))
 
 
 def test_block_is_llama_3_2_visions() -> None:
