@@ -304,8 +304,8 @@ def test_without_files_the_published_values_are_taken(tmp_path: Path) -> None:
 
 
 def test_unknown_types_must_be_told(tmp_path: Path) -> None:
-    tower = encoder("idefics3_vision", image_size=32, patch_size=8)
-    with pytest.raises(ValueError, match=r"'idefics3_vision' encoder is not known .* pass image_mean= and image_std="):
+    tower = encoder("vit_msn", image_size=32, patch_size=8)
+    with pytest.raises(ValueError, match=r"'vit_msn' encoder is not known .* pass image_mean= and image_std="):
         image_processor_for(None, tower)
     assert image_processor_for(None, tower, image_mean=[0.5] * 3, image_std=[0.5] * 3).image_mean == [0.5] * 3
     with pytest.raises(ValueError, match="do_flip_channel_order"):
