@@ -220,7 +220,10 @@ def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
         (["chat", "MODEL", "-p", "Hi", "--example", "no.png|what|this"], "no such picture: no.png"),
         (["chat", "MODEL", "-p", "Hi", "--show-attention", "a.png"], "give a picture and -p"),
         (["chat", "NOWHERE", "PICTURE", "-p", "Hi", "--show-attention", "a.foo"], "'a.foo' is no picture's name"),
-        (["draw", "NOWHERE", "an apple", "-o", "a"], "-o 'a' is no picture's name; it ends in .jpg, .jpeg, .jfif, .png"),
+        (
+            ["draw", "NOWHERE", "an apple", "-o", "a"],
+            "-o 'a' is no picture's name; it ends in .jpg, .jpeg, .jfif, .png",
+        ),
         (
             ["search", "NOWHERE", "an apple", "--sheet", "x.foo"],
             "--sheet 'x.foo' is no picture's name; it ends in .jpg",
