@@ -43,6 +43,20 @@ def test_verdicts(claim: dict[str, Any], verdict: str) -> None:
     assert "| It \\| is | **" in to_markdown({"A title": [found]})
 
 
+def test_who_answers_without_looking_is_named() -> None:
+    rights = {"mlp-early": 9, "mlp-late": 4}
+    results = [result(way, right, 16) for way, right in rights.items()]
+    told = {one["name"]: answers(rights[one["way"]]) for one in results}
+    claim = Claim(text="It is", better="mlp-early", than="mlp-late")
+    (judged,) = judge([claim], results, told)
+    assert "another picture" not in judged.numbers
+    for row in told["mlp-late-seed0"]:
+        row["control_score"] = row["score"]
+    (judged,) = judge([claim], results, told)
+    assert judged.verdict == SUPPORTED
+    assert judged.numbers.endswith("1 seed; mlp-late is not measurably better than with another picture (40.0 %)")
+
+
 def found(right: int, seconds: float) -> dict[str, Any]:
     """Of 20 captions, so many whose picture stands first."""
     places = {f"c{number}": 0 if number < right else 3 for number in range(20)}

@@ -109,7 +109,10 @@ def test_captions_ask_both_fusions_for_their_pictures(plan: dict[str, Any], tmp_
     plan["data"] |= {"captions": captions(tmp_path / "told", 12, 0)}
     cells = [{"connector": "linear", "tune": "frozen"}, {"connector": "linear", "fusion": "late", "tune": "frozen"}]
     plan |= {"grid": None, "cells": cells}
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "plan.yaml").write_text("title: of an older plan\n")
     before = chiasm.compare(plan, tmp_path / "before", only=["linear-late-frozen"]).results[0]
+    assert load_plan(tmp_path / "before" / "plan.yaml") == load_plan(plan), "processes of its cells read it"
     assert before["retrieval"] is None and "retrieval" not in before["seconds"]
     plan["data"] |= {"test_captions": captions(tmp_path / "asked", 8, 40)}
     plan["evaluation"] |= {"retrieval": 6}

@@ -34,6 +34,19 @@ def test_splits_share_nothing_and_fill_the_whole(artwork: Path) -> None:
     assert len(EmojiNames(size=5, artwork=artwork)) == 5
 
 
+def test_other_views_show_the_same_emoji_otherwise(artwork: Path) -> None:
+    plain = EmojiNames(artwork=artwork)
+    seen, new = (EmojiNames(artwork=artwork, seed=seed, views=3) for seed in (0, 1))
+    assert len(seen) == 3 * len(plain) and len({sample.id for sample in (*plain, *seen, *new)}) == 7 * len(plain)
+    pictures = {sample.images[0].key() for samples in (plain, seen, new) for sample in samples}
+    assert len(pictures) == 7 * len(plain)
+    assert [sample.answer for sample in seen[::3]] == [sample.answer for sample in plain]
+    assert [sample.images[0].key() for sample in seen] == [
+        sample.images[0].key() for sample in EmojiNames(artwork=artwork, seed=0, views=3)
+    ]
+    assert seen[-1].id == seen[len(seen) - 1].id and list(seen[3:6].ids()) == [sample.id for sample in seen[3:6]]
+
+
 def test_it_is_read_by_name(artwork: Path) -> None:
     assert len(read(f"emoji-names:all,language=ko,artwork={artwork}")) == len(CODES)
     for source, told in [
@@ -41,6 +54,9 @@ def test_it_is_read_by_name(artwork: Path) -> None:
         ("emoji-names:all,language=xx", "language is 'xx', expected one of en"),
         ("emoji-names:all,shots=3", "unknown option 'shots'"),
         ("emoji-names:all,size=0", "size is 0, expected a whole number above 0"),
+        ("emoji-names:all,views=0,seed=1", "views is 0, expected a whole number above 0"),
+        ("emoji-names:all,views=4", "views is 4, but without a seed there is one view alone; add seed=0"),
+        ("emoji-names:all,seed=x", "seed is 'x', expected a whole number"),
     ]:
         with pytest.raises(ValueError, match=told):
             read(f"{source},artwork={artwork}")

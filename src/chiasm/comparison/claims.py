@@ -1,7 +1,7 @@
 """Claims about ways of connecting, judged by numbers: supported, not supported, or no difference at this scale."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from chiasm.comparison.plan import Claim
@@ -33,20 +33,45 @@ def judge(claims: Sequence[Claim], results: Sequence[Row], answers: Mapping[str,
         elif claim.than is None:
             verdicts.append(_by_gates(claim, cells[claim.better]))
         elif claim.measure == "accuracy":
-            skill_of = {row["id"]: row["skill"] for row in answers[cells[claim.better][0]["name"]]}
-            verdicts.append(_by_answers(claim, ways[claim.better], ways[claim.than], skill_of))
+            verdicts.append(_by_answers(claim, ways, cells, answers))
         else:
             verdicts.append(_BY[claim.measure](claim, cells[claim.better], cells[claim.than]))
     return verdicts
 
 
-def _by_answers(claim: Claim, better: Way, than: Way, skill_of: Mapping[str, str]) -> Verdict:
+def _by_answers(
+    claim: Claim, ways: Mapping[str, Way], cells: Mapping[str, Sequence[Row]], answers: Mapping[str, Sequence[Row]]
+) -> Verdict:
+    """By the questions of the claim's skills, and whether both ways look at the picture that they are about."""
+    skill_of = {row["id"]: row["skill"] for row in answers[cells[claim.better][0]["name"]]}
     wanted = claim.skills or list(dict.fromkeys(skill_of.values()))
     questions = [question for question, skill in skill_of.items() if skill in wanted]
     if not questions:
         return Verdict(claim.text, OPEN, f"the test asks nothing about {', '.join(wanted)}")
     about = f" about {', '.join(claim.skills)}" if claim.skills else ""
-    return _by_pairs(claim, better, than, questions, f"{len(questions)} questions{about}")
+    found = _by_pairs(claim, ways[claim.better], ways[str(claim.than)], questions, f"{len(questions)} questions{about}")
+    blind = [words for name in claim.ways if (words := _not_looking(cells[name], answers, set(questions)))]
+    return replace(found, numbers="; ".join([found.numbers, *blind]))
+
+
+def _not_looking(cells: Sequence[Row], answers: Mapping[str, Sequence[Row]], questions: set[str]) -> str | None:
+    """In words, that a way answers these questions no better than about another picture."""
+    rows = {
+        cell["choice"]["seed"]: [
+            row for row in answers[cell["name"]] if row["id"] in questions and row.get("control_score") is not None
+        ]
+        for cell in cells
+    }
+    if not all(rows.values()):
+        return None
+    groups = {row["id"]: row["sample"] for row in next(iter(rows.values()))}
+    own, other = (
+        Way(cells[0]["way"], {seed: {row["id"]: row[score] for row in asked} for seed, asked in rows.items()}, groups)
+        for score in ("score", "control_score")
+    )
+    if difference(own, other).low > 0:
+        return None
+    return f"{own.name} is not measurably better than with another picture ({percent(other.accuracy)})"
 
 
 def _by_retrieval(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> Verdict:
@@ -63,7 +88,7 @@ def _finder(cells: Sequence[Row]) -> Way:
     places = {cell["choice"]["seed"]: cell["retrieval"]["places"] for cell in cells}
     scores = {seed: {caption: float(place == 0) for caption, place in found.items()} for seed, found in places.items()}
     captions = {caption: caption for caption in cells[0]["retrieval"]["places"]}
-    return Way(cells[0]["way"], scores, captions, None, 0.0, "")
+    return Way(cells[0]["way"], scores, captions)
 
 
 def _by_pairs(claim: Claim, better: Way, than: Way, questions: Sequence[str], counted: str) -> Verdict:

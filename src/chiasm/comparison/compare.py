@@ -75,9 +75,9 @@ def compare(
     choices, skipped = cells_of(plan)
     chosen = select(choices, only)
     output.mkdir(parents=True, exist_ok=True)
-    saved = output / PLAN
-    if not only or not saved.is_file():
-        whole_file(saved, yaml.safe_dump(plan.model_dump(mode="json", exclude_unset=True), sort_keys=False))
+    saved, text = output / PLAN, yaml.safe_dump(plan.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+    if not saved.is_file() or saved.read_text(encoding="utf-8") != text:
+        whole_file(saved, text)
     for one in skipped:
         say(f"skipped {one.way}: {one.reason}")
     waiting = [choice for choice in chosen if finished(plan, choice, output) is None]

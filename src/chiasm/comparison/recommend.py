@@ -34,9 +34,9 @@ class Way:
     name: str
     scores: Mapping[int, Mapping[str, float]]
     groups: Mapping[str, str]
-    control: float | None
-    cost: float
-    cost_words: str
+    control: float | None = None
+    cost: float = 0.0
+    cost_words: str = ""
 
     @property
     def accuracy(self) -> float:

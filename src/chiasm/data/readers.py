@@ -44,9 +44,7 @@ def read(source: Any, split: str | None = None, **options: Any) -> Samples:
         SampleError (when a sample is taken): the sample is not usable.
     """
     if isinstance(source, str) and source.partition(":")[0] == EMOJI_NAMES:
-        named, settings = _settings(source, split)
-        _refuse(settings | options, EmojiNames.OPTIONS)
-        return EmojiNames(split or named or "all", **settings | options)
+        return _emoji_names(source, split, options)
     if isinstance(source, str) and source.partition(":")[0] == EMOJI_SCENES:
         return _emoji_scenes(source, split, options)
     _check_values(options)
@@ -189,6 +187,16 @@ def _divide(samples: Samples, split: str, division: dict[str, Any]) -> Samples:
         raise ValueError(f"the data has no splits of its own, so split is one of {', '.join(SPLITS)}, not {split!r}")
     kept, held = hold_out(samples, **division)
     return kept if split == "train" else held
+
+
+def _emoji_names(source: str, split: str | None, options: dict[str, Any]) -> EmojiNames:
+    named, settings = _settings(source, split)
+    options = settings | options
+    _refuse(options, EmojiNames.OPTIONS)
+    for key in ("size", "seed", "views"):
+        if type(options.get(key)) not in (int, type(None)):
+            raise ValueError(f"{EMOJI_NAMES}: {key} is {options[key]!r}, expected a whole number")
+    return EmojiNames(split or named or "all", **options)
 
 
 def _emoji_scenes(source: str, split: str | None, options: dict[str, Any]) -> EmojiScenes:
