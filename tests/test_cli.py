@@ -186,7 +186,7 @@ def test_an_evaluation_that_was_stopped_goes_on(
     monkeypatch.setattr(chiasm.VLM, "generate", dying)
     code, _, err = run(*asked, "-o", folder)
     assert code == 130 and "stopped; the same command goes on from the answers in" in err
-    assert len((folder / "answers.jsonl").read_text().splitlines()) == 7
+    assert len((folder / ".answers.jsonl").read_text().splitlines()) == 7
     batches.clear()
     assert run(*asked, "-o", folder)[0] == 0 and len(batches) == 2
     assert sorted(path.name for path in folder.iterdir()) == ["results.jsonl", "summary.json"]

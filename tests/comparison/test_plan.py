@@ -158,6 +158,9 @@ def test_several_plans_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.Mo
     several = places(["compare", "claims"], out)
     assert several[0] == ("compare", out / "compare") and several[1][1] == out / "early_over_late"
     assert {load_plan(plan).title for plan, _ in several} >= {"Ten connectors, one language model"}
+    (tmp_path / "claims").mkdir()  # the folder of an earlier run
+    (tmp_path / "claims" / "plan.yaml").write_text("not this one")
+    assert places(["compare", "claims"], out) == several
     mine = tmp_path / "mine"
     mine.mkdir()
     shutil.copy(several[1][0], mine / "one.yaml")

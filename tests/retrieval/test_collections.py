@@ -125,3 +125,13 @@ def test_a_batch_of_photographs_is_not_held_in_full(tmp_path: Path, photos: Path
 
     Index.create(tmp_path / "index", Watched(), "somewhere").add(read_pictures(photos), batch_size=24)
     assert len(decoded) == 24 and alive == [0]
+
+
+@pytest.mark.parametrize("pattern", ["**", "**/*.jpg", "**.jpg", "*/*.jpg"])
+def test_patterns_find_what_a_shell_would(photos: Path, pattern: str) -> None:
+    for name in ("a.jpg", "in/b.jpg", ".thumbnails/c.jpg"):
+        save(photos / name)
+    found = {item.id for item in read_pictures(f"{photos}/{pattern}")}
+    assert found == {"**": {"a.jpg", "in/b.jpg"}, "**/*.jpg": {"a.jpg", "in/b.jpg"}, "**.jpg": {"a.jpg"}}.get(
+        pattern, {"in/b.jpg"}
+    )

@@ -37,6 +37,8 @@ def compare(
     if list_:
         listed = [line for plan, folder in places for line in _listed(plan, folder, only, quick)]
         return emit(listed) if as_json else out.print("\n".join(listed), markup=False, highlight=False, soft_wrap=True)
+    for plan, _ in places:
+        comparing.load_plan(plan)
     jobs = 0 if here or (quick and jobs == 1 and not only) else jobs
     told = []
     for plan, folder in places:
@@ -48,7 +50,7 @@ def compare(
             counted = f"{len(done.results)} cells" + (f", {len(done.failed)} failed" if done.failed else "")
             out.print(f"{counted}; report: {escape(str(done.report))}", soft_wrap=True)
     if as_json:
-        emit(told if len(told) > 1 else told[0])
+        emit(told[0] if places[0][1] == output else told)
     if any(one["failed"] for one in told):
         raise typer.Exit(1)
     return None

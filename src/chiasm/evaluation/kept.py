@@ -14,7 +14,7 @@ from chiasm.data.schema import ImageRef
 from chiasm.sources.writing import naming_full_disk
 from chiasm.training.fingerprint import model_fingerprint
 
-ANSWERS = "answers.jsonl"
+ANSWERS = ".answers.jsonl"
 """The file's name in the folder of the result."""
 
 

@@ -1,5 +1,6 @@
 """Pictures to index: files, a pattern, a folder (with or without `metadata.jsonl`), or a data set."""
 
+import glob
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,8 +82,14 @@ def _files(path: Path, root: Path, pattern: bool) -> list[Path]:
         return [path] if _is_picture(path) else []
     if not path.is_dir() and not pattern:
         return []
-    inside = "**/*" if path.is_dir() else path.relative_to(root).as_posix()
-    return sorted(file for file in root.glob(inside) if _is_picture(file))
+    if path.is_dir():
+        return sorted(file for file in path.glob("**/*") if _is_picture(file))
+    found = map(Path, glob.glob(str(path), recursive=True))
+    return sorted(file for file in found if _is_picture(file) and not _behind_a_link(file, root))
+
+
+def _behind_a_link(file: Path, root: Path) -> bool:
+    return any(folder.is_symlink() for folder in file.parents if folder != root and folder.is_relative_to(root))
 
 
 def _ending(path: Path) -> str:

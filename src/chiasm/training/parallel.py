@@ -80,8 +80,9 @@ class Sharded(Engine):
         twin.model = copy.deepcopy(learner.model)
         super().__init__(twin)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        numbers = {parameter for parameter in twin.model.parameters() if parameter.ndim == 0}
-        self.numbers = [parameter for parameter in numbers if parameter.requires_grad]
+        # A list: processes must go through them in the same order, and a set's is that of memory.
+        scalars = [parameter for parameter in twin.model.parameters() if parameter.ndim == 0]
+        self.numbers, numbers = [parameter for parameter in scalars if parameter.requires_grad], set(scalars)
         for block in _blocks(twin.model):
             fully_shard(block, mesh=mesh, ignored_params=numbers)
         self.root: Any = fully_shard(_Losses(twin), mesh=mesh, ignored_params=numbers)

@@ -79,8 +79,8 @@ def recipes_in(source: str | Path) -> list[Path]:
     """The files of a folder, or of one of Chiasm's own folders of recipes (`claims`); none where one has its name."""
     if any((folder / f"{source}.yaml").is_file() for folder in _folders()):
         return []
-    folders = [Path(source), *(folder / source for folder in _folders())]
-    return next((sorted(folder.glob("*.yaml")) for folder in folders if folder.is_dir()), [])
+    folders = [*(folder / source for folder in _folders()), Path(source)]
+    return next((found for folder in folders if (found := sorted(folder.glob("*.yaml")))), [])
 
 
 def _folders() -> list[Path]:
