@@ -34,7 +34,7 @@ def head(body: bytes, length: int | None = None) -> bytes:
     ).encode()
 
 
-def until(condition: Callable[[], Any], seconds: float = 10) -> None:
+def until(condition: Callable[[], Any], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
