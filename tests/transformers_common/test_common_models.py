@@ -81,10 +81,16 @@ class GatedTest(Generative, unittest.TestCase):
 class PatchesTest(Generative, unittest.TestCase):
     member = members.Patches
 
+    @unittest.skip("shifted labels that hold pictures are refused: their codes are told for labels only")
+    def test_causal_lm_loss_honors_shift_labels(self) -> None: ...
+
 
 class CodesTest(Generative, unittest.TestCase):
     member = members.Codes
     test_all_params_have_gradient = False  # an image tokenizer is trained by itself
+
+    @unittest.skip("shifted labels that hold pictures are refused: their codes are told for labels only")
+    def test_causal_lm_loss_honors_shift_labels(self) -> None: ...
 
 
 class DecoderTest(Models, common.GenerationTesterMixin, unittest.TestCase):
