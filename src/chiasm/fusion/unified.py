@@ -33,6 +33,9 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         self.settings = UnifiedSettings.of(config.unified)
         self.kind, _ = split_positions(getattr(config.text_config, "positions", "raster"))
 
+    def new_parts(self) -> dict[str, Any]:
+        return {}
+
     @property
     def reads_instruction(self) -> bool:
         return False
