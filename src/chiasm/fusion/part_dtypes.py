@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 
-from chiasm.fusion.adapters import adapted_layers
+from chiasm.fusion.adapters import adapted_layers, plain_name
 
 PART_CONFIGS = {"vision": "vision_config", "language": "text_config"}
 """Parts that are built from a configuration of their own."""
@@ -51,19 +52,28 @@ class PartDtypes(PreTrainedModel):
         return {}
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    @init.guard_torch_init_functions()
+    def initialize_weights(self) -> None:
         """Parts draw their weights when they are built. What was built without data and is not in a checkpoint gets
-        those of parts that are built now."""
-        if module is not self or not self._built_without_data:
+        those of parts that are built now; models of transformers draw theirs by their own rules."""
+        models = [module for module in self.modules() if isinstance(module, PreTrainedModel) and module is not self]
+        for model in models:
+            model.initialize_weights()
+        super().initialize_weights()
+        if not self._built_without_data:
             return
         for part, build in self.new_parts().items():
             lacking = {path: p for path, p in self.get_submodule(part).named_parameters() if not _is_loaded(p)}
             fresh = dict(build().named_parameters()) if lacking else {}
-            for path in lacking.keys() & fresh.keys():
-                lacking[path].copy_(fresh[path])
+            for path, parameter in lacking.items():
+                if plain_name(path) in fresh:
+                    parameter.copy_(fresh[plain_name(path)])
         for _, layer in adapted_layers(self):
             for adapter in layer.active_adapters:
                 layer.reset_lora_parameters(adapter, True)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing to do, module by module."""
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Modules that stay in float32, in whichever part's dtype."""
