@@ -14,6 +14,7 @@ class Models(common.ModelTesterMixin):
     """transformers' checks of a model; a subclass names the member of the family and its class."""
 
     member: type[members.Member]
+    test_can_init_all_missing_weights_before_2023 = True
     _is_composite = True
     additional_model_inputs = ("pixel_values", "image_grid_thw", "token_type_ids")
 
@@ -55,6 +56,9 @@ class PrefixTest(Generative, unittest.TestCase):
 class EncoderDecoderTest(Generative, unittest.TestCase):
     member = members.EncoderDecoder
     is_encoder_decoder = True
+
+    @unittest.skip("it compares draws by their seed, and T5 draws once more before the connector does")
+    def test_can_init_all_missing_weights(self) -> None: ...
 
     @unittest.skip("it counts an output's fields, and this one has the visual tokens too")
     def test_attention_outputs(self) -> None: ...
