@@ -44,6 +44,14 @@ LAYERS, HEADS, WIDTH = 2, 4, 32
 ROWS = 7
 
 QFORMER = {"name": "qformer", "num_queries": 5, "width": 24, "depth": 2, "heads": 3}
+RESAMPLER = {"name": "perceiver_resampler", "num_latents": 5, "depth": 2, "heads": 3, "head_dim": 7}
+PREFIX = {"attention": "prefix"}
+GATED = {"fusion": "intermediate", "cross_attention": {"every": 1, "heads": 4, "head_dim": 8}}
+PATCHES = {"name": "patches", "patch_size": 5}
+CODES = {"name": "vq", "image_size": [16, 24], "factor": 8, "levels": [3, 2], "width": 8, "depth": 1}
+MROPE, ROPE2D = {"positions": "mrope+modality"}, {"positions": "rope2d"}
+MARKS = {"row_token_id": ROW, "begin_token_id": 6, "end_token_id": 7}
+CODE_MARKS = {"row_token_id": None, "begin_token_id": 6, "end_token_id": 7, "code_ids": 8}
 TOWER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 PICTURE = {"image_size": 40, "patch_size": 10}
 DECODER = {
@@ -151,10 +159,10 @@ class Fusion(Member):
     vision: Any = staticmethod(siglip)
     language: Any = staticmethod(llama)
     connector: Any = "mlp"
-    options: dict[str, Any] = {}
+    options: Any = None
 
     def build(self) -> PreTrainedConfig:
-        model = build_fusion(load_vision(self.vision()), self.language(), self.connector, IMAGE, **self.options)
+        model = build_fusion(load_vision(self.vision()), self.language(), self.connector, IMAGE, **self.options or {})
         self.num_image_tokens = model.num_image_tokens
         return model.config
 
@@ -185,7 +193,7 @@ class Prefix(Fusion):
     """PaliGemma's way: the prompt is read in both directions."""
 
     connector = "linear"
-    options = {"attention": "prefix"}
+    options = PREFIX
 
     def inputs(self) -> dict[str, Tensor]:
         types = torch.zeros(ROWS, self.seq_length, dtype=torch.long)
@@ -215,10 +223,9 @@ class Packed(Member):
     num_image_tokens = 6
 
     def build(self) -> PreTrainedConfig:
-        tower = {"depth": LAYERS, "embed_dim": 32, "num_heads": HEADS, "hidden_size": WIDTH, "patch_size": 4}
-        tower |= {"mlp_ratio": 2}
+        tower = {"depth": LAYERS, "embed_dim": 32, "num_heads": HEADS, "hidden_size": WIDTH}
         return ChiasmConfig(
-            vision_config={"model_type": "qwen2_vl_vision", **tower},
+            vision_config={"model_type": "qwen2_vl_vision", "patch_size": 4, "mlp_ratio": 2, **tower},
             text_config={"model_type": "chiasm_decoder", **DECODER, "positions": "mrope", "query_bias": True},
             connector={"name": "patch_merger", "factor": 2},
             image_token_id=IMAGE,
@@ -235,8 +242,8 @@ class Gated(Fusion):
     """Flamingo's way."""
 
     classes = (IntermediateFusionModel,)
-    connector = {"name": "perceiver_resampler", "num_latents": 5, "depth": 2, "heads": 3, "head_dim": 7}
-    options = {"fusion": "intermediate", "cross_attention": {"every": 1, "heads": 4, "head_dim": 8}}
+    connector = RESAMPLER
+    options = GATED
 
 
 class Unified(Member):
@@ -244,12 +251,13 @@ class Unified(Member):
 
     classes = (UnifiedModel,)
     image_input: Any = None
-    options: dict[str, Any] = {}
-    marks = {"row_token_id": ROW, "begin_token_id": 6, "end_token_id": 7}
-    grid = (2, 3)
+    options: Any = None
+    marks = MARKS
 
     def build(self) -> PreTrainedConfig:
-        model, _ = build_unified({**DECODER, "vocab_size": VOCABULARY - 4}, None, self.image_input, **self.options)
+        model, _ = build_unified(
+            {**DECODER, "vocab_size": VOCABULARY - 4}, None, self.image_input, **self.options or {}
+        )
         config = model.config
         config.image_token_id = IMAGE
         config.unified |= self.marks
@@ -260,8 +268,8 @@ class Unified(Member):
 class Patches(Unified):
     """Fuyu's way."""
 
-    image_input = {"name": "patches", "patch_size": 5}
-    options = {"positions": "mrope+modality"}
+    image_input = PATCHES
+    options = MROPE
     num_image_tokens = 8  # ends of rows included
 
     def picture(self) -> list[int]:
@@ -274,9 +282,9 @@ class Patches(Unified):
 class Codes(Unified):
     """Chameleon's way."""
 
-    image_input = {"name": "vq", "image_size": [16, 24], "factor": 8, "levels": [3, 2], "width": 8, "depth": 1}
-    options = {"positions": "rope2d"}
-    marks = {"row_token_id": None, "begin_token_id": 6, "end_token_id": 7, "code_ids": 8}
+    image_input = CODES
+    options = ROPE2D
+    marks = CODE_MARKS
     num_image_tokens = 6
 
     def inputs(self) -> dict[str, Tensor]:

@@ -18,6 +18,10 @@ LLAMA2 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
     "{% elif m['role'] == 'assistant' %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}"
 )
+TEMPLATE = (
+    "{{ word }}{% for part in messages[0]['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+)
 FORGETFUL = "{% for m in messages %}{{ m['role'] }}:{{ m['content'].split('</think>')[-1] }}\n{% endfor %}"
 PICTURE = Image.new("RGB", (20, 30), "red")
 
@@ -162,3 +166,21 @@ def test_what_is_given_takes_the_place_of_what_is_stored(tmp_path: Path) -> None
     again = ChiasmProcessor.from_pretrained(tmp_path, num_image_tokens=5, image_processor=images)
     assert again(images=PICTURE, messages=tiny.ask("What?"))["pixel_values"].shape == (1, 3, 50, 50)
     assert again.encode(tiny.ask("What?"))["input_ids"].count(again.image_token_id) == 5
+
+
+def test_a_conversation_brings_its_pictures(tmp_path: Path) -> None:
+    """By any of transformers' names; options that nothing reads are refused."""
+    words = processor()
+    PICTURE.save(tmp_path / "red.png")
+    asked = {name: tiny.ask("What?") for name in ("image", "path", "url")}
+    for (name, messages), given in zip(asked.items(), (PICTURE, *[str(tmp_path / "red.png")] * 2), strict=True):
+        messages[0]["content"][0][name] = given
+    expected = words(images=PICTURE, messages=tiny.ask("What?"), add_generation_prompt=False)
+    for messages in asked.values():
+        made = words.apply_chat_template(messages, tokenize=True, return_dict=True)
+        assert all(torch.equal(made[name], value) for name, value in expected.items())
+        assert torch.equal(words.apply_chat_template(messages, tokenize=True), expected["input_ids"])
+    lean = words.apply_chat_template(asked["path"], chat_template=TEMPLATE, tokenize=True, return_dict=True, word="x")
+    assert words.tokenizer.decode(lean["input_ids"][0]) == "x<image><image><image>What?"
+    with pytest.raises(TypeError, match="unknown options of apply_chat_template: enable_thinking; pass chat_template="):
+        words.apply_chat_template(asked["path"], enable_thinking=True)

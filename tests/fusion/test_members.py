@@ -1,9 +1,11 @@
 """Every generative member of the family hands back what a causal language model of transformers does."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import members
 
@@ -37,3 +39,30 @@ def test_states_of_some_layers(kind: type[members.Member]) -> None:
         some = model(**inputs, output_hidden_states=[0, -1]).hidden_states
     assert len(some) == len(every) == members.LAYERS + 1 and some[1] is None
     torch.testing.assert_close((some[0], some[-1]), (every[0], every[-1]))
+
+
+EVERY = (*GENERATIVE, members.EncoderDecoder, members.DualEncoder, members.Retrieval)
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
+def test_what_a_checkpoint_lacks_is_drawn(kind: type[members.Member], tmp_path: Path) -> None:
+    """As in a fresh model, and what it holds stays."""
+    model, _ = built(kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    held = {name: weights[name] for name in list(weights)[::2]}
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, fresh = type(model).from_pretrained(tmp_path), type(model)(kind().get_config())
+    drawn = dict(fresh.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        if name in held:
+            assert (parameter == 7.0).all(), name
+        elif name not in weights or parameter.data_ptr() in {p.data_ptr() for p in map(loaded.get_parameter, held)}:
+            continue  # tied to one that is held
+        elif drawn[name].numel() > 100 and drawn[name].std() > 0:
+            assert parameter.std().item() == pytest.approx(drawn[name].std().item(), rel=0.4), name
+        else:
+            assert parameter.abs().max() < 5.0, name

@@ -7,23 +7,14 @@ from upstream import upstream
 
 import members
 
-common = upstream("test_modeling_common")
-common.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["chiasm"] = (
-    "EarlyFusionModel",
-    "EarlySeq2SeqModel",
-    "IntermediateFusionModel",
-    "UnifiedModel",
-)
-common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["chiasm_decoder"] = "UnifiedDecoderForCausalLM"
-common.MODEL_MAPPING_NAMES["chiasm_decoder"] = "UnifiedDecoder"
-common.MODEL_MAPPING_NAMES["chiasm_late"] = "LateFusionModel"
-common.MODEL_MAPPING_NAMES["chiasm_qformer_retrieval"] = "QFormerRetrieval"
+common: Any = upstream("test_modeling_common")
 
 
 class Models(common.ModelTesterMixin):
     """transformers' checks of a model; a subclass names the member of the family and its class."""
 
     member: type[members.Member]
+    test_can_init_all_missing_weights_before_2023 = True
     _is_composite = True
     additional_model_inputs = ("pixel_values", "image_grid_thw", "token_type_ids")
 
@@ -66,6 +57,9 @@ class EncoderDecoderTest(Generative, unittest.TestCase):
     member = members.EncoderDecoder
     is_encoder_decoder = True
 
+    @unittest.skip("it compares draws by their seed, and T5 draws once more before the connector does")
+    def test_can_init_all_missing_weights(self) -> None: ...
+
     @unittest.skip("it counts an output's fields, and this one has the visual tokens too")
     def test_attention_outputs(self) -> None: ...
 
@@ -81,16 +75,10 @@ class GatedTest(Generative, unittest.TestCase):
 class PatchesTest(Generative, unittest.TestCase):
     member = members.Patches
 
-    @unittest.skip("shifted labels that hold pictures are refused: their codes are told for labels only")
-    def test_causal_lm_loss_honors_shift_labels(self) -> None: ...
-
 
 class CodesTest(Generative, unittest.TestCase):
     member = members.Codes
     test_all_params_have_gradient = False  # an image tokenizer is trained by itself
-
-    @unittest.skip("shifted labels that hold pictures are refused: their codes are told for labels only")
-    def test_causal_lm_loss_honors_shift_labels(self) -> None: ...
 
 
 class DecoderTest(Models, common.GenerationTesterMixin, unittest.TestCase):

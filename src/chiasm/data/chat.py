@@ -10,6 +10,7 @@ from itertools import count
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.image_utils import load_image
 
 IMAGE_TOKEN = "<image>"
 
@@ -34,6 +35,9 @@ ENCODER_DECODER_TEMPLATE = (
 
 TEMPLATES = {"plain": PLAIN_TEMPLATE, "lean": LEAN_TEMPLATE}
 """Chat templates that have a name."""
+
+PICTURE_KEYS = ("image", "url", "path", "base64")
+"""Where the picture of an image part is."""
 
 Message = dict[str, Any]
 
@@ -75,6 +79,16 @@ def _flatten_content(content: Any) -> str:
 def count_images(messages: list[Message]) -> int:
     """Image placeholders in a conversation."""
     return sum(message["content"].count(IMAGE_TOKEN) for message in flatten(messages))
+
+
+def pictures_of(messages: list[Message]) -> list[Any]:
+    """The pictures that stand in a conversation's parts, as `image`, or by a `url`, a `path` or in `base64`."""
+    pictures = []
+    for part in (part for message in messages for part in message["content"] if isinstance(part, dict)):
+        name = next((name for name in PICTURE_KEYS if part.get("type") == "image" and name in part), None)
+        if name is not None:
+            pictures.append(load_image(part[name]) if isinstance(part[name], str) else part[name])
+    return pictures
 
 
 def parts(messages: list[Message]) -> list[Message]:

@@ -28,7 +28,7 @@ class InstructionProcessor(ChiasmProcessor):
         instruction_tokenizer: Any = None,
         num_image_tokens: int = 1,
         instruction_length: int = 128,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
         **options: Any,
     ) -> None:
         self.instruction_length = instruction_length

@@ -1,12 +1,13 @@
 """Conversations and pictures → model inputs: the chat template, the placeholders' expansion, and labels by spans."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from chiasm.data.chat import IMAGE_TOKEN, Message, apart, count_images, render
+from chiasm.data.chat import IMAGE_TOKEN, Message, apart, count_images, pictures_of, render
 from chiasm.data.labels import IGNORE, last_answer
 from chiasm.data.pixels import keeps_sizes, read_pixels
 from chiasm.data.placeholders import (
@@ -21,6 +22,12 @@ from chiasm.data.placeholders import (
     tiled_placeholders,
 )
 from chiasm.data.schema import ImageRef
+
+NEUTRAL = ("return_tensors", "padding")
+"""Options of transformers that change nothing here."""
+
+KNOWN = inspect.signature(ProcessorMixin.apply_chat_template).parameters
+"""Options of transformers that may be given where they are off."""
 
 OPTIONS: dict[str, Any] = {
     "add_special_tokens": False,
@@ -71,7 +78,7 @@ class ChiasmProcessor(ProcessorMixin):
         image_processor: Any = None,
         tokenizer: Any = None,
         num_image_tokens: int = 1,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
         add_special_tokens: bool = False,
         token_types: bool = False,
         text_is_message: bool = False,
@@ -125,7 +132,7 @@ class ChiasmProcessor(ProcessorMixin):
         """A saved processor from its loaded parts and its own settings, or what is given in place of them."""
         told = processor_dict | kwargs
         parts = {name: kwargs.get(name, part) for name, part in zip(cls.get_attributes(), args, strict=True)}
-        own = {name: told[name] for name in cls.own_options if name in told}
+        own = {name: told[name] for name in (*cls.own_options, "chat_template") if name in told}
         return cls(**parts, **own, **{name: told.get(name, default) for name, default in OPTIONS.items()})
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,7 +156,7 @@ class ChiasmProcessor(ProcessorMixin):
             messages: one conversation, or a batch of them.
             padding_side: `left` to generate from the prompts, `right` to train on them.
         """
-        for neutral in ("return_tensors", "padding"):
+        for neutral in NEUTRAL:
             kwargs.pop(neutral, None)
         if kwargs:
             raise TypeError(f"unknown processor arguments: {', '.join(kwargs)}")
@@ -320,15 +327,34 @@ class ChiasmProcessor(ProcessorMixin):
             padded["token_type_ids"] = stack([item["token_type_ids"] for item in encoded], 0)
         return padded
 
-    def apply_chat_template(self, conversation: Any, tokenize: bool = False, **kwargs: Any) -> Any:
-        """A conversation's prompt; with `tokenize` and `return_dict`, the model inputs with its pictures."""
-        add_generation_prompt = kwargs.pop("add_generation_prompt", False)
-        batch = [conversation] if isinstance(conversation[0], dict) else conversation
+    def apply_chat_template(
+        self, conversation: Any, chat_template: str | None = None, tokenize: bool = False, **kwargs: Any
+    ) -> Any:
+        """A conversation's prompt; with `tokenize`, its tokens; with `return_dict` too, the inputs with its pictures.
+
+        Args:
+            conversation: messages, or a batch of them; a picture stands in its part as `image`, `url`, `path` or
+                `base64`.
+            chat_template: in place of the processor's own; it is then told all other options, whatever their names.
+        """
+        options = kwargs.pop("processor_kwargs", None) or {}
+        return_dict, add = kwargs.pop("return_dict", False), kwargs.pop("add_generation_prompt", False)
+        alone = not isinstance(conversation[0], list)
+        batch = [conversation] if alone else conversation
+        if chat_template is not None:
+            told = {"chat_template": chat_template, "add_generation_prompt": add, **kwargs}
+            texts = [super(ChiasmProcessor, self).apply_chat_template(messages, **told) for messages in batch]
+        elif unknown := [
+            name for name, value in kwargs.items() if name not in NEUTRAL and (value or name not in KNOWN)
+        ]:
+            raise TypeError(f"unknown options of apply_chat_template: {', '.join(unknown)}; pass chat_template= too")
+        else:
+            texts = [render(self.tokenizer, messages, add).text for messages in batch]
         if not tokenize:
-            texts = [render(self.tokenizer, messages, add_generation_prompt).text for messages in batch]
-            return texts[0] if isinstance(conversation[0], dict) else texts
-        images = [[p["image"] for m in c for p in m["content"] if isinstance(p, dict) and "image" in p] for c in batch]
-        return self(images=images, messages=batch, add_generation_prompt=add_generation_prompt)
+            return texts[0] if alone else texts
+        told = {"messages": batch} if chat_template is None else {"text": texts}
+        inputs = self(images=[pictures_of(m) for m in batch], **told, add_generation_prompt=add, **options)
+        return inputs if return_dict else inputs["input_ids"]
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         return self.tokenizer.batch_decode(*args, **kwargs)

@@ -4,6 +4,7 @@ The language model itself is untouched: its embeddings, layers and head are the 
 it computes exactly what it computed before.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from chiasm.connectors import build_connector
+from chiasm.connectors import Connector, build_connector
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.generation_inputs import PictureGenerationMixin
 from chiasm.fusion.part_dtypes import PartDtypes, set_config_dtypes
@@ -69,10 +70,7 @@ class FusionModel(PartDtypes, PictureGenerationMixin):
         self.vision = vision or VisionEncoder.from_config(config.vision_config, features)
         self.language = language or build_language(config.text_config)
         config.vision_config, config.text_config = self.vision.model.config, self.language.config
-        width = self.vision.width + (grid_positions.WIDTH if config.patch_positions == "grid" else 0)
-        self.connector = build_connector(
-            config.connector, width, embedding_width(self.language), self.vision.grid, self.vision.num_prefix
-        )
+        self.connector = self.new_connector()
         self.token_order = self._token_order()
         masked = self.connector.takes_mask and config.patch_positions == "none"
         if features.resolution == "native" and not masked:
@@ -87,6 +85,15 @@ class FusionModel(PartDtypes, PictureGenerationMixin):
             require_trainable(self)
         super().train(mode)
         return self
+
+    def new_connector(self) -> Connector:
+        """A connector between the two parts, with fresh weights."""
+        width = self.vision.width + (grid_positions.WIDTH if self.config.patch_positions == "grid" else 0)
+        language_width, seen = embedding_width(self.language), (self.vision.grid, self.vision.num_prefix)
+        return build_connector(self.config.connector, width, language_width, *seen)
+
+    def new_parts(self) -> dict[str, Callable[[], nn.Module]]:
+        return {"connector": self.new_connector}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language.get_input_embeddings()

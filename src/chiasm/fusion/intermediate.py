@@ -89,13 +89,20 @@ class IntermediateFusionModel(FusionModel, GenerationMixin):
         self, config: ChiasmConfig, vision: VisionEncoder | None = None, language: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config, vision, language)
-        settings = CrossAttentionSettings(**(config.cross_attention or {}))
-        widths = hidden_width(self.language), self.connector.width, embedding_width(self.language)
-        self.cross_attention = CrossAttention(*widths, settings)
+        self.cross_attention = self.new_cross_attention()
         self.cross_attention.attach(layers(self.language))
         inject_adapters(self)
         cast_parts(self)
         self.post_init()
+
+    def new_cross_attention(self) -> CrossAttention:
+        """Blocks between the parts, with fresh weights."""
+        settings = CrossAttentionSettings(**(self.config.cross_attention or {}))
+        widths = hidden_width(self.language), self.connector.width, embedding_width(self.language)
+        return CrossAttention(*widths, settings)
+
+    def new_parts(self) -> dict[str, Any]:
+        return {**super().new_parts(), "cross_attention": self.new_cross_attention}
 
     @property
     def num_image_tokens(self) -> int:

@@ -40,6 +40,8 @@ class LateFusionModel(PartDtypes):
     """A vision tower, a text tower and their projections; parameters are named after the parts `vision`, `language` and
     `connector`, and `answer_head` where there is one."""
 
+    connector: LateConnector
+    answer_head: AnswerHead
     config_class = LateFusionConfig
     config: LateFusionConfig
     main_input_name = "input_ids"
@@ -59,12 +61,16 @@ class LateFusionModel(PartDtypes):
         self.vision = vision or VisionEncoder.from_config(config.vision_config, features)
         self.language = language or build_text(config.text_config, config.text_pooling)
         config.vision_config, config.text_config = self.vision.model.config, self.language.config
-        self.connector = LateConnector(config.image_width, config.text_width, **config.connector)
-        if config.answer_head is not None:
-            self.answer_head = AnswerHead(config.image_width, config.text_width, **config.answer_head)
+        for part, build in self.new_parts().items():
+            setattr(self, part, build())
         inject_adapters(self)
         cast_parts(self)
         self.post_init()
+
+    def new_parts(self) -> dict[str, Any]:
+        widths, head = (self.config.image_width, self.config.text_width), self.config.answer_head
+        parts: dict[str, Any] = {"connector": lambda: LateConnector(*widths, **self.config.connector)}
+        return parts if head is None else parts | {"answer_head": lambda: AnswerHead(*widths, **head)}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language.get_input_embeddings()

@@ -10,7 +10,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from chiasm.connectors import build_connector
+from chiasm.connectors import Connector, build_connector
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.sequence import PositionedModel, PositionedOutput
 from chiasm.language.adapter import build_language, embedding_width
@@ -33,14 +33,17 @@ class PackedFusionModel(PositionedModel, GenerationMixin):
         config.vision_config, config.text_config = self.vision.config, self.language.config
         self.token_order = None
         self.kind, _ = split_positions(self.language.config.positions)
-        block = (self.vision.merge, self.vision.merge)
-        width = embedding_width(self.language)
-        self.connector = build_connector(config.connector, self.vision.width, width, block, 0)
+        self.connector = self.new_connector()
         if self.connector.num_tokens != 1:
+            side = self.vision.merge
             raise ValueError(
                 f"connector {config.connector['name']!r} makes {self.connector.num_tokens} tokens of a block of "
-                f"{block[0]}×{block[1]} patches, expected one; use patch_merger with factor {block[0]}"
+                f"{side}×{side} patches, expected one; use patch_merger with factor {side}"
             )
+
+    def new_connector(self) -> Connector:
+        block = (self.vision.merge, self.vision.merge)
+        return build_connector(self.config.connector, self.vision.width, embedding_width(self.language), block, 0)
 
     def encode_pictures(
         self, pixel_values: Float[Tensor, "P pixels"], grid_thw: Int[Tensor, "pictures 3"]

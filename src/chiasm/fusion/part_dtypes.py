@@ -1,12 +1,15 @@
 """Parts of different precision: each part's dtype is written into the configuration and restored when it is loaded."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from chiasm.fusion.adapters import adapted_layers, plain_name
 
 PART_CONFIGS = {"vision": "vision_config", "language": "text_config"}
 """Parts that are built from a configuration of their own."""
@@ -40,9 +43,37 @@ class PartDtypes(PreTrainedModel):
         self.config.part_dtypes = dtypes if len(set(dtypes.values())) > 1 else None
         super().save_pretrained(*args, **kwargs)
 
+    def post_init(self) -> None:
+        self._built_without_data = any(parameter.is_meta for parameter in self.parameters())
+        super().post_init()
+
+    def new_parts(self) -> dict[str, Callable[[], nn.Module]]:
+        """How the parts that are no models of transformers are built."""
+        return {}
+
     @torch.no_grad()
+    @init.guard_torch_init_functions()
+    def initialize_weights(self) -> None:
+        """Parts draw their weights when they are built. What was built without data and is not in a checkpoint gets
+        those of parts that are built now; models of transformers draw theirs by their own rules."""
+        models = [module for module in self.modules() if isinstance(module, PreTrainedModel) and module is not self]
+        for model in models:
+            model.initialize_weights()
+        super().initialize_weights()
+        if not self._built_without_data:
+            return
+        for part, build in self.new_parts().items():
+            lacking = {path: p for path, p in self.get_submodule(part).named_parameters() if not _is_loaded(p)}
+            fresh = dict(build().named_parameters()) if lacking else {}
+            for path, parameter in lacking.items():
+                if plain_name(path) in fresh:
+                    parameter.copy_(fresh[plain_name(path)])
+        for _, layer in adapted_layers(self):
+            for adapter in layer.active_adapters:
+                layer.reset_lora_parameters(adapter, True)
+
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing to do: the parts initialise themselves when they are built."""
+        """Nothing to do, module by module."""
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Modules that stay in float32, in whichever part's dtype."""
@@ -50,6 +81,11 @@ class PartDtypes(PreTrainedModel):
         for known in {dtype, *part_dtypes(self).values()}:
             plan |= super()._get_dtype_plan(known)
         return plan
+
+
+def _is_loaded(parameter: nn.Parameter) -> bool:
+    """Whether transformers has marked it as one that a checkpoint held."""
+    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def part_dtypes(model: PreTrainedModel) -> Mapping[str, torch.dtype]:

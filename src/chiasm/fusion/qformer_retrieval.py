@@ -53,15 +53,21 @@ class QFormerRetrieval(PartDtypes):
         self.vision = vision or VisionEncoder.from_config(
             config.vision_config, VisionFeatures.from_dict(config.features)
         )
-        width = self.vision.width + (grid_positions.WIDTH if config.patch_positions == "grid" else 0)
-        options = {name: value for name, value in config.connector.items() if name != "name"}
-        self.connector = RetrievalQFormer(
-            width, config.space, self.vision.grid, generation=config.generation, **options
-        )
+        self.connector = self.new_connector()
         self.connector.num_prefix = self.vision.num_prefix
         inject_adapters(self)
         cast_parts(self)
         self.post_init()
+
+    def new_connector(self) -> RetrievalQFormer:
+        """A Q-Former for the encoder, with fresh weights."""
+        config = self.config
+        width = self.vision.width + (grid_positions.WIDTH if config.patch_positions == "grid" else 0)
+        options = {name: value for name, value in config.connector.items() if name != "name"}
+        return RetrievalQFormer(width, config.space, self.vision.grid, generation=config.generation, **options)
+
+    def new_parts(self) -> dict[str, Any]:
+        return {"connector": self.new_connector}
 
     def get_input_embeddings(self) -> nn.Module | None:
         return self.connector.words

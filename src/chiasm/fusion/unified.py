@@ -19,6 +19,7 @@ from chiasm.fusion.sequence import PositionedModel, PositionedOutput
 from chiasm.fusion.unified_decoder import PATCH, WORD
 from chiasm.fusion.unified_settings import UnifiedSettings
 from chiasm.language.adapter import build_language
+from chiasm.language.next_token import IGNORE
 from chiasm.positions.sequence import Grid, split_positions
 from chiasm.vision.image_inputs import build_image_input
 
@@ -32,6 +33,9 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         config.vision_config, config.text_config = self.vision.config, self.language.config
         self.settings = UnifiedSettings.of(config.unified)
         self.kind, _ = split_positions(getattr(config.text_config, "positions", "raster"))
+
+    def new_parts(self) -> dict[str, Any]:
+        return {}
 
     @property
     def reads_instruction(self) -> bool:
@@ -164,7 +168,8 @@ class UnifiedModel(PositionedModel, GenerationMixin):
                 `(images, 3, height, width)` for an image tokenizer.
             image_grid_thw: each picture's frames, rows and columns; needed for videos, otherwise told by the text.
             token_type_ids: with `attention: prefix`, 0 for the prefix, 1 for what is read causally.
-            labels: tokens where they are supervised, −100 elsewhere; placeholders stand for the picture's own codes.
+            labels: tokens where they are supervised, −100 elsewhere; placeholders stand for the picture's own codes,
+                but not in `shift_labels`, of which words alone are learned.
             codes: whether logits of codes are shown without labels too: what drawing needs.
 
         Raises:
@@ -179,8 +184,8 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         embedded = self.embed(input_ids, inputs_embeds, tokens)
         if labels is not None:
             labels = self._with_codes(labels, input_ids, drawn)
-        if (shifted := kwargs.get("shift_labels")) is not None and (shifted == self.config.image_token_id).any():
-            raise ValueError("shift_labels hold pictures, whose codes are told for labels only; pass labels alone")
+        if (shifted := kwargs.get("shift_labels")) is not None:
+            kwargs["shift_labels"] = shifted.masked_fill(shifted == self.config.image_token_id, IGNORE)
         position_ids, delta = self.positioned(
             position_ids, input_ids, inputs_embeds, attention_mask, cache, image_grid_thw
         )
