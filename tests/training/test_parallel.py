@@ -42,6 +42,7 @@ NORMS, LATER = {**FULL, "only": "norms"}, {**FULL, "from_layer": 1}
 DORA, RSLORA = ({"tune": method, "lr": 1e-2, "rank": 3} for method in ("dora", "rslora"))
 PAIRS, BLIP2 = {"objectives": ["contrastive"]}, {"objectives": ["contrastive", "grounded_generation"]}
 ANSWERS, CODES = {"objectives": ["answers"]}, {"objectives": ["reconstruction"]}
+SIGMOID = {"objectives": ["sigmoid"]}
 STRATEGIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "connector": ("early", FULL_CONNECTOR, {}),
     "encoder": ("early", {"connector": FULL, "vision": FULL}, {}),
@@ -55,6 +56,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "intermediate": ("intermediate", {"connector": FULL, "vision": NORMS}, {}),
     "late": ("late", {"connector": FULL, "vision": FULL, "language": RSLORA}, PAIRS),
     "late-connector": ("late", FULL_CONNECTOR, PAIRS),
+    "late-sigmoid": ("late-biased", FULL_CONNECTOR, SIGMOID),
     "late-answers": ("late", {"answer_head": FULL, "vision": NORMS}, ANSWERS),
     "blip-2": ("q-former", {"connector": FULL, "vision": NORMS}, BLIP2),
     "unified": ("unified", {"vision": FULL, "language": FULL}, {}),
@@ -66,6 +68,7 @@ MODELS: dict[str, Callable[[], chiasm.VLM | chiasm.DualEncoder]] = {
     "intermediate": partial(helpers.vlm, fusion="intermediate"),
     "q-former": partial(helpers.vlm, connector=tiny.connector("qformer")),
     "late": helpers.dual_encoder,
+    "late-biased": partial(helpers.dual_encoder, logit_bias=-5.0),
     "unified": partial(helpers.unified, {"name": "patches", "patch_size": 10}),
     "image-tokenizer": partial(helpers.unified, helpers.VQ),
 }
