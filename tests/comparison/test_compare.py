@@ -72,8 +72,11 @@ def test_budgets_become_samples(plan: dict[str, Any], budget: dict[str, Any], tm
 @pytest.mark.parametrize(("fusion", "more"), [("intermediate", {}), ("unified", {"image_input": {"name": "patches"}})])
 def test_other_fusions(plan: dict[str, Any], fusion: str, more: dict[str, Any], tmp_path: Path) -> None:
     base = plan["base"] | more | {"cross_attention": {"every": 2, "heads": 3, "head_dim": 8}}
-    plan = plan | {"base": base, "grid": None, "cells": [{"fusion": fusion, "tune": "full"}]}
-    (result,) = chiasm.compare(plan, tmp_path / "run").results
+    cells = [{"fusion": fusion, "tune": "full"}]
+    cells += [cells[0] | {"weights": "random"}] if fusion == "unified" else []
+    result, *fresh = chiasm.compare(plan | {"base": base, "grid": None, "cells": cells}, tmp_path / "run").results
+    assert all(one["closed_form"]["parameters"] == result["closed_form"]["parameters"] for one in fresh)
+    assert all(one["training"]["curve"] != result["training"]["curve"] for one in fresh)
     closed, measured = result["closed_form"], result["measured"]
     assert measured["kv_cache_bytes_per_image"] > 0
     if (

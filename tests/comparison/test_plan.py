@@ -91,6 +91,18 @@ def test_an_explicit_cell_that_is_impossible_is_an_error() -> None:
         ways(cells=[{"connector": "qformer", "positions": "regions"}])
 
 
+def test_unified_fusion_starts_from_nothing_too() -> None:
+    cells = [{"fusion": "unified", "tune": "full", "weights": weights} for weights in ("pretrained", "random")]
+    choices, _ = expand(load_plan(LEAST | {"grid": None, "cells": cells}), lambda: (4, 4))
+    assert [choice.way for choice in choices] == ["patches-unified-full", "patches-unified-random-full"]
+    assert ["weights" in choice.to_dict() for choice in choices] == [False, True]  # older cells stay finished
+    with pytest.raises(ValueError, match="only unified fusion can start from random weights"):
+        ways(cells=[{"weights": "random"}])
+    sizes = {"base": {"decoder": {"hidden_size": 8}}, "cells": cells[1:]}
+    with pytest.raises(ValueError, match=r"base.decoder has no weights to leave out"):
+        expand(load_plan(LEAST | sizes), lambda: (4, 4))
+
+
 def test_two_connectors_of_one_name_want_labels() -> None:
     deep = {"name": "mlp", "depth": 3}
     with pytest.raises(ValueError, match="two cells are named 'mlp-early'"):
@@ -172,4 +184,4 @@ def test_several_plans_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.Mo
     code, listed, _ = run("compare", "claims/gates", "mine/one.yaml", "-o", "out", "--list")
     assert code == 0 and " -o out/gates --here --only " in listed and " -o out/one --here --only " in listed
     code, _, told = run("compare", "claims", "-o", "out", "--only", "mlp-early")
-    assert code == 2 and "--only names cells of one plan, and here are 8; choose one" in " ".join(told.split())
+    assert code == 2 and "--only names cells of one plan, and here are 9; choose one" in " ".join(told.split())

@@ -149,7 +149,7 @@ def test_a_changed_file_is_another_cell(tmp_path: Path, monkeypatch: pytest.Monk
     )
     monkeypatch.setitem(CONNECTORS, "mine", own_connectors(str(file), {})["mine"])
     plan = load_plan("compare")
-    choices = [Choice(name, {"name": name}, "early", None, "lora", "auto", None, 0) for name in ("mine", "mlp")]
+    choices = [Choice(name, {"name": name}, "early", None, "lora", "auto") for name in ("mine", "mlp")]
     before = [identity(plan, choice) for choice in choices]
     file.write_text(file.read_text() + "# changed\n")
     after = [identity(plan, choice) for choice in choices]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from chiasm.data.drawing import drawn
 from chiasm.data.emoji_scenes import EmojiScenes
 from chiasm.data.few_shot import draw_examples, opening, put_first, solved
 from chiasm.data.readers import read, read_train
@@ -60,6 +61,17 @@ def test_a_sample_is_never_its_own_example() -> None:
         draw_examples(samples, samples, 3)
     with pytest.raises(ValueError, match="shots is 0, expected 1 or more"):
         draw_examples(samples, samples, 0)
+
+
+def test_an_example_answers_in_words() -> None:
+    shown = [ImageRef.of(Image.new("RGB", (2, 2), (shade,) * 3), str(shade)) for shade in range(4)]
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Shade?"}]}]
+    told = [Sample(f"t{i}", [*asked, {"role": "assistant", "content": str(i)}], [shown[i]]) for i in range(2)]
+    requests = [Sample(f"d{i}", drawn("a shade"), [shown[i]]) for i in (2, 3)]
+    for examples in draw_examples(told, [*requests, *told], 1):
+        assert examples[0].id.startswith("t")
+    with pytest.raises(ValueError, match="has 1 other sample"):
+        draw_examples(told[:1], [*requests, *told], 2)
 
 
 def test_an_opening_needs_nothing_before_it(artwork: Path) -> None:

@@ -201,6 +201,23 @@ def test_from_nothing() -> None:
     assert vlm.chat([picture(1)], "사과?", max_new_tokens=4) is not None
 
 
+@pytest.mark.parametrize("image_input", INPUTS)
+def test_from_nothing_in_a_language_models_sizes(image_input: str) -> None:
+    """Sizes and words are the language model's, the weights are drawn from the seed."""
+    fresh = connect(image_input, unified={"weights": "random"})
+    started, again = connect(image_input), connect(image_input, unified={"weights": "random"})
+    shapes = {name: tensor.shape for name, tensor in started.model.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in fresh.model.state_dict().items()}
+    assert fresh.model.language.config.to_dict() == started.model.language.config.to_dict()
+    matrix = "language.model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(fresh.model.state_dict()[matrix], started.model.state_dict()[matrix])
+    assert torch.equal(fresh.model.state_dict()[matrix], again.model.state_dict()[matrix])
+    with pytest.raises(ValueError, match="unified option weights is 'none'; choose one of pretrained, random"):
+        connect(unified={"weights": "none"})
+    with pytest.raises(ValueError, match="has sizes alone: leave it out"):
+        connect(language={"hidden_size": 24, "num_attention_heads": 2}, unified={"weights": "pretrained"})
+
+
 @pytest.mark.parametrize("images", [0, 2])
 @pytest.mark.parametrize("image_input", INPUTS)
 def test_cost_is_what_is_counted(image_input: str, images: int) -> None:

@@ -30,7 +30,9 @@ from chiasm.data.schema import ImageRef, Sample
 from chiasm.training import stage_run
 from chiasm.training.batches import Order
 from chiasm.training.errors import TrainingError
+from chiasm.training.late_stage import PairModel
 from chiasm.training.log import read_log
+from chiasm.training.parallel import Sharded
 from chiasm.training.recipe import load_recipe
 from chiasm.training.schema import Stage
 from chiasm.training.stage_model import AnswerModel
@@ -153,6 +155,17 @@ def caught(folder: Path, name: str, settings: dict[str, Any], **options: Any) ->
         (folder / f"{name}-{dist.get_rank()}.json").write_text(json.dumps(said))
 
 
+def untouched(folder: Path) -> None:
+    """A step of two towers that no loss reached: which of the sharded model's single numbers have no gradient."""
+    towers = helpers.dual_encoder()
+    stage = load_recipe(recipe({"connector": FULL}, "late", **PAIRS)).stages[0]
+    engine = Sharded(PairModel(towers.model, towers.processor, stage), torch.device("cpu"))
+    with engine.accumulate(last=True):
+        pass
+    without = [number.grad is None for number in engine.numbers]
+    (folder / f"untouched-{dist.get_rank()}.json").write_text(json.dumps(without))
+
+
 def work(folder: Path) -> None:
     """All runs, in one of two processes."""
     dist.init_process_group("gloo")
@@ -178,6 +191,7 @@ def work(folder: Path) -> None:
     broken = helpers.samples(8)
     broken[6] = replace(broken[6], images=[ImageRef.of(b"no picture", "rotten.png")])
     caught(folder, "broken", recipe(FULL_CONNECTOR, cache_features=False, validation={"samples": 0}), data=broken)
+    untouched(folder)
     with patch.object(Stage, "checkpoint_due", lambda self, step, seconds: step == 2 + dist.get_rank()):
         helpers.run(folder / "clocks", recipe(FULL_CONNECTOR, parallel="fsdp"), cache_root=folder / "features")
     dist.destroy_process_group()
@@ -264,6 +278,11 @@ def test_pictures_in_one_process_and_text_in_the_other(tmp_path: Path, together:
         run = together / f"one-sided-{parallel}-{strategy}"
         assert [json.loads((run / f"shown-{rank}.json").read_text()) for rank in (0, 1)] == [[False] * 4, [True] * 4]
         compare(run, tmp_path / "one")
+
+
+def test_a_number_that_no_process_reached_stays_without_a_gradient(together: Path) -> None:
+    """As under DDP: a gradient of zero would move it by what earlier steps have left in the moments."""
+    assert [json.loads((together / f"untouched-{rank}.json").read_text()) for rank in (0, 1)] == [[True], [True]]
 
 
 @pytest.mark.parametrize("strategy", UNEVEN)

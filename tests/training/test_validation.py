@@ -1,8 +1,11 @@
 """The shuffled-image control shows every sample pictures that are not its own."""
 
+from dataclasses import replace
+
 import helpers
 import torch
 
+from chiasm.data.drawing import drawn
 from chiasm.data.schema import Sample
 from chiasm.training.source import Source
 from chiasm.training.stage_model import AnswerModel
@@ -49,6 +52,20 @@ def test_the_loss_is_per_supervised_token_whatever_the_batches() -> None:
     with torch.no_grad():
         direct = model(**made.right[0].inputs).loss
     assert abs(mean_losses(made.learner, made.right, torch.float32)["next_token"] - direct.item()) < 1e-5
+
+
+def test_a_picture_that_two_samples_ask_for_is_drawn_once() -> None:
+    asked = [replace(helpers.sample(index), messages=drawn(words)) for index, words in enumerate(("a", "b", "a", None))]
+    model = helpers.unified(helpers.VQ)
+    learner, wanted = AnswerModel(model.model, model.processor), list[list[Sample]]()
+
+    def score(samples: list[Sample]) -> dict[str, float]:
+        wanted.append(samples)
+        return {"drawn_recall": 1.0}
+
+    made = Validator(learner, lambda samples: Source(samples, learner), asked, [], 4, 0, None, 3, score)
+    assert made.run(torch.float32)["drawn_recall"] == 1
+    assert wanted == [asked[:2]]
 
 
 def test_without_pictures_there_is_no_control() -> None:

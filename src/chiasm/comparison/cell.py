@@ -147,6 +147,7 @@ def connect_cell(plan: Plan, choice: Choice) -> Any:
         language = base.decoder or base.language
         options |= {"image_input": base.image_input or "patches", "chat_template": base.chat_template}
         options |= {"positions": None if choice.positions == "auto" else choice.positions}
+        options |= {"unified": None if choice.weights == "pretrained" else {"weights": choice.weights}}
         return connect(language=language, fusion="unified", **options).to(device)
     options |= {"features": base.features, "image_size": base.image_size}
     if choice.fusion == "late":

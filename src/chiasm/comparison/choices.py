@@ -25,12 +25,14 @@ class Choice:
     tune: str
     positions: str
     train: Source | None = None
+    weights: str = "pretrained"
     seed: int = 0
 
     @property
     def way(self) -> str:
         """The name that runs of all seeds share."""
         words = [self.label, self.fusion]
+        words += [self.weights] if self.weights != "pretrained" else []
         words += [f"{self.tokens}-tokens"] if self.tokens else []
         words += [self.tune] if self.tune != "lora" else []
         words += [self.positions.replace("+", "-")] if self.positions != "auto" else []
@@ -42,7 +44,12 @@ class Choice:
         return f"{self.way}-seed{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For a result and its identity; what the language model starts from stands there only where it is chosen, so
+        that older cells stay finished."""
+        fields = asdict(self)
+        if self.weights == "pretrained":
+            del fields["weights"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def _all(plan: Plan) -> list[tuple[Choice, bool]]:
 
 
 def _choice(cell: CellSpec) -> Choice:
-    rest = (cell.fusion, cell.tokens, cell.tune, cell.positions, cell.train)
+    rest = (cell.fusion, cell.tokens, cell.tune, cell.positions, cell.train, cell.weights)
     if cell.fusion == "unified":
         return Choice("patches", None, *rest)
     connector = cell.connector
@@ -106,7 +113,11 @@ def _resolved(choice: Choice, plan: Plan, grid_of: Callable[[], Grid]) -> Choice
     if choice.fusion == "unified":
         if choice.positions not in ("auto", *UNIFIED_POSITIONS):
             return f"positions {choice.positions!r} need an encoder's patches, and unified fusion has no encoder"
+        if choice.weights == "random" and plan.base.decoder is not None:
+            return "base.decoder has no weights to leave out: it starts from nothing anyway"
         return f"unified fusion reads every patch, not {choice.tokens} tokens" if choice.tokens else choice
+    if choice.weights == "random":
+        return "only unified fusion can start from random weights"
     if choice.positions in UNIFIED_POSITIONS:
         return f"positions {choice.positions!r} are for unified fusion"
     if choice.fusion == "late":

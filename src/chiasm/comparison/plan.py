@@ -98,6 +98,9 @@ class CellSpec(Strict):
     tokens: PositiveInt | None = None
     tune: str = "lora"
     positions: str = "auto"
+    weights: Literal["pretrained", "random"] = Field(
+        "pretrained", description="unified fusion: `random` has the language model's sizes and words alone"
+    )
     train: Source | None = Field(None, description="questions to learn from, in place of `data.train`")
 
 

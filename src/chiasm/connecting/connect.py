@@ -82,7 +82,8 @@ def connect(
             image tokenizer), or a dictionary with that `name` and options.
         positions: for unified fusion, a word of `chiasm.positions.sequence.POSITIONS`: `raster` by default, `rope2d`,
             `mrope`, each also with `+modality`.
-        unified: further options of unified fusion: `qk_norm`, `norm_order`, `rope_sections`, `z_loss`.
+        unified: further options of unified fusion: `qk_norm`, `norm_order`, `rope_sections`, `z_loss`, and
+            `weights`: `random` starts from nothing, with the language model's sizes and words alone.
         dtype: of the weights; `auto` keeps each checkpoint's own.
         seed: of the new connector's weights.
     """

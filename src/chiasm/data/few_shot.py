@@ -6,6 +6,7 @@ from typing import Any
 
 from chiasm.data.chat import Message, user_message
 from chiasm.data.dice import Dice
+from chiasm.data.drawing import draws
 from chiasm.data.schema import Sample
 from chiasm.data.splits import Subset
 
@@ -61,7 +62,7 @@ def opening(sample: Sample) -> Sample:
 def draw_examples(samples: Sequence[Sample], pool: Sequence[Sample], shots: int, seed: int = 0) -> list[list[Sample]]:
     """For every sample `shots` openings of other samples of its skill, the same ones whenever it is asked.
 
-    Another sample has another id and none of the same pictures.
+    Another sample has another id and none of the same pictures, and its answer is in words.
 
     Raises:
         ValueError: the pool has too few of them; the message has both numbers.
@@ -72,6 +73,8 @@ def draw_examples(samples: Sequence[Sample], pool: Sequence[Sample], shots: int,
         pool = Subset(pool, [place * len(pool) // MOST_CANDIDATES for place in range(MOST_CANDIDATES)])
     by_skill: dict[str | None, list[Sample]] = {None: []}
     for candidate in map(opening, pool):
+        if draws(candidate.messages[-1]):
+            continue
         for skill in {candidate.skill, None}:
             by_skill.setdefault(skill, []).append(candidate)
     return [_draw(sample, by_skill, shots, Dice("shots", seed, sample.id)) for sample in samples]

@@ -1,6 +1,32 @@
 """Labels: which tokens are learned, and how many of them are predicted."""
 
+from collections.abc import Sequence, Set
+
 IGNORE = -100
+Span = tuple[int, int]
+
+
+def supervised(ids: Sequence[int], offsets: Sequence[Span], answers: Sequence[Span], special: Set[int]) -> list[bool]:
+    """Which tokens cover an answer, or are the special token that closes it (at most two behind it).
+
+    Args:
+        ids, offsets: tokens, and the characters of the text that each covers.
+        answers: the characters that answers cover.
+    """
+    marks = [False] * len(ids)
+    for begin, end in answers:
+        last = None
+        for index, (start, stop) in enumerate(offsets):
+            if stop > begin and start < end:
+                marks[index], last = True, index
+            elif start >= end:
+                break
+        if last is not None:
+            for index in range(last + 1, min(last + 3, len(ids))):
+                if ids[index] in special:
+                    marks[last + 1 : index + 1] = [True] * (index - last)
+                    break
+    return marks
 
 
 def last_answer(labels: list[int]) -> list[int]:

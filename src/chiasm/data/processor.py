@@ -8,7 +8,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from chiasm.data.chat import IMAGE_TOKEN, Message, apart, count_images, pictures_of, render
-from chiasm.data.labels import IGNORE, last_answer
+from chiasm.data.labels import IGNORE, last_answer, supervised
 from chiasm.data.pixels import keeps_sizes, read_pixels
 from chiasm.data.placeholders import (
     Placeholders,
@@ -263,7 +263,7 @@ class ChiasmProcessor(ProcessorMixin):
         tiles: Sequence[Any] | None = None,
     ) -> dict[str, list[int]]:
         plain = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, verbose=False)
-        answered = self._supervised(plain["input_ids"], plain["offset_mapping"], answers)
+        answered = supervised(plain["input_ids"], plain["offset_mapping"], answers, self._special_ids())
         ids: list[int] = []
         labels: list[int] = []
         types: list[int] = []
@@ -279,30 +279,14 @@ class ChiasmProcessor(ProcessorMixin):
             types += [int(learn or 1 in types[-1:])] * len(written)
         return {"input_ids": ids, "labels": labels} | ({"token_type_ids": types} if self.token_types else {})
 
-    def _supervised(self, ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[bool]:
-        """Which tokens cover an answer, or are the special token that closes it."""
-        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        marks = [False] * len(ids)
-        for begin, end in answers:
-            last = None
-            for index, (start, stop) in enumerate(offsets):
-                if stop > begin and start < end:
-                    marks[index], last = True, index
-                elif start >= end:
-                    break
-            if last is not None:
-                for index in range(last + 1, min(last + 3, len(ids))):
-                    if ids[index] in special:
-                        marks[last + 1 : index + 1] = [True] * (index - last)
-                        break
-        return marks
+    def _special_ids(self) -> set[int]:
+        return set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
 
     def end_of_turn_id(self) -> int | None:
         """The special token that closes an answer by the chat template: what generation must stop at."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         labels = [label for label in self.encode(probe, supervise=True)["labels"] if label != IGNORE]
-        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        return labels[-1] if labels[-1] in special else None
+        return labels[-1] if labels[-1] in self._special_ids() else None
 
     def pad(self, encoded: list[dict[str, list[int]]], side: str = "right") -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels` as tensors `(B, S)`, padded on one side.

@@ -59,17 +59,18 @@ def build_unified(
         tokenizer: its words; without one there is no processor.
         image_input: `patches` or `vq`, or a dictionary with its `name` and options.
         positions: a word of `chiasm.positions.sequence.POSITIONS`.
-        options: `qk_norm`, `norm_order` and `rope_sections` of the decoder, and `z_loss`.
+        options: `qk_norm`, `norm_order` and `rope_sections` of the decoder, `z_loss`, and `weights`: `pretrained`, or
+            `random` for a language model's sizes and words alone.
 
     Raises:
         ValueError: a word, an option or a language model that is not known here.
     """
     wanted = input_settings(image_input)
     given = dict(options or {})
-    if unknown := sorted(set(given) - {*OPTIONS, "z_loss"} | ({"positions"} & set(given))):
-        known = ", ".join(sorted({*OPTIONS, "z_loss"} - {"positions"}))
-        raise ValueError(f"unified option {unknown[0]!r} is unknown; known ones are {known}")
-    z_loss = given.pop("z_loss", 1e-5)
+    known = {*OPTIONS, "z_loss", "weights"} - {"positions"}
+    if unknown := sorted(set(given) - known):
+        raise ValueError(f"unified option {unknown[0]!r} is unknown; known ones are {', '.join(sorted(known))}")
+    z_loss, weights = given.pop("z_loss", 1e-5), given.pop("weights", None)
     words = len(tokenizer) if tokenizer is not None else 0
     if isinstance(language, dict) and tokenizer is None:
         language = dict(language)
@@ -86,6 +87,10 @@ def build_unified(
     codes = 0 if tokenizer_part is None else tokenizer_part.num_codes
     chosen: dict[str, Any] = {"positions": positions, **given}
     if isinstance(language, dict):
+        if weights not in (None, "random"):
+            raise ValueError(
+                f"unified option weights is {weights!r}, but language={{...}} has sizes alone: leave it out"
+            )
         ends = (
             {}
             if tokenizer is None
@@ -93,7 +98,7 @@ def build_unified(
         )
         decoder = new_decoder(ends | language, first_code + codes, seed, **chosen)
     else:
-        decoder = decoder_from(language, first_code + codes, seed, **chosen)
+        decoder = decoder_from(language, first_code + codes, seed, weights or "pretrained", **chosen)
     decoder.to(dtype or decoder.dtype)
     vision = tokenizer_part or _patch_embedding(wanted, decoder, seed)
     settings = {

@@ -26,6 +26,9 @@ SHARED = (
 ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 """Kinds of rotation that the decoder turns by."""
 
+WEIGHTS = ("pretrained", "random")
+"""What a decoder takes over of a language model beside its sizes and its words."""
+
 OPTIONS = ("positions", "rope_sections", "qk_norm", "norm_order")
 """Fields of `UnifiedDecoderConfig` that a model may choose beside the weights that it starts from."""
 
@@ -64,22 +67,32 @@ def _refuse(kind: str, name: str, found: Any, wanted: Any) -> None:
 
 @torch.no_grad()
 def decoder_from(
-    language: PreTrainedModel, vocab_size: int, seed: int = 0, **options: Any
+    language: PreTrainedModel, vocab_size: int, seed: int = 0, weights: str = "pretrained", **options: Any
 ) -> UnifiedDecoderForCausalLM:
     """A decoder with a language model's weights and new words behind its vocabulary.
 
     New words are the mean word with as much noise as words differ, drawn from `seed`. What `options` add to the layers
     starts as it is built.
+
+    Args:
+        weights: `random` takes over the sizes alone.
+
+    Raises:
+        ValueError: the language model is of another shape, or `weights` is no such word.
     """
+    if weights not in WEIGHTS:
+        raise ValueError(f"unified option weights is {weights!r}; choose one of {', '.join(WEIGHTS)}")
     config = decoder_config(language.config.get_text_config(), **options)
-    theirs = dict(language.state_dict())
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        theirs[name] = _longer(theirs[name], vocab_size, seed)
     config.vocab_size = vocab_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = UnifiedDecoderForCausalLM(config)
-    decoder.to(language.dtype)
+    decoder.to(language.device, language.dtype).eval()
+    if weights == "random":
+        return decoder
+    theirs = dict(language.state_dict())
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        theirs[name] = _longer(theirs[name], vocab_size, seed)
     missing, left_over = decoder.load_state_dict(theirs, strict=False)
     unexpected = [
         *left_over,
@@ -89,7 +102,7 @@ def decoder_from(
         raise ValueError(
             f"{len(unexpected)} weights of this {language.config.model_type} model fit nowhere: {unexpected[0]}"
         )
-    return decoder.to(language.device).eval()
+    return decoder
 
 
 def new_decoder(settings: dict[str, Any], vocab_size: int, seed: int = 0, **options: Any) -> UnifiedDecoderForCausalLM:

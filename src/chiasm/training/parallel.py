@@ -99,11 +99,12 @@ class Sharded(Engine):
             self.reshard()
 
     def _average_numbers(self) -> None:
-        """A single number, such as a temperature, has no shards: its gradient is averaged as DDP does."""
+        """A single number, such as a temperature, has no shards: its gradient is averaged as DDP does, and stays away
+        where no process reached it."""
         for number in self.numbers:
-            gradient = torch.zeros_like(number) if number.grad is None else number.grad
-            dist.all_reduce(gradient)
-            number.grad = gradient / dist.get_world_size()
+            reached = number.new_tensor([number.grad is not None, 0 if number.grad is None else number.grad])
+            dist.all_reduce(reached)
+            number.grad = reached[1] / dist.get_world_size() if reached[0] else None
 
     def reshard(self) -> None:
         """FSDP keeps the root's parameters after a forward, and those that no gradient passed."""

@@ -44,7 +44,7 @@ class Validator:
             source: prepares samples as training does.
             samples: the held-out samples.
             others: more samples whose pictures may serve as wrong ones.
-            score_drawings: draws `num_drawings` of the pictures that held-out samples ask for.
+            score_drawings: draws `num_drawings` of the pictures that held-out samples ask for, each words' once.
         """
         self.learner = learner
         swapped = with_wrong_pictures(samples, others) if learner.controlled else [None] * len(samples)
@@ -55,8 +55,12 @@ class Validator:
         self.right = _batches(source(samples), batch_size)
         self.wrong = _batches(source([s for s in swapped if s is not None]), batch_size) if self.controlled else []
         self.generate = generate if learner.answers else None
-        wanted = [sample for sample in samples if asked_in_words(sample)][:num_drawings] if learner.answers else []
-        self.wanted, self.score_drawings = wanted, score_drawings
+        requests: dict[str, Sample] = {}
+        for sample in samples:
+            if (words := asked_in_words(sample)) is not None:
+                requests.setdefault(words, sample)
+        self.wanted = [*requests.values()][:num_drawings] if learner.answers else []
+        self.score_drawings = score_drawings
         self.asked = [sample for sample in samples if sample.answer.strip()][:num_answers]
         self.num_samples = sum(len(batch.ids) for batch in self.right)
 
@@ -68,6 +72,11 @@ class Validator:
         result: dict[str, Any] = {"loss": sum(right.values()), "samples": self.num_samples}
         result["shuffled_loss"] = sum(wrong.values()) if wrong else None
         result |= by_objective(right) | by_objective(wrong, "shuffled_loss")
+        if isinstance(asked, Engine) and self.wanted:
+            return result | {
+                "answers": [],
+                "unanswered": "a model in shards (fsdp) draws nothing before the stage's end",
+            }
         if isinstance(asked, Engine) or not team.first:
             return result | {"answers": []}
         result |= self.learner.measures(self.right)
