@@ -71,6 +71,11 @@ def test_index_and_search(save: Any, run: Any, tmp_path: Path, monkeypatch: pyte
     assert code == 2 and "broken.png" in err and "Traceback" not in err
     code, out, err = run("index", "--add", photos, "-o", index, "--skip-bad")
     assert code == 0 and "already there, 1 skipped" in out and "skipped: picture" in err
+    limited = ("index", "--add", photos, "-o", index, "--skip-bad", "--max-pixels")
+    Image.new("RGB", (80, 60)).save(photos / "wide.png")
+    code, out, err = run(*limited, 4799)
+    assert code == 0 and "wide.png: has 80x60 pixels, the limit is 4,799" in err and "2 skipped" in out
+    assert "1 added" in run(*limited, 4800)[1] and run("index", "-o", index, "--delete", "wide.png")[0] == 0
     code, out, err = run("index", "-o", index, "--list", "--where", "colour=blue", "--json")
     assert [row["id"] for row in json.loads(out)["pictures"]] == ["002.png", "006.png", "010.png"]
     code, out, err = run("index", "-o", index, "--delete", "000.png", "--delete", "001.png")

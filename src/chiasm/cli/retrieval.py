@@ -54,6 +54,7 @@ def index(
     compact: Annotated[bool, typer.Option("--compact", help="Give back the space of deleted pictures.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and name pictures that cannot be read.")] = False,
     batch_size: Annotated[int | None, typer.Option(help="Pictures encoded together; else 32.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Of a picture; a larger one is not read.")] = None,
     other_model: OtherModel = None,
     as_json: Json = False,
 ) -> None:
@@ -78,6 +79,7 @@ def index(
     if where and not list_:
         raise ValueError("--where goes with --list; pictures are deleted by --delete-where")
     adds = {"--metadata": metadata, "--skip-bad": skip_bad or None, "--batch-size": batch_size, "--model": other_model}
+    adds["--max-pixels"] = max_pixels
     unread = [] if add is not None else ["--model"] if images is not None else list(adds)
     if option := next((option for option in unread if adds[option] is not None), None):
         raise ValueError(f"{option} is not for {chosen[0]}, which does not read it; leave it out")
@@ -85,7 +87,8 @@ def index(
         batch_size = TOGETHER if batch_size is None else batch_size
         if batch_size < 1:
             raise ValueError(f"--batch-size is {batch_size}, expected at least 1")
-        items = read_pictures(str(images or add), metadata)
+        limit = {} if max_pixels is None else {"max_pixels": max_pixels}
+        items = read_pictures(str(images or add), metadata, **limit)
         opened = _opened(location, other_model) if model is None else _opened_or_made(location, model)
         return _add(opened, items, skip_bad, batch_size, as_json)
     found = Index.open(location)

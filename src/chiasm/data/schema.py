@@ -152,8 +152,9 @@ class ImageRef:
             raise ImageError("broken picture", self.name, f"cannot be read ({error.strerror})") from error
 
     def _too_large(self, size: tuple[int, int] | None) -> str:
-        pixels = f"{size[0]}x{size[1]} pixels" if size else "more pixels than Pillow opens"
-        return f"has {pixels}, the limit is {self.max_pixels:,}: make it smaller or raise max_pixels"
+        if size is None:
+            return "has more pixels than Pillow opens: make it smaller"
+        return f"has {size[0]}x{size[1]} pixels, the limit is {self.max_pixels:,}: make it smaller or raise max_pixels"
 
 
 def _own_rgb(picture: Image.Image) -> Image.Image:

@@ -10,7 +10,7 @@ from typing import Any
 
 from chiasm.data.containers import PICTURES
 from chiasm.data.readers import read
-from chiasm.data.schema import ImageRef, SampleError, text_of
+from chiasm.data.schema import MAX_PIXELS, ImageRef, SampleError, text_of
 from chiasm.retrieval.records import Item
 
 METADATA = "metadata.jsonl"
@@ -35,7 +35,7 @@ class Pictures:
         return iter(self.items)
 
 
-def read_pictures(source: str | Path, metadata: Path | None = None) -> Pictures:
+def read_pictures(source: str | Path, metadata: Path | None = None, max_pixels: int = MAX_PIXELS) -> Pictures:
     """The pictures of a source, none of them opened; a sample of a data set that cannot be read is its error.
 
     A picture's id is its place in the folder, or its sample's id.
@@ -44,6 +44,7 @@ def read_pictures(source: str | Path, metadata: Path | None = None) -> Pictures:
         source: a picture, a folder of pictures, a pattern such as `photos/**/*.jpg`, or a data set. Links to folders
             are not followed.
         metadata: JSON lines with `file_name` and anything else; by default `metadata.jsonl` of the folder.
+        max_pixels: a larger picture is an error when it is loaded.
 
     Raises:
         ValueError: there is no picture, or the metadata are not understood.
@@ -60,14 +61,15 @@ def read_pictures(source: str | Path, metadata: Path | None = None) -> Pictures:
             raise ValueError(f"no picture matches {str(source)!r}; endings are {', '.join(PICTURES)}")
         if metadata is not None:
             raise ValueError(f"--metadata goes with picture files; {str(source)!r} is a data set, which has its own")
-        data = read(source)
+        data = read(source, **({} if max_pixels == MAX_PIXELS else {"max_pixels": max_pixels}))
         place = str(Path(source).resolve()) if Path(source).exists() else str(source)
         return Pictures(_samples(data, place), len(data))
     beside = root / METADATA
     rows = _rows(metadata or (beside if beside.is_file() else None), root)
     there = set(files)
     missing = [file for file in rows if file not in there] if path.is_dir() else []
-    items = [Item(_name(file, root), ImageRef.of(file), rows.get(file, {})) for file in [*files, *missing]]
+    shown = {file: ImageRef.of(file, max_pixels=max_pixels) for file in [*files, *missing]}
+    items = [Item(_name(file, root), image, rows.get(file, {})) for file, image in shown.items()]
     return Pictures(items, len(items), left_out)
 
 
