@@ -115,6 +115,8 @@ def test_a_tiny_model_through_the_verb(tmp_path: Path, run: Any) -> None:
     code, out, err = run(*ask, "--limit", "6", "-o", tmp_path / "scores")
     assert code == 0 and "PSNR to its own true picture" in out, err
     assert len(EvalResult.load(tmp_path / "scores").rows) == 6
+    with Image.open(tmp_path / "scores/sheet.png") as sheet:
+        assert sheet.width > 1000 and len(sheet.convert("RGB").getcolors(1 << 20) or []) > 10
     for option, told in (
         (("--shots", "2"), "shots=2 is not for task 'drawing'"),
         (("--max-new-tokens", "9"), "--max-new-tokens 9 is for answers in words"),

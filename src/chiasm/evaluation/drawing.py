@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chiasm.data.collation import load_pixels
-from chiasm.data.drawing import asked_in_words
+from chiasm.data.drawing import REQUEST, asked_in_words
 from chiasm.data.schema import Samples
 from chiasm.data.splits import Subset
 from chiasm.data.unified import UnifiedProcessor
@@ -25,11 +25,14 @@ from chiasm.evaluation.retrieval import chance, found_within, outcome, proportio
 from chiasm.evaluation.skills import Row, bootstrap
 from chiasm.fusion.unified import UnifiedModel
 from chiasm.generation.draw import Brush, draw_codes
+from chiasm.generation.heatmap import grid
 from chiasm.vision.image_tokenizer import as_pictures
 
 KS = (1, 5)
 SIDE = 16
 """Pixels of a side at which colours are compared."""
+SHOWN = 12
+"""Drawings that are left to look at."""
 Judge = Callable[[list[Image.Image]], Tensor]
 Progress = Callable[[int, int], None]
 
@@ -112,7 +115,8 @@ def evaluate_drawings(
     back_found = found_within(nearness(torch.cat(back), truth), right, ks[:1])[ks[0]].float().mean().item()
     summary[0]["tokenizer_accuracy"] = back_found
     rows = _rows(samples, tables["colours"], right, ks, psnrs)
-    return EvalResult(rows, summary, [*notes, *drawing_lines(summary)])
+    sheet = _sheet(samples, as_pictures(drawings[:SHOWN]), as_pictures(truth[:SHOWN]))
+    return EvalResult(rows, summary, [*notes, *drawing_lines(summary)], sheet=sheet)
 
 
 def nearness(drawn: Float[Tensor, "Q 3 h w"], true: Float[Tensor, "C 3 h w"]) -> Float[Tensor, "Q C"]:
@@ -143,6 +147,13 @@ def drawing_fields(result: EvalResult) -> dict[str, Any]:
     first = result.summary[0]
     told = {"drawn": "n", "drawn_recall": "accuracy", "drawn_chance": "chance", "drawn_psnr": "psnr"}
     return {name: first[key] for name, key in (told | {"drawn_other_psnr": "other_psnr"}).items()}
+
+
+def _sheet(samples: Samples, drawn: Sequence[Image.Image], true: Sequence[Image.Image]) -> Image.Image:
+    """The first drawings, each with its words, and the true picture beside it."""
+    words = [samples[index].question.strip().removeprefix(REQUEST.format("")) for index in range(len(drawn))]
+    pairs = zip(zip(drawn, words, strict=True), ((picture, "true") for picture in true), strict=True)
+    return grid([tile for pair in pairs for tile in pair])
 
 
 def _same(true: Float[Tensor, "M 3 h w"]) -> Bool[Tensor, "M M"]:

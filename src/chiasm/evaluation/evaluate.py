@@ -66,6 +66,7 @@ class Question:
 class EvalResult:
     """`rows`: one dict per question; `summary`: one per skill (`skills.summarise`); `notes`: what to know about them.
 
+    `sheet`: pictures to look at, where the answers are pictures.
     `loss` and `shuffled_loss` are the caller's: the validation loss with the right and with a wrong picture; so is
     `skipped`: `id` and `reason` of the samples that were left out because they cannot be used.
     """
@@ -76,14 +77,17 @@ class EvalResult:
     loss: float | None = None
     shuffled_loss: float | None = None
     skipped: list[Row] = field(default_factory=list)
+    sheet: Image.Image | None = None
 
     def save(self, folder: str | Path) -> Path:
-        """Write `results.jsonl` (the rows) and `summary.json` (everything else) into `folder`."""
+        """Write `results.jsonl` (the rows), `sheet.png` and `summary.json` (everything else) into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.rows)
         whole_file(folder / "results.jsonl", lines)
-        rest = {key: value for key, value in vars(self).items() if key != "rows"}
+        rest = {key: value for key, value in vars(self).items() if key not in ("rows", "sheet")}
+        if self.sheet is not None:
+            self.sheet.save(folder / "sheet.png")
         text = json.dumps(rest, ensure_ascii=False, allow_nan=False, indent=2)
         whole_file(folder / "summary.json", text + "\n")
         return folder
