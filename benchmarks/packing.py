@@ -6,7 +6,7 @@ more and the ratio is smaller. Padded batches come in random order, and by simil
 default. The peers are the same model with transformers' own attention: padded in random order, and as one sequence by
 its `DataCollatorWithFlattening`.
 
-    python benchmarks/packing.py [--rounds 3] [--layers 30] [--float32]
+    python benchmarks/packing.py [--rounds 3] [--layers 30] [--float32]     four layers by default
 
 What packing can give at best is the padded batches' places over their real tokens.
 """

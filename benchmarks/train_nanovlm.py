@@ -11,7 +11,6 @@ weights, the same batches without padding, in the same order.
 """
 
 import argparse
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +30,13 @@ from training_sides import (
     SMOLLM2,
     SMOLLM2_135M,
     Case,
+    Row,
     build_processor,
     build_tokenizer,
     drawn_batches,
     header,
-    notes_of,
+    measured,
     plain_loop,
-    rows_of,
-    run_case,
 )
 
 SMOLLM2_360M = SMOLLM2 | {
@@ -137,18 +135,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     print(machine(options.threads), f"batch {options.batch}", sep="; ")
-    rows, notes = [], []
+    rows, notes = list[Row](), list[str]()
     with tempfile.TemporaryDirectory() as folder:
         for shape in map(SHAPES.__getitem__, options.shapes):
             name = f"{shape.size} px, {shape.tokens} tokens, {shape.what}"
             sizes = shape.tokens, True, options.batch, options.rounds
             more = {"size": shape.size, "target": shape.target, "layers": options.layers}
             case = Case(name, *sizes, Path(folder), chiasm_model, peer_side, **more)
-            measured = run_case(case, {"chiasm bfloat16": 1, "peer bfloat16": 1}, options.threads)
-            made, said = rows_of(case, *measured), notes_of(case, *measured)
-            rows += made
-            notes += [f"- {name}: {note}" for note in said]
-            print("\n".join(map(str, made)), *said, sep="\n", file=sys.stderr)
+            made, said = measured(case, {"chiasm bfloat16": 1, "peer bfloat16": 1}, options.threads)
+            rows, notes = rows + made, notes + said
     print(header("a loop as nanoVLM's"), *rows, "", *notes, sep="\n")
 
 

@@ -8,7 +8,6 @@ the vision tower in every step. Its batches lie ready in memory, while Chiasm's 
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,12 @@ from training_sides import (
     SMOLLM2_135M,
     VOCABULARY,
     Case,
+    Row,
     build_processor,
     drawn_batches,
     header,
-    notes_of,
+    measured,
     plain_loop,
-    rows_of,
-    run_case,
 )
 
 PATCH = {196: 16, 49: 32}
@@ -84,7 +82,7 @@ def main() -> None:
     if options.quick:
         options.batch, options.rounds = 2, 3
     print(machine(options.threads), f"batch {options.batch}", sep="; ")
-    rows, notes = [], []
+    rows, notes = list[Row](), list[str]()
     with tempfile.TemporaryDirectory() as folder:
         for tokens in options.tokens:
             for even in (False, True):
@@ -96,11 +94,8 @@ def main() -> None:
                     sides["compiled bfloat16"] = 1
                 elif not even:
                     sides |= {"peer float32": 2, "chiasm float32": 2}
-                measured = run_case(case, sides, options.threads)
-                made, said = rows_of(case, *measured), notes_of(case, *measured)
-                rows += made
-                notes += [f"- {name}: {note}" for note in said]
-                print("\n".join(map(str, made)), *said, sep="\n", file=sys.stderr)
+                made, said = measured(case, sides, options.threads)
+                rows, notes = rows + made, notes + said
     print(header("LLaVA"), *rows, "", *notes, sep="\n")
 
 

@@ -1,5 +1,6 @@
 """What benchmarks of training share: the samples, Chiasm's trainer with a gate, and rows of what both sides did."""
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -288,7 +289,15 @@ def header(peer: str) -> str:
     )
 
 
-def rows_of(case: Case, first: dict[str, Block], blocks: dict[str, list[Block]]) -> list[Row]:
+def measured(case: Case, sides: dict[str, int], threads: int) -> tuple[list[Row], list[str]]:
+    """A case's rows and notes, told as soon as they are known."""
+    found = run_case(case, sides, threads)
+    rows, said = _rows(case, *found), _notes(case, *found)
+    print(*rows, *said, sep="\n", file=sys.stderr)
+    return rows, [f"- {case.name}: {note}" for note in said]
+
+
+def _rows(case: Case, first: dict[str, Block], blocks: dict[str, list[Block]]) -> list[Row]:
     """Ratios of one case. `first`: the block in which each Chiasm side encoded."""
     timed = {side: made[1:] for side, made in blocks.items()}
     ours, theirs = timed["chiasm bfloat16"], timed["peer bfloat16"]
@@ -327,7 +336,7 @@ def losses_apart(ours: list[Block], theirs: list[Block]) -> float:
     return max(abs(a.result["loss"] / b.result["loss"] - 1) for a, b in zip(ours, theirs, strict=True))
 
 
-def notes_of(case: Case, first: dict[str, Block], blocks: dict[str, list[Block]]) -> list[str]:
+def _notes(case: Case, first: dict[str, Block], blocks: dict[str, list[Block]]) -> list[str]:
     """Equality of the two sides, memory, padding, and the load by other programs."""
     batches = [block.result for block in blocks["chiasm bfloat16"]]
     places, real, supervised = (sum(b[key] for b in batches) for key in ("places", "real", "supervised"))

@@ -98,6 +98,10 @@ def test_unified_fusion_starts_from_nothing_too() -> None:
     assert ["weights" in choice.to_dict() for choice in choices] == [False, True]  # older cells stay finished
     with pytest.raises(ValueError, match="only unified fusion can start from random weights"):
         ways(cells=[{"weights": "random"}])
+    with pytest.raises(ValueError, match="tune 'lora' leaves random weights of the language part as they are"):
+        ways(cells=[{"fusion": "unified", "weights": "random"}])
+    own = {"strategies": {"fast": {"language": {"tune": "full", "lr": 1e-3}}}}
+    assert ways(cells=[cells[1] | {"tune": "fast"}], **own)[0][-1] == "patches-unified-random-fast-seed0"
     sizes = {"base": {"decoder": {"hidden_size": 8}}, "cells": cells[1:]}
     with pytest.raises(ValueError, match=r"base.decoder has no weights to leave out"):
         expand(load_plan(LEAST | sizes), lambda: (4, 4))

@@ -1,5 +1,6 @@
 """Labels come from one tokenisation, whatever the chat template; images and placeholders agree or are refused."""
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import chiasm
 import tiny
 from chiasm.data.chat import LEAN_TEMPLATE, render
 from chiasm.data.labels import IGNORE
+from chiasm.data.message_pictures import pictures_of
 from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.schema import ImageError
 from chiasm.vision.image_processor import ChiasmImageProcessor
 
 LLAMA2 = (
@@ -173,8 +176,11 @@ def test_a_conversation_brings_its_pictures(tmp_path: Path) -> None:
     words = processor()
     PICTURE.save(tmp_path / "red.png")
     asked = {name: tiny.ask("What?") for name in ("image", "path", "url")}
-    for (name, messages), given in zip(asked.items(), (PICTURE, *[str(tmp_path / "red.png")] * 2), strict=True):
+    asked["image_url"] = tiny.ask("What?")
+    path = str(tmp_path / "red.png")
+    for (name, messages), given in zip(asked.items(), (PICTURE, path, path, {"url": path}), strict=True):
         messages[0]["content"][0][name] = given
+    asked["image_url"][0]["content"][0]["type"] = "image_url"
     expected = words(images=PICTURE, messages=tiny.ask("What?"), add_generation_prompt=False)
     for messages in asked.values():
         made = words.apply_chat_template(messages, tokenize=True, return_dict=True)
@@ -182,5 +188,45 @@ def test_a_conversation_brings_its_pictures(tmp_path: Path) -> None:
         assert torch.equal(words.apply_chat_template(messages, tokenize=True), expected["input_ids"])
     lean = words.apply_chat_template(asked["path"], chat_template=TEMPLATE, tokenize=True, return_dict=True, word="x")
     assert words.tokenizer.decode(lean["input_ids"][0]) == "x<image><image><image>What?"
-    with pytest.raises(TypeError, match="unknown options of apply_chat_template: enable_thinking; pass chat_template="):
-        words.apply_chat_template(asked["path"], enable_thinking=True)
+    for unread in ({"enable_thinking": True}, {"chat_template": TEMPLATE, "padding_side": "right"}):
+        with pytest.raises(TypeError, match=r"which its template does not read: .'(enable_thinking|padding_side)'"):
+            words.apply_chat_template(asked["path"], **unread)
+    with pytest.raises(TypeError, match="unknown processor arguments: max_length"):
+        words.apply_chat_template(asked["path"], tokenize=True, processor_kwargs={"max_length": 3, "padding": True})
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["one that is given", "the tokenizer's own"])
+@pytest.mark.parametrize("options", [{}, {"text_is_message": True}, {"add_special_tokens": True}], ids=str)
+def test_another_template_is_read_as_the_own_one_is(options: dict[str, bool], own: bool) -> None:
+    """Templates of text alone get text; nothing is rendered twice, and each conversation has its own pictures."""
+    images = ChiasmImageProcessor(size=30, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    words = ChiasmProcessor(images, tiny.tokenizer(), num_image_tokens=3, **options)
+    plain = ChiasmProcessor(images, tiny.tokenizer(), num_image_tokens=3, chat_template=LEAN_TEMPLATE, **options)
+    messages = [tiny.ask("What?"), tiny.ask("Two?", 2)]
+    for conversation, count in zip(messages, (1, 2), strict=True):
+        for part in conversation[0]["content"][:count]:
+            part["image"] = PICTURE
+    given = {} if own else {"chat_template": LEAN_TEMPLATE}
+    words.chat_template = LEAN_TEMPLATE if own else words.chat_template
+    made = words.apply_chat_template(messages, tokenize=True, return_dict=True, **given)
+    expected = plain(images=[[PICTURE], [PICTURE] * 2], messages=messages, add_generation_prompt=False)
+    assert all(torch.equal(made[name], value) for name, value in expected.items())
+    alone = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    assert words.apply_chat_template(alone, **given) == "hi\n"
+    messages[1][0]["content"][0] = {"type": "text", "text": "no picture"}
+    with pytest.raises(ValueError, match="image"):
+        words.apply_chat_template([messages[1], tiny.ask("None?")], tokenize=True, **given)
+
+
+def test_pictures_of_messages_are_read_as_others_are(tmp_path: Path) -> None:
+    """Transparency lies on white; of an Arrow row the key that holds something counts; what is not there is named."""
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    encoded = base64.b64encode((tmp_path / "clear.png").read_bytes()).decode()
+    sources = {"path": str(tmp_path / "clear.png"), "base64": encoded, "url": f"data:image/png;base64,{encoded}"}
+    for name, source in sources.items():
+        part = {"type": "image", "image": None, name: source}
+        (picture,) = pictures_of([{"role": "user", "content": [part, {"type": "text", "text": "?"}]}])
+        assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (255, 255, 255), name
+    for name, source, said in (("path", "gone.png", "gone.png: no such file"), ("base64", "?", "is not base64")):
+        with pytest.raises(ImageError, match=said):
+            pictures_of([{"role": "user", "content": [{"type": "image", name: source}]}])

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
-from chiasm.fusion.adapters import adapter_parameters, add_adapter, linear_layers, merge_adapters
+from chiasm.fusion.adapters import METHODS, adapter_parameters, add_adapter, linear_layers, merge_adapters
 from chiasm.fusion.build import build_fusion
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.vision.encoder import load_vision
@@ -65,3 +66,24 @@ def test_impossible_adapters_are_refused() -> None:
     add_adapter(model, "language")
     with pytest.raises(ValueError, match="'language' has a LoRA adapter already"):
         add_adapter(model, "language")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_checkpoint_lacks_of_an_adapter_begins_as_a_new_one_does(method: str, tmp_path: Path) -> None:
+    """Nothing changes by B, which is zero; DoRA's lengths are those of the weights. What is there stays."""
+    model = build()
+    plain = logits(model)
+    add_adapter(model, "language", rank=4, targets=["q_proj"], method=method)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    names = adapter_parameters(model)
+    assert any("magnitude" in name for name in names) == (method == "dora")
+    weights = load_file(path)
+    lacking = {name for name in names if "lora_A" not in name or ".0." not in name}
+    kept = {name: tensor for name, tensor in weights.items() if name not in lacking}
+    assert len(kept) < len(weights)
+    save_file(kept, path, metadata={"format": "pt"})
+    loaded = EarlyFusionModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded), plain)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, weights[name]) if name in kept else parameter.isfinite().all(), name

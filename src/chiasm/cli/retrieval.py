@@ -118,6 +118,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find pictures by a text, or by a picture."""
+    from chiasm.data.schema import ANY_SIZE, ImageRef
     from chiasm.retrieval import contact_sheet
 
     if (query is None) == (image is None):
@@ -132,7 +133,8 @@ def search(
         require_picture_name(sheet, "--sheet")
     opened = _opened(location, other_model)
     if image is not None:
-        hits = opened.search_images([image], k, where, exclude_self)[0]
+        picture = ImageRef.of(image, max_pixels=ANY_SIZE)
+        hits = opened.search_images([picture], k, where, exclude_self)[0]
     else:
         hits = opened.search(str(query), k, where)
     if sheet is not None:

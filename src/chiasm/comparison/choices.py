@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from chiasm.comparison.plan import CellSpec, Plan, Source, check_connector
+from chiasm.comparison.strategies import STRATEGIES
 from chiasm.connectors import CONNECTORS, Connector, connector_settings
 from chiasm.positions.sequence import POSITIONS as UNIFIED_POSITIONS
 
@@ -115,6 +116,8 @@ def _resolved(choice: Choice, plan: Plan, grid_of: Callable[[], Grid]) -> Choice
             return f"positions {choice.positions!r} need an encoder's patches, and unified fusion has no encoder"
         if choice.weights == "random" and plan.base.decoder is not None:
             return "base.decoder has no weights to leave out: it starts from nothing anyway"
+        if choice.weights == "random" and not _learns(choice.tune, "language", plan):
+            return f"tune {choice.tune!r} leaves random weights of the language part as they are; take one that is full"
         return f"unified fusion reads every patch, not {choice.tokens} tokens" if choice.tokens else choice
     if choice.weights == "random":
         return "only unified fusion can start from random weights"
@@ -141,6 +144,13 @@ def _resolved(choice: Choice, plan: Plan, grid_of: Callable[[], Grid]) -> Choice
     except ValueError as error:
         return f"{name} {error}"
     return replace(choice, connector=settings)
+
+
+def _learns(tune: str, part: str, plan: Plan) -> bool:
+    """Whether a strategy trains all weights of a part."""
+    if tune in plan.strategies:
+        return part in plan.strategies[tune] and plan.strategies[tune][part].tune == "full"
+    return bool(STRATEGIES[tune].get(part, {}).get("tune") == "full")
 
 
 def keeps_places(connector: str) -> bool:

@@ -54,6 +54,7 @@ def flat(result: Result) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": result["name"],
         **{key: result["choice"][key] for key in ("fusion", "label", "tokens", "tune", "positions", "seed")},
+        "weights": result["choice"].get("weights", "pretrained"),
         "samples": result["samples"],
         "visual_tokens": closed["visual_tokens"],
         **{f"parameters_{part}": number for part, number in closed["parameters"].items()},

@@ -5,12 +5,14 @@ which tells where the contents stand; the text is then put together, and compare
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
+from types import MappingProxyType
 from typing import Any
 
+from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
-from transformers.image_utils import load_image
 
 IMAGE_TOKEN = "<image>"
 
@@ -36,10 +38,10 @@ ENCODER_DECODER_TEMPLATE = (
 TEMPLATES = {"plain": PLAIN_TEMPLATE, "lean": LEAN_TEMPLATE}
 """Chat templates that have a name."""
 
-PICTURE_KEYS = ("image", "url", "path", "base64")
-"""Where the picture of an image part is."""
-
 Message = dict[str, Any]
+Told = Mapping[str, Any]
+"""`chat_template`, in place of the tokenizer's own, and what a template is told beside the messages."""
+NOTHING: Told = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,6 @@ def count_images(messages: list[Message]) -> int:
     return sum(message["content"].count(IMAGE_TOKEN) for message in flatten(messages))
 
 
-def pictures_of(messages: list[Message]) -> list[Any]:
-    """The pictures that stand in a conversation's parts, as `image`, or by a `url`, a `path` or in `base64`."""
-    pictures = []
-    for part in (part for message in messages for part in message["content"] if isinstance(part, dict)):
-        name = next((name for name in PICTURE_KEYS if part.get("type") == "image" and name in part), None)
-        if name is not None:
-            pictures.append(load_image(part[name]) if isinstance(part[name], str) else part[name])
-    return pictures
-
-
 def parts(messages: list[Message]) -> list[Message]:
     """Messages whose contents are lists of parts; an `<image>` inside a text becomes a part of its own."""
     return [{**message, "content": _split_content(message["content"])} for message in messages]
@@ -125,19 +117,36 @@ def apart(content: Any) -> Any:
     return spaced
 
 
+def template_of(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> str:
+    """A chat template, or one of the tokenizer's by its name; by default the tokenizer's own, or a plain one."""
+    if wanted is None and not tokenizer.chat_template:
+        return PLAIN_TEMPLATE
+    template: str = tokenizer.get_chat_template(wanted)
+    return template
+
+
+def names_in(template: str) -> set[str]:
+    """All names in a chat template, among them those of what it can be told."""
+    return {word for _, kind, word in Environment().lex(template) if kind == "name"}
+
+
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    add_generation_prompt: bool = False,
+    told: Told = NOTHING,
 ) -> Rendered:
-    """The conversation's text by the tokenizer's chat template, and where the answers stand in it.
+    """The conversation's text by a chat template, and where the answers stand in it.
 
     Raises:
         ValueError: the template refuses the conversation, or rewrites a message so that its place is not known.
     """
-    arranged, text = _arrange(tokenizer, messages, add_generation_prompt)
+    told = {**told, "add_generation_prompt": add_generation_prompt}
+    arranged, text = _arrange(tokenizer, messages, told)
     if not any(message["role"] == "assistant" for message in arranged):
         return Rendered(text, [])
     texts = [(message["role"], text) for message in arranged for text in _texts(message)]
-    skeleton = re.split("\ue000(\\d+)\ue001", _render(tokenizer, _marked(arranged), add_generation_prompt))
+    skeleton = re.split("\ue000(\\d+)\ue001", _render(tokenizer, _marked(arranged), told))
     for clean in (str, str.strip):
         composed, answers = _compose(skeleton, texts, clean)
         if composed == text:
@@ -177,29 +186,34 @@ def _compose(skeleton: list[str], texts: list[tuple[str, str]], clean: Any) -> t
     return text, answers
 
 
-def _arrange(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool
-) -> tuple[list[Message], str]:
+def _arrange(tokenizer: PreTrainedTokenizerBase, messages: list[Message], told: Told) -> tuple[list[Message], str]:
     """The conversation in the form that the template reads, and the template's text of it.
 
     A template that places pictures itself gets them as parts. Others get text alone, with `<image>` in it: as a string,
     or as one part where they read lists only.
     """
     flat = flatten(messages)
-    if tokenizer.chat_template and IMAGE_TOKEN in tokenizer.get_chat_template():
+    if IMAGE_TOKEN in template_of(tokenizer, told.get("chat_template")):
         whole = parts(messages)
         try:
-            text = _render(tokenizer, whole, add_generation_prompt)
+            text = _render(tokenizer, whole, told)
         except ValueError:
             text = ""
         raw = any(mark in text for mark in ("{'type': ", '{"type": '))
         if text.count(IMAGE_TOKEN) == count_images(messages) and not raw and _holds(text, whole):
             return whole, text
-    text = _render(tokenizer, flat, add_generation_prompt)
-    if _holds(text, flat):
-        return flat, text
+    refused = None
+    try:
+        text = _render(tokenizer, flat, told)
+        if _holds(text, flat):
+            return flat, text
+    except ValueError as error:
+        refused = error
     single = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in flat]
-    return single, _render(tokenizer, single, add_generation_prompt)
+    try:
+        return single, _render(tokenizer, single, told)
+    except ValueError as error:
+        raise refused or error from None
 
 
 def _holds(text: str, arranged: list[Message]) -> bool:
@@ -207,12 +221,10 @@ def _holds(text: str, arranged: list[Message]) -> bool:
     return all(words.strip() in text for message in arranged if message["role"] == "user" for words in _texts(message))
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], told: Told) -> str:
+    template = template_of(tokenizer, told.get("chat_template"))
     blanks = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
     try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt, **blanks
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, **blanks | {**told, "chat_template": template})
     except Exception as error:  # templates raise whatever they like
         raise ValueError(f"the chat template refuses this conversation: {error}") from error

@@ -1,14 +1,25 @@
 """Conversations and pictures → model inputs: the chat template, the placeholders' expansion, and labels by spans."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from chiasm.data.chat import IMAGE_TOKEN, Message, apart, count_images, pictures_of, render
+from chiasm.data.chat import (
+    IMAGE_TOKEN,
+    NOTHING,
+    Message,
+    Told,
+    apart,
+    count_images,
+    names_in,
+    render,
+    template_of,
+)
 from chiasm.data.labels import IGNORE, last_answer, supervised
+from chiasm.data.message_pictures import pictures_of
 from chiasm.data.pixels import keeps_sizes, read_pixels
 from chiasm.data.placeholders import (
     Placeholders,
@@ -156,16 +167,16 @@ class ChiasmProcessor(ProcessorMixin):
             messages: one conversation, or a batch of them.
             padding_side: `left` to generate from the prompts, `right` to train on them.
         """
-        for neutral in NEUTRAL:
-            kwargs.pop(neutral, None)
-        if kwargs:
-            raise TypeError(f"unknown processor arguments: {', '.join(kwargs)}")
-        flat, counts, rows = self._match(images, text, messages)
+        _refuse_unknown(kwargs)
+        rows = self._match(images, text, messages)
+        return self._inputs(*rows, padding_side, {"add_generation_prompt": add_generation_prompt})
+
+    def _inputs(
+        self, flat: list[Any], counts: list[int], rows: list[Any], padding_side: str, told: dict[str, Any]
+    ) -> BatchFeature:
         pixels = read_pixels(self.image_processor, flat, counts, self.image_tiles)
         encoded = [
-            self.encode_text(row, tiles)
-            if isinstance(row, str)
-            else self.encode(row, add_generation_prompt=add_generation_prompt, tiles=tiles)
+            self.encode_text(row, tiles) if isinstance(row, str) else self.encode(row, tiles=tiles, **told)
             for row, tiles in zip(rows, deal_tiles(pixels.tiles, counts), strict=True)
         ]
         inputs = self.pad(encoded, side=padding_side)
@@ -200,6 +211,7 @@ class ChiasmProcessor(ProcessorMixin):
         supervise: bool = False,
         add_generation_prompt: bool = False,
         tiles: Sequence[Any] | None = None,
+        told: Told = NOTHING,
     ) -> dict[str, list[int]]:
         """Token ids of one conversation, and labels on the assistant's words and their end-of-turn mark.
 
@@ -207,6 +219,7 @@ class ChiasmProcessor(ProcessorMixin):
             messages: the conversation; its last message is the answer when `supervise` is set.
             num_images: pictures that come with it; None skips the comparison with the placeholders.
             tiles: of each picture; by default `image_tiles`.
+            told: another chat template, and what it is told beside the messages.
 
         Raises:
             ValueError: too many or too few pictures, or nothing to supervise.
@@ -215,7 +228,7 @@ class ChiasmProcessor(ProcessorMixin):
             check_count(count_images(messages), num_images)
         if self.image_space:
             messages = [{**message, "content": apart(message["content"])} for message in messages]
-        rendered = render(self.tokenizer, messages, add_generation_prompt)
+        rendered = render(self.tokenizer, messages, add_generation_prompt, told)
         special = self.add_special_tokens and not self._has_bos(rendered.text)
         wanted, found = count_images(messages), rendered.text.count(IMAGE_TOKEN)
         if wanted != found:
@@ -224,7 +237,7 @@ class ChiasmProcessor(ProcessorMixin):
         if supervise and all(label == IGNORE for label in encoded["labels"]):
             raise ValueError("no token is supervised: the conversation has no answer by the assistant")
         if supervise and self.encoder_decoder:
-            prompt = self.encode(messages[:-1], add_generation_prompt=True, tiles=tiles)
+            prompt = self.encode(messages[:-1], add_generation_prompt=True, tiles=tiles, told=told)
             return prompt | {"labels": last_answer(encoded["labels"])}
         return encoded
 
@@ -318,26 +331,29 @@ class ChiasmProcessor(ProcessorMixin):
 
         Args:
             conversation: messages, or a batch of them; a picture stands in its part as `image`, `url`, `path` or
-                `base64`.
-            chat_template: in place of the processor's own; it is then told all other options, whatever their names.
+                `base64`, or as OpenAI's `image_url`.
+            chat_template: in place of the processor's own, or the name of one of several.
+            kwargs: what the template reads, and options of transformers that change nothing here.
+
+        Raises:
+            TypeError: an option that nothing reads.
         """
-        options = kwargs.pop("processor_kwargs", None) or {}
+        options = dict(kwargs.pop("processor_kwargs", None) or {})
+        side = options.pop("padding_side", "left")
+        _refuse_unknown(options)
         return_dict, add = kwargs.pop("return_dict", False), kwargs.pop("add_generation_prompt", False)
-        alone = not isinstance(conversation[0], list)
-        batch = [conversation] if alone else conversation
-        if chat_template is not None:
-            told = {"chat_template": chat_template, "add_generation_prompt": add, **kwargs}
-            texts = [super(ChiasmProcessor, self).apply_chat_template(messages, **told) for messages in batch]
-        elif unknown := [
-            name for name, value in kwargs.items() if name not in NEUTRAL and (value or name not in KNOWN)
-        ]:
-            raise TypeError(f"unknown options of apply_chat_template: {', '.join(unknown)}; pass chat_template= too")
-        else:
-            texts = [render(self.tokenizer, messages, add).text for messages in batch]
+        read = names_in(template_of(self.tokenizer, chat_template))
+        told = {name: value for name, value in kwargs.items() if name in read}
+        unread = {name: value for name, value in kwargs.items() if name not in (*told, *NEUTRAL)}
+        if unknown := [name for name, value in unread.items() if value or name not in KNOWN]:
+            raise TypeError(f"unknown options of apply_chat_template, which its template does not read: {unknown}")
+        told |= {} if chat_template is None else {"chat_template": chat_template}
+        batch, several = self._normalize_conversations(conversation)
         if not tokenize:
-            return texts[0] if alone else texts
-        told = {"messages": batch} if chat_template is None else {"text": texts}
-        inputs = self(images=[pictures_of(m) for m in batch], **told, add_generation_prompt=add, **options)
+            texts = [render(self.tokenizer, messages, add, told).text for messages in batch]
+            return texts if several else texts[0]
+        rows = self._match([pictures_of(messages) for messages in batch], None, batch)
+        inputs = self._inputs(*rows, side, {"add_generation_prompt": add, "told": told})
         return inputs if return_dict else inputs["input_ids"]
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
@@ -350,3 +366,8 @@ class ChiasmProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         more = {"token_type_ids": self.token_types, "pixel_attention_mask": keeps_sizes(self.image_processor)}
         return ["input_ids", "attention_mask", "pixel_values", *(name for name, given in more.items() if given)]
+
+
+def _refuse_unknown(options: Mapping[str, Any]) -> None:
+    if unknown := [name for name in options if name not in NEUTRAL]:
+        raise TypeError(f"unknown processor arguments: {', '.join(unknown)}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from chiasm.rgb import DAMAGE, to_rgb
 
+ANY_SIZE = sys.maxsize  # Pillow's own limit, twice the next one, still holds
 MAX_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB: Pillow's own warning level
 ROLES = ("system", "user", "assistant")
 DAMAGED_SHARD = "damaged shard"

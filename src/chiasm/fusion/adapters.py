@@ -8,6 +8,7 @@ import re
 import warnings
 from typing import Any
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -82,6 +83,27 @@ def merge_adapters(model: PreTrainedModel) -> list[str]:
         del model.get_submodule(part).peft_config
     model.config.adapters = None
     return changed
+
+
+@torch.no_grad()
+def draw_adapters(layer: LoraLayer) -> None:
+    """Begins what a checkpoint lacks of a layer's adapters: A random, B zero, DoRA's lengths those of the weights."""
+    for adapter in layer.active_adapters:
+        layer.reset_lora_parameters(adapter, True)
+        if adapter not in layer.lora_magnitude_vector:
+            continue
+        lengths = layer.lora_magnitude_vector[adapter]
+        if is_loaded(held := lengths.weight):
+            continue
+        low = {"lora_A": layer.lora_A[adapter].weight, "lora_B": layer.lora_B[adapter].weight}
+        lengths.update_layer(base_layer=layer.get_base_layer(), scaling=layer.scaling[adapter], **low)
+        held.copy_(lengths.weight)
+        lengths.weight = held
+
+
+def is_loaded(parameter: nn.Parameter) -> bool:
+    """Whether transformers has marked it as one that a checkpoint held."""
+    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def adapter_parameters(model: PreTrainedModel) -> set[str]:

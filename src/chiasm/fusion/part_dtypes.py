@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from chiasm.fusion.adapters import adapted_layers, plain_name
+from chiasm.fusion.adapters import adapted_layers, draw_adapters, is_loaded, plain_name
 
 PART_CONFIGS = {"vision": "vision_config", "language": "text_config"}
 """Parts that are built from a configuration of their own."""
@@ -56,6 +56,7 @@ class PartDtypes(PreTrainedModel):
     def initialize_weights(self) -> None:
         """Parts draw their weights when they are built. What was built without data and is not in a checkpoint gets
         those of parts that are built now; models of transformers draw theirs by their own rules."""
+        # The outer class skips modules that have no weights of their own.
         models = [module for module in self.modules() if isinstance(module, PreTrainedModel) and module is not self]
         for model in models:
             model.initialize_weights()
@@ -63,14 +64,13 @@ class PartDtypes(PreTrainedModel):
         if not self._built_without_data:
             return
         for part, build in self.new_parts().items():
-            lacking = {path: p for path, p in self.get_submodule(part).named_parameters() if not _is_loaded(p)}
+            lacking = {path: p for path, p in self.get_submodule(part).named_parameters() if not is_loaded(p)}
             fresh = dict(build().named_parameters()) if lacking else {}
             for path, parameter in lacking.items():
                 if plain_name(path) in fresh:
                     parameter.copy_(fresh[plain_name(path)])
         for _, layer in adapted_layers(self):
-            for adapter in layer.active_adapters:
-                layer.reset_lora_parameters(adapter, True)
+            draw_adapters(layer)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing to do, module by module."""
@@ -81,11 +81,6 @@ class PartDtypes(PreTrainedModel):
         for known in {dtype, *part_dtypes(self).values()}:
             plan |= super()._get_dtype_plan(known)
         return plan
-
-
-def _is_loaded(parameter: nn.Parameter) -> bool:
-    """Whether transformers has marked it as one that a checkpoint held."""
-    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def part_dtypes(model: PreTrainedModel) -> Mapping[str, torch.dtype]:

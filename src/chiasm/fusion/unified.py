@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
@@ -168,8 +169,8 @@ class UnifiedModel(PositionedModel, GenerationMixin):
                 `(images, 3, height, width)` for an image tokenizer.
             image_grid_thw: each picture's frames, rows and columns; needed for videos, otherwise told by the text.
             token_type_ids: with `attention: prefix`, 0 for the prefix, 1 for what is read causally.
-            labels: tokens where they are supervised, −100 elsewhere; placeholders stand for the picture's own codes,
-                but not in `shift_labels`, of which words alone are learned.
+            labels: tokens where they are supervised, −100 elsewhere; placeholders stand for the picture's own codes. In
+                `shift_labels`, as trainers move them, words alone are learned where pictures are patches.
             codes: whether logits of codes are shown without labels too: what drawing needs.
 
         Raises:
@@ -185,7 +186,10 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         if labels is not None:
             labels = self._with_codes(labels, input_ids, drawn)
         if (shifted := kwargs.get("shift_labels")) is not None:
-            kwargs["shift_labels"] = shifted.masked_fill(shifted == self.config.image_token_id, IGNORE)
+            if drawn is None:
+                kwargs["shift_labels"] = shifted.masked_fill(shifted == self.config.image_token_id, IGNORE)
+            else:
+                kwargs["shift_labels"] = self._with_codes(shifted, input_ids, drawn, by=1)
         position_ids, delta = self.positioned(
             position_ids, input_ids, inputs_embeds, attention_mask, cache, image_grid_thw
         )
@@ -206,9 +210,14 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
 
     def _with_codes(
-        self, labels: Int[Tensor, "B S"], input_ids: Int[Tensor, "B S"] | None, codes: Int[Tensor, "images N"] | None
+        self,
+        labels: Int[Tensor, "B S"],
+        input_ids: Int[Tensor, "B S"] | None,
+        codes: Int[Tensor, "images N"] | None,
+        by: int = 0,
     ) -> Int[Tensor, "B S"]:
-        """Labels whose placeholders are the codes of the pictures that stand there."""
+        """Labels whose placeholders are the codes of the pictures that stand there; the labels may be moved to the left
+        by one place, whose last one then has no picture in these tokens."""
         drawn = labels == self.config.image_token_id
         if not drawn.any():
             return labels
@@ -218,6 +227,7 @@ class UnifiedModel(PositionedModel, GenerationMixin):
                 "learn to draw; connect with image_input='vq', or supervise words only"
             )
         filled = input_ids.masked_scatter(input_ids == self.config.image_token_id, codes.to(input_ids))
+        filled = F.pad(filled[:, by:], (0, by), value=IGNORE)
         return torch.where(drawn, filled, labels)
 
 

@@ -1,7 +1,7 @@
 """Idefics2 checkpoints of transformers → early fusion with a resampler of pictures of any size (arXiv 2405.02246)."""
 
 import torch
-from transformers import AutoConfig, Idefics2Config
+from transformers import Idefics2Config
 from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 
 from chiasm.data.chat import IMAGE_TOKEN
@@ -9,14 +9,12 @@ from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.interop.parts import (
-    finish,
-    headed_weights,
     language_table,
+    load_headed,
     load_processor,
-    require_direct_head,
     text_settings,
 )
-from chiasm.interop.weights import Table, assemble
+from chiasm.interop.weights import Table
 from chiasm.vision.features import FeatureLayer, VisionFeatures
 from chiasm.vision.probe import pair
 
@@ -52,11 +50,7 @@ def load_idefics2(source: str, dtype: torch.dtype | str = "auto") -> tuple[Early
     Raises:
         ValueError: a setting or a weight is of a kind that Chiasm does not have; the message names it.
     """
-    config = AutoConfig.from_pretrained(source)
-    weights = headed_weights(source, config.text_config)
-    model = assemble(EarlyFusionModel, chiasm_config(config), weights, table(config), dtype=dtype)
-    finish(model, source)
-    require_direct_head(model)
+    model = load_headed(source, chiasm_config, table, dtype)
     processor = load_processor(
         source, model, own_images=True, add_special_tokens=True, image_boundary=BOUNDARY, image_space=True
     )

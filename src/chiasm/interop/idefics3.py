@@ -6,21 +6,19 @@ Both compute the same and name their weights alike.
 from typing import Any
 
 import torch
-from transformers import AutoConfig, Idefics3Config
+from transformers import Idefics3Config
 
 from chiasm.data.chat import IMAGE_TOKEN
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.interop.parts import (
-    finish,
-    headed_weights,
     language_table,
+    load_headed,
     load_processor,
-    require_direct_head,
     text_settings,
 )
-from chiasm.interop.weights import Table, assemble
+from chiasm.interop.weights import Table
 from chiasm.vision.features import FeatureLayer, VisionFeatures
 from chiasm.vision.probe import pair
 
@@ -40,11 +38,7 @@ def load_idefics3(source: str, dtype: torch.dtype | str = "auto") -> tuple[Early
     Raises:
         ValueError: a setting or a weight is of a kind that Chiasm does not have; the message names it.
     """
-    config = AutoConfig.from_pretrained(source)
-    weights = headed_weights(source, config.text_config)
-    model = assemble(EarlyFusionModel, chiasm_config(config), weights, table(config), dtype=dtype)
-    finish(model, source)
-    require_direct_head(model)
+    model = load_headed(source, chiasm_config, table, dtype)
     return model, _processor(source, model)
 
 

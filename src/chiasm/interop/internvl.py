@@ -1,7 +1,7 @@
 """InternVL checkpoints of transformers → early fusion with pixel shuffle, with equal logits (arXiv 2404.16821)."""
 
 import torch
-from transformers import AutoConfig, InternVLConfig
+from transformers import InternVLConfig
 
 from chiasm.data.chat import IMAGE_TOKEN
 from chiasm.data.processor import ChiasmProcessor
@@ -9,14 +9,12 @@ from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.interop.parts import (
     describe_features,
-    finish,
-    headed_weights,
     language_table,
+    load_headed,
     load_processor,
-    require_direct_head,
     text_settings,
 )
-from chiasm.interop.weights import Table, assemble
+from chiasm.interop.weights import Table
 from chiasm.vision.features import VisionFeatures
 
 PARTS = {
@@ -39,11 +37,7 @@ def load_internvl(source: str, dtype: torch.dtype | str = "auto") -> tuple[Early
     Raises:
         ValueError: a setting or a weight is of a kind that Chiasm does not have; the message names it.
     """
-    config = AutoConfig.from_pretrained(source)
-    weights = headed_weights(source, config.text_config)
-    model = assemble(EarlyFusionModel, chiasm_config(config), weights, table(config), dtype=dtype)
-    finish(model, source)
-    require_direct_head(model)
+    model = load_headed(source, chiasm_config, table, dtype)
     return model, _processor(source, model)
 
 

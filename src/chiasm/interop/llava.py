@@ -1,7 +1,7 @@
 """LLaVA checkpoints of transformers → early fusion with an MLP projector, with equal logits (arXiv 2310.03744)."""
 
 import torch
-from transformers import AutoConfig, LlavaConfig
+from transformers import LlavaConfig
 
 from chiasm.data.chat import IMAGE_TOKEN
 from chiasm.data.processor import ChiasmProcessor
@@ -9,15 +9,13 @@ from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.interop.parts import (
     describe_features,
-    finish,
-    headed_weights,
     language_table,
+    load_headed,
     load_processor,
-    require_direct_head,
     text_settings,
     without_first,
 )
-from chiasm.interop.weights import Table, assemble
+from chiasm.interop.weights import Table
 from chiasm.sources.files import read_json
 from chiasm.vision.features import VisionFeatures
 from chiasm.vision.towers import model_class, without_pooler
@@ -37,11 +35,7 @@ def load_llava(source: str, dtype: torch.dtype | str = "auto") -> tuple[EarlyFus
     Raises:
         ValueError: a setting or a weight is of a kind that Chiasm does not have; the message names it.
     """
-    config = AutoConfig.from_pretrained(source)
-    weights = headed_weights(source, config.text_config)
-    model = assemble(EarlyFusionModel, chiasm_config(config), weights, table(config), dtype=dtype)
-    finish(model, source)
-    require_direct_head(model)
+    model = load_headed(source, chiasm_config, table, dtype)
     token = (read_json(source, "processor_config.json") or {}).get("image_token") or IMAGE_TOKEN
     return model, load_processor(source, model, add_special_tokens=True, image_token=token)
 

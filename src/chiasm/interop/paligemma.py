@@ -1,21 +1,19 @@
 """PaliGemma checkpoints of transformers → early fusion with a linear projector and a prefix mask (arXiv 2407.07726)."""
 
 import torch
-from transformers import AutoConfig, PaliGemmaConfig
+from transformers import PaliGemmaConfig
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.interop.parts import (
     describe_features,
-    finish,
-    headed_weights,
     language_table,
+    load_headed,
     load_processor,
-    require_direct_head,
     text_settings,
 )
-from chiasm.interop.weights import Table, assemble
+from chiasm.interop.weights import Table
 
 PARTS = {
     "vision_tower": "vision.model",
@@ -40,11 +38,7 @@ def load_paligemma(source: str, dtype: torch.dtype | str = "auto") -> tuple[Earl
     Raises:
         ValueError: a setting or a weight is of a kind that Chiasm does not have; the message names it.
     """
-    config = AutoConfig.from_pretrained(source)
-    weights = headed_weights(source, config.text_config)
-    model = assemble(EarlyFusionModel, chiasm_config(config), weights, table(config), dtype=dtype)
-    finish(model, source)
-    require_direct_head(model)
+    model = load_headed(source, chiasm_config, table, dtype)
     return model, load_processor(source, model, TEMPLATE, token_types=True, text_is_message=True)
 
 

@@ -1,16 +1,19 @@
 """What the loaders of transformers' checkpoints share: names of a language model's parts, features, the processor."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from chiasm.data.chat import IMAGE_TOKEN
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
-from chiasm.interop.weights import read_weights
+from chiasm.fusion.config import ChiasmConfig
+from chiasm.fusion.early import EarlyFusionModel
+from chiasm.interop.weights import Table, assemble, read_weights
 from chiasm.language.adapter import head_is_direct, load_tokenizer
 from chiasm.sources.files import read_json
 from chiasm.vision.encoder import load_vision
@@ -37,7 +40,23 @@ def language_table(text_config: PreTrainedConfig, decoder: str, head: str) -> di
     return inner | {"language_model.model": inner[decoder], "language_model.lm_head": inner[head]}
 
 
-def headed_weights(source: str, text_config: PreTrainedConfig) -> dict[str, Tensor]:
+def load_headed(
+    source: str,
+    describe: Callable[[Any], ChiasmConfig],
+    table: Callable[[Any], Table],
+    dtype: torch.dtype | str,
+) -> EarlyFusionModel:
+    """The model of a checkpoint whose image-text model has a head of its own, from its configuration and the names of
+    its weights."""
+    config = AutoConfig.from_pretrained(source)
+    weights = _headed_weights(source, config.text_config)
+    model = assemble(EarlyFusionModel, describe(config), weights, table(config), dtype=dtype)
+    finish(model, source)
+    _require_direct_head(model)
+    return model
+
+
+def _headed_weights(source: str, text_config: PreTrainedConfig) -> dict[str, Tensor]:
     """A checkpoint's weights, for an image-text model whose own head has no bias: where the language model's has one
     (Phi, GPT-J), it is zero."""
     with torch.device("meta"):
@@ -79,7 +98,7 @@ def without_first(features: VisionFeatures) -> VisionFeatures:
     return replace(features, layers=layers, grid=layers[0].grid)
 
 
-def require_direct_head(model: FusionModel) -> None:
+def _require_direct_head(model: FusionModel) -> None:
     """Refuses a language model that changes its logits behind the head, which its image-text model does not do."""
     if not model.config.direct_head:
         raise ValueError(

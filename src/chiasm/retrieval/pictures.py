@@ -61,7 +61,8 @@ def read_pictures(source: str | Path, metadata: Path | None = None, max_pixels: 
             raise ValueError(f"no picture matches {str(source)!r}; endings are {', '.join(PICTURES)}")
         if metadata is not None:
             raise ValueError(f"--metadata goes with picture files; {str(source)!r} is a data set, which has its own")
-        data = read(source, **({} if max_pixels == MAX_PIXELS else {"max_pixels": max_pixels}))
+        limit: dict[str, Any] = {} if max_pixels == MAX_PIXELS else {"max_pixels": max_pixels}
+        data = read(source, **limit)
         place = str(Path(source).resolve()) if Path(source).exists() else str(source)
         return Pictures(_samples(data, place), len(data))
     beside = root / METADATA

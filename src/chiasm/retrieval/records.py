@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from chiasm.data.readers import read
-from chiasm.data.schema import ImageRef
+from chiasm.data.schema import ANY_SIZE, ImageRef
 
 
 class Encoder(Protocol):
@@ -63,9 +63,9 @@ class Hit:
         return cls(record["id"], score, None if path is None else Path(path), record["metadata"], record)
 
     def image(self) -> ImageRef:
-        """The picture itself, from where it was when it was added."""
+        """The picture itself, from where it was when it was added, as large as it may be."""
         if self.path is not None:
-            return ImageRef.of(self.path)
+            return ImageRef.of(self.path, max_pixels=ANY_SIZE)
         if "origin" not in self.record:
             raise ValueError(f"picture {self.id} was added from memory, so only its vectors are there")
         data, sample, number = self.record["origin"]

@@ -22,6 +22,7 @@ from chiasm.training.team import Team
 Generate = Callable[[list[list[dict]], list[list[Image.Image]]], list[str]]
 ScoreDrawings = Callable[[Sequence[Sample]], dict[str, Any]]
 """Draws what samples ask for; the scores for the log."""
+SHARDS_DRAW_NOTHING = "a model in shards (fsdp) draws nothing while it trains; chiasm eval --task drawing scores it"
 
 
 class Validator:
@@ -72,13 +73,9 @@ class Validator:
         result: dict[str, Any] = {"loss": sum(right.values()), "samples": self.num_samples}
         result["shuffled_loss"] = sum(wrong.values()) if wrong else None
         result |= by_objective(right) | by_objective(wrong, "shuffled_loss")
-        if isinstance(asked, Engine) and self.wanted:
-            return result | {
-                "answers": [],
-                "unanswered": "a model in shards (fsdp) draws nothing before the stage's end",
-            }
         if isinstance(asked, Engine) or not team.first:
-            return result | {"answers": []}
+            unseen = isinstance(asked, Engine) and self.score_drawings is not None and self.wanted
+            return result | {"answers": []} | ({"unanswered": SHARDS_DRAW_NOTHING} if unseen else {})
         result |= self.learner.measures(self.right)
         if self.score_drawings is not None and self.wanted:
             with autocast(self.learner.model.device, dtype):
