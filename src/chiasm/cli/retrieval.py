@@ -1,6 +1,7 @@
 """`chiasm index` and `chiasm search`: pictures found by text or by picture."""
 
 import os.path
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -167,8 +168,7 @@ def _add(opened: Any, items: Any, skip_bad: bool, batch_size: int, as_json: bool
         except (ImageError, SampleError) as error:
             raise ValueError(f"{error}; --skip-bad leaves such pictures out") from error
     if as_json:
-        told = {"added": report.added, "replaced": report.replaced, "unchanged": report.unchanged, "bad": report.bad}
-        return emit(told | {"left_out": items.left_out})
+        return emit(asdict(report) | {"left_out": items.left_out})
     if items.left_out:
         left_out = f"{in_words(items.left_out)}, which Pillow does not read; convert them"
         err.print(f"left out: {left_out}", soft_wrap=True, highlight=False)

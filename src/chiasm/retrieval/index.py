@@ -1,7 +1,7 @@
 """`Index`: pictures that are found by text or by picture; in a folder, or on a Qdrant server behind the same calls."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chiasm.data.schema import ImageRef, SampleError
-from chiasm.retrieval.adding import Intake, Known, Pending
+from chiasm.retrieval.adding import Intake, Known, Pending, Reused
 from chiasm.retrieval.preparation import Preparation, difference, preparation_of
 from chiasm.retrieval.records import Added, Encoder, Hit, Item
 from chiasm.retrieval.where import Where, conditions
@@ -25,6 +25,7 @@ NOWHERE = "in memory"
 
 Conditions = str | Where | Sequence[str | Where] | None
 Progress = Callable[[int], None]
+Gone = Mapping[str, Sequence[str]]
 
 
 class Index(ABC):
@@ -229,8 +230,12 @@ class Index(ABC):
     def _writing(self) -> AbstractContextManager[Known]: ...
 
     @abstractmethod
-    def _append(self, records: list[dict[str, Any]], vectors: Float[Tensor, "rows K D"]) -> None:
-        """Stores rows in one step, in place of older ones of the same id."""
+    def _append(self, records: list[dict[str, Any]], vectors: Float[Tensor, "rows K D"], gone: Gone) -> None:
+        """Stores rows in one step, in place of older ones of the same id and of those that are gone.
+
+        Args:
+            gone: by a new record's id, the older ones that it takes the place of.
+        """
 
     @abstractmethod
     def _vectors(self, ids: Sequence[str]) -> Float[Tensor, "rows K D"]:
@@ -239,17 +244,20 @@ class Index(ABC):
     def _finish(self) -> None:  # noqa: B027
         """The end of an addition."""
 
-    def _embed(self, new: list[tuple[dict[str, Any], Any]], old: list[dict[str, Any]], pending: Pending) -> None:
+    def _embed(self, new: list[tuple[dict[str, Any], Any]], old: list[Reused], pending: Pending) -> None:
         if new:
-            pending.vectors.append(_rows(self.encoder.embed_prepared([image for _, image in new])))
-            pending.records += [record for record, _ in new]
+            vectors = _rows(self.encoder.embed_prepared([image for _, image in new]))
+            pending.hold([record for record, _ in new], vectors)
         if old:
-            pending.vectors.append(self._vectors([record["id"] for record in old]))
-            pending.records += old
+            stored = {one.record["key"]: one.of for one in reversed(old) if one.record["key"] not in pending.by_content}
+            there = dict(zip(stored, self._vectors(list(stored.values())), strict=True)) if stored else {}
+            there |= pending.by_content
+            pending.hold([one.record for one in old], torch.stack([there[one.record["key"]] for one in old]))
+            pending.gone |= {one.record["id"]: one.gone for one in old if one.gone}
 
     def _flush(self, pending: Pending) -> None:
         if pending.records:
-            self._append(pending.records, torch.cat(pending.vectors))
+            self._append(pending.records, torch.cat(pending.vectors), pending.gone)
 
 
 def _preparation(encoder: Encoder) -> Preparation | None:

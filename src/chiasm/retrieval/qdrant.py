@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chiasm.retrieval.adding import Known
-from chiasm.retrieval.index import Conditions, Index
+from chiasm.retrieval.index import Conditions, Gone, Index
 from chiasm.retrieval.records import Encoder, Hit
 from chiasm.retrieval.where import RANGES, Where, conditions
 
@@ -101,9 +101,9 @@ class QdrantIndex(Index):
 
     @contextmanager
     def _writing(self) -> Iterator[Known]:
-        yield Known.of(hit.record for hit in self.items())
+        yield Known(hit.record for hit in self.items())
 
-    def _append(self, records: list[dict[str, Any]], vectors: Float[Tensor, "rows K D"]) -> None:
+    def _append(self, records: list[dict[str, Any]], vectors: Float[Tensor, "rows K D"], gone: Gone) -> None:
         from qdrant_client import models
 
         rows = vectors if self._model["several"] == "true" else vectors[:, 0]
@@ -111,9 +111,17 @@ class QdrantIndex(Index):
             models.PointStruct(id=_point(record["id"]), vector=row, payload=record)
             for record, row in zip(records, rows.tolist(), strict=True)
         ]
-        step = _at_once(vectors[0].numel())
+        step, stored = _at_once(vectors[0].numel()), {record["id"] for record in records}
         for start in range(0, len(points), step):
-            self.client.upsert(self.collection, points[start : start + step], wait=True)
+            part = points[start : start + step]
+            names = [name for record in records[start : start + step] for name in gone.get(record["id"], ())]
+            left = [_point(name) for name in names if name not in stored]
+            if not left:
+                self.client.upsert(self.collection, part, wait=True)
+                continue
+            upsert = models.UpsertOperation(upsert=models.PointsList(points=part))
+            delete = models.DeleteOperation(delete=models.PointIdsList(points=left))
+            self.client.batch_update_points(self.collection, [upsert, delete], wait=True)
 
     def _vectors(self, ids: Sequence[str]) -> Float[Tensor, "rows K D"]:
         points = self.client.retrieve(self.collection, [_point(name) for name in ids], with_vectors=True)

@@ -79,14 +79,17 @@ class Hit:
 
 @dataclass(frozen=True)
 class Added:
-    """What an addition did: ids that are new, took the place of an older picture, were there, or failed."""
+    """What an addition did: ids that are new, took the place of an older picture, stand for a file that was
+    elsewhere, were there, or failed."""
 
     added: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> str:
         """In one line."""
-        parts = {"added": self.added, "replaced": self.replaced, "already there": self.unchanged, "skipped": self.bad}
+        parts = {"added": self.added, "replaced": self.replaced, "moved": self.moved}
+        parts |= {"already there": self.unchanged, "skipped": list(self.bad)}
         return ", ".join(f"{len(ids)} {what}" for what, ids in parts.items() if ids or what == "added")
