@@ -114,6 +114,9 @@ def search(
     exclude_self: Annotated[
         bool, typer.Option("--exclude-self", help="With --image: leave out the very same picture.")
     ] = False,
+    copies: Annotated[
+        bool, typer.Option("--copies", help="Show the very same picture under each of its ids, not once.")
+    ] = False,
     sheet: Annotated[Path | None, typer.Option(help="Write a PNG that shows the pictures.")] = None,
     other_model: OtherModel = None,
     as_json: Json = False,
@@ -135,9 +138,9 @@ def search(
     opened = _opened(location, other_model)
     if image is not None:
         picture = ImageRef.of(image, max_pixels=ANY_SIZE)
-        hits = opened.search_images([picture], k, where, exclude_self)[0]
+        hits = opened.search_images([picture], k, where, exclude_self, copies)[0]
     else:
-        hits = opened.search(str(query), k, where)
+        hits = opened.search(str(query), k, where, copies)
     if sheet is not None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(hits).save(sheet)

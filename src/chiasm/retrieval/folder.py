@@ -62,9 +62,7 @@ class FolderIndex(Index):
         """Readies the search for many queries; by itself that happens after some hundred."""
         self._searcher().prepare()
 
-    def search_vectors(self, vectors: Float[Tensor, "B D"], k: int = 10, where: Conditions = None) -> list[list[Hit]]:
-        if k < 1:
-            raise ValueError(f"k is {k}, expected at least 1")
+    def _nearest(self, vectors: Float[Tensor, "B D"], k: int, where: Conditions) -> list[list[Hit]]:
         keep = self._keep(conditions(where))
         if len(self) and vectors.shape[1] != self.state.shape[1]:
             raise ValueError(f"vectors are {vectors.shape[1]} wide, the index holds {self.state.shape[1]}")

@@ -84,11 +84,9 @@ class QdrantIndex(Index):
             if place is None:
                 return
 
-    def search_vectors(self, vectors: Float[Tensor, "B D"], k: int = 10, where: Conditions = None) -> list[list[Hit]]:
+    def _nearest(self, vectors: Float[Tensor, "B D"], k: int, where: Conditions) -> list[list[Hit]]:
         from qdrant_client import models
 
-        if k < 1:
-            raise ValueError(f"k is {k}, expected at least 1")
         asked = _filter(conditions(where))
         queries = [vector if self._model["several"] == "false" else [vector] for vector in vectors.float().tolist()]
         requests = [models.QueryRequest(query=q, limit=k, filter=asked, with_payload=True) for q in queries]
