@@ -32,6 +32,7 @@ from chiasm.training.log import Reporter, Task
 from chiasm.training.preview import StagePreview
 from chiasm.training.preview import preview as preview_stages
 from chiasm.training.recipe import load_recipe
+from chiasm.training.run import DRAWN
 from chiasm.training.schema import Recipe
 from chiasm.training.team import take_own_device
 from chiasm.training.trainer import TrainResult
@@ -93,7 +94,10 @@ def train(
         return vlm.generate(messages, images, max_new_tokens=32)
 
     def score_drawings(samples: Samples) -> dict[str, Any]:
-        return drawing_fields(evaluate_drawings(vlm.model, vlm.processor, requests(samples)[0], control=False))
+        result = evaluate_drawings(vlm.model, vlm.processor, requests(samples)[0], control=False)
+        if result.sheet is not None:
+            result.sheet.save(Path(output) / DRAWN)
+        return drawing_fields(result)
 
     return train_model(
         recipe,

@@ -10,7 +10,9 @@ from filelock import FileLock
 from PIL import Image
 from test_run_report import Page, a_log, result_of, samples
 
+from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.progress import forgetting_table, skill_progress
+from chiasm.evaluation.retrieval import outcome, proportion
 from chiasm.evaluation.run_report import report_run, status
 from chiasm.training.log import read_log
 
@@ -117,3 +119,19 @@ def test_rows_that_are_no_samples_leave_the_other_pictures(tmp_path: Path) -> No
     page = report_run(run_folder(tmp_path / "mine"), data=tmp_path / "data.json").read_text(encoding="utf-8")
     without = report_run(tmp_path / "mine").read_text(encoding="utf-8")
     assert page.count("<img") > without.count("<img")
+
+
+def test_what_was_found_and_drawn_has_a_page(tmp_path: Path) -> None:
+    """Shares of retrieval, labels and drawings are no answers: nothing is said of them that only answers have."""
+    run = run_folder(tmp_path / "run")
+    summary = [proportion("by colours, recall@1", [True, False, True], [False] * 3, 1 / 3)]
+    rows = [outcome({"id": "a", "sample": "a", "skill": "by colours, recall@1"}, "", "recall@1", True)]
+    EvalResult(rows, summary, ["a note"], sheet=Image.new("RGB", (300, 100), "red")).save(run / "evaluation")
+    assert EvalResult.load(run / "evaluation").sheet.size == (300, 100)
+    html = report_run(run).read_text(encoding="utf-8")
+    text = Page(html).text
+    assert "66.7 %" in text and "another sample" in text and "a note" in text and "Drawn pictures" in text
+    assert html.count('class="drawn"') == 1 and "Test pictures" not in text
+    assert "questions" not in text.split("What it can")[1]
+    elsewhere = Page(report_run(run, tmp_path / "page.html").read_text(encoding="utf-8")).text
+    assert f"chiasm chat {run / 'model'} picture.jpg" in elsewhere

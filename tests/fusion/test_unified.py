@@ -117,7 +117,14 @@ def test_frames_of_a_video_have_a_time() -> None:
     visual = vlm.model.visual_places(inputs["input_ids"], None)[0]
     times = whole[0, 0, visual] - whole[0, 0, visual].min()
     assert times.tolist() == [frame for frame in range(3) for _ in range(16)]
-    assert isinstance(vlm.generate([ask("What?")], [[video]], max_new_tokens=3)[0], str)
+    other = video.copy()
+    other[-1] = 0
+    changed = dict(vlm.processor(messages=ask("What?"), images=[[other]]))
+    with torch.no_grad():
+        assert not torch.equal(vlm.model(**inputs).logits[:, -1], vlm.model(**changed).logits[:, -1])
+    new = vlm.model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    told = vlm.processor.decode(new, skip_special_tokens=True).strip()
+    assert vlm.generate([ask("What?")], [[video]], max_new_tokens=3)[0].strip() == told
 
 
 def test_pictures_in_answers_are_learned_as_codes() -> None:
@@ -166,9 +173,10 @@ def test_patches_are_not_learned_from_targets_that_are_moved() -> None:
 def test_z_loss_is_for_training() -> None:
     vlm = connect(unified={"z_loss": 0.5})
     tokens = torch.randint(0, 250, (1, 9))
-    plain = vlm.model(input_ids=tokens, labels=tokens).loss
+    asked = vlm.model(input_ids=tokens, labels=tokens)
     with_z = vlm.model.train()(input_ids=tokens, labels=tokens).loss
-    assert with_z > plain
+    whole = vlm.model.language(inputs_embeds=vlm.model.embed(tokens, None, None)).logits[:, :-1]
+    torch.testing.assert_close(with_z, asked.loss + 0.5 * whole.logsumexp(dim=-1).square().mean())
 
 
 def test_wrong_choices_are_refused() -> None:

@@ -11,16 +11,17 @@ from chiasm.generation.draw import Brush, draw_codes, guide
 VQ = {"name": "vq", "image_size": [24, 16], "levels": [4, 3], "width": 8, "depth": 1}
 
 
-def connect(positions: str = "mrope") -> chiasm.VLM:
-    return chiasm.connect(
-        language=tiny.language(), fusion="unified", image_input=VQ, positions=positions, tokenizer=tiny.tokenizer()
-    )
+def connect(positions: str = "mrope", attention: str = "causal") -> chiasm.VLM:
+    options = {"positions": positions, "attention": attention, "tokenizer": tiny.tokenizer()}
+    return chiasm.connect(language=tiny.language(), fusion="unified", image_input=VQ, **options)
 
 
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
 @pytest.mark.parametrize("positions", ["raster", "rope2d", "mrope+modality"])
-def test_cached_drawing_is_the_full_forwards(positions: str) -> None:
-    """Greedy codes are the likeliest of a forward over the whole picture, whose positions are those of training."""
-    vlm = connect(positions)
+def test_cached_drawing_is_the_full_forwards(positions: str, attention: str) -> None:
+    """Greedy codes are the likeliest of a forward over the whole picture, which is masked and has positions as in
+    training."""
+    vlm = connect(positions, attention)
     prompts = ["two red apples", "a cat"]
     asked = [[request(prompt)] for prompt in prompts]
     codes = draw_codes(vlm.model, vlm.processor, asked, Brush(temperature=0, guidance=1.0))
@@ -31,11 +32,13 @@ def test_cached_drawing_is_the_full_forwards(positions: str) -> None:
             {"role": "assistant", "content": [{"type": "image"}]},
         ]
         inputs = vlm.processor.pad([vlm.processor.encode(drawn, 1)])
+        assert ("token_type_ids" in inputs) == (attention == "prefix")
         places = inputs["input_ids"] == vlm.model.config.image_token_id
         first = vlm.model.settings.code_ids
         ids = inputs["input_ids"].masked_scatter(places, row + first)
         with torch.no_grad():
-            logits = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), codes=True).logits
+            types = {"token_type_ids": inputs["token_type_ids"]} if attention == "prefix" else {}
+            logits = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), codes=True, **types).logits
         before = places.roll(-1, dims=1)
         assert torch.equal(logits[before][:, first : first + 12].argmax(dim=-1), row)
 

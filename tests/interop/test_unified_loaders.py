@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     ChameleonConfig,
@@ -16,12 +18,15 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
+from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import chiasm
 import contracts
 import tiny
 from chiasm.fusion.packed import PackedFusionModel
 from chiasm.fusion.unified import UnifiedModel
+from chiasm.interop.fuyu import image_processor_of
 
 SIZES: dict[str, Any] = {
     "hidden_size": 36,
@@ -84,6 +89,21 @@ def _qwen2_vl(**options: Any) -> Any:
     return _shaken(Qwen2VLForConditionalGeneration(config))
 
 
+def _qwen2_vl_with_processor(folder: Path) -> Qwen2VLImageProcessorPil:
+    words = tiny.tokenizer()
+    words.add_tokens(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"], special_tokens=True)
+    model = _qwen2_vl()
+    text, vision = {**model.config.text_config.to_dict(), "vocab_size": len(words)}, model.config.vision_config
+    ids = dict(zip(("image_token_id", "video_token_id"), range(len(words) - 2, len(words)), strict=True))
+    Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids)).save_pretrained(
+        folder
+    )
+    images = Qwen2VLImageProcessorPil(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
+    images.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return images
+
+
 def _text(*pieces: Any) -> torch.Tensor:
     """Rows of tokens: numbers, and lists that stand for as many placeholders as they say."""
     return torch.tensor([[token for piece in pieces for token in (piece if isinstance(piece, list) else [piece])]] * 2)
@@ -135,6 +155,47 @@ def test_fuyu(tmp_path: Path) -> None:
     }
     contracts.check_equals_reference(model, reference, inputs, pad_token_id=0)
     contracts.check_image_matters(model, inputs)
+
+
+SHAPES = [(60, 90), (47, 31), (5, 5), (8, 260), (77, 13)]
+
+
+@pytest.mark.parametrize("size", SHAPES, ids=str)
+def test_fuyu_reads_pictures_as_the_reference_does(size: tuple[int, int], tmp_path: Path) -> None:
+    """Of any shape, also those that are shrunk, and where the folder has settings of its own."""
+    theirs = FuyuImageProcessorPil(
+        size={"height": 50, "width": 80}, patch_size={"height": 5, "width": 5}, image_std=0.3
+    )
+    theirs.save_pretrained(tmp_path)
+    shown = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    ours = image_processor_of(str(tmp_path), 5)([shown])
+    _, rows, columns = ours["image_grid_thw"][0].tolist()
+    pixels = torch.tensor(np.asarray(theirs([[shown]])["images"][0][0]))[:, : rows * 5, : columns * 5]
+    patches = (
+        pixels.unflatten(1, (rows, 5)).unflatten(3, (columns, 5)).permute(1, 3, 2, 4, 0).reshape(rows * columns, 75)
+    )
+    torch.testing.assert_close(ours["pixel_values"], patches.float(), atol=1e-6, rtol=0)
+    FuyuImageProcessorPil(padding_mode="edge").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"padding edge 1\.0 in preprocessor_config.json is not known here"):
+        image_processor_of(str(tmp_path), 5)
+
+
+@pytest.mark.parametrize("size", [(77, 13), (9, 40), (60, 90)], ids=str)
+def test_qwen2_vl_reads_pictures_as_the_reference_does(size: tuple[int, int], tmp_path: Path) -> None:
+    """Tokens, pixels and grids; a video or a picture too many is refused."""
+    images = _qwen2_vl_with_processor(tmp_path)
+    vlm = chiasm.load(tmp_path)
+    shown = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    ours, theirs = vlm.processor(images=[shown], messages=tiny.ask("What?")), images([shown], return_tensors="pt")
+    assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
+    torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"])
+    tokens = int(theirs["image_grid_thw"].prod()) // images.merge_size**2
+    assert int((ours["input_ids"] == vlm.model.config.image_token_id).sum()) == tokens
+    with pytest.raises(ValueError, match="reads pictures, and a video was given"):
+        vlm.processor(images=[np.zeros((4, 28, 28, 3), dtype=np.uint8)], messages=tiny.ask("What?"))
+    more = ours | {name: torch.cat([ours[name]] * 2) for name in ("pixel_values", "image_grid_thw")}
+    with pytest.raises(ValueError, match=r"1 picture.s. have placeholders in input_ids, but 2 were given"):
+        vlm.model.generate(**more, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -14,6 +14,7 @@ from PIL import Image
 import chiasm
 from chiasm.data.drawing import drawn
 from chiasm.data.schema import ImageRef, Sample
+from chiasm.evaluation.run_report import report_run
 from chiasm.training.log import read_log
 from chiasm.training.recipe import load_recipe
 
@@ -62,6 +63,8 @@ def test_both_stages(tmp_path: Path) -> None:
         assert torch.equal(tokenizer.get_parameter(name), before[name]) == name.startswith("language.")
         assert torch.equal(parameter, tokenizer.get_parameter(name)) == name.startswith("vision.")
     assert chiasm.load(result.model).draw("red", seed=0).size == (16, 16)
+    page = report_run(tmp_path / "run").read_text(encoding="utf-8")
+    assert "Drawn pictures" in page and 'class="drawn" src="data:image/webp' in page
 
 
 RESUMED = ["checkpoint_every=1", "validation.every=5", "stages.tokenizer.steps=40", "stages.unified.steps=30"]

@@ -9,7 +9,7 @@ from rich.markup import escape
 from chiasm.cli.app import Json, Model, app, emit, example, out, require_picture_name, require_words
 
 
-@app.command(epilog=example("chiasm draw runs/unified/model 'two red apples' -o apples.png"))
+@app.command(epilog=example("chiasm draw runs/unified/model 'Two apples on a blue background.' -o apples.png"))
 def draw(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)],

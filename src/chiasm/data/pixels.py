@@ -41,6 +41,11 @@ def read_pixels(image_processor: Any, flat: list[Any], counts: list[int], tiles:
     if keeps_sizes(image_processor):
         return _rows(image_processor, flat, counts, tiles)
     if tells_grids(image_processor):
+        if not getattr(image_processor, "reads_videos", False) and any(getattr(item, "ndim", 3) == 4 for item in flat):
+            raise ValueError(
+                f"{type(image_processor).__name__} reads pictures, and a video was given: show its frames as pictures, "
+                "or give the model pixel_values_videos and video_grid_thw"
+            )
         made = image_processor([opened(item) for item in flat], return_tensors="pt")
         named = {name: torch.as_tensor(made[name]) for name in ("pixel_values", "image_grid_thw")}
         return Pixels(named, [tuple(grid) for grid in named["image_grid_thw"].tolist()])

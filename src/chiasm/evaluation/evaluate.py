@@ -23,6 +23,7 @@ from chiasm.evaluation import captions
 from chiasm.evaluation.kept import KeptAnswers
 from chiasm.evaluation.metrics import METRICS, anls, contains, token_f1, tokens
 from chiasm.evaluation.skills import ALL, Row, summarise
+from chiasm.rgb import to_rgb
 from chiasm.sources.writing import whole_file
 
 Generate = Callable[[list[list[dict]], list[list[Image.Image]]], list[str]]
@@ -30,6 +31,7 @@ Progress = Callable[[int, int], None]
 
 CAPTION_WORDS = 5  # expected answers longer than this on average are captions
 ANNOTATORS = 10  # references per question from which on they are VQA's annotators, not synonyms
+SHEET = "sheet.png"
 RIGHT_ENOUGH = 0.5  # the score from which on an answer counts as correct where scores are fractions
 
 
@@ -87,7 +89,7 @@ class EvalResult:
         whole_file(folder / "results.jsonl", lines)
         rest = {key: value for key, value in vars(self).items() if key not in ("rows", "sheet")}
         if self.sheet is not None:
-            self.sheet.save(folder / "sheet.png")
+            self.sheet.save(folder / SHEET)
         text = json.dumps(rest, ensure_ascii=False, allow_nan=False, indent=2)
         whole_file(folder / "summary.json", text + "\n")
         return folder
@@ -98,7 +100,8 @@ class EvalResult:
         folder = Path(folder)
         lines = (folder / "results.jsonl").read_text(encoding="utf-8").split("\n")
         rest = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        return cls(rows=[json.loads(line) for line in lines if line], **rest)
+        sheet = to_rgb(Image.open(folder / SHEET)) if (folder / SHEET).is_file() else None
+        return cls(rows=[json.loads(line) for line in lines if line], **rest, sheet=sheet)
 
 
 def evaluate(

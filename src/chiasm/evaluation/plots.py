@@ -238,9 +238,11 @@ def thumbnail(images: Pictures, sample_id: str, among: int = 1) -> str | None:
         return None
     if picture is None:
         return None
-    picture = to_rgb(picture)
-    budget = _PICTURE_BUDGET // max(among, MAX_PICTURES // 2)
-    size = _PICTURE_PIXELS
+    return embedded(to_rgb(picture), _PICTURE_PIXELS, _PICTURE_BUDGET // max(among, MAX_PICTURES // 2))
+
+
+def embedded(picture: Image.Image, size: int, budget: int = _PICTURE_BUDGET) -> str:
+    """A picture as a WebP data URI of at most `size` pixels a side and `budget` bytes before base64."""
     while True:
         small = picture.copy()
         small.thumbnail((size, size), Image.Resampling.LANCZOS)

@@ -13,12 +13,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.format import amount, clip, count, duration, percent, percent_range
 from chiasm.evaluation.plots import (
     MAX_PICTURES,
     Pictures,
+    embedded,
     gate_openness,
     loss_curves,
     skill_curves,
@@ -30,6 +32,8 @@ from chiasm.evaluation.skills import ALL, Row
 from chiasm.sources.writing import naming_full_disk
 
 Event = Mapping[str, Any]
+ANSWERED = "contains"
+"""What the summary of questions has, and that of retrieval, labels and drawings has not."""
 
 INFO: dict[str, str] = {
     "title": "the run's name",
@@ -63,6 +67,7 @@ def write_report(
     result: EvalResult | None,
     info: Mapping[str, Any],
     images: Pictures = lambda sample_id: None,
+    drawn: Image.Image | None = None,
 ) -> Path:
     """Write the page to `path` and return it.
 
@@ -71,6 +76,7 @@ def write_report(
         result: what `evaluate` gave, or None.
         info: any of the keys of `INFO`.
         images: a sample's id → its picture, or None where it has none. One that cannot be read leaves a blank.
+        drawn: pictures that the model drew, beside the true ones; by default those of the result.
 
     Raises:
         ValueError: `info` has an unknown key.
@@ -81,6 +87,8 @@ def write_report(
     for stage in stages:
         _refuse_unknown("info['stages']", stage, STAGE)
     learning = _learning(log)
+    drawn = result.sheet if result and result.sheet else drawn
+    answered = bool(result and result.summary and ANSWERED in result.summary[-1])
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -99,12 +107,14 @@ def write_report(
         skills_over_time=Markup(skill_curves(skill_progress(log)) or ""),
         forgotten=forgetting_table(log),
         summary=result.summary if result else [],
-        total=result.summary[-1] if result and result.summary else None,
-        verdict=_verdict(result.summary[-1]) if result and result.summary else None,
+        answered=answered,
+        total=result.summary[-1] if result and answered else None,
+        verdict=_verdict(result.summary[-1]) if result and answered else None,
+        drawn=None if drawn is None else embedded(drawn, drawn.width),
         notes=_notes(result) if result else [],
         skills_plot=Markup(skill_intervals(result.summary) or "") if result else "",
         percent_range=percent_range,
-        wall=_wall(result.rows, images) if result else [],
+        wall=_wall(result.rows, images) if result and answered else [],
         followed=_followed(log, images),
         timings=_timings(info.get("timings") or {}),
     )
@@ -255,12 +265,12 @@ def _notes(result: EvalResult) -> list[str]:
         notes.append("Captions are scored by token F1, from 0 to 100; an answer counts as right from 50 on.")
     if "vqa_accuracy" in metrics:
         notes.append("Questions with ten annotators are scored by VQA accuracy.")
-    controlled = [row for row in result.summary if row["skill"] != ALL and row["gain_low"] is not None]
+    controlled = [row for row in result.summary if row["skill"] != ALL and row.get("gain_low") is not None]
     unseen = [row["skill"] for row in controlled if row["gain_low"] <= 0]
     if unseen:
         notes.append(f"No evidence yet that the picture helps with: {', '.join(unseen)}.")
     total = result.summary[-1] if result.summary else None
-    if total and total["contains"] > total["accuracy"] + 0.05:
+    if total and total.get(ANSWERED, 0) > total["accuracy"] + 0.05:
         share = percent(total["contains"])
         notes.append(f"{share} of the answers contain the expected words: some of those counted wrong only say more.")
     return notes

@@ -1,5 +1,6 @@
 """`chiasm report RUN`: the report of a run's folder as it stands, whether it is finished, stopped or still going on."""
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from chiasm.data.schema import Samples
 from chiasm.data.splits import ids_of
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.report import write_report
+from chiasm.rgb import to_rgb
 from chiasm.training.log import read_log
-from chiasm.training.run import LOCK, LOG, MODEL
+from chiasm.training.run import DRAWN, LOCK, LOG, MODEL
 
 EVALUATION = "evaluation"
 
@@ -37,7 +39,9 @@ def report_run(
     log = read_log(run / LOG)
     folder = Path(evaluation) if evaluation is not None else run / EVALUATION
     result = EvalResult.load(folder) if evaluation is not None or (folder / "results.jsonl").is_file() else None
-    return write_report(output or run / "report.html", log, result, _info(run, log), _picture_of(data))
+    page, drawn = output or run / "report.html", run / DRAWN
+    sheet = to_rgb(Image.open(drawn)) if drawn.is_file() else None
+    return write_report(page, log, result, _info(run, log), _picture_of(data), sheet)
 
 
 def status(run: Path, log: Sequence[Mapping[str, Any]]) -> str:
@@ -74,6 +78,7 @@ def _info(run: Path, log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "title": run.resolve().name,
         **start.get("model", {}),
         "parameters": parameters,
+        "command": f"chiasm chat {shlex.quote(str(run / MODEL))} picture.jpg",
         "timings": {event["stage"]: event["seconds"] for event in log if event["event"] == "stage_end"},
         "data": f"{status(run, log)}{samples}",
         "machine": f"{start['device']}, torch {start['torch']}" if "device" in start else None,

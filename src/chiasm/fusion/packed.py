@@ -193,5 +193,7 @@ def _repeated(pixels: Tensor, grids: Tensor, tokens: list[int], block: int, time
             count -= len(patches[next_picture]) // block
             next_picture += 1
         groups += [range(first, next_picture)] * times
+    if next_picture < len(patches):
+        raise ValueError(f"{next_picture} picture(s) have placeholders in input_ids, but {len(patches)} were given")
     order = [picture for group in groups for picture in group]
     return torch.cat([patches[picture] for picture in order]), grids[order]

@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from chiasm.data.chat import Message
 from chiasm.data.drawing import request
 from chiasm.data.unified import UnifiedProcessor
+from chiasm.fusion.prefix import with_suffix
 from chiasm.fusion.unified import UnifiedModel
 
 
@@ -74,15 +76,13 @@ def draw_codes(
     inputs = processor(messages=asked)
     ids = inputs["input_ids"].to(model.device)
     begin = torch.tensor([[model.settings.begin_token_id]] * len(asked), device=ids.device)
-    ids, mask = (
-        torch.cat([ids, begin], dim=1),
-        torch.nn.functional.pad(inputs["attention_mask"].to(ids.device), (0, 1), value=1),
-    )
+    ids, mask = torch.cat([ids, begin], dim=1), F.pad(inputs["attention_mask"].to(ids.device), (0, 1), value=1)
+    types = with_suffix(inputs["token_type_ids"].to(ids.device), 1) if "token_type_ids" in inputs else None
     generator = None if brush.seed is None else torch.Generator(ids.device).manual_seed(brush.seed)
     first, count = int(model.settings.code_ids), model.vision.num_codes  # type: ignore[arg-type]
     places = model.num_image_tokens
     whole_ids = torch.cat([ids, ids.new_full((len(asked), places), first)], dim=1)
-    whole_mask = torch.nn.functional.pad(mask, (0, places), value=1)
+    whole_mask = F.pad(mask, (0, places), value=1)
     positions = model.whole_positions(whole_ids, None, whole_mask)
     positions = positions if len(positions) > 1 else positions[0]
     chosen: list[Tensor] = []
@@ -93,6 +93,7 @@ def draw_codes(
             input_ids=step,
             attention_mask=whole_mask[:, :stop],
             position_ids=positions[..., start:stop],
+            token_type_ids=types if cache is None else None,
             cache=cache,
             use_cache=True,
             logits_to_keep=1,

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, FuyuConfig
+from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.unified import UnifiedProcessor
@@ -18,7 +20,7 @@ PARTS = {"vision_embed_tokens": "vision.projection"}
 """The name up to v4.51; later ones have `model.` in front, and the language model without its own prefix and head."""
 
 PATCH_TOKEN, ROW_TOKEN = "|SPEAKER|", "|NEWLINE|"
-LARGEST = {"height": 1080, "width": 1920}
+STEPS = ("do_resize", "do_pad", "do_rescale", "do_normalize")
 
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
@@ -73,5 +75,21 @@ def _processor(source: str, model: UnifiedModel) -> UnifiedProcessor:
     tokenizer: Any = load_tokenizer(source)
     settings, _ = ChiasmProcessor.get_processor_dict(source)
     tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template or TEMPLATE
-    images = PatchImageProcessor(model.vision.config.patch_size, max_patches=None, max_size=LARGEST)
+    images = image_processor_of(source, model.vision.config.patch_size)
     return UnifiedProcessor(images, tokenizer, row_token=ROW_TOKEN, image_token=PATCH_TOKEN, text_is_message=True)
+
+
+def image_processor_of(source: str, patch_size: int) -> PatchImageProcessor:
+    """The reference's, whose pictures lie on almost black: it pads pixels before they become values from 0 to 1."""
+    theirs = FuyuImageProcessorPil.from_pretrained(source)
+    if off := [step for step in STEPS if not getattr(theirs, step)]:
+        raise ValueError(f"{off[0]} in preprocessor_config.json is off, which is not known here")
+    if theirs.padding_mode != "constant" or not 0 <= theirs.padding_value <= 255:
+        padding = f"{theirs.padding_mode} {theirs.padding_value}"
+        raise ValueError(
+            f"padding {padding} in preprocessor_config.json is not known here, expected constant, 0 to 255"
+        )
+    mean, std = (np.broadcast_to(values, 3).tolist() for values in (theirs.image_mean, theirs.image_std))
+    size = {"height": theirs.size["height"], "width": theirs.size["width"]}
+    shown = {"image_mean": mean, "image_std": std, "padding": theirs.padding_value, "resample": theirs.resample}
+    return PatchImageProcessor(patch_size, max_patches=None, max_size=size, **shown)

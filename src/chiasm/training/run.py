@@ -40,6 +40,8 @@ from chiasm.training.tensor_files import SUFFIX
 from chiasm.training.trackers import open_trackers, require_trackers
 
 RECIPE, LOG, MODEL, CHECKPOINTS, LOCK = "recipe.yaml", "log.jsonl", "model", "checkpoints", ".lock"
+DRAWN = "drawn.png"
+"""Pictures that the last validation drew, beside the true ones."""
 
 
 @dataclass

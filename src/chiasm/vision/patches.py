@@ -83,10 +83,13 @@ class PatchImageProcessor(BaseImageProcessor):
         max_size: `{"height": ..., "width": ...}` that a picture is shrunk to fit into, its aspect ratio kept.
         size: `{"height": ..., "width": ...}` that every picture is resized to, where sizes shall not be kept.
         image_mean, image_std: per channel, of values from 0 to 1.
+        padding: the value, from 0 to 255, of what a picture lacks on the right and below.
+        resample: how pictures are resized, as Pillow numbers it.
     """
 
     model_input_names = ["pixel_values", "image_grid_thw"]  # noqa: RUF012  (transformers declares it so)
     valid_kwargs = PatchImagesKwargs
+    reads_videos = True
 
     def __init__(
         self,
@@ -96,6 +99,8 @@ class PatchImageProcessor(BaseImageProcessor):
         size: dict[str, int] | None = None,
         image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5),
         image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5),
+        padding: int = 255,
+        resample: int = Image.Resampling.BICUBIC,
         **kwargs: Any,
     ) -> None:
         if unknown := sorted(set(kwargs) - set(MACHINERY_KEYS)):
@@ -106,6 +111,7 @@ class PatchImageProcessor(BaseImageProcessor):
         self.patch_size, self.max_patches = patch_size, max_patches
         self.max_size, self.size = max_size, size
         self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.padding, self.resample = int(padding), int(resample)
 
     def preprocess(self, images: Any, return_tensors: str = "pt", **overrides: Any) -> BatchFeature:
         """Patches of one picture or a list of them; an array or tensor with four dimensions is a video's frames."""
@@ -147,12 +153,12 @@ class PatchImageProcessor(BaseImageProcessor):
         return height, width
 
     def _patches(self, picture: Image.Image, grid: tuple[int, int, int]) -> Float[Tensor, "P pixels"]:
-        """One frame's patches in raster order, channels last; what a picture lacks on the right and below is white."""
+        """One frame's patches in raster order, channels last."""
         (_, rows, columns), side = grid, self.patch_size
         height, width = self._resized(picture)
         if (picture.height, picture.width) != (height, width):
-            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        canvas = np.full((rows * side, columns * side, 3), 255, dtype=np.uint8)
+            picture = picture.resize((width, height), Image.Resampling(self.resample))
+        canvas = np.full((rows * side, columns * side, 3), self.padding, dtype=np.uint8)
         canvas[:height, :width] = np.asarray(picture)[: rows * side, : columns * side]
         mean, std = (torch.tensor(values, dtype=torch.float32) for values in (self.image_mean, self.image_std))
         values = (torch.from_numpy(canvas).float() / 255 - mean) / std
