@@ -113,12 +113,12 @@ class QdrantIndex(Index):
         for start in range(0, len(points), step):
             part = points[start : start + step]
             names = [name for record in records[start : start + step] for name in gone.get(record["id"], ())]
-            left = [_point(name) for name in names if name not in stored]
+            left = [name for name in names if name not in stored]
             if not left:
                 self.client.upsert(self.collection, part, wait=True)
                 continue
             upsert = models.UpsertOperation(upsert=models.PointsList(points=part))
-            delete = models.DeleteOperation(delete=models.PointIdsList(points=left))
+            delete = models.DeleteOperation(delete=models.PointIdsList(points=[_point(name) for name in left]))
             self.client.batch_update_points(self.collection, [upsert, delete], wait=True)
 
     def _vectors(self, ids: Sequence[str]) -> Float[Tensor, "rows K D"]:
