@@ -3,9 +3,10 @@
 Vectors are random (Gaussian, the hardest for codes), or like embeddings: a mean, a spectrum that decays, clusters. The
 peer is measured as it comes and with its threshold for matrix products lowered to 20 queries, which suits batches.
 Recall is against float64 products. Memory is what the process holds after the last block, split into its own and pages
-of files.
+of files. With --large, more vectors than are searched exactly: the approximate search against the same exact peer.
 
-    python benchmarks/retrieval.py [--quick] [--rows 100000] [--width 512] [--threads 1 2] [--batches 1 64]
+    python benchmarks/retrieval.py [--quick] [--rows 100000 | --large 300000] [--width 512] [--threads 1 2]
+        [--batches 1 64]
 """
 
 import argparse
@@ -26,7 +27,8 @@ from measure import Block, Gate, Worker, foreign_text, in_turns, machine, quiet,
 
 KINDS = ("random", "embeddings")
 OURS, PLAIN, BLAS = "chiasm", "faiss.IndexFlatIP", "faiss.IndexFlatIP, matrix products"
-SIDES = (OURS, PLAIN, BLAS)
+APPROXIMATE = "chiasm, approximate"
+SIDES, LARGE_SIDES = (OURS, PLAIN, BLAS), (APPROXIMATE, PLAIN, BLAS)
 K, QUERIES = 10, 256
 HEADER = """\
 | vectors | threads | at once | side | ms a query | queries/s | Chiasm is faster | recall@10 | own MB | file MB |
@@ -56,14 +58,15 @@ def write(folder: Path, kind: str, rows: int, width: int) -> None:
 
 def searcher(name: str, folder: Path) -> Callable[[Tensor], list[list[int]]]:
     """A function from queries to the rows that were found."""
-    index = Index.open(folder, way="exact", verify=False)
+    index = Index.open(folder, way="faiss" if name == APPROXIMATE else "exact", verify=False)
     assert isinstance(index, FolderIndex)
-    if name == OURS:
+    if name != OURS:
+        import faiss
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+    if name in (OURS, APPROXIMATE):
         index.prepare()
         return lambda queries: [[int(hit.id) for hit in hits] for hits in index.search_vectors(queries, K)]
-    import faiss
-
-    faiss.omp_set_num_threads(torch.get_num_threads())
     flat = faiss.IndexFlatIP(index.state.shape[1])
     flat.add(index.state.parts[0][:, 0])
     if name == BLAS:
@@ -105,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one kind of vectors, one thread, three rounds")
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--large", type=int, help="so many vectors in place of --rows, searched approximately")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -114,21 +118,22 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.kinds, options.threads, options.rounds = options.kinds[-1:], options.threads[:1], 3
-    print(f"{options.rows:,} x {options.width}; {machine(max(options.threads))}\n\n{HEADER}")
+    rows, sides = (options.large, LARGE_SIDES) if options.large else (options.rows, SIDES)
+    print(f"{rows:,} x {options.width}; {machine(max(options.threads))}\n\n{HEADER}")
     foreign: list[Block] = []
     for kind in options.kinds:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "index"
-            write(folder, kind, options.rows, options.width)
-            rows = vectors(kind, options.rows, options.width, seed=0)
+            write(folder, kind, rows, options.width)
+            held = vectors(kind, rows, options.width, seed=0)
             queries = vectors(kind, QUERIES, options.width, seed=1)[:64]
-            truth = torch.cat([queries.double() @ part.double().T for part in rows.split(10_000)], dim=1)
+            truth = torch.cat([queries.double() @ part.double().T for part in held.split(10_000)], dim=1)
             np.save(folder / "truth.npy", truth.topk(K).indices.numpy())
             for threads in options.threads:
                 for batch in options.batches:
                     workers = {
                         one: Worker(side, one, folder, kind, options.width, batch, options.seconds, threads=threads)
-                        for one in SIDES
+                        for one in sides
                     }
                     blocks = in_turns(workers, options.rounds)
                     for worker in workers.values():
@@ -138,7 +143,7 @@ def main() -> None:
                         kept = list(quiet(measured))
                         seconds = median(kept, "seconds")
                         cells = [kind, threads, batch, one, f"{seconds * 1000:.2f}", f"{1 / seconds:.0f}"]
-                        faster = "" if one == OURS else f"**{ratio(blocks[OURS], measured):.2f}**"
+                        faster = "" if one == sides[0] else f"**{ratio(blocks[sides[0]], measured):.2f}**"
                         cells += [faster, f"{measured[0].result['recall']:.4f}"]
                         cells += [f"{median(kept, key) / 1e6:.0f}" for key in ("own", "files")]
                         print(f"| {' | '.join(map(str, cells))} |", flush=True)

@@ -26,8 +26,13 @@ def vector(name: str) -> np.ndarray:
     return np.random.default_rng(int(name)).standard_normal((2, WIDTH)).astype("f4")
 
 
+def shows(record: dict[str, str]) -> str:
+    """Whose vector it is: that of another name where it was moved."""
+    return record.get("shows", record["id"])
+
+
 def write_for_ever(folder: Path, journal: Path, seed: int) -> None:
-    """Adds, replaces, deletes and compacts, until the end."""
+    """Adds, replaces, moves, deletes and compacts, until the end."""
     rng, store = random.Random(seed), Store(folder)
     with journal.open("a") as file:
 
@@ -41,15 +46,20 @@ def write_for_ever(folder: Path, journal: Path, seed: int) -> None:
             with store.writing():
                 state = store.snapshot()
                 rows = [row for row in range(len(state)) if state.live[row]]
-                gone = rng.sample(rows, min(len(rows), rng.randrange(3)))
+                kind = rng.choice(["add", "add", "move", "delete", "compact"])
+                gone = rng.sample(rows, min(len(rows), 1 if kind == "move" else rng.randrange(3)))
                 deleted = [state.records[row]["id"] for row in gone]
-                kind = rng.choice(["add", "add", "delete", "compact"])
-                new = [str(number := number + 1) for _ in range(rng.randrange(1, 6))] if kind == "add" else []
+                count = {"add": rng.randrange(1, 6), "move": len(gone)}.get(kind, 0)
+                new = [str(number := number + 1) for _ in range(count)]
                 if kind == "compact":
                     deleted = []
                 say(event="begin", new=new, deleted=deleted)
                 if kind == "add":
                     store.append([{"id": name} for name in new], np.stack(list(map(vector, new))), gone)
+                elif kind == "move" and gone:
+                    shown = [shows(state.records[row]) for row in gone]
+                    records = [{"id": name, "shows": other} for name, other in zip(new, shown, strict=True)]
+                    store.append(records, state.take(np.array(gone)), gone)
                 elif kind == "delete":
                     store.delete(gone)
                 else:
@@ -74,7 +84,7 @@ def expected(journal: Path) -> list[set[str]]:
 def live(state: Snapshot) -> set[str]:
     names = {record["id"] for row, record in enumerate(state.records) if state.live[row]}
     for row in np.flatnonzero(state.live):
-        assert np.array_equal(state.take(np.array([row]))[0], vector(state.records[row]["id"])), "a wrong vector"
+        assert np.array_equal(state.take(np.array([row]))[0], vector(shows(state.records[row]))), "a wrong vector"
     return names
 
 

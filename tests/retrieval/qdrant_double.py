@@ -92,6 +92,12 @@ def _delete(client: QdrantClient, name: str, body: Any) -> Any:
     return {"operation_id": 0, "status": "completed"}
 
 
+def _batch(client: QdrantClient, name: str, body: Any) -> Any:
+    asked = rest.UpdateOperations.model_validate(body)
+    client.batch_update_points(name, asked.operations)
+    return [{"operation_id": 0, "status": "completed"} for _ in asked.operations]
+
+
 COLLECTION = r"/collections/([^/]+)"
 CALLS: list[tuple[str, str, Callable[[QdrantClient, str, Any], Any]]] = [
     ("GET", rf"{COLLECTION}/exists", lambda client, name, _: {"exists": client.collection_exists(name)}),
@@ -103,6 +109,7 @@ CALLS: list[tuple[str, str, Callable[[QdrantClient, str, Any], Any]]] = [
     ("PUT", rf"{COLLECTION}/points", _upsert),
     ("POST", rf"{COLLECTION}/points", _retrieve),
     ("POST", rf"{COLLECTION}/points/delete", _delete),
+    ("POST", rf"{COLLECTION}/points/batch", _batch),
 ]
 
 

@@ -1,6 +1,7 @@
 """`chiasm index` and `chiasm search`: pictures found by text or by picture."""
 
 import os.path
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,6 +114,9 @@ def search(
     exclude_self: Annotated[
         bool, typer.Option("--exclude-self", help="With --image: leave out the very same picture.")
     ] = False,
+    copies: Annotated[
+        bool, typer.Option("--copies", help="Show the very same picture under each of its ids, not once.")
+    ] = False,
     sheet: Annotated[Path | None, typer.Option(help="Write a PNG that shows the pictures.")] = None,
     other_model: OtherModel = None,
     as_json: Json = False,
@@ -134,9 +138,9 @@ def search(
     opened = _opened(location, other_model)
     if image is not None:
         picture = ImageRef.of(image, max_pixels=ANY_SIZE)
-        hits = opened.search_images([picture], k, where, exclude_self)[0]
+        hits = opened.search_images([picture], k, where, exclude_self, copies)[0]
     else:
-        hits = opened.search(str(query), k, where)
+        hits = opened.search(str(query), k, where, copies)
     if sheet is not None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(hits).save(sheet)
@@ -167,8 +171,7 @@ def _add(opened: Any, items: Any, skip_bad: bool, batch_size: int, as_json: bool
         except (ImageError, SampleError) as error:
             raise ValueError(f"{error}; --skip-bad leaves such pictures out") from error
     if as_json:
-        told = {"added": report.added, "replaced": report.replaced, "unchanged": report.unchanged, "bad": report.bad}
-        return emit(told | {"left_out": items.left_out})
+        return emit(asdict(report) | {"left_out": items.left_out})
     if items.left_out:
         left_out = f"{in_words(items.left_out)}, which Pillow does not read; convert them"
         err.print(f"left out: {left_out}", soft_wrap=True, highlight=False)

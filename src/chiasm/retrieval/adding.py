@@ -1,7 +1,7 @@
 """What an addition does with each picture: encode it, store its metadata anew, leave it as it is, or refuse it."""
 
+import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -19,50 +19,54 @@ COMMIT_ITEMS, COMMIT_SECONDS = 512, 10.0
 Record = dict[str, Any]
 
 
-@dataclass
 class Known:
     """What an index holds, by id and by content, while it is written."""
 
-    records: dict[str, Record]
-    keys: Counter[str]
-
-    @classmethod
-    def of(cls, records: Iterable[Record]) -> "Known":
-        by_id = {record["id"]: record for record in records}
-        return cls(by_id, Counter(record["key"] for record in by_id.values()))
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.records: dict[str, Record] = {}
+        self.holders: dict[str, list[str]] = {}
+        for record in records:
+            self.note(record)
 
     def note(self, record: Record) -> None:
-        if record["id"] in self.records:
-            old = self.records[record["id"]]["key"]
-            self.keys[old] -= 1
-            if not self.keys[old]:
-                del self.keys[old]
+        self.forget(record["id"])
         self.records[record["id"]] = record
-        self.keys[record["key"]] += 1
+        self.holders.setdefault(record["key"], []).append(record["id"])
+
+    def forget(self, name: str) -> None:
+        if (old := self.records.pop(name, None)) is None:
+            return
+        self.holders[old["key"]].remove(name)
+        if not self.holders[old["key"]]:
+            del self.holders[old["key"]]
+
+
+@dataclass(frozen=True)
+class Reused:
+    """A record to store with the vectors of the picture `of`, which has the same content; those that are gone go."""
+
+    record: Record
+    of: str
+    gone: tuple[str, ...] = ()
 
 
 @dataclass
 class Pending:
-    """Pictures that are looked at but not yet on disk."""
+    """Pictures that are looked at but not yet on disk: records, their vectors, and ids that go by a new one's id."""
 
     records: list[Record] = field(default_factory=list)
     vectors: list[Tensor] = field(default_factory=list)
+    by_content: dict[str, Tensor] = field(default_factory=dict)
+    gone: dict[str, tuple[str, ...]] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
+
+    def hold(self, records: Sequence[Record], vectors: Tensor) -> None:
+        self.records += records
+        self.vectors.append(vectors)
+        self.by_content |= {record["key"]: rows for record, rows in zip(records, vectors, strict=True)}
 
     def due(self) -> bool:
         return len(self.records) >= COMMIT_ITEMS or time.monotonic() - self.since > COMMIT_SECONDS
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What becomes of a picture: the field of the report, and whether it is encoded and stored."""
-
-    report: str
-    encode: bool
-    store: bool
-
-
-UNCHANGED = Kind("unchanged", False, False)
 
 
 class Intake:
@@ -77,17 +81,18 @@ class Intake:
     def __init__(self, known: Known, skip_bad: bool, prepare: Callable[[Image.Image], Any]) -> None:
         self.known, self.skip_bad, self.prepare, self.report = known, skip_bad, prepare, Added()
         self.taken: dict[str, Record] = {}
+        self.moving: dict[str, int] = {}
 
     def sort(
         self, chunk: Sequence[Item | SampleError], pool: Executor
-    ) -> tuple[list[tuple[Record, Any]], list[Record]]:
+    ) -> tuple[list[tuple[Record, Any]], list[Reused]]:
         """Records and prepared pictures to encode, and records to store with the vectors that are there.
 
         Raises:
             ImageError, SampleError or ValueError: a picture cannot be read, or its id stands for another one.
         """
         new: list[tuple[Record, Any]] = []
-        old: list[Record] = []
+        old: list[Reused] = []
         for item, (record, image, error) in zip(chunk, pool.map(self._look, chunk), strict=True):
             error = error or self._clash(record)
             if error is not None:
@@ -95,15 +100,20 @@ class Intake:
                     raise error
                 self.report.bad[item.sample_id if isinstance(item, SampleError) else item.id] = str(error)
                 continue
-            kind = UNCHANGED if record["id"] in self.taken else self._kind(record)
+            same = record["id"] in self.taken or record == self.known.records.get(record["id"])
             self.taken[record["id"]] = record
-            getattr(self.report, kind.report).append(record["id"])
-            if kind.encode and not isinstance(item, SampleError):
+            if same:
+                self.report.unchanged.append(record["id"])
+                continue
+            reused = self._reused(record)
+            getattr(self.report, self._kind(record, reused)).append(record["id"])
+            if reused is not None:
+                old.append(reused)
+            elif not isinstance(item, SampleError):
                 new.append((record, self.prepare(item.image.load()) if image is None else image))
-            elif kind.store:
-                old.append(record)
-            if kind.store:
-                self.known.note(record)
+            for name in () if reused is None else reused.gone:
+                self.known.forget(name)
+            self.known.note(record)
         return new, old
 
     def _look(self, item: Item | SampleError) -> tuple[Record, Any, ValueError | None]:
@@ -112,7 +122,7 @@ class Intake:
             return {}, None, item
         try:
             record = item.record()
-            return record, None if record["key"] in self.known.keys else self.prepare(item.image.load()), None
+            return record, None if record["key"] in self.known.holders else self.prepare(item.image.load()), None
         except ImageError as error:
             return {}, None, error
 
@@ -125,10 +135,32 @@ class Intake:
             return ValueError(f"picture {record['id']!r} comes twice, with different metadata; keep one of them")
         return None
 
-    def _kind(self, record: Record) -> Kind:
-        old = self.known.records.get(record["id"])
-        if record["key"] not in self.known.keys or (old is not None and old["key"] != record["key"]):
-            return Kind("added" if old is None else "replaced", True, True)
-        if old is None or old == record:
-            return UNCHANGED
-        return Kind("replaced", False, True)
+    def _reused(self, record: Record) -> Reused | None:
+        """Whose vectors a picture takes, and whose place; None where its content is new."""
+        name, key = record["id"], record["key"]
+        if key not in self.known.holders:
+            return None
+        if self.known.records.get(name, {}).get("key") == key:
+            return Reused(record, name)
+        holders, gone = self.known.holders[key], []
+        if key not in self.moving:
+            gone = [one for one in holders if one not in self.taken and _is_gone(self.known.records[one])]
+            self.moving[key] = len(gone)
+        return Reused(record, holders[0], tuple(gone))
+
+    def _kind(self, record: Record, reused: Reused | None) -> str:
+        """The field of the report; of so many files that are gone, as many pictures have moved."""
+        if reused is not None and reused.of != record["id"] and self.moving[record["key"]]:
+            self.moving[record["key"]] -= 1
+            return "moved"
+        return "replaced" if record["id"] in self.known.records else "added"
+
+
+def _is_gone(record: Record) -> bool:
+    """Whether a picture's file is not there any more; one that cannot be looked at may be."""
+    try:
+        return record["path"] is not None and not os.stat(record["path"])
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False

@@ -5,7 +5,7 @@ What faiss built is kept beside the segments, so it is trained once; rows that c
 
 import importlib
 import json
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from chiasm.retrieval.scan import Found, best
-from chiasm.retrieval.store import Snapshot
+from chiasm.retrieval.store import Snapshot, Store
 
 KEPT = "faiss.index"
 TRAINED_ON = 64
@@ -83,24 +83,23 @@ class FaissSearch:
         for part in self.state.parts[len(known) :]:
             index.add(part.reshape(-1, part.shape[2]))
         if names != known and self.folder is not None:
-            temporary = self.folder / f"{KEPT}.{os.getpid()}.new"
-            body = faiss.serialize_index(index)
-            head = json.dumps({"segments": names, "bytes": len(body)})
-            with temporary.open("wb") as file:
-                file.write(head.encode() + b"\n")
-                body.tofile(file)
-            os.replace(temporary, self.folder / KEPT)
+            said = json.dumps(names).encode() + b"\n"
+            with suppress(OSError):  # a folder that cannot be written to is searched all the same
+                Store(self.folder).keep(KEPT, said, faiss.serialize_index(index))
         return index
 
     def _kept(self) -> tuple[Any, list[str]]:
+        """What is beside the segments and which of them it holds; nothing where it is not whole."""
         import faiss
 
-        if self.folder is None or not (self.folder / KEPT).is_file():
+        whole = None if self.folder is None else Store(self.folder).kept(KEPT)
+        if whole is None:
             return None, []
-        with (self.folder / KEPT).open("rb") as file:
-            head = json.loads(file.readline())
-            body = np.fromfile(file, np.uint8)
-        return (faiss.deserialize_index(body), head["segments"]) if len(body) == head["bytes"] else (None, [])
+        said, body = whole
+        try:
+            return faiss.deserialize_index(body), json.loads(said)
+        except (RuntimeError, AssertionError):
+            return None, []
 
     def _trained(self) -> Any:
         import faiss

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from chiasm.retrieval.adding import Known
 from chiasm.retrieval.approximate import FaissSearch, installed
-from chiasm.retrieval.index import Conditions, Index
+from chiasm.retrieval.index import Conditions, Gone, Index
 from chiasm.retrieval.records import Encoder, Hit
 from chiasm.retrieval.scan import ExactScan
 from chiasm.retrieval.store import Store
@@ -61,9 +62,7 @@ class FolderIndex(Index):
         """Readies the search for many queries; by itself that happens after some hundred."""
         self._searcher().prepare()
 
-    def search_vectors(self, vectors: Float[Tensor, "B D"], k: int = 10, where: Conditions = None) -> list[list[Hit]]:
-        if k < 1:
-            raise ValueError(f"k is {k}, expected at least 1")
+    def _nearest(self, vectors: Float[Tensor, "B D"], k: int, where: Conditions) -> list[list[Hit]]:
         keep = self._keep(conditions(where))
         if len(self) and vectors.shape[1] != self.state.shape[1]:
             raise ValueError(f"vectors are {vectors.shape[1]} wide, the index holds {self.state.shape[1]}")
@@ -116,18 +115,22 @@ class FolderIndex(Index):
             self._row_of = {self.state.records[row]["id"]: row for row in rows}
             self._count = len(self.state)
             try:
-                yield Known.of(self.state.records[row] for row in rows)
+                yield Known(self.state.records[row] for row in rows)
             finally:
                 self.refresh()
 
-    def _append(self, records: list[dict[str, Any]], vectors: Float[Tensor, "rows K D"]) -> None:
-        gone = [row for record in records if (row := self._row_of.get(record["id"])) is not None]
-        self.store.append(records, vectors.numpy(), gone)
+    def _append(self, records: list[dict[str, Any]], vectors: Float[Tensor, "rows K D"], gone: Gone) -> None:
+        names = [*(record["id"] for record in records), *chain.from_iterable(gone.values())]
+        rows = [row for name in names if (row := self._row_of.pop(name, None)) is not None]
+        self.store.append(records, vectors.numpy(), rows)
         self._row_of |= {record["id"]: self._count + place for place, record in enumerate(records)}
         self._count += len(records)
 
     def _vectors(self, ids: Sequence[str]) -> Float[Tensor, "rows K D"]:
-        return torch.from_numpy(self.state.take(np.array([self._row_of[name] for name in ids])))
+        rows = np.array([self._row_of[name] for name in ids])
+        if rows.max() >= len(self.state):
+            self.refresh()
+        return torch.from_numpy(self.state.take(rows))
 
     def _remove(self, ids: Sequence[str]) -> None:
         self.store.delete(self._row_of[name] for name in ids)

@@ -1,7 +1,7 @@
 """`Index`: pictures that are found by text or by picture; in a folder, or on a Qdrant server behind the same calls."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -13,18 +13,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chiasm.data.schema import ImageRef, SampleError
-from chiasm.retrieval.adding import Intake, Known, Pending
+from chiasm.retrieval.adding import Intake, Known, Pending, Reused
 from chiasm.retrieval.preparation import Preparation, difference, preparation_of
-from chiasm.retrieval.records import Added, Encoder, Hit, Item
+from chiasm.retrieval.records import Added, Encoder, Hit, Item, distinct, merged
 from chiasm.retrieval.where import Where, conditions
 from chiasm.training.fingerprint import model_fingerprint
 
 THREADS = 4
+MORE = 4
+"""So many times the records are asked for again where too many were copies."""
 NOWHERE = "in memory"
 """Source of a model that was not loaded from anywhere."""
 
 Conditions = str | Where | Sequence[str | Where] | None
 Progress = Callable[[int], None]
+Gone = Mapping[str, Sequence[str]]
 
 
 class Index(ABC):
@@ -146,32 +149,65 @@ class Index(ABC):
             self._finish()
         return intake.report
 
-    def search(self, text: str, k: int = 10, where: Conditions = None) -> list[Hit]:
+    def search(self, text: str, k: int = 10, where: Conditions = None, copies: bool = False) -> list[Hit]:
         """The k pictures that go best with a text, best first."""
-        return self.search_texts([text], k, where)[0]
+        return self.search_texts([text], k, where, copies)[0]
 
-    def search_texts(self, texts: Sequence[str], k: int = 10, where: Conditions = None) -> list[list[Hit]]:
+    def search_texts(
+        self, texts: Sequence[str], k: int = 10, where: Conditions = None, copies: bool = False
+    ) -> list[list[Hit]]:
         """The k best pictures of every text."""
-        return self.search_vectors(_rows(self.encoder.embed_texts(list(texts)))[:, 0], k, where)
+        return self.search_vectors(_rows(self.encoder.embed_texts(list(texts)))[:, 0], k, where, copies)
 
     def search_images(
-        self, images: Sequence[Any], k: int = 10, where: Conditions = None, exclude_self: bool = False
+        self,
+        images: Sequence[Any],
+        k: int = 10,
+        where: Conditions = None,
+        exclude_self: bool = False,
+        copies: bool = False,
     ) -> list[list[Hit]]:
         """The k pictures most like each of these; where a picture has several vectors, its best one counts.
 
         Args:
             images: files, bytes or PIL pictures.
-            exclude_self: leave out what has the very content of the query.
+            exclude_self: leave out what has the very content of the query, under whatever id.
         """
         references = [image if isinstance(image, ImageRef) else ImageRef.of(image) for image in images]
         vectors = _rows(self.encoder.embed_images([reference.load() for reference in references]))
-        K = vectors.shape[1]
-        found = iter(self.search_vectors(vectors.flatten(0, 1), k + exclude_self, where))
-        merged = [_merge(list(islice(found, K))) for _ in references]
-        left_out = [reference.key() if exclude_self else None for reference in references]
-        return [
-            [hit for hit in hits if hit.record["key"] != key][:k] for hits, key in zip(merged, left_out, strict=True)
+        left_out = [
+            reference.key() if exclude_self else None for reference in references for _ in range(vectors.shape[1])
         ]
+        found = iter(self._found(vectors.flatten(0, 1), k, where, copies, left_out))
+        return [merged(list(islice(found, vectors.shape[1])), copies)[:k] for _ in references]
+
+    def search_vectors(
+        self, vectors: Float[Tensor, "B D"], k: int = 10, where: Conditions = None, copies: bool = False
+    ) -> list[list[Hit]]:
+        """The k best pictures of every vector of length 1.
+
+        Args:
+            where: conditions that the pictures meet.
+            copies: show the same content under each of its ids, not under one alone.
+        """
+        return self._found(vectors, k, where, copies, [None] * len(vectors))
+
+    def _found(
+        self, vectors: Float[Tensor, "B D"], k: int, where: Conditions, copies: bool, left_out: list[str | None]
+    ) -> list[list[Hit]]:
+        """As many records are asked for as it takes to have k without copies and without the content to leave out."""
+        if k < 1:
+            raise ValueError(f"k is {k}, expected at least 1")
+        found: list[list[Hit]] = [[] for _ in left_out]
+        short, asked = list(range(len(left_out))), k + any(left_out)
+        while short:
+            nearest = self._nearest(vectors[short], asked, where)
+            for place, hits in zip(short, nearest, strict=True):
+                found[place] = distinct(hits, copies, left_out[place])[:k]
+            full = [len(hits) == asked for hits in nearest]
+            short = [place for place, more in zip(short, full, strict=True) if more and len(found[place]) < k]
+            asked *= MORE
+        return found
 
     @property
     def encoder(self) -> Encoder:
@@ -196,8 +232,8 @@ class Index(ABC):
         """What is in the index, with a score of 0."""
 
     @abstractmethod
-    def search_vectors(self, vectors: Float[Tensor, "B D"], k: int = 10, where: Conditions = None) -> list[list[Hit]]:
-        """The k best pictures of every vector of length 1."""
+    def _nearest(self, vectors: Float[Tensor, "B D"], k: int, where: Conditions) -> list[list[Hit]]:
+        """The k best records of every vector."""
 
     def delete(self, ids: Sequence[str] = (), where: Conditions = None) -> list[str]:
         """Deletes pictures by id, or all that meet the conditions; returns their ids.
@@ -229,8 +265,12 @@ class Index(ABC):
     def _writing(self) -> AbstractContextManager[Known]: ...
 
     @abstractmethod
-    def _append(self, records: list[dict[str, Any]], vectors: Float[Tensor, "rows K D"]) -> None:
-        """Stores rows in one step, in place of older ones of the same id."""
+    def _append(self, records: list[dict[str, Any]], vectors: Float[Tensor, "rows K D"], gone: Gone) -> None:
+        """Stores rows in one step, in place of older ones of the same id and of those that are gone.
+
+        Args:
+            gone: by a new record's id, the older ones that it takes the place of.
+        """
 
     @abstractmethod
     def _vectors(self, ids: Sequence[str]) -> Float[Tensor, "rows K D"]:
@@ -239,17 +279,20 @@ class Index(ABC):
     def _finish(self) -> None:  # noqa: B027
         """The end of an addition."""
 
-    def _embed(self, new: list[tuple[dict[str, Any], Any]], old: list[dict[str, Any]], pending: Pending) -> None:
+    def _embed(self, new: list[tuple[dict[str, Any], Any]], old: list[Reused], pending: Pending) -> None:
         if new:
-            pending.vectors.append(_rows(self.encoder.embed_prepared([image for _, image in new])))
-            pending.records += [record for record, _ in new]
+            vectors = _rows(self.encoder.embed_prepared([image for _, image in new]))
+            pending.hold([record for record, _ in new], vectors)
         if old:
-            pending.vectors.append(self._vectors([record["id"] for record in old]))
-            pending.records += old
+            stored = {one.record["key"]: one.of for one in reversed(old) if one.record["key"] not in pending.by_content}
+            there = dict(zip(stored, self._vectors(list(stored.values())), strict=True)) if stored else {}
+            there |= pending.by_content
+            pending.hold([one.record for one in old], torch.stack([there[one.record["key"]] for one in old]))
+            pending.gone |= {one.record["id"]: one.gone for one in old if one.gone}
 
     def _flush(self, pending: Pending) -> None:
         if pending.records:
-            self._append(pending.records, torch.cat(pending.vectors))
+            self._append(pending.records, torch.cat(pending.vectors), pending.gone)
 
 
 def _preparation(encoder: Encoder) -> Preparation | None:
@@ -262,12 +305,3 @@ def _rows(vectors: Tensor) -> Float[Tensor, "rows K D"]:
     """Vectors of length 1, K a picture."""
     rows = vectors if vectors.ndim == 3 else vectors[:, None]
     return torch.nn.functional.normalize(rows.detach().float().cpu(), dim=-1)
-
-
-def _merge(lists: list[list[Hit]]) -> list[Hit]:
-    """Hits of several vectors of one query, each picture with its best score."""
-    best: dict[str, Hit] = {}
-    for hit in (hit for hits in lists for hit in hits):
-        if hit.id not in best or hit.score > best[hit.id].score:
-            best[hit.id] = hit
-    return sorted(best.values(), key=lambda hit: -hit.score)

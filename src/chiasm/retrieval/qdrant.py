@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chiasm.retrieval.adding import Known
-from chiasm.retrieval.index import Conditions, Index
+from chiasm.retrieval.index import Conditions, Gone, Index
 from chiasm.retrieval.records import Encoder, Hit
 from chiasm.retrieval.where import RANGES, Where, conditions
 
@@ -84,11 +84,9 @@ class QdrantIndex(Index):
             if place is None:
                 return
 
-    def search_vectors(self, vectors: Float[Tensor, "B D"], k: int = 10, where: Conditions = None) -> list[list[Hit]]:
+    def _nearest(self, vectors: Float[Tensor, "B D"], k: int, where: Conditions) -> list[list[Hit]]:
         from qdrant_client import models
 
-        if k < 1:
-            raise ValueError(f"k is {k}, expected at least 1")
         asked = _filter(conditions(where))
         queries = [vector if self._model["several"] == "false" else [vector] for vector in vectors.float().tolist()]
         requests = [models.QueryRequest(query=q, limit=k, filter=asked, with_payload=True) for q in queries]
@@ -101,9 +99,9 @@ class QdrantIndex(Index):
 
     @contextmanager
     def _writing(self) -> Iterator[Known]:
-        yield Known.of(hit.record for hit in self.items())
+        yield Known(hit.record for hit in self.items())
 
-    def _append(self, records: list[dict[str, Any]], vectors: Float[Tensor, "rows K D"]) -> None:
+    def _append(self, records: list[dict[str, Any]], vectors: Float[Tensor, "rows K D"], gone: Gone) -> None:
         from qdrant_client import models
 
         rows = vectors if self._model["several"] == "true" else vectors[:, 0]
@@ -111,9 +109,17 @@ class QdrantIndex(Index):
             models.PointStruct(id=_point(record["id"]), vector=row, payload=record)
             for record, row in zip(records, rows.tolist(), strict=True)
         ]
-        step = _at_once(vectors[0].numel())
+        step, stored = _at_once(vectors[0].numel()), {record["id"] for record in records}
         for start in range(0, len(points), step):
-            self.client.upsert(self.collection, points[start : start + step], wait=True)
+            part = points[start : start + step]
+            names = [name for record in records[start : start + step] for name in gone.get(record["id"], ())]
+            left = [name for name in names if name not in stored]
+            if not left:
+                self.client.upsert(self.collection, part, wait=True)
+                continue
+            upsert = models.UpsertOperation(upsert=models.PointsList(points=part))
+            delete = models.DeleteOperation(delete=models.PointIdsList(points=[_point(name) for name in left]))
+            self.client.batch_update_points(self.collection, [upsert, delete], wait=True)
 
     def _vectors(self, ids: Sequence[str]) -> Float[Tensor, "rows K D"]:
         points = self.client.retrieve(self.collection, [_point(name) for name in ids], with_vectors=True)

@@ -77,16 +77,37 @@ class Hit:
         return {"id": self.id, "score": self.score, "path": path, "metadata": self.metadata}
 
 
+def distinct(hits: Sequence[Hit], copies: bool, left_out: str | None) -> list[Hit]:
+    """Hits without the content to leave out and, unless copies are wanted, the first of each content alone."""
+    first: dict[str, Hit] = {}
+    for hit in (hit for hit in hits if hit.record["key"] != left_out):
+        first.setdefault(hit.id if copies else hit.record["key"], hit)
+    return list(first.values())
+
+
+def merged(lists: Sequence[Sequence[Hit]], copies: bool) -> list[Hit]:
+    """Hits of several vectors of one query, each picture, or each content, with its best score; best first."""
+    best: dict[str, Hit] = {}
+    for hit in (hit for hits in lists for hit in hits):
+        name = hit.id if copies else hit.record["key"]
+        if name not in best or hit.score > best[name].score:
+            best[name] = hit
+    return sorted(best.values(), key=lambda hit: -hit.score)
+
+
 @dataclass(frozen=True)
 class Added:
-    """What an addition did: ids that are new, took the place of an older picture, were there, or failed."""
+    """What an addition did: ids that are new, took the place of an older picture, stand for a file that was
+    elsewhere, were there, or failed."""
 
     added: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> str:
         """In one line."""
-        parts = {"added": self.added, "replaced": self.replaced, "already there": self.unchanged, "skipped": self.bad}
+        parts = {"added": self.added, "replaced": self.replaced, "moved": self.moved}
+        parts |= {"already there": self.unchanged, "skipped": list(self.bad)}
         return ", ".join(f"{len(ids)} {what}" for what, ids in parts.items() if ids or what == "added")

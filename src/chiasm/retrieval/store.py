@@ -4,6 +4,7 @@
     segments/000001.f32      rows of K × D float32 numbers, little-endian
     segments/000001.jsonl    one record a row
     segments/000001.gone-7   rows that were deleted, a JSON list
+    faiss.index              of an approximate search; made again where it is not there or not whole
     lock                     held by the one process that writes
 
 A file is complete and on disk before a manifest names it, and no file changes after that. So a process that is killed
@@ -26,7 +27,8 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 FLOAT = np.dtype("<f4")
 RETRIES = 5
-STARTED = ("lock", "segments", f"{MANIFEST}.new")
+UNFINISHED = ".new"
+STARTED = ("lock", "segments", f"{MANIFEST}{UNFINISHED}")
 """What is in an index whose making was stopped."""
 
 
@@ -182,6 +184,34 @@ class Store:
         self._commit(manifest)
         self._sweep()
 
+    def keep(self, name: str, said: bytes, body: np.ndarray) -> None:
+        """A file beside the segments, which can be made again: whole and on disk, or as it was.
+
+        Args:
+            said: one line about the body.
+            body: bytes.
+        """
+        temporary = self.folder / f"{name}.{os.getpid()}{UNFINISHED}"
+        try:
+            writer = _Writer(temporary)
+            for part in (_digest(said, body) + b"\n", said, body.data):
+                writer.write(part)
+            writer.close()
+            os.replace(temporary, self.folder / name)
+            _sync(self.folder)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def kept(self, name: str) -> tuple[bytes, np.ndarray] | None:
+        """The line and the body of a kept file; None where there is none, or it is not what was written."""
+        try:
+            with (self.folder / name).open("rb") as file:
+                digest, said = file.readline(), file.readline()
+                body = np.fromfile(file, np.uint8)
+        except OSError:
+            return None
+        return (said, body) if digest == _digest(said, body) + b"\n" else None
+
     def _segment(
         self, manifest: dict[str, Any], pieces: Iterable[tuple[Sequence[dict[str, Any]], np.ndarray]]
     ) -> dict[str, Any]:
@@ -213,7 +243,7 @@ class Store:
         """From here on the manifest counts."""
         _sync(self.folder / "segments")
         manifest["version"] += 1
-        temporary = self.folder / f"{MANIFEST}.new"
+        temporary = self.folder / f"{MANIFEST}{UNFINISHED}"
         writer = _Writer(temporary)
         writer.write(json.dumps(manifest, indent=1).encode())
         writer.close()
@@ -225,6 +255,8 @@ class Store:
         for path in (self.folder / "segments").iterdir():
             if path.name not in named:
                 path.unlink()
+        for path in self.folder.glob(f"*{UNFINISHED}"):
+            path.unlink(missing_ok=True)
 
 
 class _Writer:
@@ -243,6 +275,12 @@ class _Writer:
             self.file.flush()
             os.fsync(self.file.fileno())
         return {"name": self.path.name, "bytes": self.size, "sha256": self.digest.hexdigest()}
+
+
+def _digest(said: bytes, body: np.ndarray) -> bytes:
+    digest = hashlib.sha256(said)
+    digest.update(body.data)
+    return digest.hexdigest().encode()
 
 
 def _check(path: Path, entry: dict[str, Any], verify: bool) -> None:
