@@ -22,7 +22,7 @@ class MergedQuestions(Samples):
     def __init__(self, samples: Samples, at_most: int) -> None:
         self.samples = samples
         self.groups: list[list[int]] = []
-        open_groups: dict[tuple[str, str], list[int]] = {}
+        open_groups: dict[Shown, list[int]] = {}
         for index, key in enumerate(_keys(samples)):
             group = open_groups.get(key) if key is not None else None
             if group is not None and len(group) < at_most:
