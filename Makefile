@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 READY  := .venv/.ready
 
-.PHONY: demo test test-weights test-clients test-transformers check format bench docs install clean
+.PHONY: demo test test-weights test-clients test-lmms-eval test-transformers check format bench docs install clean
 
 demo: install            ## the main job: real weights, both stages, report, about ten minutes on two cores
 	$(BIN)/chiasm demo -o demo
@@ -20,6 +20,10 @@ test-weights: install    ## the tests on real weights, after fetching them
 test-clients: install    ## the server with OpenAI's Node client and, where it is installed, Chromium
 	npm install --silent --no-audit --no-fund --no-save --prefix .venv/node openai
 	CHIASM_NODE_MODULES=$(CURDIR)/.venv/node/node_modules $(BIN)/python -m pytest tests/serving/test_clients.py tests/serving/test_page.py
+
+test-lmms-eval: install  ## lmms-eval's own evaluator on a local task, after installing it
+	$(BIN)/python -m pip install --quiet -e '.[lmms-eval]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_lmms_eval.py
 
 test-transformers: install  ## transformers' own common tests on our model classes, after fetching them
 	set -e; version=$$($(BIN)/python -c 'import transformers; print(transformers.__version__)'); \

@@ -1,4 +1,4 @@
-"""The guide to connectors says what is there: costs are those of the cost model, and what a page names exists."""
+"""The guide to connectors says what is there: costs are those of the cost model, and what any page names exists."""
 
 import re
 import runpy
@@ -36,3 +36,13 @@ def test_links_lead_somewhere(name: str) -> None:
 
 def test_the_guide_names_every_preset() -> None:
     assert all(f"`{name}`" in (GUIDE / "README.md").read_text() for name in PRESETS)
+
+
+def test_pages_name_targets_that_make_knows_and_tasks_that_need_no_download() -> None:
+    root = GUIDE.parents[1]
+    pages = [root / "CONTRIBUTING.md", root / "README.md", *(root / "docs").glob("*.md")]
+    said = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    known = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", said, re.MULTILINE))
+    assert "test-lmms-eval" in named and named <= known
+    assert all("--include_path" in line for line in said.splitlines() if line.strip().startswith("lmms-eval "))

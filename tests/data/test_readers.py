@@ -1,5 +1,6 @@
 """Every format that people have gives the same samples; a broken file is one clear line; hold-outs are stable."""
 
+import base64
 import io
 import json
 import pickle
@@ -139,6 +140,34 @@ def test_a_missing_picture_names_the_file_when_it_is_loaded(folder: Path) -> Non
 def test_a_bad_row_names_the_sample(folder: Path, row: dict, expected: str) -> None:
     with pytest.raises(SampleError, match=f"sample 'x': .*{expected}"):
         read(save(folder / "d.json", [row]))[0]
+
+
+@pytest.mark.parametrize("name", ["iVBORw0KGgo" * 30, "red\0.png", "red\udc80.png", "data:image/png;base64,red.png"])
+def test_what_cannot_be_a_files_name_is_the_problem_of_its_sample(folder: Path, name: str) -> None:
+    rows = [{"id": "odd", "image": name, "caption": "x"}, {"id": "red", "image": "red.png", "caption": "x"}]
+    (folder / "d.json").write_text(json.dumps(rows))
+    report = check(read(folder / "d.json"))
+    (problem,) = report.findings
+    assert problem.id == "odd" and problem.reason.startswith("the picture ") and len(problem.reason) < 160
+    assert report.summary().encode() and repr(name)[:60] in problem.reason
+
+
+def test_pictures_in_base64(folder: Path) -> None:
+    encoded = base64.b64encode((folder / "red.png").read_bytes()).decode()
+    lines = base64.encodebytes((folder / "red.png").read_bytes()).decode()
+    values = [encoded, lines, f"data:image/png;base64,{encoded}", {"bytes": encoded, "path": None}]
+    samples = read(save(folder / "d.json", [{"image": value, "caption": "x"} for value in values]))
+    assert [colour_of(sample) for sample in samples] == [(255, 0, 0)] * 4
+    assert pickle.loads(pickle.dumps(samples[0])) == samples[0]
+    jpeg = io.BytesIO()
+    Image.new("RGB", (400, 300), "blue").save(jpeg, "jpeg")
+    begins_with_a_slash = base64.b64encode(jpeg.getvalue()).decode()
+    samples = read(save(folder / "d.json", [{"image": begins_with_a_slash, "caption": "x"}]))
+    assert samples[0].images[0].load().size == (400, 300)
+    (folder / "photos0001").write_bytes((folder / "red.png").read_bytes())
+    names = ["photos0001", "photos0002"]
+    kept = read(save(folder / "d.json", [{"image": name, "caption": "x"} for name in names]))
+    assert [sample.images[0].path for sample in kept] == [folder / name for name in names]
 
 
 def test_open_questions_are_read_on_request(folder: Path) -> None:

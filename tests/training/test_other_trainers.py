@@ -101,6 +101,18 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
     assert losses(trainer)[-1] < losses(trainer)[0]
 
 
+@pytest.mark.parametrize("form", ["messages", "prompt"])
+def test_trls_own_collator_is_told_which_one_to_take(form: str) -> None:
+    sft = pytest.importorskip("trl.trainer.sft_trainer")
+    sample = helpers.sample(0)
+    told = {"messages": sample.messages, "prompt": sample.prompt, "completion": sample.messages[-1:]}
+    row = {"images": [ref.load() for ref in sample.images]} | {
+        key: told[key] for key in (("messages",) if form == "messages" else ("prompt", "completion"))
+    }
+    with pytest.raises(TypeError, match=r"data_collator=Collator\(processor, logits=True\) of chiasm.data.collation"):
+        sft.DataCollatorForVisionLanguageModeling(helpers.vlm().processor)([row])
+
+
 def test_pefts_own_api(tmp_path: Path) -> None:
     vlm = helpers.vlm()
     vlm.model.eval()

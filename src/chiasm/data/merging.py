@@ -2,10 +2,13 @@
 arXiv 2304.08485)."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from sys import intern
 from typing import Any
 
-from chiasm.data.schema import Sample, SampleError, Samples
+from chiasm.data.schema import ByteRange, ImageError, ImageRef, Sample, SampleError, Samples
 from chiasm.data.splits import Subset, ids_of
 
 
@@ -19,9 +22,8 @@ class MergedQuestions(Samples):
     def __init__(self, samples: Samples, at_most: int) -> None:
         self.samples = samples
         self.groups: list[list[int]] = []
-        open_groups: dict[tuple[str, str], list[int]] = {}
-        for index in range(len(samples)):
-            key = _picture_of(samples, index)
+        open_groups: dict[Shown, list[int]] = {}
+        for index, key in enumerate(_keys(samples)):
             group = open_groups.get(key) if key is not None else None
             if group is not None and len(group) < at_most:
                 group.append(index)
@@ -60,16 +62,37 @@ def joined(samples: Sequence[Sample]) -> Sample:
     return Sample("+".join(sample.id for sample in samples), messages, first.images, skill, first.meta)
 
 
-def _picture_of(samples: Samples, index: int) -> tuple[str, str] | None:
-    """What samples must have in common: the name of their only picture, and the system prompt."""
+Shown = tuple[str | ByteRange, str]  # the only picture, and the system prompt
+
+
+def _keys(samples: Samples) -> Iterator[Shown | None]:
+    """What samples must have in common to be joined, None for one that stays by itself.
+
+    Files are known by their names, other pictures by their bytes: a shard's are read only where another is as long.
+    """
+    shown = [_shown(samples, index) for index in range(len(samples))]
+    lengths = Counter(one[0].length for one in shown if one and isinstance(one[0], ByteRange))
+    for one in shown:
+        if one and isinstance(one[0], ByteRange) and lengths[one[0].length] > 1:
+            with suppress(ImageError):
+                one = ImageRef.of(one[0]).key(), one[1]
+        yield one
+
+
+def _shown(samples: Samples, index: int) -> Shown | None:
     try:
         sample = samples[index]
     except SampleError:
         return None
-    if len(sample.images) != 1 or sample.images[0].path is None:
+    if len(sample.images) != 1:
         return None
-    system = [message["content"] for message in sample.messages if message["role"] == "system"]
-    return str(sample.images[0].path), json.dumps(system)
+    (ref,) = sample.images
+    system = intern(json.dumps([message["content"] for message in sample.messages if message["role"] == "system"]))
+    if isinstance(ref.source, bytes):
+        return ref.key(), system
+    if isinstance(ref.source, ByteRange):
+        return ref.source, system
+    return None if ref.path is None else (str(ref.path), system)
 
 
 def _without_picture(content: Any) -> Any:

@@ -1,11 +1,10 @@
 """The pictures that stand in a conversation's own parts, by the names that transformers' processors read."""
 
-import base64
-import binascii
 from typing import Any
 
 from huggingface_hub import get_session
 
+from chiasm.data.base64_pictures import DATA_URL, decoded
 from chiasm.data.chat import Message
 from chiasm.data.schema import ImageError, ImageRef
 
@@ -41,9 +40,11 @@ def _read(name: str, value: Any) -> Any:
         if answer.is_error:
             raise ImageError("missing picture", value, f"the answer is {answer.status_code} {answer.reason_phrase}")
         return ImageRef.of(answer.content, value).load()
-    if not value.startswith("data:") and name != "base64":
+    if not value.startswith(DATA_URL) and name != "base64":
         return ImageRef.of(value).load()
     try:
-        return ImageRef.of(base64.b64decode(value.partition(",")[2] or value, validate=True), name).load()
-    except binascii.Error as error:
-        raise ImageError("broken picture", name, f"is not base64 ({error})") from None
+        return ImageRef.of(decoded(value), name).load()
+    except ImageError:
+        raise
+    except ValueError as error:
+        raise ImageError("broken picture", name, str(error)) from None

@@ -37,6 +37,9 @@ from chiasm.data.schema import ImageRef
 NEUTRAL = ("return_tensors", "padding")
 """Options of transformers that change nothing here."""
 
+OF_COLLATORS = ("add_special_tokens", "pad_to_multiple_of", "truncation", "max_length")
+"""Options of collators that label a picture's placeholders and the questions too, as TRL's own does."""
+
 KNOWN = inspect.signature(ProcessorMixin.apply_chat_template).parameters
 """Options of transformers that may be given where they are off."""
 
@@ -370,4 +373,6 @@ class ChiasmProcessor(ProcessorMixin):
 
 def _refuse_unknown(options: Mapping[str, Any]) -> None:
     if unknown := [name for name in options if name not in NEUTRAL]:
-        raise TypeError(f"unknown processor arguments: {', '.join(unknown)}")
+        collator = "to train, pass the trainer data_collator=Collator(processor, logits=True) of chiasm.data.collation"
+        hint = f"; {collator}" if any(name in OF_COLLATORS for name in unknown) else ""
+        raise TypeError(f"unknown processor arguments: {', '.join(unknown)}{hint}")

@@ -4,13 +4,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from chiasm.data import containers
+from chiasm.data.base64_pictures import DATA_URL, decoded, picture_in
 from chiasm.data.emoji_names import EmojiNames
 from chiasm.data.emoji_scenes import EmojiScenes
 from chiasm.data.merging import MergedQuestions
-from chiasm.data.rows import id_of, sample_of
+from chiasm.data.rows import half_character, id_of, sample_of
 from chiasm.data.schema import MAX_PIXELS, ImageRef, Samples
 from chiasm.data.splits import SPLITS, Subset, hold_out, ids_of, stable_fraction
 
@@ -112,24 +114,41 @@ class RowSamples(Samples):
         return f"{self.rows.name}:{index}"
 
     def find_image(self, value: Any) -> ImageRef:
-        """A value of `image` / `images`: a name under the image roots, bytes, a PIL picture, or {"bytes", "path"}."""
+        """A value of `image` / `images`: a name under the image roots, bytes, base64, a data URL, a PIL picture, or
+        {"bytes", "path"}. ValueError for what is no picture, nor can be the name of one."""
         if isinstance(value, ImageRef):
             return replace(value, max_pixels=self.max_pixels)
         if isinstance(value, Mapping):
-            path = value.get("path")
-            encoded = value.get("bytes")
-            return (
-                self.find_image(path)
-                if encoded is None
-                else ImageRef.of(encoded, path or "in the data", self.max_pixels)
-            )
+            path, encoded = value.get("path"), value.get("bytes")
+            if isinstance(encoded, bytes):
+                return ImageRef.of(encoded, path or "in the data", self.max_pixels)
+            return self.find_image(path if encoded is None else encoded)
         if not isinstance(value, str):
             return ImageRef.of(value, "in the data", self.max_pixels)
-        if value.startswith(("http://", "https://", "data:")):
+        if value.startswith(("http://", "https://")):
             raise ValueError(f"the picture {value:.60} is an address: download it and name the file")
-        candidates = [root / value for root in self.roots]
-        found = next((path for path in candidates if path.is_file()), candidates[0])
-        return ImageRef.of(found, max_pixels=self.max_pixels)
+        if value.startswith(DATA_URL):
+            try:
+                return ImageRef.of(decoded(value), "in the data", self.max_pixels)
+            except ValueError as error:
+                raise ValueError(f"the picture {value!r:.60} {error}") from None
+        return self._find_file(value)
+
+    def _find_file(self, value: str) -> ImageRef:
+        candidates, fault = [root / value for root in self.roots], half_character(value)
+        for path in candidates:
+            try:
+                if S_ISREG(path.stat().st_mode):
+                    return ImageRef.of(path, max_pixels=self.max_pixels)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except (OSError, ValueError) as error:
+                fault = getattr(error, "strerror", None) or str(error)
+        if (encoded := picture_in(value)) is not None:
+            return ImageRef.of(encoded, "in the data", self.max_pixels)
+        if fault is not None:
+            raise ValueError(f"the picture {value!r:.60} cannot be looked for: {fault}")
+        return ImageRef.of(candidates[0], max_pixels=self.max_pixels)
 
 
 class Mixture(Samples):

@@ -64,6 +64,15 @@ def id_of(row: Mapping[str, Any], default_id: str) -> str:
     return _label(row, "id") or default_id
 
 
+def half_character(text: str) -> str | None:
+    """What is wrong with a text that UTF-8 cannot write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"it holds half a character ({error.reason})"
+    return None
+
+
 def split_placeholders(text: str) -> str | list[dict]:
     """Text with `<image>` in it to parts; a line break after a placeholder belongs to it. Other text stays text."""
     if PLACEHOLDER not in text:
@@ -188,8 +197,6 @@ def _label(row: Mapping[str, Any], key: str) -> str | None:
 def _text(value: Any, key: str) -> str:
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ValueError(f"{key!r} is {value!r:.60}, expected text")
-    try:
-        str(value).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{key!r} is no text: it holds half a character ({error.reason})") from error
+    if fault := half_character(str(value)):
+        raise ValueError(f"{key!r} is no text: {fault}")
     return str(value)
