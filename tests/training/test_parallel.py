@@ -45,8 +45,17 @@ DORA, RSLORA = ({"tune": method, "lr": 1e-2, "rank": 3} for method in ("dora", "
 PAIRS, BLIP2 = {"objectives": ["contrastive"]}, {"objectives": ["contrastive", "grounded_generation"]}
 ANSWERS, CODES = {"objectives": ["answers"]}, {"objectives": ["reconstruction"]}
 SIGMOID = {"objectives": ["sigmoid"]}
+UNCACHED = {"cache_features": False}
+PATTERNS = {
+    "patterns": {
+        "vision.*.layers.1.*": FULL,
+        "language.*.self_attn.*": DORA,
+        "language.model.embed_tokens": {**FULL, "lr": 2e-2},
+    }
+}
 STRATEGIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "connector": ("early", FULL_CONNECTOR, {}),
+    "uncached": ("early", FULL_CONNECTOR, UNCACHED),
     "encoder": ("early", {"connector": FULL, "vision": FULL}, {}),
     "lora": ("early", helpers.LORA, {}),
     "lora-encoder": ("early", {**helpers.LORA, "vision": FULL}, {}),
@@ -54,6 +63,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "rslora": ("early", {"connector": FULL, "vision": RSLORA, "language": RSLORA}, {}),
     "norms": ("early", {"connector": FULL, "vision": NORMS, "language": NORMS}, {}),
     "from_layer": ("early", {"connector": FULL, "vision": LATER, "language": LATER}, {}),
+    "patterns": ("early", FULL_CONNECTOR, PATTERNS),
     "everything": ("early", {"connector": FULL, "vision": FULL, "language": FULL}, {}),
     "intermediate": ("intermediate", {"connector": FULL, "vision": NORMS}, {}),
     "late": ("late", {"connector": FULL, "vision": FULL, "language": RSLORA}, PAIRS),
@@ -61,6 +71,8 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "late-sigmoid": ("late-biased", FULL_CONNECTOR, SIGMOID),
     "late-answers": ("late", {"answer_head": FULL, "vision": NORMS}, ANSWERS),
     "blip-2": ("q-former", {"connector": FULL, "vision": NORMS}, BLIP2),
+    "blip-2-uncached": ("q-former", FULL_CONNECTOR, BLIP2 | UNCACHED),
+    "unified-language": ("unified", {"language": FULL}, {}),
     "unified": ("unified", {"vision": FULL, "language": FULL}, {}),
     "image-tokenizer": ("image-tokenizer", {"vision": FULL}, CODES),
 }
@@ -114,7 +126,7 @@ UNEVEN = ("lora-encoder", "late-connector")
 """Strategies with tensors that two processes share unevenly, or cannot share: a temperature is one number."""
 
 
-ONE_SIDED = ("connector", "everything", "intermediate", "unified")
+ONE_SIDED = ("connector", "uncached", "everything", "intermediate", "unified", "unified-language")
 """Strategies that are tried with pictures in one process only."""
 ONE_EPOCH = {"steps": 2, "group_by_length": False, "validation": {"samples": 0}}
 
