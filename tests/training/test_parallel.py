@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,6 +37,7 @@ from chiasm.training.recipe import load_recipe
 from chiasm.training.schema import Stage
 from chiasm.training.stage_model import AnswerModel
 from chiasm.training.team import Team
+from chiasm.training.termination import Terminated
 
 FULL = {"tune": "full", "lr": 1e-2}
 FULL_CONNECTOR = {"connector": FULL}
@@ -158,6 +159,21 @@ def stop(folder: Path, strategy: str, **settings: Any) -> None:
         train(folder, strategy, **settings)
 
 
+def told_to_end(folder: Path, step: int, **settings: Any) -> None:
+    """A run whose second process alone gets SIGTERM in a step; both end, and only the first one says why."""
+    optimize, steps = stage_run.StageRun._optimize, count(1)
+
+    def terminating(self: Any, *arguments: Any) -> Any:
+        if next(steps) == step and self.team.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return optimize(self, *arguments)
+
+    with patch.object(stage_run.StageRun, "_optimize", terminating), pytest.raises(Terminated) as ended:
+        train(folder, "uncached", **settings)
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def caught(folder: Path, name: str, settings: dict[str, Any], **options: Any) -> None:
     """A run that fails; what this process has to say is written down."""
     try:
@@ -206,6 +222,7 @@ def work(folder: Path) -> None:
     untouched(folder)
     with patch.object(Stage, "checkpoint_due", lambda self, step, seconds: step == 2 + dist.get_rank()):
         helpers.run(folder / "clocks", recipe(FULL_CONNECTOR, parallel="fsdp"), cache_root=folder / "features")
+    told_to_end(folder / "told", 2, **{**ADAMW, "parallel": "fsdp", "checkpoint_every": 100})
     dist.destroy_process_group()
 
 
@@ -290,6 +307,14 @@ def test_pictures_in_one_process_and_text_in_the_other(tmp_path: Path, together:
         run = together / f"one-sided-{parallel}-{strategy}"
         assert [json.loads((run / f"shown-{rank}.json").read_text()) for rank in (0, 1)] == [[False] * 4, [True] * 4]
         compare(run, tmp_path / "one")
+
+
+def test_a_process_that_is_told_to_end_ends_all_of_them(tmp_path: Path, together: Path) -> None:
+    run = together / "told"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["align-2"]
+    for folder in (run, tmp_path / "one"):
+        train(folder, "uncached", **ADAMW)
+    compare(run, tmp_path / "one", tolerance=2e-5)
 
 
 def test_a_number_that_no_process_reached_stays_without_a_gradient(together: Path) -> None:

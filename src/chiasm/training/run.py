@@ -37,6 +37,7 @@ from chiasm.training.recipe import to_yaml
 from chiasm.training.schema import WITHOUT_EFFECT, Recipe
 from chiasm.training.team import Team
 from chiasm.training.tensor_files import SUFFIX
+from chiasm.training.termination import Terminated
 from chiasm.training.trackers import open_trackers, require_trackers
 
 RECIPE, LOG, MODEL, CHECKPOINTS, LOCK = "recipe.yaml", "log.jsonl", "model", "checkpoints", ".lock"
@@ -175,6 +176,9 @@ def _open(
             yield run
         except KeyboardInterrupt:
             reporter.note(f"stopped; the same command goes on from the last checkpoint in {folder}")
+            raise
+        except Terminated as ended:
+            reporter.last_words(ended.words)
             raise
         finally:
             log.close()
