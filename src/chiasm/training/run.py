@@ -167,8 +167,9 @@ def _open(
         else:
             _discard(folder, stages)
         whole_file(folder / RECIPE, to_yaml(recipe))
-        trackers = open_trackers(recipe.logs, folder)
-        log = RunLog(folder / LOG, resumed.position.log_bytes if resumed is not None else 0, trackers)
+        position = resumed.position if resumed is not None else None
+        trackers = open_trackers(recipe.logs, folder, (position.stage, position.step) if position is not None else None)
+        log = RunLog(folder / LOG, position.log_bytes if position is not None else 0, trackers)
         log.listeners.append(reporter.dashboard.hear)
         try:
             run = Run(folder, stages, log, fingerprint, environment, resumed, team)
