@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,6 +37,7 @@ from chiasm.training.recipe import load_recipe
 from chiasm.training.schema import Stage
 from chiasm.training.stage_model import AnswerModel
 from chiasm.training.team import Team
+from chiasm.training.termination import Terminated
 
 FULL = {"tune": "full", "lr": 1e-2}
 FULL_CONNECTOR = {"connector": FULL}
@@ -45,8 +46,17 @@ DORA, RSLORA = ({"tune": method, "lr": 1e-2, "rank": 3} for method in ("dora", "
 PAIRS, BLIP2 = {"objectives": ["contrastive"]}, {"objectives": ["contrastive", "grounded_generation"]}
 ANSWERS, CODES = {"objectives": ["answers"]}, {"objectives": ["reconstruction"]}
 SIGMOID = {"objectives": ["sigmoid"]}
+UNCACHED = {"cache_features": False}
+PATTERNS = {
+    "patterns": {
+        "vision.*.layers.1.*": FULL,
+        "language.*.self_attn.*": DORA,
+        "language.model.embed_tokens": {**FULL, "lr": 2e-2},
+    }
+}
 STRATEGIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "connector": ("early", FULL_CONNECTOR, {}),
+    "uncached": ("early", FULL_CONNECTOR, UNCACHED),
     "encoder": ("early", {"connector": FULL, "vision": FULL}, {}),
     "lora": ("early", helpers.LORA, {}),
     "lora-encoder": ("early", {**helpers.LORA, "vision": FULL}, {}),
@@ -54,6 +64,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "rslora": ("early", {"connector": FULL, "vision": RSLORA, "language": RSLORA}, {}),
     "norms": ("early", {"connector": FULL, "vision": NORMS, "language": NORMS}, {}),
     "from_layer": ("early", {"connector": FULL, "vision": LATER, "language": LATER}, {}),
+    "patterns": ("early", FULL_CONNECTOR, PATTERNS),
     "everything": ("early", {"connector": FULL, "vision": FULL, "language": FULL}, {}),
     "intermediate": ("intermediate", {"connector": FULL, "vision": NORMS}, {}),
     "late": ("late", {"connector": FULL, "vision": FULL, "language": RSLORA}, PAIRS),
@@ -61,6 +72,8 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "late-sigmoid": ("late-biased", FULL_CONNECTOR, SIGMOID),
     "late-answers": ("late", {"answer_head": FULL, "vision": NORMS}, ANSWERS),
     "blip-2": ("q-former", {"connector": FULL, "vision": NORMS}, BLIP2),
+    "blip-2-uncached": ("q-former", FULL_CONNECTOR, BLIP2 | UNCACHED),
+    "unified-language": ("unified", {"language": FULL}, {}),
     "unified": ("unified", {"vision": FULL, "language": FULL}, {}),
     "image-tokenizer": ("image-tokenizer", {"vision": FULL}, CODES),
 }
@@ -114,7 +127,7 @@ UNEVEN = ("lora-encoder", "late-connector")
 """Strategies with tensors that two processes share unevenly, or cannot share: a temperature is one number."""
 
 
-ONE_SIDED = ("connector", "everything", "intermediate", "unified")
+ONE_SIDED = ("connector", "uncached", "everything", "intermediate", "unified", "unified-language")
 """Strategies that are tried with pictures in one process only."""
 ONE_EPOCH = {"steps": 2, "group_by_length": False, "validation": {"samples": 0}}
 
@@ -144,6 +157,21 @@ def stop(folder: Path, strategy: str, **settings: Any) -> None:
     """A run that ends without a word in its third step."""
     with helpers.killed_at(3):
         train(folder, strategy, **settings)
+
+
+def told_to_end(folder: Path, step: int, **settings: Any) -> None:
+    """A run whose second process alone gets SIGTERM in a step; both end, and only the first one says why."""
+    optimize, steps = stage_run.StageRun._optimize, count(1)
+
+    def terminating(self: Any, *arguments: Any) -> Any:
+        if next(steps) == step and self.team.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return optimize(self, *arguments)
+
+    with patch.object(stage_run.StageRun, "_optimize", terminating), pytest.raises(Terminated) as ended:
+        train(folder, "uncached", **settings)
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def caught(folder: Path, name: str, settings: dict[str, Any], **options: Any) -> None:
@@ -194,6 +222,7 @@ def work(folder: Path) -> None:
     untouched(folder)
     with patch.object(Stage, "checkpoint_due", lambda self, step, seconds: step == 2 + dist.get_rank()):
         helpers.run(folder / "clocks", recipe(FULL_CONNECTOR, parallel="fsdp"), cache_root=folder / "features")
+    told_to_end(folder / "told", 2, **{**ADAMW, "parallel": "fsdp", "checkpoint_every": 100})
     dist.destroy_process_group()
 
 
@@ -278,6 +307,14 @@ def test_pictures_in_one_process_and_text_in_the_other(tmp_path: Path, together:
         run = together / f"one-sided-{parallel}-{strategy}"
         assert [json.loads((run / f"shown-{rank}.json").read_text()) for rank in (0, 1)] == [[False] * 4, [True] * 4]
         compare(run, tmp_path / "one")
+
+
+def test_a_process_that_is_told_to_end_ends_all_of_them(tmp_path: Path, together: Path) -> None:
+    run = together / "told"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["align-2"]
+    for folder in (run, tmp_path / "one"):
+        train(folder, "uncached", **ADAMW)
+    compare(run, tmp_path / "one", tolerance=2e-5)
 
 
 def test_a_number_that_no_process_reached_stays_without_a_gradient(together: Path) -> None:

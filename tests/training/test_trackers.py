@@ -1,8 +1,12 @@
 """TensorBoard, W&B and trackio get the log's numbers; a missing one is named before anything is written."""
 
 import sqlite3
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import helpers
 import pytest
@@ -38,12 +42,45 @@ def test_tensorboard_has_the_curves_of_the_log(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = run(tmp_path, "tensorboard")
-    found = EventAccumulator(str(folder / "tensorboard")).Reload()
+    found = EventAccumulator(str(folder / "tensorboard" / "align")).Reload()
     expected = [event["loss"] for event in read_log(folder / "log.jsonl") if event["event"] == "step"]
     assert [scalar.value for scalar in found.Scalars("align/loss")] == pytest.approx(expected)
     assert {"align/lr/connector", "align/validation/shuffled_loss", "align/forgetting/perplexity/english"} <= set(
         found.Tags()["scalars"]
     )
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_shows_a_step_once_that_was_taken_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = {**helpers.TWO_STAGES, "logs": ["tensorboard"]}
+    with helpers.killed_at(8):
+        helpers.run(tmp_path / "run", recipe)
+    log = read_log(helpers.run(tmp_path / "run", recipe).log)
+    assert [(event["stage"], event["step"]) for event in log if event["event"] == "resume"] == [("instruct", 2)]
+    for stage in ("align", "instruct"):
+        found = EventAccumulator(str(tmp_path / "run" / "tensorboard" / stage)).Reload().Scalars(f"{stage}/loss")
+        expected = [(e["step"], e["loss"]) for e in log if e["event"] == "step" and e["stage"] == stage]
+        assert [(scalar.step, scalar.value) for scalar in found] == [(step, pytest.approx(x)) for step, x in expected]
+
+
+def test_wandb_knows_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = list[dict[str, Any]]()
+
+    def init(**given: Any) -> MagicMock:
+        opened.append(given)
+        return MagicMock()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
+    monkeypatch.setattr(trackers, "find_spec", lambda package: True)
+    recipe = {"stages": [helpers.stage()], "logs": ["wandb"]}
+    with helpers.killed_at(4):
+        helpers.run(tmp_path / "run", recipe)
+    helpers.run(tmp_path / "run", recipe)
+    helpers.run(tmp_path / "run", recipe, resume=False)
+    first, second, anew = (given["id"] for given in opened)
+    assert first == second != anew and {given["resume"] for given in opened} == {"allow"}
 
 
 @pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")

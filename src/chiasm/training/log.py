@@ -90,7 +90,11 @@ class Reporter:
 
     def note(self, text: str) -> None:
         if self.show != "quiet":
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.last_words(text)
+
+    def last_words(self, text: str) -> None:
+        """A line that is told however quiet the run is: why its process ends."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def plan(self, plan: FreezePlan) -> None:
         """The freeze plan as a table."""

@@ -73,7 +73,11 @@ class Replicated(Engine):
 
 
 class Sharded(Engine):
-    """Every process has a shard of every parameter, and a part of every batch."""
+    """Every process has a shard of every parameter, and a part of every batch.
+
+    A frozen encoder is whole in each of them: a process whose part of a batch has no picture does not run it, so nobody
+    can wait there for its shards. Single numbers are whole too.
+    """
 
     def __init__(self, learner: StageModel, device: torch.device) -> None:
         twin = copy.copy(learner)
@@ -82,10 +86,14 @@ class Sharded(Engine):
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         # A list: processes must go through them in the same order, and a set's is that of memory.
         scalars = [parameter for parameter in twin.model.parameters() if parameter.ndim == 0]
-        self.numbers, numbers = [parameter for parameter in scalars if parameter.requires_grad], set(scalars)
+        self.numbers = [parameter for parameter in scalars if parameter.requires_grad]
+        kept = {*scalars, *_frozen_encoder(twin.model)}
+        for parameter in kept:
+            parameter.data = parameter.data.to(device)
         for block in _blocks(twin.model):
-            fully_shard(block, mesh=mesh, ignored_params=numbers)
-        self.root: Any = fully_shard(_Losses(twin), mesh=mesh, ignored_params=numbers)
+            if not kept.issuperset(block.parameters()):
+                fully_shard(block, mesh=mesh, ignored_params=kept)
+        self.root: Any = fully_shard(_Losses(twin), mesh=mesh, ignored_params=kept)
 
     def losses(self, inputs: dict[str, Tensor], num_samples: int, num_tokens: int) -> dict[str, Tensor]:
         return self.root(inputs, num_samples, num_tokens)
@@ -151,6 +159,12 @@ def on_cpu(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.to(device)
+
+
+def _frozen_encoder(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The vision part's parameters, if none of them learns."""
+    parameters = list(model.vision.parameters())
+    return [] if any(parameter.requires_grad for parameter in parameters) else parameters
 
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:

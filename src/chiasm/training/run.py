@@ -37,6 +37,7 @@ from chiasm.training.recipe import to_yaml
 from chiasm.training.schema import WITHOUT_EFFECT, Recipe
 from chiasm.training.team import Team
 from chiasm.training.tensor_files import SUFFIX
+from chiasm.training.termination import Terminated
 from chiasm.training.trackers import open_trackers, require_trackers
 
 RECIPE, LOG, MODEL, CHECKPOINTS, LOCK = "recipe.yaml", "log.jsonl", "model", "checkpoints", ".lock"
@@ -166,8 +167,9 @@ def _open(
         else:
             _discard(folder, stages)
         whole_file(folder / RECIPE, to_yaml(recipe))
-        trackers = open_trackers(recipe.logs, folder)
-        log = RunLog(folder / LOG, resumed.position.log_bytes if resumed is not None else 0, trackers)
+        position = resumed.position if resumed is not None else None
+        trackers = open_trackers(recipe.logs, folder, (position.stage, position.step) if position is not None else None)
+        log = RunLog(folder / LOG, position.log_bytes if position is not None else 0, trackers)
         log.listeners.append(reporter.dashboard.hear)
         try:
             run = Run(folder, stages, log, fingerprint, environment, resumed, team)
@@ -175,6 +177,9 @@ def _open(
             yield run
         except KeyboardInterrupt:
             reporter.note(f"stopped; the same command goes on from the last checkpoint in {folder}")
+            raise
+        except Terminated as ended:
+            reporter.last_words(ended.words)
             raise
         finally:
             log.close()

@@ -34,6 +34,7 @@ from chiasm.training.stage_model import StageModel
 from chiasm.training.stage_state import StageState
 from chiasm.training.stages import enter, set_modes
 from chiasm.training.starts import Start
+from chiasm.training.termination import Terminated, hears_sigterm
 from chiasm.training.validation import Validator
 
 SPARE_PICTURES = 8
@@ -61,6 +62,7 @@ class StageRun:
         self.shows_pictures = any(survey.pictures)
         self.order = Order(survey.usable, survey.lengths if stage.group_by_length else None, stage, number)
         self.num_steps = stage.num_steps(len(survey.usable))
+        self.told_to_end = False
 
     def _learner(self, earlier: Sequence[Stage]) -> StageModel:
         """What the stage trains: the model itself, or a learner around it."""
@@ -111,12 +113,18 @@ class StageRun:
             )
             self._loop()
         self._finish(time.monotonic() - began)
+        if self.told_to_end and self.stage.name != self.context.run.stages[-1]:
+            raise Terminated(self.stage.name, self.num_steps)
 
     def _loop(self) -> None:
-        """Steps from the first to the last, with what is due between them."""
+        """Steps from the first to the last, with what is due between them.
+
+        Raises:
+            Terminated: one of the processes was told to end, and the checkpoint is written.
+        """
         pool, hope = ThreadPoolExecutor(WORKERS), Hope(self.first_step, self.num_steps)
         task = self.context.reporter.task(f"stage {self.stage.name}", self.num_steps, self.first_step)
-        with pool as self.pool, task as self.task, closing(self._prefetched()) as ready:
+        with pool as self.pool, task as self.task, closing(self._prefetched()) as ready, hears_sigterm() as told:
             if self.first_step == 0 and self.new_objectives:
                 self._validate(0)
             started = saved = time.monotonic()
@@ -129,10 +137,14 @@ class StageRun:
                 hope.after(done, bool(taken.samples), skipped)
                 if done == self.num_steps or (self.stage.validation.every and done % self.stage.validation.every == 0):
                     self._validate(done)
-                due = self.stage.checkpoint_due(done, time.monotonic() - saved)
-                if done < self.num_steps and self.team.first_says(due):
+                due, self.told_to_end = self.team.agree(
+                    self.stage.checkpoint_due(done, time.monotonic() - saved), told()
+                )
+                if done < self.num_steps and (due or self.told_to_end):
                     self.state.save(done, self.optimizer)
                     saved = time.monotonic()
+                    if self.told_to_end:
+                        raise Terminated(self.stage.name, done)
                 started = time.monotonic()
 
     def _skipped_by_all(self, skipped: dict[str, SampleError]) -> dict[str, SampleError]:

@@ -57,9 +57,10 @@ class Team:
         dist.all_gather_object(said, value)
         return said
 
-    def first_says(self, value: bool) -> bool:
-        """What the first process thinks, where clocks may differ."""
-        return bool(self.sums([value if self.first else False])[0])
+    def agree(self, first_says: bool, any_says: bool) -> tuple[bool, bool]:
+        """What the first process thinks of one thing, where clocks may differ, and whether any says another."""
+        first, others = self.sums([self.first and first_says, any_says])
+        return bool(first), bool(others)
 
     def stop_if_any(self, error: Exception | None) -> None:
         """Ends all processes where one has an error, which the first one raises."""

@@ -4,6 +4,7 @@ The packages are extras, imported only when a recipe names them under `logs`.
 """
 
 import os
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -24,8 +25,12 @@ class Tracker(ABC):
     """The extra of Chiasm that installs it."""
 
     @abstractmethod
-    def __init__(self, folder: Path) -> None:
-        """Opens the place for the run in this folder; a run that goes on adds to it."""
+    def __init__(self, folder: Path, resumed: tuple[str, int] | None) -> None:
+        """Opens the place for the run in this folder; one that goes on adds to it.
+
+        Args:
+            resumed: the stage and step after which the run goes on; what was told of later steps is told again.
+        """
 
     @abstractmethod
     def numbers(self, stage: str, step: int, values: Mapping[str, float]) -> None:
@@ -37,35 +42,53 @@ class Tracker(ABC):
 
 
 class TensorBoard(Tracker):
-    """Event files in RUN/tensorboard: `tensorboard --logdir RUN`."""
+    """Event files in RUN/tensorboard, a folder for every stage: `tensorboard --logdir RUN`.
+
+    Steps that are taken again are hidden from a step on in all that a folder holds, and every stage counts its own.
+    """
 
     package, extra = "tensorboard", "tensorboard"
 
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, folder: Path, resumed: tuple[str, int] | None) -> None:
+        self.folder, self.resumed = folder / "tensorboard", resumed
+        self.writers: dict[str, Any] = {}
 
     def numbers(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        if stage not in self.writers:
+            self.writers[stage] = self._opened(stage)
         for name, value in values.items():
-            self.writer.add_scalar(f"{stage}/{name}", value, step)
+            self.writers[stage].add_scalar(f"{stage}/{name}", value, step)
+
+    def _opened(self, stage: str) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        first = self.resumed[1] + 1 if self.resumed is not None and self.resumed[0] == stage else 0
+        return SummaryWriter(str(self.folder / stage), purge_step=first)
 
     def close(self) -> None:
-        self.writer.close()
+        for writer in self.writers.values():
+            writer.close()
 
 
 class Wandb(Tracker):
-    """Weights & Biases in RUN/wandb, offline unless WANDB_MODE says otherwise: `wandb sync RUN/wandb/offline-run-*`."""
+    """Weights & Biases in RUN/wandb, offline unless WANDB_MODE says otherwise: `wandb sync RUN/wandb/offline-run-*`.
+
+    A run that goes on is the same one there: its id is kept in RUN/wandb.id.
+    """
 
     package, extra = "wandb", "wandb"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resumed: tuple[str, int] | None) -> None:
         import wandb
 
+        kept = folder / "wandb.id"
+        if resumed is None or not kept.is_file():
+            kept.write_text(secrets.token_hex(8))
         mode: Any = os.environ.get("WANDB_MODE", "offline")
         project = os.environ.get("WANDB_PROJECT", "chiasm")
         settings = wandb.Settings(silent=True, console="off")
-        self.run = wandb.init(project=project, name=folder.name, dir=str(folder), mode=mode, settings=settings)
+        known = {"id": kept.read_text(), "resume": "allow", "name": folder.name, "dir": str(folder)}
+        self.run = wandb.init(project=project, mode=mode, settings=settings, **known)
         self.stages: set[str] = set()
 
     def numbers(self, stage: str, step: int, values: Mapping[str, float]) -> None:
@@ -83,7 +106,7 @@ class Trackio(Tracker):
 
     package, extra = "trackio", "trackio"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resumed: tuple[str, int] | None) -> None:
         import trackio
 
         project = os.environ.get("TRACKIO_PROJECT", "chiasm")
@@ -114,10 +137,10 @@ def require_trackers(names: Sequence[str]) -> None:
             )
 
 
-def open_trackers(names: Sequence[str], folder: Path) -> list[Tracker]:
-    """The trackers of a recipe, open for the run in this folder."""
+def open_trackers(names: Sequence[str], folder: Path, resumed: tuple[str, int] | None = None) -> list[Tracker]:
+    """The trackers of a recipe, open for the run in this folder, which goes on after a step of a stage or is new."""
     require_trackers(names)
-    return [TRACKERS[name](folder) for name in names]
+    return [TRACKERS[name](folder, resumed) for name in names]
 
 
 def curves(fields: Mapping[str, Any]) -> dict[str, float]:

@@ -83,6 +83,7 @@ def train(
         RuntimeError: an engine with `release=True` has taken the model's weights.
         ValueError: the recipe, the data or the folder do not fit; one line that names the value and the fix.
         TrainingError: the loss is not finite, or a checkpoint cannot be written.
+        SystemExit: SIGTERM came, in the main thread; the run is saved and the code is 143.
     """
     require_trainable(model)
     output, was_training = Path(output), model.training
