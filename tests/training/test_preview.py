@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
@@ -104,8 +105,47 @@ def test_a_preview_of_nothing_but_broken_pictures_is_refused() -> None:
         preview(recipe, vlm.model, vlm.processor, data)
 
 
-def test_a_plan_that_does_not_fit_is_refused() -> None:
-    vlm = helpers.vlm()
-    recipe = load_recipe({"stages": [helpers.stage(patterns={"language.layer": "frozen"})]})
-    with pytest.raises(ValueError, match="matches no parameter"):
+VISION = {"*": "frozen", "vision": {"tune": "full", "lr": 0.1}}
+UNFIT = [
+    ({"patterns": {"language.layer": "frozen"}}, "'late': pattern 'language.layer' matches no parameter"),
+    ({"gates": "open"}, "'late': gates: open is for models with the part cross_attention"),
+    ({"parts": VISION, "cache_features": True}, "'late' tunes the vision part, so its features cannot be cached"),
+    ({"parts": VISION, "init": "closed_form"}, "'late': init: closed_form changes the part connector, which is frozen"),
+    ({"parts": {"*": "frozen", "language": {"tune": "qlora", "lr": 0.1}}}, "'late': tune: qlora needs the package"),
+    ({"pack": True}, "'late': a llama language model does not keep packed samples apart"),
+    ({"compile": True}, "compile: true needs a C\\+\\+ compiler"),
+]
+
+
+@pytest.fixture
+def poor_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bitsandbytes, no compiler, and a language model that mixes packed samples."""
+    monkeypatch.setattr("chiasm.training.four_bit.find_spec", lambda name: None)
+    monkeypatch.setattr("chiasm.training.compiling.can_compile", lambda device: False)
+    monkeypatch.setattr("chiasm.training.stage_model.torch.allclose", lambda *_, **__: False)
+
+
+@pytest.mark.usefixtures("poor_machine")
+@pytest.mark.parametrize(("settings", "told"), [*UNFIT, ({"data": "captions"}, "'late' reads captions, and the data")])
+def test_a_late_stage_that_does_not_fit_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], told: str
+) -> None:
+    """By training, which has written nothing yet, as by the preview, which has measured nothing yet."""
+    recipe, vlm = load_recipe({"stages": [helpers.stage(), helpers.stage("late", **settings)]}), helpers.vlm()
+    before = helpers.weights(vlm)
+    with pytest.raises(ValueError, match=told) as refused:
+        helpers.run(tmp_path / "run", recipe, vlm)
+    assert not (tmp_path / "run").exists() and "\n" not in str(refused.value)
+    monkeypatch.setattr("chiasm.training.preview.measure", lambda *_: pytest.fail("a stage was measured"))
+    with pytest.raises(ValueError, match=told):
+        preview(recipe, vlm.model, vlm.processor, helpers.samples())
+    after = helpers.weights(vlm)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.usefixtures("poor_machine")
+@pytest.mark.parametrize(("settings", "told"), UNFIT)
+def test_without_data_a_stage_that_does_not_fit_is_refused_too(settings: dict[str, Any], told: str) -> None:
+    recipe, vlm = load_recipe({"stages": [helpers.stage(), helpers.stage("late", **settings)]}), helpers.vlm()
+    with pytest.raises(ValueError, match=told):
         preview(recipe, vlm.model, vlm.processor)
