@@ -108,6 +108,10 @@ def test_a_preview_of_nothing_but_broken_pictures_is_refused() -> None:
 VISION = {"*": "frozen", "vision": {"tune": "full", "lr": 0.1}}
 UNFIT = [
     ({"patterns": {"language.layer": "frozen"}}, "'late': pattern 'language.layer' matches no parameter"),
+    (
+        {"parts": {"*": "frozen"}, "patterns": {"vision.model.post_layernorm": {"tune": "full", "lr": 1e-3}}},
+        r"'late': the loss depends on none of the weights that the plan trains \(vision\.model\.post_layernorm\.weight, ",
+    ),
     ({"gates": "open"}, "'late': gates: open is for models with the part cross_attention"),
     ({"parts": VISION, "cache_features": True}, "'late' tunes the vision part, so its features cannot be cached"),
     ({"parts": VISION, "init": "closed_form"}, "'late': init: closed_form changes the part connector, which is frozen"),

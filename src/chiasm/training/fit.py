@@ -17,7 +17,7 @@ from chiasm.training.learner import learner_of
 from chiasm.training.schema import Recipe, Stage
 from chiasm.training.source import Survey
 from chiasm.training.stage_model import StageModel
-from chiasm.training.stages import FreezePlan, enter
+from chiasm.training.stages import FreezePlan, enter, nothing_reached
 from chiasm.training.starts import require_start
 
 
@@ -62,14 +62,27 @@ def fitted(
         read = None if found is None or samples is None else found.of_stage(stage, samples)
         usable = None if found is None else found.usable
         if isinstance(model, LateFusionModel) and stage.objectives == ["answers"] and samples is not None:
+            model = _same_weights(model)
             give_answer_head(model, stage, samples, range(len(samples)) if usable is None else usable)
         learner = learner_of(_same_weights(model), processor, stage, number, samples, usable)
         plan = enter(learner.model, stage)
+        _refuse_unread(learner.model, plan)
         can_cache(learner.model, stage, plan)
         require_start(learner.model, stage, plan)
         if stage.compile and "language" in plan.states:
             require_compiler(model.device)
         yield Fitted(number, stage, model, learner, plan, read)
+
+
+def _refuse_unread(model: PreTrainedModel, plan: FreezePlan) -> None:
+    """Refuses to train nothing but weights of an encoder that its features do not depend on; a pooling may read more."""
+    pools = getattr(model.config, "vision_pooling", None) == "own"
+    if pools or not all(name.startswith("vision.") for name in plan.trainable):
+        return
+    if hasattr(model.vision, "unused_parameters"):
+        unread = {f"vision.{name}" for name in model.vision.unused_parameters()}
+        if unread.issuperset(plan.trainable):
+            raise nothing_reached(plan)
 
 
 def _same_weights(model: PreTrainedModel) -> PreTrainedModel:
