@@ -75,7 +75,7 @@ def fitted(
 
 
 def _refuse_unread(model: PreTrainedModel, plan: FreezePlan) -> None:
-    """Refuses to train nothing but weights of an encoder that its features do not depend on; a pooling may read more."""
+    """Refuses a plan that tunes only what an encoder's features do not depend on; a pooling may read more."""
     pools = getattr(model.config, "vision_pooling", None) == "own"
     if pools or not all(name.startswith("vision.") for name in plan.trainable):
         return
