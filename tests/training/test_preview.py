@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 
 import chiasm.api
 from chiasm.data.schema import ImageRef
-from chiasm.training.log import read_log
+from chiasm.training.log import plan_table, read_log, short
 from chiasm.training.preview import preview, print_preview
 from chiasm.training.recipe import apply_overrides, load_recipe
 
@@ -43,6 +44,22 @@ def test_without_data_there_is_no_time_but_bfloat16_has_copies() -> None:
     print_preview([stage], console)
     text = console.export_text()
     assert "connector" in text and "pass --data" in text
+
+
+@pytest.mark.parametrize("tune", [{"tune": "lora", "rank": 16}, {"tune": "full", "from_layer": 1, "only": "norms"}])
+def test_numbers_are_whole_in_a_narrow_table(tune: dict[str, Any]) -> None:
+    pattern = "language.model.layers.*.post_attention_layernorm.*"
+    parts = {"*": "frozen", "connector": {"tune": "full", "lr": 1.25e-5}, "vision": {**tune, "lr": 2.5e-5}}
+    settings = {"parts": parts, "patterns": {pattern: {"tune": "full", "lr": 3.75e-6}}}
+    vlm, console = helpers.vlm(), Console(record=True, width=80)
+    shown = preview(load_recipe({"stages": [helpers.stage(**settings)]}), vlm.model, vlm.processor)
+    console.print(plan_table(shown[0].plan))
+    text = console.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    for row in shown[0].plan.rows:
+        numbers = f"{row.trainable_tensors}/{row.tensors}", f"{short(row.trainable)}/{short(row.parameters)}"
+        assert all(number in text.split() for number in (*numbers, f"{row.share:.1%}"))
+    assert all(rate in text.split() for rate in ("1.25e-05", "2.5e-05", "3.75e-06"))
 
 
 def test_activations_are_what_autograd_keeps() -> None:
@@ -104,8 +121,51 @@ def test_a_preview_of_nothing_but_broken_pictures_is_refused() -> None:
         preview(recipe, vlm.model, vlm.processor, data)
 
 
-def test_a_plan_that_does_not_fit_is_refused() -> None:
-    vlm = helpers.vlm()
-    recipe = load_recipe({"stages": [helpers.stage(patterns={"language.layer": "frozen"})]})
-    with pytest.raises(ValueError, match="matches no parameter"):
+VISION = {"*": "frozen", "vision": {"tune": "full", "lr": 0.1}}
+UNFIT = [
+    ({"patterns": {"language.layer": "frozen"}}, "'late': pattern 'language.layer' matches no parameter"),
+    (
+        {"parts": {"*": "frozen"}, "patterns": {"vision.model.post_layernorm": {"tune": "full", "lr": 1e-3}}},
+        r"'late': the loss depends on none of the weights that the plan trains \(vision\.model\.post_layernorm\.",
+    ),
+    ({"gates": "open"}, "'late': gates: open is for models with the part cross_attention"),
+    ({"parts": VISION, "cache_features": True}, "'late' tunes the vision part, so its features cannot be cached"),
+    ({"parts": VISION, "init": "closed_form"}, "'late': init: closed_form changes the part connector, which is frozen"),
+    ({"parts": {"*": "frozen", "language": {"tune": "qlora", "lr": 0.1}}}, "'late': tune: qlora needs the package"),
+    ({"pack": True}, "'late': a llama language model does not keep packed samples apart"),
+    ({"compile": True}, "compile: true needs a C\\+\\+ compiler"),
+]
+
+
+@pytest.fixture
+def poor_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bitsandbytes, no compiler, and a language model that mixes packed samples."""
+    monkeypatch.setattr("chiasm.training.four_bit.find_spec", lambda name: None)
+    monkeypatch.setattr("chiasm.training.compiling.can_compile", lambda device: False)
+    monkeypatch.setattr("chiasm.training.stage_model.torch.allclose", lambda *_, **__: False)
+
+
+@pytest.mark.usefixtures("poor_machine")
+@pytest.mark.parametrize(("settings", "told"), [*UNFIT, ({"data": "captions"}, "'late' reads captions, and the data")])
+def test_a_late_stage_that_does_not_fit_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], told: str
+) -> None:
+    """By training, which has written nothing yet, as by the preview, which has measured nothing yet."""
+    recipe, vlm = load_recipe({"stages": [helpers.stage(), helpers.stage("late", **settings)]}), helpers.vlm()
+    before = helpers.weights(vlm)
+    with pytest.raises(ValueError, match=told) as refused:
+        helpers.run(tmp_path / "run", recipe, vlm)
+    assert not (tmp_path / "run").exists() and "\n" not in str(refused.value)
+    monkeypatch.setattr("chiasm.training.preview.measure", lambda *_: pytest.fail("a stage was measured"))
+    with pytest.raises(ValueError, match=told):
+        preview(recipe, vlm.model, vlm.processor, helpers.samples())
+    after = helpers.weights(vlm)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.usefixtures("poor_machine")
+@pytest.mark.parametrize(("settings", "told"), UNFIT)
+def test_without_data_a_stage_that_does_not_fit_is_refused_too(settings: dict[str, Any], told: str) -> None:
+    recipe, vlm = load_recipe({"stages": [helpers.stage(), helpers.stage("late", **settings)]}), helpers.vlm()
+    with pytest.raises(ValueError, match=told):
         preview(recipe, vlm.model, vlm.processor)

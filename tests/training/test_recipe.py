@@ -62,7 +62,14 @@ def test_stages_inherit_from_the_top_and_override_it(tmp_path: Path) -> None:
         ),
         ("  - name: align\n", "  -\n", "stages.0.name: this key is missing"),
         ("name: instruct", "name: align", "two stages are named 'align'"),
-        ("name: instruct", "name: model", "recipe.yaml:6: stages.model.name: 'model' is a folder of every run"),
+        ("name: instruct", "name: model", "recipe.yaml:6: stages.model.name: 'model' is the name of something else"),
+        ("name: instruct", "name: Log.jsonl", "'Log.jsonl' is the name of something else in a run's folder"),
+        ("name: instruct", "name: ALIGN", "two stages are named 'align' and 'ALIGN', which some disks do not tell"),
+        ("steps: 10", "epochs: .inf", "stages.instruct.epochs: inf: should be a finite number"),
+        ("steps: 10", "steps: 10\n    lr: .inf", "lr: inf: should be a finite number"),
+        ("rank: 8", "targets: []", "stages.instruct.parts.language.targets: []: "),
+        ("steps: 10", "steps: 10\n    betas: [0.9, 1.0]", "stages.instruct.betas.1: 1.0: should be less than 1"),
+        ("steps: 10", "steps: 10\n    betas: [-0.1, 0.9]", "betas.0: -0.1: should be greater than or equal to 0"),
         ("steps: 10", "steps: 10\n    epochs: 2", "epochs and steps contradict each other"),
         (
             "steps: 10",
@@ -138,6 +145,7 @@ def test_the_fewest_steps_go_with_epochs_only() -> None:
             "override 'stages.align.stepz=1': stages.align.stepz: unknown key; did you mean",
         ),
         ("batch_size", "expected key=value"),
+        ("stages.instruct.lr=.inf", "lr: inf: should be a finite number"),
         ("batch_size=many", "override 'batch_size=many': batch_size: 'many': should be a valid integer"),
     ],
 )
@@ -145,6 +153,13 @@ def test_a_wrong_override_is_named(tmp_path: Path, override: str, expected: str)
     with pytest.raises(RecipeError) as error:
         load_recipe(write(tmp_path, TEXT), [override])
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("override", ["lr=1e-3", "steps=3", "validation.every=2", "stages.align.steps=1"])
+def test_an_override_of_stages_that_are_no_mappings_is_refused(override: str) -> None:
+    told = "no stage is named" if override.startswith("stages") else "stages.0: 'align': should be a valid dict"
+    with pytest.raises(RecipeError, match=told):
+        load_recipe({"stages": ["align"]}, [override])
 
 
 def test_a_recipe_is_written_so_that_it_reads_the_same(tmp_path: Path) -> None:
@@ -167,7 +182,11 @@ def test_the_length_of_a_stage_in_steps() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("? [a]\n: 1\n", "recipe.yaml:1: a key is a word"), ("a: &x [*x]\n", "an alias contains itself")],
+    [
+        ("? [a]\n: 1\n", "recipe.yaml:1: a key is a word"),
+        ("a: &x [*x]\n", "an alias contains itself"),
+        ("a: \0\n", r"recipe\.yaml: YAML allows no character #x0000; remove it$"),
+    ],
 )
 def test_strange_yaml_is_refused(tmp_path: Path, text: str, expected: str) -> None:
     with pytest.raises(RecipeError, match=expected):

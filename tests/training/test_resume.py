@@ -6,6 +6,7 @@ import random
 import signal
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 import chiasm
 from chiasm.data.readers import read
-from chiasm.data.schema import Samples
+from chiasm.data.schema import ImageRef, Samples
 from chiasm.training import stage_run, tensor_files
 from chiasm.training.checkpoint import TrainingError
 from chiasm.training.log import read_log
@@ -200,7 +201,60 @@ def test_pictures_may_move_but_not_change(tmp_path: Path, shard: bool) -> None:
 def test_settings_without_effect_on_weights_may_change(tmp_path: Path) -> None:
     recipe = {"stages": [helpers.stage()]}
     helpers.run(tmp_path / "run", recipe)
-    helpers.run(tmp_path / "run", recipe, overrides=["checkpoint_every=1h", "keep_checkpoints=5"])
+    helpers.run(tmp_path / "run", recipe, overrides=["checkpoint_every=1h", "keep_checkpoints=5", "skip_bad=true"])
+
+
+def test_what_a_fault_recommends_is_taken_by_the_same_run(tmp_path: Path) -> None:
+    """A picture that cannot be read is left out with `skip_bad`: the run is the one that had said so from the start."""
+    data = [helpers.sample(index) for index in range(16)]
+    data[5] = replace(data[5], images=[ImageRef.of(b"no picture", "rotten.png")])
+    recipe = {"stages": [helpers.stage(checkpoint_every=1, cache_features=False, group_by_length=False, seed=2)]}
+    with pytest.raises(ValueError, match=r"rotten\.png.*--skip-bad .* leaves them out"):
+        helpers.run(tmp_path / "run", recipe, data=data)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()), "the fault comes too early to tell"
+    resumed, whole = helpers.vlm(), helpers.vlm()
+    result = helpers.run(tmp_path / "run", recipe, resumed, data, overrides=["skip_bad=true"])
+    assert [event["stage"] for event in read_log(result.log) if event["event"] == "resume"] == ["align"]
+    helpers.run(tmp_path / "whole", recipe, whole, data, overrides=["skip_bad=true"])
+    ours, theirs = helpers.weights(resumed), helpers.weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_stage_that_has_not_begun_may_change(tmp_path: Path) -> None:
+    with helpers.killed_at(2):
+        helpers.run(tmp_path / "run", helpers.TWO_STAGES)
+    changed = {"stages": [helpers.stage(), helpers.stage("other", steps=2), helpers.stage("more", steps=1)]}
+    helpers.run(tmp_path / "run", changed)
+    helpers.run(tmp_path / "whole", changed)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    longer = {"stages": [*changed["stages"], helpers.stage("last", steps=2)]}
+    helpers.run(tmp_path / "run", longer)
+    helpers.run(tmp_path / "longer", longer)
+    assert_same(tmp_path / "run", tmp_path / "longer")
+    with pytest.raises(ValueError, match="it has reached the stage 'last', which the recipe does not have"):
+        helpers.run(tmp_path / "run", changed)
+    with pytest.raises(ValueError, match=r"stages\.other\.steps was 2, is 3"):
+        helpers.run(tmp_path / "run", longer, overrides=["stages.other.steps=3"])
+
+
+def test_the_rate_of_the_stage_in_which_a_run_stands_may_change_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = {"stages": [helpers.stage(checkpoint_every=1), helpers.stage("more", steps=1)]}
+    with helpers.killed_at(2):
+        helpers.run(tmp_path / "run", recipe)
+    overrides = ["stages.align.lr=1e-3", "stages.align.clip=0.5", "stages.align.schedule=constant"]
+    for other in ("stages.align.weight_decay=0.1", "stages.align.parts.language=full"):
+        with pytest.raises(ValueError, match=r"holds another run: stages\.align\."):
+            helpers.run(tmp_path / "run", recipe, overrides=[*overrides, other])
+    result = helpers.run(tmp_path / "run", recipe, overrides=overrides, quiet=False)
+    told = "goes on with another lr and clip and schedule: not the run that it would have been"
+    assert [event["text"] for event in read_log(result.log) if event["event"] == "warning"] == [told]
+    assert capsys.readouterr().err.count(f"warning: stage align: {told}") == 1
+    rates = [event["lr"]["connector"] for event in read_log(result.log) if event["event"] == "step"]
+    assert rates[1:4] == [1e-3] * 3 and rates[0] > 5e-3
+    with pytest.raises(ValueError, match=r"stages\.align\.lr was 0\.001, is null"):
+        helpers.run(tmp_path / "run", recipe)
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:

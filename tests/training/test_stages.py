@@ -47,6 +47,15 @@ def test_what_is_not_said_is_refused() -> None:
         enter(model, stage(**{"*": "frozen"}))
 
 
+def test_a_tuned_rest_must_have_a_part() -> None:
+    model, full = helpers.vlm().model, {"tune": "full", "lr": 0.1}
+    named = {"vision": "frozen", "connector": full, "language": "frozen"}
+    with pytest.raises(ValueError, match=r"'align': '\*': full matches nothing, since other lines decide on all parts"):
+        enter(model, stage(**named, **{"*": full}))
+    enter(model, stage(**named, **{"*": "frozen"}))
+    enter(model, stage(vision="frozen", language="frozen", **{"*": full}))
+
+
 def test_a_parameter_of_no_part_is_refused() -> None:
     model = helpers.vlm().model
     model.extra = nn.Linear(2, 2)

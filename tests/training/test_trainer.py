@@ -25,6 +25,7 @@ from chiasm.training import features
 from chiasm.training.checkpoint import TrainingError
 from chiasm.training.closed_form import Started
 from chiasm.training.log import read_log
+from chiasm.training.preview import preview
 from chiasm.training.recipe import load_recipe
 from chiasm.training.validation import Validator
 
@@ -251,6 +252,29 @@ def test_text_alone_trains(tmp_path: Path) -> None:
     data = [helpers.sample(index, images=0) for index in range(8)]
     result = helpers.run(tmp_path / "run", {"stages": [helpers.stage(parts=parts)]}, data=data)
     assert losses(result)[-1][2] < losses(result)[0][2]
+
+
+def test_a_loss_that_depends_on_nothing_that_is_trained_is_refused(tmp_path: Path) -> None:
+    """As where a picture becomes codes, through which no gradient comes back."""
+    model = helpers.unified(helpers.VQ)
+    recipe = {"stages": [helpers.stage(parts={**helpers.FROZEN, "vision": {"tune": "full", "lr": 1e-3}})]}
+    told = r"'align': the loss depends on none of the weights that the plan trains \(vision\."
+    with pytest.raises(ValueError, match=told) as error:
+        helpers.run(tmp_path / "run", recipe, model)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=told):
+        preview(load_recipe(recipe), model.model, model.processor, helpers.samples())
+
+
+def test_a_pooling_that_reads_more_than_the_features_can_be_trained_alone(tmp_path: Path) -> None:
+    patterns = {"vision.model.post_layernorm": {"tune": "full", "lr": 1e-2}}
+    settings = {"objectives": ["contrastive"], "parts": helpers.FROZEN, "patterns": patterns}
+    model = helpers.dual_encoder()
+    before = helpers.weights(model)
+    data = [helpers.sample(index) for index in range(8)]
+    helpers.run(tmp_path / "run", {"stages": [helpers.stage(**settings)]}, model, data)
+    moved = {name for name, tensor in helpers.weights(model).items() if not torch.equal(tensor, before[name])}
+    assert moved == {"vision.model.post_layernorm.weight", "vision.model.post_layernorm.bias"}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tmp_path: Path) -> None:

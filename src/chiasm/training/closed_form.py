@@ -54,6 +54,16 @@ def cannot_start(model: PreTrainedModel) -> str | None:
     return None
 
 
+def require_closed_form(model: PreTrainedModel) -> None:
+    """Refuses a model whose connector cannot start in closed form.
+
+    Raises:
+        ValueError: it cannot, and why.
+    """
+    if reason := cannot_start(model):
+        raise ValueError(f"init: closed_form: {reason}; use init: keep")
+
+
 def is_slow(connector: Connector) -> bool:
     """Whether a start takes longer than one that nobody asked for should."""
     return not is_exact(connector) and steps_within_reach(connector) < FEWEST_STEPS
@@ -135,8 +145,7 @@ def closed_form(
         NothingToLearn: no two pictures have captions that differ.
         ValueError: the connector cannot start in closed form.
     """
-    if reason := cannot_start(model):
-        raise ValueError(f"init: closed_form: {reason}; use init: keep")
+    require_closed_form(model)
     chosen = [sample for sample in samples if sample.images]
     weights = {word: weight for word, weight in sorted(rarity(chosen).items()) if weight > 0}
     number = {word: index for index, word in enumerate(weights)}

@@ -20,6 +20,18 @@ def can_compile(device: torch.device) -> bool:
     return device.type != "cpu" or any(shutil.which(name) for name in COMPILERS)
 
 
+def require_compiler(device: torch.device) -> None:
+    """Refuses `compile: true` where it cannot be done.
+
+    Raises:
+        ValueError: this machine cannot compile.
+    """
+    if not can_compile(device):
+        raise ValueError(
+            "compile: true needs a C++ compiler on a CPU and found none; install g++ or write compile: false"
+        )
+
+
 @contextmanager
 def compiled_layers(language: PreTrainedModel, wanted: bool) -> Iterator[None]:
     """While it lasts, the language model's layers run compiled, for sequences of any length.
@@ -30,10 +42,7 @@ def compiled_layers(language: PreTrainedModel, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    if not can_compile(language.device):
-        raise ValueError(
-            "compile: true needs a C++ compiler on a CPU and found none; install g++ or write compile: false"
-        )
+    require_compiler(language.device)
     changed = list(layers(language))
     for layer in changed:
         layer.forward = torch.compile(layer.forward, dynamic=True)

@@ -174,6 +174,24 @@ def with_hint(error: SampleError | ImageError) -> ValueError:
     return ValueError(f"{error}; {HINT}")
 
 
+def can_cache(model: PreTrainedModel, stage: Stage, plan: FreezePlan) -> bool:
+    """Whether a stage has features to keep: those of a frozen encoder.
+
+    Raises:
+        ValueError: the recipe asks for a cache but the model has no encoder, or the stage tunes it.
+    """
+    if stage.cache_features is False or "vision" not in plan.states:
+        return False
+    reason = None
+    if not hasattr(model.vision, "fast_encoder"):
+        reason = f"stage {stage.name!r}: cache_features needs a vision encoder, this model has none"
+    elif "vision" not in plan.frozen_parts():
+        reason = f"stage {stage.name!r} tunes the vision part, so its features cannot be cached"
+    if reason is not None and stage.cache_features is True:
+        raise ValueError(reason)
+    return reason is None
+
+
 def stage_features(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -186,17 +204,9 @@ def stage_features(
     """The cache for a stage, in bfloat16 where training is and the encoder bears it; None for a stage without one.
 
     Raises:
-        ValueError: the recipe asks for a cache but the stage tunes the encoder.
+        ValueError: as `can_cache`.
     """
-    if stage.cache_features is False or "vision" not in plan.states:
-        return None
-    if not hasattr(model.vision, "fast_encoder"):
-        if stage.cache_features is True:
-            raise ValueError(f"stage {stage.name!r}: cache_features needs a vision encoder, this model has none")
-        return None
-    if "vision" not in plan.frozen_parts():
-        if stage.cache_features is True:
-            raise ValueError(f"stage {stage.name!r} tunes the vision part, so its features cannot be cached")
+    if not can_cache(model, stage, plan):
         return None
     vision = model.vision
     encode = vision.fast_encoder(dtype=None if dtype == torch.bfloat16 else vision.model.dtype)

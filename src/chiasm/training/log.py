@@ -151,8 +151,10 @@ class Task:
 def plan_table(plan: FreezePlan) -> Table:
     """What is trained, a line for each part and pattern."""
     table = Table(title=f"stage {plan.stage}: what is trained", title_justify="left", box=SIMPLE, pad_edge=False)
-    for column in ("part", "tune", "lr", "tensors", "parameters", "share", "memory"):
-        table.add_column(column, justify="left" if column in ("part", "tune") else "right", no_wrap=True)
+    for column in ("part", "tune"):
+        table.add_column(column, overflow="fold")
+    for column in ("lr", "tensors", "parameters", "share", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in plan.rows:
         table.add_row(
             row.label,

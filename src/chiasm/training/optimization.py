@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -12,7 +13,7 @@ from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.parallel import Engine
 from chiasm.training.precision import autocast
 from chiasm.training.schema import Stage
-from chiasm.training.stages import FreezePlan, check_first_step, digests
+from chiasm.training.stages import FreezePlan, check_first_step, digests, require_reached
 from chiasm.training.team import Team
 
 NAMED = 8
@@ -74,7 +75,7 @@ class Optimization:
         faulty = []
         for number, batch in enumerate(batches, 1):
             with self.engine.accumulate(last=number == len(batches)):
-                finite = self._backward(batch, taken)
+                finite = self._backward(batch, taken, check)
             faulty += [] if finite else [batch]
         taken.losses = dict(zip(taken.losses, self.team.sums(list(taken.losses.values())), strict=True))
         self._refuse_infinite("loss", sum(taken.losses.values()), step, faulty)
@@ -86,11 +87,17 @@ class Optimization:
         self.optimizer.zero_grad()
         return taken
 
-    def _backward(self, batch: Batch, taken: Taken) -> bool:
+    def _backward(self, batch: Batch, taken: Taken, together: bool) -> bool:
         """Adds a batch's gradients and losses. DDP and FSDP average over processes what is a sum here.
+
+        Args:
+            together: all processes learn of a fault at once.
 
         Returns:
             Whether the loss is finite.
+
+        Raises:
+            ValueError: the loss depends on nothing that the plan trains.
         """
         device = self.engine.model.device
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
@@ -99,6 +106,7 @@ class Optimization:
         for name, share in shares.items():
             taken.losses[name] = taken.losses.get(name, 0.0) + share.item()
         loss = torch.stack(list(shares.values())).sum()
+        (self.team if together else Team()).all_do(partial(require_reached, loss, self.plan))
         (loss * self.team.size).backward()
         return math.isfinite(loss.item())
 

@@ -22,7 +22,7 @@ from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.precision import autocast, choose_dtype, stage_precision
 from chiasm.training.schema import Stage
 from chiasm.training.stage_model import StageModel
-from chiasm.training.stages import enter
+from chiasm.training.stages import FreezePlan, enter, require_reached
 
 BATCHES = 4
 """Batches that are enough to measure a stage; the first one is not timed."""
@@ -72,7 +72,7 @@ def measure(model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, sam
                 continue
             encoded = time.monotonic()
             with nullcontext() if stepping else _counted(model) as counter:
-                _step(learner, learner.collate(items), optimizer, step, dtype)
+                _step(learner, learner.collate(items), plan, optimizer, step, dtype)
             kept = counter.total if counter is not None else kept
             encoding.append((encoded - started) / len(items))
             stepping.append((time.monotonic() - encoded) / len(items))
@@ -93,12 +93,15 @@ def _picture_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     return vision.num_patches * vision.width * kept.itemsize
 
 
-def _step(learner: StageModel, batch: Batch, optimizer: StageOptimizer, step: int, dtype: torch.dtype) -> None:
+def _step(
+    learner: StageModel, batch: Batch, plan: FreezePlan, optimizer: StageOptimizer, step: int, dtype: torch.dtype
+) -> None:
     device = learner.model.device
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
     with autocast(device, dtype):
         losses = learner.losses(inputs, len(batch.ids), batch.supervised)
     loss = torch.stack(list(losses.values())).sum()
+    require_reached(loss, plan)
     loss.backward()
     loss.item()
     optimizer.step(step)

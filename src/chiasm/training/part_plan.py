@@ -14,9 +14,9 @@ LORA_KEYS = ("rank", "alpha", "dropout", "targets")
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, and values do not change after they were checked."""
+    """Unknown keys are errors, numbers are finite, and values do not change after they were checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PartPlan(Strict):
@@ -36,7 +36,9 @@ class PartPlan(Strict):
         32.0, description="LoRA: the update is scaled by alpha / rank (rslora: by alpha / √rank)"
     )
     dropout: Annotated[float, Field(ge=0, lt=1, description="LoRA: dropout before the bottleneck")] = 0.0
-    targets: Literal["all-linear"] | list[str] = Field("all-linear", description="LoRA: linear layers by name")
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all-linear", description="LoRA: linear layers by name"
+    )
 
     @property
     def adapts(self) -> bool:

@@ -1,6 +1,5 @@
 """`chiasm train --plan-only`: what a recipe would train, hold and take, before it does. The model stays as it is."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,16 +11,15 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.schema import Samples
 from chiasm.data.splits import Subset
-from chiasm.fusion.late import LateFusionModel
 from chiasm.sources.cache import cache_folder, free_space
-from chiasm.training.late_stage import give_answer_head
-from chiasm.training.learner import learner_of
+from chiasm.training.features import can_cache
+from chiasm.training.fit import Fitted, fitted
 from chiasm.training.log import Reporter, plan_fields, plan_table
 from chiasm.training.pace import BATCHES, Pace, measure
 from chiasm.training.precision import KEPT_PARTS, choose_dtype
-from chiasm.training.schema import Recipe, Stage
-from chiasm.training.source import Survey, split, survey
-from chiasm.training.stages import ADAM_BYTES, GRADIENT_BYTES, FreezePlan, enter, weight_bytes
+from chiasm.training.schema import Recipe
+from chiasm.training.source import split, survey
+from chiasm.training.stages import ADAM_BYTES, GRADIENT_BYTES, FreezePlan, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -82,36 +80,21 @@ def preview(
     if samples is not None:
         samples, _ = split(samples, validation_samples, recipe)
         found = survey(samples, processor.num_image_tokens, recipe.skips_bad, reporter or Reporter("quiet"))
-    model, shown = _same_weights(model), []
-    for number, stage in enumerate(recipe.stages):
-        shown.append(_preview(stage, number, model, processor, samples, found))
-        if isinstance(model, LateFusionModel) and stage.objectives == ["answers"] and found is not None:
-            give_answer_head(model, stage, samples or [], found.usable)
-    return shown
+    return [_preview(stage, processor, samples) for stage in [*fitted(recipe, model, processor, samples, found)]]
 
 
-def _preview(
-    stage: Stage,
-    number: int,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    samples: Samples | None,
-    found: Survey | None,
-) -> StagePreview:
-    learner = learner_of(
-        _same_weights(model), processor, stage, number, samples, None if found is None else found.usable
-    )
-    plan, dtype = enter(learner.model, stage), choose_dtype(stage.dtype, model.device)
-    if samples is None or found is None:
+def _preview(fit: Fitted, processor: ProcessorMixin, samples: Samples | None) -> StagePreview:
+    stage, plan, learner, read = fit.stage, fit.plan, fit.learner, fit.read
+    dtype = choose_dtype(stage.dtype, learner.model.device)
+    if samples is None or read is None:
         return StagePreview(plan, _memory(learner.model, plan, dtype, None))
-    read = found.of_stage(stage, samples)
     samples = Subset(samples, read.usable)
     wanted = BATCHES * stage.batch_size
     few = Subset(samples, range(0, len(samples), max(1, len(samples) // wanted))[:wanted])
-    pace = measure(model, processor, stage, few, number)
+    pace = measure(fit.model, processor, stage, few, fit.number)
     steps = stage.num_steps(len(samples))
     visits = steps * stage.batch_size * stage.accumulate
-    caches = _caches(stage, plan)
+    caches = can_cache(learner.model, stage, plan)
     encoded = min(visits, len(samples)) if caches else visits
     shown = sum(read.pictures) * encoded // len(samples) if caches else 0
     return StagePreview(
@@ -123,10 +106,6 @@ def _preview(
         encoded * pace.encode_seconds + visits * pace.step_seconds,
         shown * pace.picture_bytes,
     )
-
-
-def _caches(stage: Stage, plan: FreezePlan) -> bool:
-    return stage.cache_features is not False and "vision" in plan.frozen_parts()
 
 
 def _memory(model: nn.Module, plan: FreezePlan, dtype: torch.dtype, pace: Pace | None) -> Memory:
@@ -144,12 +123,6 @@ def _memory(model: nn.Module, plan: FreezePlan, dtype: torch.dtype, pace: Pace |
             copies += count * dtype.itemsize if copied else 0
     activations = None if pace is None else pace.activations
     return Memory(weights, copies, trained * GRADIENT_BYTES, trained * ADAM_BYTES, activations)
-
-
-def _same_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same weights, which a plan may change without touching the model."""
-    shared: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, shared | {id(buffer): buffer for buffer in model.buffers()})
 
 
 def print_preview(previews: Sequence[StagePreview], console: Console) -> None:

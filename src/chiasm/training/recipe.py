@@ -119,6 +119,8 @@ def read_yaml(path: Path, expected: str) -> tuple[dict[str, Any], Origins]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: {error.problem}") from error
+    except yaml.reader.ReaderError as error:
+        raise RecipeError(f"{path}: YAML allows no character #x{error.character:04x}; remove it") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 text ({error})") from error
     if not isinstance(raw, dict):
@@ -163,11 +165,10 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any, text: str, origins: O
     target: Any = raw
     at: Keys = ()
     if keys[0] == "stages" and len(keys) > 2:
-        names = [stage.get("name") for stage in stages if isinstance(stage, dict)]
+        names = [stage.get("name") if isinstance(stage, dict) else None for stage in stages]
         if keys[1] not in names:
-            raise RecipeError(
-                f"override {text!r}: no stage is named {keys[1]!r}; there are {', '.join(map(str, names))}"
-            )
+            known = ", ".join(str(name) for name in names if name is not None)
+            raise RecipeError(f"override {text!r}: no stage is named {keys[1]!r}; there are {known}")
         at = ("stages", names.index(keys[1]))
         target, keys = stages[at[1]], keys[2:]
     if keys in REPLACED:
@@ -183,9 +184,11 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any, text: str, origins: O
     origins[(*at, keys[-1])] = f"override {text!r}"
 
 
-def _drop(target: dict[str, Any], keys: list[str]) -> None:
+def _drop(target: Any, keys: list[str]) -> None:
     """Removes a setting that an override replaces; a stage has only one length, and `min_steps` is part of it. A
-    learning rate is replaced where parts and patterns state their own too."""
+    learning rate is replaced where parts and patterns state their own too. What is no mapping is refused later."""
+    if not isinstance(target, dict):
+        return
     if keys == ["lr"]:
         plans = [target[key].values() for key in ("parts", "patterns") if isinstance(target.get(key), dict)]
         for plan in chain.from_iterable(plans):

@@ -8,7 +8,7 @@ The weights in `model/` are hard links to the last stage's where the disk has th
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ from chiasm.training.checkpoint import (
 from chiasm.training.fingerprint import differences
 from chiasm.training.log import Reporter, RunLog
 from chiasm.training.recipe import to_yaml
-from chiasm.training.schema import WITHOUT_EFFECT, Recipe
+from chiasm.training.schema import AFTER_A_FAULT, WITHOUT_EFFECT, Recipe
 from chiasm.training.team import Team
 from chiasm.training.tensor_files import SUFFIX
 from chiasm.training.termination import Terminated
@@ -161,9 +161,13 @@ def _open(
         stages = [stage.name for stage in recipe.stages]
         _prepare(folder, stages, resume)
         resumed, notes = newest_checkpoint(folder / CHECKPOINTS, stages)
+        changed: list[str] = []
         if resumed is not None:
-            _compare(folder, resumed.position, fingerprint)
+            changed = _compare(folder, resumed.position, fingerprint)
             notes += _moved(resumed.position.environment, environment)
+            done = stages.index(resumed.position.stage) + resumed.position.finished
+            if done < len(stages):
+                _discard(folder, stages[done:])
         else:
             _discard(folder, stages)
         whole_file(folder / RECIPE, to_yaml(recipe))
@@ -173,7 +177,7 @@ def _open(
         log.listeners.append(reporter.dashboard.hear)
         try:
             run = Run(folder, stages, log, fingerprint, environment, resumed, team)
-            _tell(run, notes, reporter)
+            _tell(run, notes, changed, reporter)
             yield run
         except KeyboardInterrupt:
             reporter.note(f"stopped; the same command goes on from the last checkpoint in {folder}")
@@ -236,21 +240,69 @@ def _prepare(folder: Path, stages: list[str], resume: bool) -> None:
 
 
 def _discard(folder: Path, stages: list[str]) -> None:
-    """A run that starts from the beginning keeps nothing of an earlier one."""
+    """A run keeps nothing of stages that it is yet to train."""
     for name in (*stages, MODEL):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _compare(folder: Path, position: Position, fingerprint: dict[str, Any]) -> None:
-    found = differences(position.fingerprint, fingerprint)
+def _compare(folder: Path, position: Position, fingerprint: dict[str, Any]) -> list[str]:
+    """Holds a run against the one that it is to go on with, as far as that has come: later stages may change.
+
+    Returns:
+        What changes of the stage in which the run stands, of `AFTER_A_FAULT`.
+
+    Raises:
+        ValueError: something else differs.
+    """
+    names = [stage["name"] for stage in fingerprint["stages"]]
+    reached = names.index(position.stage) + 1
+    _refuse_gone(folder, names)
+    before, now = _as_far_as(position.fingerprint, reached), _as_far_as(fingerprint, reached)
+    changed: list[str] = []
+    if not position.finished and len(before["stages"]) == reached:
+        one, other = before["stages"][-1], now["stages"][-1]
+        changed = [key for key in AFTER_A_FAULT if _all_of(one, key) != _all_of(other, key)]
+        before["stages"][-1], now["stages"][-1] = (_without(stage, AFTER_A_FAULT) for stage in (one, other))
+    found = differences(before, now)
     if not found:
-        return
+        return changed
     shown = [line if line.startswith("stages") else f"the {_is(line.split(' ')[0])} not the same" for line in found]
     listed = "; ".join(shown[:3]) + (f"; and {len(shown) - 3} more" if len(shown) > 3 else "")
     raise ValueError(
         f"{folder} holds another run: {listed}. Restore that to go on, choose another folder, "
         "or start anew in this one with --no-resume (resume=False)"
     )
+
+
+def _refuse_gone(folder: Path, stages: list[str]) -> None:
+    found = sorted(path.name.rpartition("-")[0] for path in (folder / CHECKPOINTS).iterdir())
+    gone = next((stage for stage in found if stage not in stages), None)
+    if gone is not None:
+        raise ValueError(
+            f"{folder} holds another run: it has reached the stage {gone!r}, which the recipe does not have. Restore "
+            "that to go on, choose another folder, or start anew in this one with --no-resume (resume=False)"
+        )
+
+
+def _as_far_as(fingerprint: dict[str, Any], reached: int) -> dict[str, Any]:
+    """The first stages alone; a run of an earlier version may name more settings that no weight depends on."""
+    stages = [{key: stage[key] for key in stage if key not in WITHOUT_EFFECT} for stage in fingerprint["stages"]]
+    return {**fingerprint, "stages": stages[:reached]}
+
+
+def _without(value: Any, keys: Sequence[str]) -> Any:
+    """A stage without some settings, which its parts and patterns may have too."""
+    plans = {
+        name: {label: {key: plan[key] for key in plan if key not in keys} for label, plan in value[name].items()}
+        for name in ("parts", "patterns")
+    }
+    return {key: value[key] for key in value if key not in keys} | plans
+
+
+def _all_of(stage: dict[str, Any], key: str) -> list[Any]:
+    """A setting of a stage and, where they have it too, of its parts and patterns."""
+    plans = [stage, *stage["parts"].values(), *stage["patterns"].values()]
+    return [plan.get(key) for plan in plans]
 
 
 def _is(key: str) -> str:
@@ -266,7 +318,7 @@ def _moved(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     )
 
 
-def _tell(run: Run, notes: list[str], reporter: Reporter) -> None:
+def _tell(run: Run, notes: list[str], changed: list[str], reporter: Reporter) -> None:
     for note in notes:
         reporter.note(note)
         run.log.write("note", text=note)
@@ -274,3 +326,7 @@ def _tell(run: Run, notes: list[str], reporter: Reporter) -> None:
         position = run.resumed.position
         reporter.note(f"going on after step {position.step} of stage {position.stage}")
         run.log.write("resume", position.stage, position.step)
+        if changed:
+            text = f"goes on with another {' and '.join(changed)}: not the run that it would have been"
+            run.log.write("warning", position.stage, position.step, text=text)
+            reporter.note(f"warning: stage {position.stage}: {text}")

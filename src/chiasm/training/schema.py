@@ -39,9 +39,29 @@ __all__ = [
     "Validation",
 ]
 
-RESERVED_NAMES = ("checkpoints", "model")
-WITHOUT_EFFECT = ("validation", "checkpoint_every", "keep_checkpoints", "parallel", "gradient_checkpointing")
-"""Settings that may differ between a run and its continuation: no weight depends on them."""
+RESERVED_NAMES = (
+    "checkpoints",
+    "evaluation",
+    "log.jsonl",
+    "model",
+    "recipe.yaml",
+    "report.html",
+    "tensorboard",
+    "wandb",
+)
+"""What a run's folder holds beside its stages."""
+WITHOUT_EFFECT = (
+    "validation",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "parallel",
+    "gradient_checkpointing",
+    "skip_bad",
+)
+"""Settings that may differ between a run and its continuation: no weight depends on them. A run that ends without
+`skip_bad` has met no sample that it leaves out."""
+AFTER_A_FAULT = ("lr", "clip", "schedule", "warmup")
+"""Settings of a stage that may change within it, with a warning: what may help against a loss that is not finite."""
 
 
 class Forgetting(Strict):
@@ -90,8 +110,8 @@ class Stage(Settings):
     @field_validator("name")
     @classmethod
     def _is_free(cls, name: str) -> str:
-        if name in RESERVED_NAMES:
-            raise ValueError(f"{name!r} is a folder of every run; choose another name")
+        if name.lower() in RESERVED_NAMES:
+            raise ValueError(f"{name!r} is the name of something else in a run's folder; choose another name")
         return name
 
     @model_validator(mode="before")
@@ -158,9 +178,11 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _has_unique_names(self) -> "Recipe":
         names = [stage.name for stage in self.stages]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"two stages are named {twice!r}; names are folders of the run")
+        for index, name in enumerate(names):
+            other = next((other for other in names[:index] if other.lower() == name.lower()), None)
+            if other is not None:
+                differ = "" if other == name else f" and {name!r}, which some disks do not tell apart"
+                raise ValueError(f"two stages are named {other!r}{differ}; names are folders of the run")
         return self
 
     @model_validator(mode="after")

@@ -69,6 +69,7 @@ def groups_of(model: PreTrainedModel, stage: Stage) -> list[Group]:
             own = frozenset(name for name in inside if owners.get(name) == pattern)
             if own:
                 found.append(Group(pattern, part, of_pattern, own, own))
+    _refuse_idle_rest(stage, [group.part for group in found if not group.is_pattern])
     return found
 
 
@@ -218,6 +219,16 @@ def _refuse_nothing(stage: Stage, part: str, plan: PartPlan, chosen: frozenset[s
     if not chosen:
         raise ValueError(
             f"stage {stage.name!r}: {part}: {plan.words} matches nothing, since patterns decide on all of it; remove it"
+        )
+
+
+def _refuse_idle_rest(stage: Stage, decided: list[str]) -> None:
+    """A tuned `*` must have a part to tune; a frozen one may stand beside parts that are all named."""
+    rest = stage.parts.get(OTHER_PARTS)
+    if rest is not None and rest.tune != "frozen" and all(part in stage.parts for part in decided):
+        raise ValueError(
+            f"stage {stage.name!r}: {OTHER_PARTS!r}: {rest.words} matches nothing, since other lines decide on all "
+            "parts of this model; remove it"
         )
 
 

@@ -25,6 +25,7 @@ READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Settings that only stages with such an objective, or such an optimizer, read."""
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -69,7 +70,7 @@ class Settings(Strict):
     schedule: Literal["cosine", "constant"] = Field("cosine", description="of the rate after the warm-up")
     weight_decay: Annotated[float, Field(ge=0, description="AdamW's, on matrices only")] = 0.0
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or plain gradient descent")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's")
     clip: PositiveFloat | None = Field(1.0, description="largest norm of the gradient; null does not clip")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the arithmetic; weights learn in float32"

@@ -15,7 +15,7 @@ from chiasm.training.schema import Stage
 from chiasm.training.selection import Group, adapter_targets, groups_of, parts_of
 from chiasm.training.sharding import local
 
-__all__ = ["FreezePlan", "PlanRow", "check_first_step", "digests", "enter", "parts_of", "set_modes"]
+__all__ = ["FreezePlan", "PlanRow", "check_first_step", "digests", "enter", "parts_of", "require_reached", "set_modes"]
 
 ADAM_BYTES = 8
 GRADIENT_BYTES = 4
@@ -161,6 +161,25 @@ def check_first_step(
         return []
     listed = ", ".join(unreached[:3]) + (", ..." if len(unreached) > 3 else "")
     return [f"{len(unreached)} trainable tensors got no gradient in the first step, so they stay as they are: {listed}"]
+
+
+def require_reached(loss: Tensor, plan: FreezePlan) -> None:
+    """Refuses a loss that no trained weight has a part in.
+
+    Raises:
+        ValueError: it depends on none of them.
+    """
+    if not loss.requires_grad:
+        raise nothing_reached(plan)
+
+
+def nothing_reached(plan: FreezePlan) -> ValueError:
+    """The error for a plan whose trained weights the loss does not depend on."""
+    listed = ", ".join(plan.trainable[:3]) + (", ..." if len(plan.trainable) > 3 else "")
+    return ValueError(
+        f"stage {plan.stage!r}: the loss depends on none of the weights that the plan trains ({listed}), so they would "
+        "stay as they are; tune others too"
+    )
 
 
 def digests(model: nn.Module) -> dict[str, tuple[int, int]]:

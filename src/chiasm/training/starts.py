@@ -11,7 +11,7 @@ from chiasm.connectors.closed_form import NothingToLearn
 from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Sample
 from chiasm.data.splits import Subset
-from chiasm.training.closed_form import cannot_start, caption_indices, is_slow
+from chiasm.training.closed_form import cannot_start, caption_indices, is_slow, require_closed_form
 from chiasm.training.context import Context
 from chiasm.training.features import Features
 from chiasm.training.schema import Stage
@@ -20,6 +20,33 @@ from chiasm.training.stages import FreezePlan
 
 CLOSED_FORM_SAMPLES = 4000
 """A closed-form start looks at no more samples than these, evenly spread over those that describe their pictures."""
+
+
+def require_start(model: PreTrainedModel, stage: Stage, plan: FreezePlan) -> None:
+    """Refuses a start that the model or the freeze plan does not allow.
+
+    Raises:
+        ValueError: there are no gates to open, no connector to solve for, or the part is not tuned in full.
+    """
+    if stage.gates == "open":
+        if not hasattr(model, "cross_attention"):
+            raise ValueError(
+                f"stage {stage.name!r}: gates: open is for models with the part cross_attention; "
+                "write gates: keep, or connect with fusion intermediate"
+            )
+        _require_full(stage, plan, "cross_attention", "gates: open")
+    if stage.init == "closed_form":
+        require_closed_form(model)
+        _require_full(stage, plan, "connector", "init: closed_form")
+
+
+def _require_full(stage: Stage, plan: FreezePlan, part: str, start: str) -> None:
+    """A start changes a part's own weights, which only checkpoints of a part that is tuned in full hold."""
+    if plan.states[part] != "full":
+        raise ValueError(
+            f"stage {stage.name!r}: {start} changes the part {part}, which is {plan.states[part]}; "
+            f"tune {part} in full, or write {start.split(':')[0]}: keep"
+        )
 
 
 class Start:
@@ -43,13 +70,9 @@ class Start:
         self.source_of, self.features = source_of, features
 
     def run(self) -> None:
-        """Does what the stage asks for.
-
-        Raises:
-            ValueError: it asks for something that the model or the freeze plan does not allow.
-        """
+        """Does what the stage asks for, of which `require_start` has seen that it can be done."""
         if self.stage.gates == "open":
-            self._open_gates()
+            self.model.cross_attention.open_gates()
         if self.stage.init == "closed_form":
             self._solve_connector()
         elif self.stage.init == "auto" and self._is_new():
@@ -72,25 +95,7 @@ class Start:
         self.context.reporter.note(note)
         self.context.run.log.write("note", self.stage.name, 0, text=note)
 
-    def _open_gates(self) -> None:
-        if not hasattr(self.model, "cross_attention"):
-            raise ValueError(
-                f"stage {self.stage.name!r}: gates: open is for models with the part cross_attention; "
-                "write gates: keep, or connect with fusion intermediate"
-            )
-        self._require_full("cross_attention", "gates: open")
-        self.model.cross_attention.open_gates()
-
-    def _require_full(self, part: str, start: str) -> None:
-        """A start changes a part's own weights, which only checkpoints of a part that is tuned in full hold."""
-        if self.plan.states[part] != "full":
-            raise ValueError(
-                f"stage {self.stage.name!r}: {start} changes the part {part}, which is {self.plan.states[part]}; "
-                f"tune {part} in full, or write {start.split(':')[0]}: keep"
-            )
-
     def _solve_connector(self) -> None:
-        self._require_full("connector", "init: closed_form")
         context, started = self.context, time.monotonic()
         chosen = caption_indices(context.samples, context.survey.usable)
         samples = self._readable(Subset(context.samples, chosen[:: -(-len(chosen) // CLOSED_FORM_SAMPLES)]))

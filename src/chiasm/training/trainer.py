@@ -24,6 +24,7 @@ from chiasm.training.checkpoint import WEIGHTS, restore
 from chiasm.training.closed_form import closed_form as closed_form_start
 from chiasm.training.context import Context
 from chiasm.training.fingerprint import model_fingerprint
+from chiasm.training.fit import require_fit
 from chiasm.training.forgetting import ForgettingProbe
 from chiasm.training.late_stage import give_answer_head
 from chiasm.training.log import Reporter
@@ -94,6 +95,7 @@ def train(
         team.all_do(lambda: require_one_size(processor, model.vision.image_size))
         kept, held_out = team.all_do(lambda: split(samples, validation_samples, loaded))
         found = team.all_do(lambda: survey(kept, processor.num_image_tokens, loaded.skips_bad, reporter))
+        team.all_do(lambda: require_fit(loaded, model, processor, kept, found))
         pictures, processing = picture_fingerprint(found, reporter), _processor_fingerprint(processor)
         seen = fingerprint_of(loaded, model_fingerprint(model), found.fingerprint, pictures, processing)
         _require_one_mind(team, seen)
