@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from chiasm.comparison.describe import cost_facts
 from chiasm.data.few_shot import MOST_CANDIDATES, draw_examples
 from chiasm.data.readers import read, read_train
 from chiasm.data.schema import ImageError, SampleError, Samples
@@ -111,6 +112,7 @@ def train(
         score_drawings=score_drawings if can_draw(vlm.model) else None,
         resume=resume,
         quiet=quiet,
+        facts_of=cost_facts,
     )
 
 

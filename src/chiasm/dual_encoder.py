@@ -14,7 +14,9 @@ from chiasm.data.schema import text_of
 from chiasm.evaluation.zero_shot import TEMPLATES, label_vectors
 from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
+from chiasm.sources.uploading import upload
 from chiasm.sources.writing import save_whole
+from chiasm.training.card import write_card
 
 RetrievalModel = LateFusionModel | QFormerRetrieval
 
@@ -134,14 +136,12 @@ class DualEncoder:
         return self
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Writes weights (safetensors), configuration and processor files, all or nothing."""
-        save_whole(folder, self.model, self._processor, lambda place: None, **kwargs)
+        """Writes weights (safetensors), configuration, processor files and a model card, all or nothing."""
+        save_whole(folder, self.model, self._processor, lambda place: write_card(place, self.model), **kwargs)
 
-    def push_to_hub(self, repository: str, **kwargs: Any) -> None:
-        """Uploads what `save_pretrained` writes."""
-        self.model.push_to_hub(repository, **kwargs)
-        if self._processor is not None:
-            self._processor.push_to_hub(repository, **kwargs)
+    def push_to_hub(self, repository: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
+        """Uploads what `save_pretrained` writes, in one commit; returns the repository's address."""
+        return upload(self.save_pretrained, repository, private, token, **kwargs)
 
     def _patches(self, images: Any) -> Float[Tensor, "images N D_p"]:
         return self.model.patches(self._moved(self.processor(images=images)["pixel_values"]))

@@ -1,17 +1,16 @@
 """`load` and `VLM`: a vision encoder and a language model as one thing that one can talk to."""
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from PIL import Image
 
 from chiasm import sources
 from chiasm.comparison.cost import Cost, cost
+from chiasm.comparison.describe import cost_facts
 from chiasm.data.chat import Message, count_images, user_message
 from chiasm.data.few_shot import Example, as_list, put_first, solved
 from chiasm.data.instruction import InstructionProcessor
@@ -25,6 +24,7 @@ from chiasm.generation.draw import Brush, draw
 from chiasm.interop.loaders import LOADERS, RETRIEVAL_LOADERS
 from chiasm.sources.errors import readable_weights
 from chiasm.sources.files import find_file
+from chiasm.sources.uploading import upload
 from chiasm.sources.writing import save_whole
 from chiasm.training.card import write_card
 from chiasm.training.precision import choose_dtype
@@ -138,7 +138,11 @@ class VLM:
 
         A model that is in the folder already stays whole until the new one is.
         """
-        save_whole(folder, self.model, self._processor, lambda place: write_card(place, self.model), **kwargs)
+
+        def card(place: Path) -> None:
+            write_card(place, self.model, facts=cost_facts(self.model))
+
+        save_whole(folder, self.model, self._processor, card, **kwargs)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, dtype: torch.dtype | str = "auto") -> "VLM":
@@ -152,13 +156,7 @@ class VLM:
             repository: `name/model`; made where it is not there.
             **kwargs: of `save_pretrained`, and `commit_message`.
         """
-        message = kwargs.pop("commit_message", "Upload a Chiasm model")
-        hub = HfApi(token=token)
-        address = str(hub.create_repo(repository, private=private, exist_ok=True))
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)
-            hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
-        return address
+        return upload(self.save_pretrained, repository, private, token, **kwargs)
 
 
 def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM | DualEncoder:

@@ -14,6 +14,8 @@ from chiasm.comparison import compare as comparing
 from chiasm.comparison.compare import cells_of, job_list
 from chiasm.comparison.plan import load_plan
 from chiasm.comparison.results import read_results
+from chiasm.connectors import CONNECTORS
+from chiasm.connectors.own import own_connectors
 from chiasm.training.log import read_log
 
 
@@ -185,10 +187,11 @@ def test_a_cell_that_fails_is_told_with_all_it_said(
     assert not done.failed and len(done.results) == 2 and not error.exists()
 
 
-def test_a_quick_comparison_goes_on_after_a_cell_that_fails(
-    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_comparison_goes_on_after_a_cell_that_fails(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: bool
 ) -> None:
-    """In one process, and without what texts lose."""
+    """In one process; a quick one without what texts lose."""
     run_cell = comparing.run_cell
 
     def broken(plan: Any, choice: Any, *rest: Any) -> Any:
@@ -197,8 +200,67 @@ def test_a_quick_comparison_goes_on_after_a_cell_that_fails(
         return run_cell(plan, choice, *rest)
 
     monkeypatch.setattr(comparing, "run_cell", broken)
-    done = comparing.compare(plan, tmp_path / "run", quick=True)
+    done = comparing.compare(plan, tmp_path / "run", quick=quick)
     assert done.failed == {"linear-early-frozen-seed0": "RuntimeError: a loose wire"}
-    assert [result["forgetting"] for result in done.results] == [None] and "a loose wire" in done.report.read_text()
+    assert [result["forgetting"] is None for result in done.results] == [quick]
+    assert "a loose wire" in done.report.read_text()
+    assert "a loose wire" in (tmp_path / "run/cells/linear-early-frozen-seed0/error.txt").read_text()
     with pytest.raises(RuntimeError, match="a loose wire"):
-        comparing.compare(plan, tmp_path / "other")
+        comparing.compare(plan, tmp_path / "other", only=["linear-early-frozen"])
+
+
+LEAST = """
+import torch
+from torch import nn
+
+from chiasm.connectors import Connector
+
+
+class Slots(Connector):
+    num_tokens = 2
+
+    def __init__(self, vision_width, language_width, grid):
+        super().__init__(vision_width, language_width, grid)
+        self.queries = nn.Parameter(torch.randn(2, vision_width))
+        self.last = nn.Linear(vision_width, language_width)
+
+    @property
+    def output(self):
+        return self.last
+
+    def flops(self):
+        return 2 * 2 * self.num_features * self.vision_width * 2 + 2 * 2 * self.vision_width * self.language_width
+
+    def forward(self, features):
+        return self.last((self.queries @ features.mT).softmax(-1) @ features)
+
+
+CONNECTORS = {"slots": Slots}
+"""
+
+
+def test_the_least_connector_of_ones_own_and_what_a_change_of_its_file_does(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It draws no map, and only its own cell is run again."""
+    file = tmp_path / "slots.py"
+    file.write_text(LEAST)
+    monkeypatch.setitem(CONNECTORS, "slots", own_connectors(str(file), {})["slots"])
+    plan |= {"grid": plan["grid"] | {"connector": ["linear", "slots"]}}
+    first = chiasm.compare(plan, tmp_path / "run")
+    assert not first.failed and [result["attention"] is None for result in first.results] == [False, True]
+    ran, run_cell = list[str](), comparing.run_cell
+
+    def noting(plan: Any, choice: Any, *rest: Any) -> Any:
+        ran.append(choice.label)
+        return run_cell(plan, choice, *rest)
+
+    monkeypatch.setattr(comparing, "run_cell", noting)
+    chiasm.compare(plan, tmp_path / "run")
+    assert ran == []
+    file.write_text(LEAST.replace(".softmax(-1)", ".mul(3).softmax(-1)"))
+    monkeypatch.setitem(CONNECTORS, "slots", own_connectors(str(file), {})["slots"])
+    again = chiasm.compare(plan, tmp_path / "run")
+    assert ran == ["slots"]
+    assert again.results[0] == first.results[0]
+    assert again.results[1]["training"]["curve"] != first.results[1]["training"]["curve"]

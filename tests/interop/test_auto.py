@@ -73,7 +73,20 @@ def test_pushing_uploads_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> None:
             uploaded["files"] = {path.name for path in Path(folder_path).iterdir()}
 
-    monkeypatch.setattr("chiasm.vlm.HfApi", Hub)
+    monkeypatch.setattr("chiasm.sources.uploading.HfApi", Hub)
+    early = chiasm.connect(tiny.vision(), tiny.language(), "mlp", tokenizer=tiny.tokenizer())
+    towers = chiasm.connect(tiny.vision(), tiny.language(), fusion="late", tokenizer=tiny.tokenizer())
+    for model in (early, towers):
+        assert model.push_to_hub("me/mine", token="secret") == "hub/me/mine"
+        assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= uploaded.pop("files")
+
+
+def test_a_card_tells_what_a_picture_costs(tmp_path: Path) -> None:
     vlm = chiasm.connect(tiny.vision(), tiny.language(), "mlp", tokenizer=tiny.tokenizer())
-    assert vlm.push_to_hub("me/mine", token="secret") == "hub/me/mine"
-    assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= uploaded["files"]
+    vlm.save_pretrained(tmp_path / "mine")
+    card, cost = (tmp_path / "mine/README.md").read_text(), vlm.cost()
+    assert f"| visual tokens of a picture | {cost.visual_tokens} |" in card
+    assert f"| KV cache of that prompt | {cost.kv_cache_bytes / 2**20:,.1f} MiB |" in card
+    towers = chiasm.connect(tiny.vision(), tiny.language(), fusion="late", tokenizer=tiny.tokenizer())
+    towers.save_pretrained(tmp_path / "towers")
+    assert "pipeline_tag: zero-shot-image-classification" in (tmp_path / "towers/README.md").read_text()

@@ -97,6 +97,8 @@ def test_a_processor_goes_along(name: str, dtype: torch.dtype, tmp_path: Path) -
     tokens = tokens if theirs.config.is_encoder_decoder else tokens[:, inputs["input_ids"].shape[1] :]
     text = vlm.processor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
     assert text == vlm.chat(tiny.picture(), "What is it?", max_new_tokens=5)
+    padded = AutoProcessor.from_pretrained(tmp_path / "out").tokenizer.padding_side
+    assert padded == ("right" if theirs.config.is_encoder_decoder else "left")
 
 
 CONNECTED: dict[str, dict[str, Any]] = {
@@ -126,6 +128,15 @@ def test_a_connected_model_becomes_llava(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = vlm.model(**inputs).logits
         torch.testing.assert_close(again.model(**inputs).logits[..., :261], expected, rtol=1e-4, atol=1e-4)
+    prompts = ["What is it?", "Is it another one of those, or what?"]
+    asked = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}] for words in prompts]
+    theirs, words = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    shown = [probe_picture(vlm.model)] * 2
+    texts = [words.apply_chat_template(one, add_generation_prompt=True) for one in asked]
+    batch = words(images=shown, text=texts, padding=True, return_tensors="pt")
+    made = theirs.generate(**batch, max_new_tokens=5, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    told = [one.strip() for one in words.batch_decode(made, skip_special_tokens=True)]
+    assert told == [vlm.chat(probe_picture(vlm.model), prompt, max_new_tokens=5) for prompt in prompts]
 
 
 def test_a_placeholder_beyond_the_table_gets_a_row_that_is_never_chosen(tmp_path: Path) -> None:

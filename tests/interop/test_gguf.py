@@ -229,6 +229,15 @@ def test_a_sliding_window_is_written_as_the_context_on_request(tmp_path: Path) -
     assert field is not None and field.contents() == 7
 
 
+@pytest.mark.parametrize(("mean", "told"), [((0.5, 0.5, 0.5), True), ((0.48145466, 0.4578275, 0.40821073), False)])
+def test_what_is_padded_with_another_colour_is_said(mean: tuple[float, ...], told: bool, tmp_path: Path) -> None:
+    options = {"tokenizer": tiny.tokenizer(), "resize_mode": "pad"}
+    vlm = chiasm.connect(tiny.vision("siglip"), tiny.language(), "mlp", **options)
+    vlm.processor.image_processor.image_mean = list(mean)
+    notes = convert(vlm.model, vlm.processor, "gguf", tmp_path).notes
+    assert any("llama.cpp pads pictures with (122, 116, 104)" in note for note in notes) == told
+
+
 def test_clip_is_written_for_a_repaired_llama_cpp_only_on_request(tmp_path: Path) -> None:
     vlm = chiasm.connect(tiny.vision("clip"), tiny.language(), "mlp", tokenizer=tiny.tokenizer())
     notes = convert(vlm.model, vlm.processor, "gguf", tmp_path, inexact=True).notes

@@ -43,7 +43,7 @@ from chiasm.training.schema import Recipe
 
 CELLS, RESULT, ERROR, ATTENTION = "cells", "result.json", "error.txt", "attention.png"
 FEW_SHOT = "few-shot"
-EVALUATION, RUN, BUDGET = "evaluation", "run", "samples.json"
+EVALUATION, RUN, BUDGET, CODE = "evaluation", "run", "samples.json", "connector.sha256"
 NEWER = (("data", "test_captions"), ("evaluation", "retrieval"), ("training", "forgetting"))
 """Keys that older plans have not: where they say nothing, cells that were finished without them stay finished."""
 Say = Callable[[str], None]
@@ -66,6 +66,7 @@ def run_cell(
     if (done := finished(plan, choice, output)) is not None:
         return done
     folder.mkdir(parents=True, exist_ok=True)
+    _forget_other_code(folder, choice)
     seconds: dict[str, float] = {}
     started = time.monotonic()
     say(f"{choice.name}: connect")
@@ -96,6 +97,7 @@ def run_cell(
         "way": choice.way,
         "choice": choice.to_dict(),
         "identity": identity(plan, choice),
+        "code": code_of(choice),
         "samples": recipe.stages[-1].samples,
         "seconds": seconds,
         **measure(model.model, model.processor, shown, asked.repeats),
@@ -113,7 +115,8 @@ def run_cell(
 
 
 def finished(plan: Plan, choice: Choice, output: Path) -> dict[str, Any] | None:
-    """The result of a cell that is done; None for one that is not."""
+    """The result of a cell that is done; None for one that is not, or whose connector is another since its file was
+    changed."""
     path = output / CELLS / choice.name / RESULT
     if not path.is_file():
         return None
@@ -123,19 +126,36 @@ def finished(plan: Plan, choice: Choice, output: Path) -> dict[str, Any] | None:
             f"{path.parent} holds this cell under another plan (data, budget, base or training differ); "
             "choose another folder with -o, or remove that one"
         )
-    return result
+    return result if result.get("code", "") == code_of(choice) else None
 
 
 def identity(plan: Plan, choice: Choice) -> str:
-    """A digest of everything that a cell's result follows from."""
+    """A digest of everything in the plan that a cell's result follows from."""
     kept = plan.model_dump(mode="json", include={"base", "data", "budget", "training", "evaluation"})
     for section, key in NEWER:
         if kept[section][key] is None:
             del kept[section][key]
     strategy = {name: part.model_dump(mode="json") for name, part in plan.strategies.get(choice.tune, {}).items()}
+    return _digest(json.dumps([kept, strategy, choice.to_dict()], sort_keys=True, default=str))
+
+
+def code_of(choice: Choice) -> str:
+    """A digest of the file of a connector from outside the package; empty for others."""
     code = own_code((choice.connector or {}).get("name", ""))
-    text = json.dumps([kept, strategy, choice.to_dict(), *filter(None, [code])], sort_keys=True, default=str)
+    return _digest(code) if code else ""
+
+
+def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _forget_other_code(folder: Path, choice: Choice) -> None:
+    """A run that was begun with another file of the connector is no beginning of this one."""
+    code, noted = code_of(choice), folder / CODE
+    if (noted.read_text(encoding="utf-8") if noted.is_file() else "") != code:
+        shutil.rmtree(folder / RUN, ignore_errors=True)
+        (folder / BUDGET).unlink(missing_ok=True)
+        whole_file(noted, code)
 
 
 def connect_cell(plan: Plan, choice: Choice) -> Any:
@@ -267,7 +287,10 @@ def _look(model: Any, sample: Sample, folder: Path) -> dict[str, Any] | None:
     inner = model.model
     if isinstance(model, DualEncoder) or inner.config.fusion not in WEIGHTS or inner.config.is_encoder_decoder:
         return None
-    seen = model.attention(sample.images[0].load(), sample.question.strip(), max_new_tokens=8)
+    try:
+        seen = model.attention(sample.images[0].load(), sample.question.strip(), max_new_tokens=8)
+    except NotImplementedError:  # of a connector that does not say where its tokens look
+        return None
     seen.overlay().save(folder / ATTENTION)
     return {"sample": sample.id, "question": sample.question.strip(), "answer": seen.answer}
 

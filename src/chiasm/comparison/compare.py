@@ -89,7 +89,7 @@ def compare(
             try:
                 run_cell(plan, choice, output, say, quiet)
             except Exception:
-                if not quick or only:
+                if only:
                     raise
                 failed[choice.name] = _failed(output, choice.name, traceback.format_exc(), say)
     results = [result for choice in choices if (result := finished(plan, choice, output)) is not None]

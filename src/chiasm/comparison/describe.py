@@ -12,6 +12,9 @@ from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
 from chiasm.fusion.sequence import PositionedModel
 
+FIRST = ("encode", "connect", "prefill")
+"""What is computed before the first token."""
+
 
 def describe(
     model: FusionModel | LateFusionModel | QFormerRetrieval, images: int = 1, text_tokens: int = 64
@@ -43,6 +46,20 @@ def describe(
         "adapters": config.adapters or {},
         "prompt": {"images": images, "text_tokens": text_tokens},
         "cost": _cost(model, images, text_tokens),
+    }
+
+
+def cost_facts(model: Any) -> dict[str, str]:
+    """Rows of a model card: what a picture costs a generative model; nothing where that is not known."""
+    told = _cost(model, 1, 64) if isinstance(model, FusionModel) else None
+    if told is None:
+        return {}
+    first = sum(told[f"{part}_flops"] for part in FIRST)
+    return {
+        "visual tokens of a picture": f"{told['visual_tokens']:,}",
+        "to the first token, a picture and 64 words": f"{first / 1e9:,.1f} GFLOP",
+        "each further token": f"{told['decode_flops'] / 1e9:,.2f} GFLOP",
+        "KV cache of that prompt": f"{told['kv_cache_bytes'] / 2**20:,.1f} MiB",
     }
 
 

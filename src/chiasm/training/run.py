@@ -8,7 +8,7 @@ The weights in `model/` are hard links to the last stage's where the disk has th
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,8 @@ from chiasm.training.trackers import open_trackers, require_trackers
 RECIPE, LOG, MODEL, CHECKPOINTS, LOCK = "recipe.yaml", "log.jsonl", "model", "checkpoints", ".lock"
 DRAWN = "drawn.png"
 """Pictures that the last validation drew, beside the true ones."""
+FactsOf = Callable[[PreTrainedModel], dict[str, str]]
+"""More rows of a model card."""
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Run:
     environment: dict[str, Any]
     resumed: Saved | None
     team: Team = field(default_factory=Team)
+    facts_of: FactsOf = lambda model: {}
 
     def is_done(self, stage: str) -> bool:
         """Whether the stage's weights are final in the checkpoint that the run goes on from."""
@@ -106,7 +109,7 @@ class Run:
         with whole_folder(place) as unfinished, without_progress_bars():
             model.save_pretrained(unfinished)
             processor.save_pretrained(unfinished)
-            write_card(unfinished, model, self.folder)
+            write_card(unfinished, model, self.folder, self.facts_of(model))
 
 
 @contextmanager

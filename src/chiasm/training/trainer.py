@@ -30,7 +30,7 @@ from chiasm.training.late_stage import give_answer_head
 from chiasm.training.log import Reporter
 from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
-from chiasm.training.run import LOG, MODEL, fingerprint_of, open_run
+from chiasm.training.run import LOG, MODEL, FactsOf, fingerprint_of, open_run
 from chiasm.training.schema import Recipe
 from chiasm.training.selection import teaches_speech
 from chiasm.training.source import picture_fingerprint, split, survey
@@ -65,6 +65,7 @@ def train(
     resume: bool = True,
     quiet: bool = False,
     cache_root: Path | None = None,
+    facts_of: FactsOf | None = None,
 ) -> TrainResult:
     """Trains a model in place by a recipe; a run that was stopped goes on where its last checkpoint stands.
 
@@ -79,6 +80,7 @@ def train(
         closed_form: `init: closed_form`, called as `closed_form(model, tokenizer, samples, features_of)`.
         resume: False starts anew and removes the checkpoints of an earlier run in the folder.
         cache_root: where encoded pictures are kept; by default the user's cache.
+        facts_of: a model's rows in its card beside those that are known here, such as its cost.
 
     Raises:
         RuntimeError: an engine with `release=True` has taken the model's weights.
@@ -101,6 +103,7 @@ def train(
         _require_one_mind(team, seen)
         environment = _environment(model, team)
         with open_run(output, loaded, seen, environment, resume, reporter, team) as run:
+            run.facts_of = facts_of or run.facts_of
             context = Context(
                 model,
                 processor,

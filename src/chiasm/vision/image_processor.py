@@ -141,6 +141,12 @@ class ChiasmImageProcessor(BaseImageProcessor):
         scaled = self._scale(picture, (scaled_height, scaled_width))
         return scaled.crop((left, top, left + width, top + height))
 
+    @property
+    def margin(self) -> tuple[int, int, int]:
+        """The colour of what `pad` adds: the mean colour."""
+        red, green, blue = (int(mean * 255) for mean in self.image_mean)
+        return red, green, blue
+
     def _pad(self, picture: Image.Image, size: Grid) -> Image.Image:
         (height, width), (rows, columns) = size, (picture.height, picture.width)
         if columns * height >= rows * width:
@@ -156,7 +162,7 @@ class ChiasmImageProcessor(BaseImageProcessor):
     def _on_mean_colour(self, picture: Image.Image, canvas: Grid) -> Image.Image:
         if canvas == (picture.height, picture.width):
             return picture
-        padded = Image.new("RGB", (canvas[1], canvas[0]), tuple(int(mean * 255) for mean in self.image_mean))
+        padded = Image.new("RGB", (canvas[1], canvas[0]), self.margin)
         padded.paste(picture, ((canvas[1] - picture.width) // 2, (canvas[0] - picture.height) // 2))
         return padded
 

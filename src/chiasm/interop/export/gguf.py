@@ -113,6 +113,10 @@ def _close(writer: GGUFWriter) -> None:
     writer.close()
 
 
+LLAMA_CPPS_MARGIN = (122, 116, 104)
+"""What llama.cpp pads with: the mean colour of CLIP's pictures."""
+
+
 def _notes(model: FusionModel, processor: ChiasmProcessor) -> list[str]:
     notes = []
     if model.config.vision_config.model_type in CLASS_TOKEN:
@@ -127,5 +131,10 @@ def _notes(model: FusionModel, processor: ChiasmProcessor) -> list[str]:
         notes.append(
             f"llama.cpp pads pictures to a square, this model's processor has resize_mode {images.resize_mode!r}: "
             "pictures that are not square look different to it"
+        )
+    elif isinstance(images, ChiasmImageProcessor) and images.margin != LLAMA_CPPS_MARGIN:
+        notes.append(
+            f"llama.cpp pads pictures with {LLAMA_CPPS_MARGIN}, this model's processor with {images.margin}: "
+            "pictures that are not square look a little different to it"
         )
     return notes

@@ -120,12 +120,13 @@ def _marked(content: list[dict[str, str]]) -> str:
 
 
 def portable_tokenizer(processor: ChiasmProcessor) -> PreTrainedTokenizerBase:
-    """The tokenizer, which adds a beginning of text by itself only where Chiasm's processor has it do so."""
+    """The tokenizer, which adds a beginning of text by itself only where Chiasm's processor has it do so, and pads
+    batches as answers need it: on the left, or on the right of an encoder."""
     words = copy.deepcopy(processor.tokenizer)
     plain = words("a", add_special_tokens=False)["input_ids"]
     if not processor.add_special_tokens and words("a")["input_ids"] != plain:
         words.backend_tokenizer.post_processor = processors.Sequence([])
-    words.chat_template = None
+    words.chat_template, words.padding_side = None, "right" if processor.encoder_decoder else "left"
     return words
 
 
