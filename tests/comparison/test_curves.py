@@ -1,11 +1,25 @@
 """Cost curves: what is said of a model agrees with the cost model, and crossings are where the formulas say."""
 
+from dataclasses import replace
+
 import pytest
 
 import chiasm
 import tiny
 from chiasm.comparison.cost import cost
-from chiasm.comparison.curves import Shape, cache_bytes, crossings, decode_flops, prefill_flops, shape_of
+from chiasm.comparison.curves import (
+    LARGE,
+    MEASURES,
+    MOST_IMAGES,
+    TEXT,
+    Shape,
+    cache_bytes,
+    crossings,
+    decode_flops,
+    prefill_flops,
+    shape_of,
+)
+from chiasm.comparison.tables import crossing_table
 
 SMALL = {"every": 2, "heads": 3, "head_dim": 8}
 
@@ -29,6 +43,19 @@ def test_early_fusions_cache_overtakes_a_fixed_connector_behind_its_tokens() -> 
     fixed = Shape(32, 49, False, True, matrices=1000, head=10, pair=4, kv_bytes=8)
     found = {crossing.measure: crossing.at for crossing in crossings({"mlp": early, "qformer": fixed})}
     assert found == {"KV cache": 33, "prefill": 33, "decoding": 33}
+
+
+def test_cross_attention_overtakes_the_sequence_behind_so_many_pictures() -> None:
+    early = Shape(49, 49, True, True, matrices=1000, head=10, pair=4, kv_bytes=8)
+    outside = replace(early, in_sequence=False, cross_token=900_000, cross_look=3, cross_keys=100, cross_kept=4)
+    found = {c.measure: c for c in crossings({"mlp": early, "gated": outside}) if c.along == "pictures"}
+    for measure, costs in MEASURES.items():
+        dearer = [n for n in range(1, MOST_IMAGES + 1) if costs(early, LARGE, n, TEXT) > costs(outside, LARGE, n, TEXT)]
+        assert found[measure].at == (dearer[0] if dearer else None)
+        assert (found[measure].dear, found[measure].cheap) == ("mlp", "gated")
+    assert 1 < (found["prefill"].at or 0) < MOST_IMAGES and found["KV cache"].at == 1
+    told = [row[-1] for row in crossing_table([found["prefill"], found["KV cache"]])["rows"]]
+    assert told[0].startswith("from ") and "pictures of 576 patches on" in told[0] and told[1].startswith("always")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 A model is reduced to a few numbers (`Shape`), so that curves need no model and reach sizes that were never built.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,6 +19,10 @@ from chiasm.fusion.sequence import PositionedModel
 
 PATCHES = (49, 100, 196, 256, 400, 576, 784, 1024, 1296, 1600, 1936, 2304)
 IMAGES = (1, 2, 3, 4, 5, 6, 7, 8)
+MOST_IMAGES = 64
+"""Up to which cross-attention may overtake the sequence."""
+LARGE = 576
+"""Patches of the pictures whose number grows."""
 TEXT = 64
 
 
@@ -125,7 +131,7 @@ MEASURES: dict[str, Callable[[Shape, int, int, int], int]] = {
 
 @dataclass(frozen=True)
 class Crossing:
-    """From `at` patches (or pictures) on, `dear` costs more than `cheap`; 0 is everywhere, None nowhere."""
+    """From `at` patches, or pictures, on `dear` costs more than `cheap`; 1 is everywhere, None nowhere."""
 
     measure: str
     dear: str
@@ -136,29 +142,42 @@ class Crossing:
 
 def crossings(shapes: dict[str, Shape], images: int = 1, text: int = TEXT) -> list[Crossing]:
     """For every way whose tokens grow in the sequence and every other that does not: from how many patches on the
-    former costs more, by every measure; and against cross-attention, from how many pictures on."""
+    former costs more, by every measure; and for every way in the sequence against cross-attention, from how many
+    pictures of `LARGE` patches on."""
     growing = [name for name, shape in shapes.items() if shape.grows and shape.in_sequence]
     others = [name for name, shape in shapes.items() if not (shape.grows and shape.in_sequence)]
+    inside, outside = ([name for name, shape in shapes.items() if shape.in_sequence == here] for here in (True, False))
     found = []
     for measure, costs in MEASURES.items():
-        for dear in growing:
-            for cheap in others:
-                first = _first(
-                    range(1, PATCHES[-1] + 1),
-                    lambda n, dear=dear, cheap=cheap, costs=costs: (  # type: ignore[misc]
-                        costs(shapes[dear], n, images, text) > costs(shapes[cheap], n, images, text)
-                    ),
-                )
-                found.append(Crossing(measure, dear, cheap, "patches", first))
+        for dear, cheap in product(growing, others):
+            first = _first(PATCHES[-1], partial(_dearer, costs, shapes[dear], shapes[cheap], text, images=images))
+            found.append(Crossing(measure, dear, cheap, "patches", first))
+        for dear, cheap in product(inside, outside):
+            first = _first(MOST_IMAGES, partial(_dearer, costs, shapes[dear], shapes[cheap], text, patches=LARGE))
+            found.append(Crossing(measure, dear, cheap, "pictures", first))
     return found
 
 
-def _first(values: Sequence[int], exceeds: Callable[[int], bool]) -> int | None:
-    """The value from which on it always exceeds; None if it does not at the end."""
-    if not exceeds(values[-1]):
+def _dearer(
+    costs: Callable[[Shape, int, int, int], int],
+    dear: Shape,
+    cheap: Shape,
+    text: int,
+    number: int,
+    patches: int | None = None,
+    images: int | None = None,
+) -> bool:
+    """Whether the first costs more; `number` is of what is not told."""
+    size = (patches or number, images or number, text)
+    return costs(dear, *size) > costs(cheap, *size)
+
+
+def _first(most: int, exceeds: Callable[[int], bool]) -> int | None:
+    """The number, from 1 on, from which on it always exceeds; None if it does not at the end."""
+    if not exceeds(most):
         return None
-    low, high = 0, len(values) - 1
+    low, high = 1, most
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if exceeds(values[middle]) else (middle + 1, high)
-    return values[low]
+        low, high = (low, middle) if exceeds(middle) else (middle + 1, high)
+    return low

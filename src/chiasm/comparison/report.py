@@ -11,7 +11,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from chiasm.comparison import plots, tables
-from chiasm.comparison.curves import IMAGES, MEASURES, PATCHES, TEXT, Shape, crossings
+from chiasm.comparison.curves import IMAGES, LARGE, MEASURES, PATCHES, TEXT, Shape, crossings
 from chiasm.comparison.recommend import recommend, ways_of
 from chiasm.comparison.ways import Row, by_way, mean_of, score, skills_of
 from chiasm.evaluation import plots as run_plots
@@ -21,8 +21,6 @@ from chiasm.evaluation.plots import Pictures, thumbnail
 QUESTIONS = 12
 """Questions that are shown with every way's answer."""
 TEXTS = (16, 64, 256, 1024, 4096)
-LARGE = 576
-"""Patches of the pictures whose number grows."""
 STYLE = Path(run_plots.__file__).parent / "report.css"
 
 

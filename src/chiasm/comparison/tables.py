@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from chiasm.comparison.curves import TEXT, Crossing
+from chiasm.comparison.curves import LARGE, MOST_IMAGES, PATCHES, TEXT, Crossing
 from chiasm.comparison.ways import Row, interval, mean_of, score
 from chiasm.evaluation.format import amount, count, duration, latency, operations, percent, percent_range
 
@@ -53,8 +53,10 @@ def adjectives(ways: Mapping[str, Sequence[Row]]) -> Table:
 def _tokens(result: Row) -> str:
     """Tokens of a picture, and whether their number follows the picture's patches."""
     shape, tokens = result["shape"], result["closed_form"]["visual_tokens"]
-    if shape is None:
+    if result["choice"]["fusion"] == "late":
         return "1 vector"
+    if shape is None:
+        return f"{tokens}"
     kind = "grows with the patches" if shape["grows"] else "fixed"
     return f"{tokens} ({kind})" if shape["in_sequence"] else f"{tokens} beside the sequence ({kind})"
 
@@ -154,17 +156,19 @@ def to_markdown(table: Table) -> str:
 
 def crossing_table(found: Sequence[Crossing]) -> Table:
     """Where one way overtakes another, as sentences would say it."""
-    rows = [[c.measure, c.dear, c.cheap, _from(c.at)] for c in found]
+    rows = [[c.measure, c.dear, c.cheap, _from(c)] for c in found]
     return {
-        "heads": ["measure", "this costs more", "than this", f"with {TEXT} text tokens and one picture"],
+        "heads": ["measure", "this costs more", "than this", f"with {TEXT} text tokens"],
         "rows": rows,
     }
 
 
-def _from(at: int | None) -> str:
-    if at is None:
-        return "never up to 2,304 patches"
-    return "always" if at <= 1 else f"from {at:,} patches on"
+def _from(crossing: Crossing) -> str:
+    of_one = crossing.along == "patches"
+    most, what = (PATCHES[-1], "patches of one picture") if of_one else (MOST_IMAGES, f"pictures of {LARGE} patches")
+    if crossing.at is None:
+        return f"never up to {most:,} {what}"
+    return f"always, {what} up to {most:,}" if crossing.at <= 1 else f"from {crossing.at:,} {what} on"
 
 
 def _both(closed: str, measured: str) -> str:
