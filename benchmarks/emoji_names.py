@@ -4,7 +4,7 @@ For every tower and language two locked towers learn a projection each from four
 name. They are asked about pictures that they have not seen (another view of the same emoji) and about names that they
 have not seen either (the emoji of `test`). Beside that: what a tower's tokenizer makes of the names.
 
-    python benchmarks/emoji_names.py            two threads, a quarter of an hour for all; rows for docs/late_fusion.md
+    python benchmarks/emoji_names.py            two threads, half an hour for all; rows for docs/late_fusion.md
     python benchmarks/emoji_names.py --quick    half a minute: shows that all of it works, not that it learns
 
 What is done stays in the output folder, so that a run that was stopped goes on.
