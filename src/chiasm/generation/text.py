@@ -17,6 +17,9 @@ class TextStream:
 
     Args:
         stop: strings that end the answer; text that may be the beginning of one is held back.
+
+    Attributes:
+        shown: characters that were handed out.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()) -> None:
@@ -28,6 +31,12 @@ class TextStream:
         self._seen = ""
         self._raw = ""
         self._held = ""
+        self.shown = 0
+
+    @property
+    def arrived(self) -> int:
+        """Characters so far, with those that are held back: where the next token's text begins."""
+        return self.shown + len(self._held) + len(self._raw)
 
     def push(self, token: int) -> str:
         """The text that a token adds; `stopped` says whether a stop string has ended the answer."""
@@ -46,7 +55,7 @@ class TextStream:
         new = self._clean(text[len(self._seen) :], last=True)
         self._seen = text
         shown = self._release(new) + self._held
-        self._held = ""
+        self.shown, self._held = self.shown + len(self._held), ""
         return shown
 
     def _decode(self) -> str:
@@ -70,7 +79,7 @@ class TextStream:
         self.stopped = len(before) < len(text)
         kept = 0 if self.stopped else max((_overlap(text, stop) for stop in self.stop), default=0)
         shown = before[: len(before) - kept]
-        self._held = before[len(shown) :]
+        self.shown, self._held = self.shown + len(shown), before[len(shown) :]
         return shown
 
 
