@@ -131,6 +131,20 @@ def test_logprobs_and_stop(client: Callable[..., TestClient]) -> None:
     assert stopped["message"]["content"] == text[: text.index(end)].strip() and stopped["finish_reason"] == "stop"
 
 
+def test_logprobs_are_of_what_is_shown(client: Callable[..., TestClient]) -> None:
+    """A stop string of several tokens takes theirs with it, in a stream too."""
+    api = client()
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["a dark blue one"]}}}
+    body = ask(max_tokens=40, stop="blue", logprobs=True, response_format=form)
+    whole = api.post(CHAT, json=body).json()["choices"][0]
+    streamed = [chunk["choices"][0] for chunk in chunks(api.post(CHAT, json=body | {"stream": True}).text)]
+    entries = [entry for choice in streamed if choice["logprobs"] for entry in choice["logprobs"]["content"]]
+    assert whole["logprobs"]["content"] == entries
+    assert "".join(choice["delta"].get("content", "") for choice in streamed) == whole["message"]["content"]
+    shown = bytes(byte for entry in entries for byte in entry["bytes"]).decode()
+    assert shown.strip() == whole["message"]["content"] == '"a dark' and whole["finish_reason"] == "stop"
+
+
 def test_system_and_developer_messages(client: Callable[..., TestClient], vlm: chiasm.VLM) -> None:
     messages = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
     answer = client().post(CHAT, json={"model": "tiny", "messages": messages, "max_tokens": 4}).json()

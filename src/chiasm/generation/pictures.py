@@ -1,4 +1,6 @@
-"""Visual tokens of pictures that were seen before are not computed again."""
+"""What was computed of pictures that were seen before is not computed again."""
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -10,19 +12,29 @@ from chiasm.generation.prompt import Prompt, picture_inputs
 
 
 class PictureCache:
-    """The connector's output by a picture's content, and its instruction where the connector reads one."""
+    """The connector's output by a picture's content, and its instruction where the connector reads one; or the
+    encoder's, for a model that takes that alone."""
 
     def __init__(self, model: FusionModel, limit: int) -> None:
         self.model, self.kept = model, ByteCache(limit)
 
     def visual_tokens(self, prompt: Prompt) -> Float[Tensor, "images T D_l"] | None:
         """Visual tokens of a prompt's pictures; those that are not there yet go through the encoder together."""
+        return self._of(prompt, self.model.visual_tokens)
+
+    def features(self, prompt: Prompt) -> Float[Tensor, "images N D_v"] | None:
+        """Patch features of a prompt's pictures, in the same way."""
+
+        def encode(pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, **_: Tensor) -> Tensor:
+            return self.model.encode_images(pixel_values, pixel_attention_mask)
+
+        return self._of(prompt, encode)
+
+    def _of(self, prompt: Prompt, compute: Callable[..., Tensor | None]) -> Tensor | None:
         found = {name: self.kept.get(name) for name in dict.fromkeys(prompt.pictures)}
         missing = [name for name, tokens in found.items() if tokens is None]
         if missing:
-            fresh = self.model.visual_tokens(
-                **picture_inputs(prompt.inputs, [prompt.pictures.index(name) for name in missing])
-            )
+            fresh = compute(**picture_inputs(prompt.inputs, [prompt.pictures.index(name) for name in missing]))
             assert fresh is not None
             for name, tokens in zip(missing, fresh, strict=True):
                 found[name] = tokens.clone()

@@ -41,10 +41,14 @@ class PrefixCache:
         return torch.cat(blocks[::-1], dim=-2) if blocks else None  # type: ignore[arg-type]
 
     def keep(self, keys: Sequence[bytes], read: Callable[[int, int], Tensor]) -> None:
-        """Keeps the whole blocks of a sequence; `read(start, stop)` gives their keys and values."""
-        for index, name in enumerate(_names(keys)):
-            if name not in self.blocks:
-                self.blocks.put(name, read(index * BLOCK, (index + 1) * BLOCK))
+        """Keeps the whole blocks of a sequence; `read(start, stop)` gives their keys and values.
+
+        The first block is used last, so that it goes last: without it those behind it are never found.
+        """
+        names = _names(keys)
+        for index in range(len(names) - 1, -1, -1):
+            if self.blocks.get(names[index]) is None:
+                self.blocks.put(names[index], read(index * BLOCK, (index + 1) * BLOCK))
 
 
 def _names(keys: Sequence[bytes]) -> list[bytes]:

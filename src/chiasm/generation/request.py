@@ -26,6 +26,8 @@ class Request:
         reading: whether some of its prompt is still to be read.
         parked: whether it gave its place to another one.
         turn: tokens since it got its place.
+        held: pieces of which nothing is shown yet, and where their text begins; a stop string may still cut them out.
+        untold: text that waits for them.
     """
 
     ticket: Ticket
@@ -40,6 +42,8 @@ class Request:
     parked: bool = False
     answered: int = 0
     turn: int = 0
+    held: list[tuple[int, Piece]] = field(default_factory=list)
+    untold: str = ""
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -70,6 +74,7 @@ class Request:
         self.tokens.append(token)
         self.answered += 1
         self.turn += 1
+        begin = self.text.arrived
         text = self.text.push(token)
         complete = self.constraint is not None and self.constraint.complete(token)
         reason = None
@@ -79,5 +84,20 @@ class Request:
             reason = "length"
         if reason is not None:
             text += self.text.finish()
-        self.ticket.put(Piece(text, token, *told))
+        self._tell(begin, text, Piece("", token, *told), reason is not None)
         return reason
+
+    def _tell(self, begin: int, text: str, piece: Piece, over: bool) -> None:
+        """Hands over the pieces that are sure; one that a stop string cut out has no log-probabilities any more."""
+        self.held.append((begin, piece))
+        shown = self.text.shown
+        sure = over or self.decoding.logprobs is None or not self.decoding.stop
+        count = len(self.held) if sure else sum(start < shown for start, _ in self.held)
+        ready, self.held = self.held[:count], self.held[count:]
+        self.untold += text
+        if ready:
+            ready[-1][1].text, self.untold = self.untold, ""
+        for start, one in ready:
+            if self.text.stopped and start >= shown:
+                one.logprob = one.top = None
+            self.ticket.put(one)

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from chiasm.fusion.base import FusionModel
 from chiasm.generation.pictures import PictureCache
 from chiasm.generation.prompt import Inputs, Prompt
+from chiasm.language.adapter import accepts
 
 
 @dataclass(eq=False)
@@ -36,6 +37,7 @@ class SequentialDecoder:
     def __init__(self, model: FusionModel, pictures: PictureCache) -> None:
         self.model, self.pictures = model, pictures
         self.seq2seq = bool(model.config.is_encoder_decoder)
+        self.takes_features = accepts(model, "image_features")
 
     def begin(self, prompt: Prompt, room: int) -> OwnCache:
         """A place for a prompt."""
@@ -47,12 +49,18 @@ class SequentialDecoder:
         assert prompt is not None
         if self.seq2seq:
             return self._encode(sequence, prompt)
-        output = self.model(**prompt.inputs, use_cache=True, logits_to_keep=1)
+        output = self.model(**self._inputs(prompt), use_cache=True, logits_to_keep=1)
         sequence.inputs = {"cache": output.cache}
         if getattr(output, "image_cache", None) is not None:
             sequence.inputs["image_cache"] = output.image_cache
         sequence.length = prompt.inputs["input_ids"].shape[1]
         return output.logits[0, -1]
+
+    def _inputs(self, prompt: Prompt) -> Inputs:
+        """A prompt's inputs, with pictures as the encoder left them where the model has one."""
+        if not self.takes_features or not prompt.pictures:
+            return prompt.inputs
+        return prompt.inputs | {"pixel_values": None, "image_features": self.pictures.features(prompt)}
 
     def _encode(self, sequence: OwnCache, prompt: Prompt) -> Float[Tensor, " V"]:
         tokens = self.pictures.visual_tokens(prompt)

@@ -1,58 +1,86 @@
 """Tokens become text piece by piece: whole characters only, and nothing of a stop string."""
 
+import re
+
 from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\ufffd"
-WINDOW = 8
-"""Tokens that are decoded together; a longer answer is decoded from its last whole word on."""
+SETTLED = re.compile(r".*(?:[^ ]{3}|[^ '](?= ))", re.DOTALL)
+"""Text that no clean-up joins with what follows: it takes away spaces before a mark or at most three letters."""
 
 
 class TextStream:
     """The text of an answer while its tokens arrive.
 
+    New tokens are decoded behind the last ones that gave text, which tell whether a space belongs in between; those
+    before them are let go.
+
     Args:
         stop: strings that end the answer; text that may be the beginning of one is held back.
+
+    Attributes:
+        shown: characters that were handed out.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.stopped = False
+        self._cleans = _cleans_up(tokenizer)
         self._tokens: list[int] = []
-        self._done = 0
-        self._shown = ""
+        self._read = 0
+        self._seen = ""
+        self._raw = ""
         self._held = ""
+        self.shown = 0
+
+    @property
+    def arrived(self) -> int:
+        """Characters so far, with those that are held back: where the next token's text begins."""
+        return self.shown + len(self._held) + len(self._raw)
 
     def push(self, token: int) -> str:
         """The text that a token adds; `stopped` says whether a stop string has ended the answer."""
         self._tokens.append(token)
-        text = self.tokenizer.decode(self._tokens[self._done :], skip_special_tokens=True)
-        if text.endswith(UNFINISHED):
+        text = self._decode()
+        if text.endswith(UNFINISHED) or len(text) <= len(self._seen):
             return ""
-        new = text[len(self._shown) :]
-        self._shown = text
-        last = self.tokenizer.decode(self._tokens[-1:], skip_special_tokens=True)
-        if len(self._tokens) - self._done > WINDOW and last.strip() and UNFINISHED not in last:
-            self._done, self._shown = len(self._tokens) - 1, last
-        return self._release(new)
+        new = text[len(self._seen) :]
+        del self._tokens[: self._read]
+        self._read, self._seen = len(self._tokens), self._decode()
+        return self._release(self._clean(new))
 
     def finish(self) -> str:
         """What was held back, when the answer is over."""
-        text = self.tokenizer.decode(self._tokens[self._done :], skip_special_tokens=True)
-        rest = self._held + text[len(self._shown) :]
-        self._held, self._shown = "", text
-        return "" if self.stopped else before_stop(rest, self.stop)
+        text = self._decode()
+        new = self._clean(text[len(self._seen) :], last=True)
+        self._seen = text
+        shown = self._release(new) + self._held
+        self.shown, self._held = self.shown + len(self._held), ""
+        return shown
+
+    def _decode(self) -> str:
+        return self.tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _clean(self, new: str, last: bool = False) -> str:
+        """Decoded text as far as it is settled, without the spaces that the tokenizer takes away."""
+        if not self._cleans:
+            return new
+        text = self._raw + new
+        settled = SETTLED.match(text)
+        end = len(text) if last else settled.end() if settled else 0
+        self._raw = text[end:]
+        return self.tokenizer.clean_up_tokenization(text[:end])
 
     def _release(self, new: str) -> str:
         if self.stopped:
             return ""
         text = self._held + new
         before = before_stop(text, self.stop)
-        if len(before) < len(text):
-            self.stopped, self._held = True, ""
-            return before
-        kept = max((_overlap(text, stop) for stop in self.stop), default=0)
-        self._held = text[len(text) - kept :]
-        return text[: len(text) - kept]
+        self.stopped = len(before) < len(text)
+        kept = 0 if self.stopped else max((_overlap(text, stop) for stop in self.stop), default=0)
+        shown = before[: len(before) - kept]
+        self.shown, self._held = self.shown + len(shown), before[len(shown) :]
+        return shown
 
 
 class Trim:
@@ -67,6 +95,13 @@ class Trim:
         shown = text.rstrip()
         self._begun, self._held = self._begun or bool(shown), text[len(shown) :]
         return shown
+
+
+def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether decoding takes spaces away: of a BPE tokenizer, transformers does so only where it is forced to."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+    return bool(tokenizer.clean_up_tokenization_spaces) and (forced or type(model).__name__ != "BPE")
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -15,7 +15,7 @@ class Piece:
     Args:
         text: may be empty where a token ends inside a character or a possible stop string.
         token: its id.
-        logprob: of the token, where log-probabilities were asked for.
+        logprob: of the token, where log-probabilities were asked for and no stop string cut it out.
         top: the likeliest tokens and their log-probabilities.
     """
 

@@ -17,6 +17,12 @@ JPEG = ("JPEG", "MPO")
 """MPO is several of them in one file, of which the first is read."""
 SCAN, SCANS = b"\xff\xda", 100
 """Every scan of a progressive JPEG goes through the whole picture; encoders write about ten."""
+EXIF, EXIFS = b"Exif\0\0", 100
+"""Blocks of it are joined one by one, each time with a copy of all before."""
+READS = 50_000
+"""Pieces that a file is read in, each of them a step in Python; a real one of 24 MB takes a few thousand."""
+RLE = (1, 2)
+"""Run-length compressions of BMP, which Pillow unpacks in Python, pixel by pixel."""
 ESCAPED = {"%2B": "+", "%2b": "+", "%2F": "/", "%2f": "/", "%3D": "=", "%3d": "="}
 """How a URL may write what base64 has beside letters and digits."""
 
@@ -59,23 +65,44 @@ def decode(data: bytes, param: str) -> Image.Image:
         try:
             rgb = to_rgb(picture)
             rgb.load()
-        except MemoryError:
+        except (MemoryError, ApiError):
             raise
         except Exception as error:  # decoders raise whatever they like on broken files
             raise invalid(f"it is broken: {error}", param) from None
     return Image.frombytes("RGB", rgb.size, rgb.tobytes())
 
 
+class _Counted(BytesIO):
+    """A file that may be read in so many pieces only."""
+
+    def __init__(self, data: bytes, param: str) -> None:
+        super().__init__(data)
+        self.reads, self.param = 0, param
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads > READS:
+            raise invalid(f"it is cut into more than {READS:,} pieces; save it anew", self.param)
+        return super().read(size)
+
+
 def _open(data: bytes, param: str) -> Image.Image:
+    if data.startswith(b"\xff\xd8") and (blocks := data.count(EXIF)) > EXIFS:
+        raise invalid(f"its JPEG has {blocks:,} blocks of EXIF, more than {EXIFS}", param)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(BytesIO(data), formats=FORMATS)
+            picture = Image.open(_Counted(data, param), formats=FORMATS)
+    except ApiError:
+        raise
     except Image.DecompressionBombError:
         raise invalid("it has too many pixels", param) from None
     except Exception:
         known = ", ".join(FORMATS)
         raise invalid(f"it is none of {known}; other formats, such as SVG or PDF, are not read", param) from None
+    if picture.format == "BMP" and picture.info.get("compression") in RLE:
+        raise invalid("its BMP is run-length encoded; save it uncompressed, or as PNG", param)
+    return picture
 
 
 def invalid(reason: str, param: str) -> ApiError:
