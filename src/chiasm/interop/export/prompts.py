@@ -127,6 +127,7 @@ def portable_tokenizer(processor: ChiasmProcessor) -> PreTrainedTokenizerBase:
     if not processor.add_special_tokens and words("a")["input_ids"] != plain:
         words.backend_tokenizer.post_processor = processors.Sequence([])
     words.chat_template, words.padding_side = None, "right" if processor.encoder_decoder else "left"
+    words.init_kwargs["padding_side"] = words.padding_side  # which alone is written
     return words
 
 
