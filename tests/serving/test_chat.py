@@ -1,13 +1,12 @@
 """Chat completions: OpenAI's shapes, the model's own answers, and every option that means something."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import CHAT, ask, data_url
+from asking import CHAT, ask, chunks, data_url
 from fastapi.testclient import TestClient
 
 import chiasm
@@ -16,13 +15,6 @@ from chiasm.cli.serve import _load
 from chiasm.generation.decode import Decoding, prepare
 from chiasm.generation.packed_linear import PackedLinear
 from chiasm.generation.text import TextStream
-
-
-def chunks(text: str) -> list[dict[str, Any]]:
-    """The events of a stream, whose last is [DONE]."""
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def test_the_answer_is_the_models_own(client: Callable[..., TestClient], vlm: chiasm.VLM) -> None:
