@@ -219,6 +219,28 @@ def test_cancelled_requests_and_full_lines() -> None:
         engine.submit(ask("c"), [picture()], long)
 
 
+def test_who_gave_its_place_is_in_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds a copy of its keys and values: no more requests are there than run and wait."""
+    monkeypatch.setattr(engine_module, "TURN", 2)
+    vlm = connect()
+    vlm.model.generation_config.eos_token_id = 259
+    engine = Engine(vlm.model, vlm.processor, max_batch=1, max_waiting=2)
+    long = Decoding(max_new_tokens=900)
+    begun = [engine.submit(ask(letter, 0), [], long) for letter in "abc"]
+    for ticket in begun:
+        next(iter(ticket))
+    for _ in range(20):
+        with pytest.raises(QueueFull, match="2 requests are waiting"):
+            engine.submit(ask("d", 0), [], long)
+    stats = engine.stats()
+    assert stats.running + stats.waiting == 3 and stats.requests == 3
+    begun[0].cancel()
+    while engine.stats().running + engine.stats().waiting > 2:
+        time.sleep(0.001)
+    assert engine.submit(ask("e", 0), [], Decoding(max_new_tokens=3)).text()
+    engine.close(finish=False)
+
+
 def test_answers_to_one_prompt_are_all_in_line_or_none() -> None:
     vlm = connect()
     vlm.model.generation_config.eos_token_id = 259

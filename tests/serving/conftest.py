@@ -31,10 +31,10 @@ def chat_model(vlm: chiasm.VLM) -> Iterator[Callable[..., ChatModel]]:
     """Makes served models, whose engines end with the test."""
     with ExitStack() as stack:
 
-        def make(name: str = "tiny", **options: Any) -> ChatModel:
-            engine = Engine(vlm.model, vlm.processor, **options)
+        def make(name: str = "tiny", of: chiasm.VLM = vlm, **options: Any) -> ChatModel:
+            engine = Engine(of.model, of.processor, **options)
             stack.callback(engine.close, finish=False)
-            return ChatModel(name, vlm.model, vlm.processor, engine)
+            return ChatModel(name, of.model, of.processor, engine)
 
         yield make
 

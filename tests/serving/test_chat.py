@@ -1,13 +1,12 @@
 """Chat completions: OpenAI's shapes, the model's own answers, and every option that means something."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import CHAT, ask, data_url
+from asking import CHAT, ask, chunks, data_url
 from fastapi.testclient import TestClient
 
 import chiasm
@@ -16,13 +15,6 @@ from chiasm.cli.serve import _load
 from chiasm.generation.decode import Decoding, prepare
 from chiasm.generation.packed_linear import PackedLinear
 from chiasm.generation.text import TextStream
-
-
-def chunks(text: str) -> list[dict[str, Any]]:
-    """The events of a stream, whose last is [DONE]."""
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def test_the_answer_is_the_models_own(client: Callable[..., TestClient], vlm: chiasm.VLM) -> None:
@@ -160,6 +152,52 @@ def test_special_tokens_in_words_are_words(client: Callable[..., TestClient]) ->
     plain = api.post(CHAT, json=ask(text="aa")).json()["usage"]["prompt_tokens"]
     marked = api.post(CHAT, json=ask(text="<|im_end|>")).json()["usage"]["prompt_tokens"]
     assert marked == plain + len("< |im_end|>") - 2
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+def test_special_tokens_cut_over_several_parts_are_words(
+    client: Callable[..., TestClient], vlm: chiasm.VLM, role: str
+) -> None:
+    """Templates join the parts of a message, so that a mark's halves would be one again."""
+    api = client()
+
+    def tokens(content: Any) -> int:
+        messages = [{"role": role, "content": content}, {"role": "user", "content": "a"}]
+        response = api.post(CHAT, json=ask(messages=messages, max_tokens=1))
+        assert response.status_code == 200, response.text
+        return response.json()["usage"]["prompt_tokens"]
+
+    def parts(*texts: str) -> list[dict[str, str]]:
+        return [{"type": "text", "text": text} for text in texts]
+
+    empty = tokens("")
+    marks = [str(token) for token in vlm.processor.tokenizer.added_tokens_decoder.values() if token.special]
+    assert {"<|im_start|>", "<|im_end|>", "<image>"} <= set(marks)
+    for mark in marks:
+        cuts = [(mark[:cut], mark[cut:]) for cut in range(len(mark) + 1)]
+        for texts in (*cuts, tuple(mark)):
+            assert tokens(parts(*texts)) == empty + len(mark) + 1, texts
+
+
+def test_special_tokens_cut_by_a_picture_are_refused(client: Callable[..., TestClient]) -> None:
+    """Some templates show all pictures first, and join the words."""
+    api, picture = client(), {"type": "image_url", "image_url": {"url": data_url()}}
+
+    def answer(*texts: str) -> Any:
+        cut = [part for text in texts for part in (picture, {"type": "text", "text": text})]
+        return api.post(CHAT, json=ask(messages=[{"role": "user", "content": cut}]))
+
+    for texts in (
+        ("<|im_", "end|>"),
+        ("a <", "|im_end|>"),
+        ("<|im_\n", " end|> b"),
+        (*"<|im_end|>",),
+        ("<ima", "", "ge>"),
+    ):
+        error = answer(*texts).json()["error"]
+        assert error["param"] == "messages[0].content" and "special token" in error["message"], texts
+    for texts in (("<|im_", "start"), ("<|im_end|>", "<image>"), ("< |im_", "end|>"), ("one", "two")):
+        assert answer(*texts).status_code == 200, texts
 
 
 def test_an_answer_without_a_length_fills_the_context(client: Callable[..., TestClient]) -> None:

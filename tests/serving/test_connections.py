@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from asking import CHAT, ask, data_url
+from asking import CHAT, ask, data_url, said
 
 import tiny
 from chiasm.generation.decode import Decoding
@@ -32,6 +32,10 @@ def head(body: bytes, length: int | None = None) -> bytes:
         f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body) if length is None else length}\r\n\r\n"
     ).encode()
+
+
+def words(answer: httpx.Response) -> str:
+    return answer.json()["choices"][0]["message"]["content"]
 
 
 def until(condition: Callable[[], Any], seconds: float = 60) -> None:
@@ -140,11 +144,10 @@ def test_a_hundred_clients_of_whom_a_third_leaves(address: Callable[..., str], c
     url = address(model)
     answers = asyncio.run(_crowd(url, 100))
     assert {answer.status_code for answer in answers} == {200}
-    whole = [answer.json()["choices"][0]["message"]["content"] for answer in answers if "chunk" not in answer.text]
-    again = [
-        httpx.post(url + CHAT, json=json.loads(a.request.content)).json() for a in answers if "chunk" not in a.text
-    ]
-    assert whole == [answer["choices"][0]["message"]["content"] for answer in again]
+    bodies = [json.loads(answer.request.content) for answer in answers]
+    got = [said(answer.text) if body["stream"] else words(answer) for answer, body in zip(answers, bodies, strict=True)]
+    assert got == [words(httpx.post(url + CHAT, json=body | {"stream": False})) for body in bodies]
+    assert any(got) and {body["stream"] for body in bodies} == {True, False}
     until(lambda: model.engine.stats().running == model.engine.stats().waiting == 0)
     until(lambda: "chiasm_requests_open 1.0" in httpx.get(url + "/metrics").text)
 

@@ -1,15 +1,22 @@
 """Pictures from addresses: only where allowed, only public ones, after DNS and at every redirect."""
 
+import asyncio
+import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 from asking import CHAT, ask, data_url
 from fastapi.testclient import TestClient
+from test_connections import until
 
+from chiasm.serving.errors import ApiError
 from chiasm.serving.fetch import Fetcher, is_public
+from chiasm.serving.names import Lookups
 from chiasm.serving.pictures import from_data_url
 from chiasm.serving.settings import Limits
 
@@ -153,3 +160,63 @@ def test_a_name_with_one_private_address_is_refused(client: Callable[..., TestCl
     api = client(image_urls=True, fetcher=fetcher(Names(mixed=[["127.0.0.1", "10.0.0.1"]], none=[[]])))
     for name in ("mixed", "none"):
         assert api.post(CHAT, json=ask(f"http://{name}.example/a")).json()["error"]["code"] == "address_not_allowed"
+
+
+class Silence:
+    """A name server that leaves everybody waiting for `*.silent.example` until `answer` is set."""
+
+    def __init__(self) -> None:
+        self.asked, self.answer, self._lookup = threading.Semaphore(0), threading.Event(), socket.getaddrinfo
+
+    def __call__(self, host: Any, *rest: Any, **named: Any) -> Any:
+        if not str(host).endswith(".silent.example"):
+            return self._lookup(host, *rest, **named)
+        self.asked.release()
+        assert self.answer.wait(60)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", 80))]
+
+
+@pytest.fixture
+def silence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Silence]:
+    silent = Silence()
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    yield silent
+    silent.answer.set()
+
+
+def test_names_that_hang_keep_no_body_waiting(address: Callable[..., str], silence: Silence) -> None:
+    """More of them than the event loop has threads of its own; a large body is parsed in one of those."""
+    url, crowd = address(image_urls=True, limits=Limits(fetch_seconds=60, lookups=2)), 40
+    with ThreadPoolExecutor(crowd) as threads:
+        bodies = [ask(f"http://{number}.silent.example/a.png") for number in range(crowd)]
+        asked = [threads.submit(httpx.post, url + CHAT, json=body, timeout=60) for body in bodies]
+        try:
+            until(lambda: f"chiasm_requests_open {crowd + 1}.0" in httpx.get(url + "/metrics").text)
+            assert all(silence.asked.acquire(timeout=30) for _ in range(2))
+            large = httpx.post(url + CHAT, json=ask(text="a" * 70_000), timeout=30)
+            assert large.json()["error"]["code"] == "context_length_exceeded"
+            assert not any(one.done() for one in asked)
+        finally:
+            silence.answer.set()
+        assert {one.result().json()["error"]["code"] for one in asked} == {"address_not_allowed"}
+
+
+def test_names_wait_in_a_line_that_has_an_end(silence: Silence) -> None:
+    async def crowd() -> None:
+        lookups = Lookups(1, 1)
+        first, second = (asyncio.create_task(lookups(f"{name}.silent.example", 80)) for name in "ab")
+        await asyncio.to_thread(silence.asked.acquire)
+        with pytest.raises(ApiError, match="1 requests are waiting") as full:
+            await lookups("c.silent.example", 80)
+        assert full.value.status_code == 429
+        second.cancel()
+        await asyncio.wait([second])
+        third = asyncio.create_task(lookups("d.silent.example", 80))
+        first.cancel()  # its lookup goes on, and so does its place
+        await asyncio.wait([first])
+        assert lookups._turn.waiting == 1
+        silence.answer.set()
+        assert await third == ["10.0.0.1"]
+        lookups.close()
+
+    asyncio.run(crowd())

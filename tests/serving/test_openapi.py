@@ -1,14 +1,19 @@
 """The published OpenAPI document: what fits it is taken, what does not is refused, and answers fit it."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
 import pytest
 import schemathesis
+from asking import CHAT, ask, data_url
+from fastapi.testclient import TestClient
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from test_embeddings import Encoder
 
 from chiasm.serving.app import create_app
+from chiasm.serving.pictures import from_data_url
 from chiasm.serving.served import EmbeddingModel
 from chiasm.serving.settings import Limits, Settings
 
@@ -58,3 +63,34 @@ def test_requests_and_answers_are_as_published(metronome: Any, mode: schemathesi
             few(hypothesis.given(operation.as_strategy(generation_mode=mode))(check))()
     if mode is schemathesis.GenerationMode.POSITIVE:
         assert all(200 in statuses[path] for path in ("/v1/chat/completions", "/v1/embeddings", "/health")), statuses
+
+
+def test_keys_are_asked_for_where_the_document_says_so(client: Callable[..., TestClient]) -> None:
+    api = client(api_keys=("one-key",))
+    document = api.get("/openapi.json").json()
+    assert document["components"]["securitySchemes"] == {"ApiKey": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            refused = api.request(method, path).status_code == 401
+            assert refused == ("401" in operation["responses"]) == (operation.get("security") == [{"ApiKey": []}]), path
+    assert api.get("/v1/models", headers={"Authorization": "Bearer one-key"}).status_code == 200
+    assert '"security' not in client().get("/openapi.json").text
+
+
+@pytest.mark.parametrize("image_urls", [False, True])
+def test_addresses_of_pictures_are_of_the_published_pattern(
+    client: Callable[..., TestClient], image_urls: bool
+) -> None:
+    """Whatever the server takes fits it, and what does not is refused."""
+
+    async def fetch(url: str, param: str, take: Callable[[int], None]) -> bytes:
+        return from_data_url(data_url(), param)
+
+    api = client(image_urls=image_urls, fetcher=fetch)
+    pattern = api.get("/openapi.json").json()["components"]["schemas"]["ImageUrl"]["properties"]["url"]["pattern"]
+    data = data_url().removeprefix("data:")
+    urls = [f"data:{data}", f"DATA:{data}", f" \n\tData: {data} ", f"data :{data}", f"file:{data}", f"x data:{data}"]
+    urls += ["http://a.example/b.png", " HTTPS://a.example/", "http:/a.example/b", "ftp://a.example/", "a.png", "//a/b"]
+    for url in urls:
+        fits = re.search(pattern, url) is not None
+        assert fits == (api.post(CHAT, json=ask(url, max_tokens=1)).status_code == 200), url

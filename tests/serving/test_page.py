@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import chiasm
 import tiny
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -112,13 +113,16 @@ def test_a_question_its_answer_and_where_it_looked(
 
 
 def test_two_models_side_by_side(
-    address: Callable[..., str], visit: Callable[..., Any], chat_model: Any, picture: Path
+    address: Callable[..., str], visit: Callable[..., Any], vlm: chiasm.VLM, chat_model: Any, picture: Path
 ) -> None:
-    page = visit(address(chat_model("mlp"), chat_model("q-former")))
+    other = chiasm.connect(tiny.vision(seed=3), tiny.language(seed=4), tokenizer=tiny.tokenizer())
+    page = visit(address(chat_model("mlp"), chat_model("q-former", other)))
     page.click("#compare")
     ask(page, "Which is it?", picture)
     answered(page, 2)
     assert page.locator(".answer h3").all_inner_texts() == ["mlp", "q-former"]
+    own = [model.chat(picture, "Which is it?", max_new_tokens=24) for model in (vlm, other)]
+    assert page.locator(".answer .text").all_text_contents() == own and own[0] != own[1]
     left, right = (page.locator(".answer").nth(n).bounding_box() for n in range(2))
     assert left["y"] == right["y"] and right["x"] > left["x"] + left["width"] - 1
     shoot(page, "compared")

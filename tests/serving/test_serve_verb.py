@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from asking import CHAT, ask, data_url
+from asking import CHAT, ask, chunks, data_url
 
 import chiasm
 from chiasm.cli.serve import named, read_keys
@@ -47,6 +47,7 @@ def test_addresses() -> None:
 
 @pytest.mark.slow
 def test_a_life(vlm: chiasm.VLM, tmp_path: Path) -> None:
+    """SIGTERM comes while an answer is streamed, which is finished."""
     vlm.save_pretrained(tmp_path / "tiny")
     command = [sys.executable, "-m", "chiasm", "serve", str(tmp_path / "tiny"), f"again={tmp_path / 'tiny'}"]
     with subprocess.Popen([*command, "--port", "0", "--json"], stdout=subprocess.PIPE, text=True) as process:
@@ -58,6 +59,15 @@ def test_a_life(vlm: chiasm.VLM, tmp_path: Path) -> None:
             first, second = (answer.json()["choices"] for answer in answers)
             assert first == second
             assert httpx.get(opened["url"] + "/v1/models", headers={"host": "evil.example"}).status_code == 403
-        finally:
-            process.send_signal(signal.SIGTERM)
+            body = ask(max_tokens=900, n=8, stream=True, stream_options={"include_usage": True})
+            with httpx.stream("POST", opened["url"] + CHAT, json=body, timeout=60) as answer:
+                coming = answer.iter_text()
+                begun = next(coming)
+                process.send_signal(signal.SIGTERM)
+                events = chunks(begun + "".join(coming))
+            assert 'finish_reason":"' not in begun
+            assert events[-1]["usage"]["completion_tokens"] == 8 * 900
+        except BaseException:
+            process.kill()
+            raise
         assert process.wait(60) == 0

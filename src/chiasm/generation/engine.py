@@ -73,7 +73,7 @@ class Engine:
 
     Args:
         max_batch: requests that are decoded at the same time.
-        max_waiting: requests that may wait for that.
+        max_waiting: requests that may wait for that, for the first time or again.
         image_cache_bytes: visual tokens of pictures seen before that are kept.
         prefix_cache_bytes: keys and values of prompts read before that are kept.
         weights: `float32` gives the model's own tokens; `int8` and `int4` are packed copies, faster and a little off,
@@ -158,7 +158,7 @@ class Engine:
     def _admit(self, count: int) -> None:
         if self._closed:
             raise Closed("the engine is closed and takes no more requests")
-        waiting = sum(request.sequence is None for request in self._waiting)
+        waiting = len(self._waiting)
         if waiting + count > self.max_waiting + self.max_batch - len(self._running):
             raise QueueFull(waiting, max(1.0, self._seconds * waiting / self.max_batch))
 

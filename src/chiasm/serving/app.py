@@ -40,7 +40,7 @@ def create_app(models: Sequence[Served], settings: Settings, fetcher: Fetcher | 
         await asyncio.to_thread(shared.close)
 
     quiet: dict[str, Any] = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
-    app = Documented(settings.limits, title="Chiasm", version="1", lifespan=lifespan, **quiet)
+    app = Documented(settings, title="Chiasm", version="1", lifespan=lifespan, **quiet)
     app.state.broken = shared.broken
     errors.install(app)
     for part in (chat, embeddings, attention):

@@ -26,12 +26,6 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 Take = Callable[[int], None]
 
 
-async def resolve(host: str, port: int) -> list[str]:
-    """All addresses of a name."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=1)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
 def is_public(address: str) -> bool:
     """Whether an address is on the open Internet: not private, loopback, link-local, shared, multicast, reserved."""
     ip = ipaddress.ip_address(address.partition("%")[0])
@@ -50,13 +44,14 @@ class Fetcher:
     Args:
         most: bytes of a picture.
         seconds: for all of it, redirects included.
+        resolve: all addresses of a name.
         allowed: whether an address may be connected to.
         ports: that an address may name.
     """
 
     most: int
     seconds: float
-    resolve: Resolve = resolve
+    resolve: Resolve
     allowed: Callable[[str], bool] = is_public
     ports: tuple[int, ...] | None = tuple(PORTS.values())
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from PIL import Image
@@ -52,19 +53,25 @@ def _check_length(given: Sequence[Given], most: int) -> None:
 
 
 def _parts(message: Given, param: str, plain: "Plain") -> tuple[Any, list[tuple[str, str]]]:
-    """A message's content for the chat template, and its pictures' addresses with their places in the request."""
+    """A message's content for the chat template, and its pictures' addresses with their places in the request.
+
+    Texts that follow each other become one, as templates join them: no special token hides in the seam.
+    """
     content = message.said
     if isinstance(content, str):
         return plain(content), []
     parts: list[dict[str, str]] = []
-    urls: list[tuple[str, str]] = []
-    for place, part in enumerate(content):
-        if isinstance(part, ImagePart):
-            parts.append({"type": "image"})
-            urls.append((part.image_url.url, f"{param}[{place}].image_url.url"))
+    texts: list[str] = []
+    for pictured, run in groupby(content, lambda part: isinstance(part, ImagePart)):
+        words = [part.words for part in run]
+        if pictured:
+            parts += [{"type": "image"}] * len(words)
         else:
-            parts.append({"type": "text", "text": plain(part.words)})
-    return parts, urls
+            texts.append("".join(words))
+            parts.append({"type": "text", "text": plain(texts[-1])})
+    plain.check(texts, param)
+    shown = [(place, part) for place, part in enumerate(content) if isinstance(part, ImagePart)]
+    return parts, [(part.image_url.url, f"{param}[{place}].image_url.url") for place, part in shown]
 
 
 class Plain:
@@ -82,6 +89,13 @@ class Plain:
 
     def __call__(self, text: str) -> str:
         return self._marks.sub(lambda mark: f"{mark[0][0]} {mark[0][1:]}", text)
+
+    def check(self, texts: Sequence[str], param: str) -> None:
+        """Refuses texts that spell a special token together: some templates show all pictures before the words."""
+        for pieces in (texts, [text.strip() for text in texts]):
+            if self("".join(pieces)) != "".join(map(self, pieces)):
+                message = "texts around a picture are a special token of the model together; put a space inside of it"
+                raise ApiError(400, message, param=param)
 
 
 async def read_pictures(shared: Shared, urls: list[tuple[str, str]], lease: Lease) -> list[Image.Image]:

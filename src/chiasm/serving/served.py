@@ -16,10 +16,12 @@ from chiasm.generation.decode import Decoding
 from chiasm.generation.engine import EngineStats, Ticket
 from chiasm.language.adapter import context_length
 from chiasm.serving.body import Budget
-from chiasm.serving.errors import ApiError, overloaded
+from chiasm.serving.errors import ApiError
 from chiasm.serving.fetch import Fetcher
 from chiasm.serving.metrics import Metrics
+from chiasm.serving.names import Lookups
 from chiasm.serving.settings import Settings
+from chiasm.serving.turn import Turn
 
 T = TypeVar("T")
 CHARACTERS_PER_TOKEN = 64
@@ -81,7 +83,7 @@ class EmbeddingModel:
     name: str
     encoder: Embedding
     created: int = field(default_factory=lambda: int(time.time()))
-    turn: "Turn" = field(default_factory=lambda: Turn())
+    turn: Turn = field(default_factory=Turn)
 
     kind: ClassVar[Literal["embedding"]] = "embedding"
 
@@ -90,13 +92,6 @@ class EmbeddingModel:
 
 
 Served = ChatModel | EmbeddingModel
-
-
-class Turn:
-    """For what runs one after the other, and how much of it is in line."""
-
-    def __init__(self) -> None:
-        self.place, self.waiting = asyncio.Semaphore(1), 0
 
 
 class Shared:
@@ -111,7 +106,8 @@ class Shared:
         limits = settings.limits
         self.settings = settings
         self.budget = Budget(limits.memory_bytes)
-        self.fetch = fetcher or Fetcher(limits.body_bytes, limits.fetch_seconds)
+        self._lookups = Lookups(limits.lookups, limits.line)
+        self.fetch = fetcher or Fetcher(limits.body_bytes, limits.fetch_seconds, self._lookups)
         self.metrics = Metrics({model.name: model.engine for model in models if isinstance(model, ChatModel)})
         self.turn = asyncio.Semaphore(limits.pending)
         self.looking = Turn()
@@ -163,26 +159,12 @@ class Shared:
             raise
 
     async def in_turn(self, turn: Turn, function: Callable[..., T], *args: Any) -> T:
-        """The same when its turn has come, which lasts until it has ended, also where nobody waits for it any more.
+        """The same when its turn has come.
 
         Raises:
             ApiError: too many are in line.
         """
-        loop = asyncio.get_running_loop()
-        if turn.waiting >= self.settings.limits.line:
-            raise overloaded(f"{turn.waiting} requests are waiting already; try again")
-        turn.waiting += 1
-        try:
-            await turn.place.acquire()
-        finally:
-            turn.waiting -= 1
-        try:
-            future = self._threads.submit(function, *args)
-        except BaseException:
-            turn.place.release()
-            raise
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(turn.place.release))
-        return await asyncio.wrap_future(future)
+        return await turn.run(self._threads, self.settings.limits.line, function, *args)
 
     def close(self) -> None:
         """Ends when every answer that has begun is there."""
@@ -190,6 +172,7 @@ class Shared:
             if isinstance(model, ChatModel):
                 model.engine.close()
         self._threads.shutdown()
+        self._lookups.close()
 
 
 def _give(future: "Future[T]", abandoned: Callable[[T], object]) -> None:

@@ -28,7 +28,8 @@ class Limits:
         fetch_seconds: for a picture from another server.
         shutdown_seconds: for what still runs when the server is asked to stop.
         connections: open at once.
-        line: embedding requests of a model, and looks at answers, that wait for the one that runs.
+        line: embedding requests of a model, looks at answers, and names to look up, that wait for those that run.
+        lookups: names of pictures' addresses that are looked up at once.
         pending: requests that are read and prepared at once; more wait.
     """
 
@@ -54,6 +55,7 @@ class Limits:
     shutdown_seconds: int = 120
     connections: int = 512
     line: int = 64
+    lookups: int = 8
     pending: int = 4
 
 
