@@ -15,7 +15,17 @@ from typing import Any
 
 import yaml
 
-from chiasm.comparison.cell import ATTENTION, CELLS, ERROR, EVALUATION, Say, data_of, finished, run_cell
+from chiasm.comparison.cell import (
+    ATTENTION,
+    CELLS,
+    ERROR,
+    EVALUATION,
+    Say,
+    data_of,
+    finished,
+    run_cell,
+    test_captions,
+)
 from chiasm.comparison.choices import Choice, Grid, Skipped, expand
 from chiasm.comparison.claims import judge
 from chiasm.comparison.plan import Plan, load_plan
@@ -82,6 +92,9 @@ def compare(
         say(f"skipped {one.way}: {one.reason}")
     waiting = [choice for choice in chosen if finished(plan, choice, output) is None]
     failed: dict[str, str] = {}
+    if waiting:  # what is wrong for all cells is told before the first
+        data_of(plan)
+        test_captions(plan)
     if jobs:
         failed = _in_processes(waiting, saved, output, jobs, say)
     else:
