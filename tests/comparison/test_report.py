@@ -100,7 +100,7 @@ def test_the_page_says_what_was_found_and_needs_no_network(tmp_path: Path) -> No
     ):
         assert heading in page, heading
     assert page.count('class="thumb"') == 13
-    assert "from 9 patches on" in page
+    assert "from 9 patches of one picture on" in page
     assert "Which picture does a caption describe?" not in page
     assert "<i>dog" not in page
     assert "A <b>title" not in page
