@@ -14,8 +14,9 @@ from PIL import Image
 import chiasm
 import tiny
 from chiasm.data.schema import ImageRef, Sample, SampleError
-from chiasm.evaluation.evaluate import EvalResult, choose_metric, evaluate, wrong_pictures
+from chiasm.evaluation.evaluate import EvalResult, choose_metric, evaluate
 from chiasm.evaluation.kept import KeptAnswers, identity_of
+from chiasm.evaluation.wrong_pictures import wrong_pictures
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 NAMES = {value: name for name, value in COLOURS.items()}

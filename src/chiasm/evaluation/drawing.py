@@ -20,9 +20,10 @@ from chiasm.data.drawing import REQUEST, asked_in_words
 from chiasm.data.schema import Samples
 from chiasm.data.splits import Subset
 from chiasm.data.unified import UnifiedProcessor
-from chiasm.evaluation.evaluate import EvalResult, check, names_of, wrong_pictures
+from chiasm.evaluation.evaluate import EvalResult, check, names_of
 from chiasm.evaluation.retrieval import chance, found_within, outcome, proportion
 from chiasm.evaluation.skills import Row, bootstrap
+from chiasm.evaluation.wrong_pictures import wrong_pictures
 from chiasm.fusion.unified import UnifiedModel
 from chiasm.generation.draw import Brush, draw_codes
 from chiasm.generation.heatmap import grid

@@ -15,8 +15,9 @@ from torch import Tensor
 from chiasm.data.captions import CaptionProcessor, caption_of, encode_caption
 from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Samples
-from chiasm.evaluation.evaluate import EvalResult, check, names_of, wrong_pictures
+from chiasm.evaluation.evaluate import EvalResult, check, names_of
 from chiasm.evaluation.skills import Row, wilson
+from chiasm.evaluation.wrong_pictures import wrong_pictures
 from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from chiasm.data.captions import CaptionProcessor, caption_of
 from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Problem, Sample, SampleError, Samples
-from chiasm.evaluation.evaluate import EvalResult, check, names_of, wrong_pictures
+from chiasm.evaluation.evaluate import EvalResult, check, names_of
 from chiasm.evaluation.retrieval import RetrievalModel, chance, found_within, outcome, proportion
+from chiasm.evaluation.wrong_pictures import wrong_pictures
 
 TEMPLATES = ("{}", "a picture of {}", "an image that shows {}", "a drawing of {}")
 KS = (1, 5)

@@ -28,7 +28,7 @@ from chiasm.training.tensor_files import names, read_into, write_shards, write_w
 
 __all__ = ["Checkpoint", "Position", "Saved", "TrainingError", "newest_checkpoint", "save_checkpoint", "whole_folder"]
 
-MANIFEST = "manifest.json"
+CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 STATE = "state.json"
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer"

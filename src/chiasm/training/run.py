@@ -8,7 +8,7 @@ The weights in `model/` are hard links to the last stage's where the disk has th
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers.utils import logging
 from chiasm.sources.writing import whole_file
 from chiasm.training.card import write_card
 from chiasm.training.checkpoint import (
+    CHECKPOINTS,
     Checkpoint,
     Position,
     Saved,
@@ -31,16 +32,16 @@ from chiasm.training.checkpoint import (
     save_checkpoint,
     whole_folder,
 )
-from chiasm.training.fingerprint import differences
 from chiasm.training.log import Reporter, RunLog
 from chiasm.training.recipe import to_yaml
-from chiasm.training.schema import AFTER_A_FAULT, WITHOUT_EFFECT, Recipe
+from chiasm.training.same_run import moved, what_changes
+from chiasm.training.schema import Recipe
 from chiasm.training.team import Team
 from chiasm.training.tensor_files import SUFFIX
 from chiasm.training.termination import Terminated
 from chiasm.training.trackers import open_trackers, require_trackers
 
-RECIPE, LOG, MODEL, CHECKPOINTS, LOCK = "recipe.yaml", "log.jsonl", "model", "checkpoints", ".lock"
+RECIPE, LOG, MODEL, LOCK = "recipe.yaml", "log.jsonl", "model", ".lock"
 DRAWN = "drawn.png"
 """Pictures that the last validation drew, beside the true ones."""
 FactsOf = Callable[[PreTrainedModel], dict[str, str]]
@@ -166,8 +167,8 @@ def _open(
         resumed, notes = newest_checkpoint(folder / CHECKPOINTS, stages)
         changed: list[str] = []
         if resumed is not None:
-            changed = _compare(folder, resumed.position, fingerprint)
-            notes += _moved(resumed.position.environment, environment)
+            changed = what_changes(folder, resumed.position, fingerprint)
+            notes += moved(resumed.position.environment, environment)
             done = stages.index(resumed.position.stage) + resumed.position.finished
             if done < len(stages):
                 _discard(folder, stages[done:])
@@ -192,13 +193,6 @@ def _open(
             log.close()
     finally:
         lock.release()
-
-
-def fingerprint_of(recipe: Recipe, model: str, data: str, pictures: str, processor: str) -> dict[str, Any]:
-    """What must be the same for a run to go on: everything that a weight depends on."""
-    plain = recipe.model_dump(mode="json", include={"stages"})
-    stages = [{key: value for key, value in stage.items() if key not in WITHOUT_EFFECT} for stage in plain["stages"]]
-    return {"stages": stages, "model": model, "data": data, "pictures": pictures, "processor": processor}
 
 
 def _copy(folder: Path, to: Path) -> None:
@@ -246,79 +240,6 @@ def _discard(folder: Path, stages: list[str]) -> None:
     """A run keeps nothing of stages that it is yet to train."""
     for name in (*stages, MODEL):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def _compare(folder: Path, position: Position, fingerprint: dict[str, Any]) -> list[str]:
-    """Holds a run against the one that it is to go on with, as far as that has come: later stages may change.
-
-    Returns:
-        What changes of the stage in which the run stands, of `AFTER_A_FAULT`.
-
-    Raises:
-        ValueError: something else differs.
-    """
-    names = [stage["name"] for stage in fingerprint["stages"]]
-    reached = names.index(position.stage) + 1
-    _refuse_gone(folder, names)
-    before, now = _as_far_as(position.fingerprint, reached), _as_far_as(fingerprint, reached)
-    changed: list[str] = []
-    if not position.finished and len(before["stages"]) == reached:
-        one, other = before["stages"][-1], now["stages"][-1]
-        changed = [key for key in AFTER_A_FAULT if _all_of(one, key) != _all_of(other, key)]
-        before["stages"][-1], now["stages"][-1] = (_without(stage, AFTER_A_FAULT) for stage in (one, other))
-    found = differences(before, now)
-    if not found:
-        return changed
-    shown = [line if line.startswith("stages") else f"the {_is(line.split(' ')[0])} not the same" for line in found]
-    listed = "; ".join(shown[:3]) + (f"; and {len(shown) - 3} more" if len(shown) > 3 else "")
-    raise ValueError(
-        f"{folder} holds another run: {listed}. Restore that to go on, choose another folder, "
-        "or start anew in this one with --no-resume (resume=False)"
-    )
-
-
-def _refuse_gone(folder: Path, stages: list[str]) -> None:
-    found = sorted(path.name.rpartition("-")[0] for path in (folder / CHECKPOINTS).iterdir())
-    gone = next((stage for stage in found if stage not in stages), None)
-    if gone is not None:
-        raise ValueError(
-            f"{folder} holds another run: it has reached the stage {gone!r}, which the recipe does not have. Restore "
-            "that to go on, choose another folder, or start anew in this one with --no-resume (resume=False)"
-        )
-
-
-def _as_far_as(fingerprint: dict[str, Any], reached: int) -> dict[str, Any]:
-    """The first stages alone; a run of an earlier version may name more settings that no weight depends on."""
-    stages = [{key: stage[key] for key in stage if key not in WITHOUT_EFFECT} for stage in fingerprint["stages"]]
-    return {**fingerprint, "stages": stages[:reached]}
-
-
-def _without(value: Any, keys: Sequence[str]) -> Any:
-    """A stage without some settings, which its parts and patterns may have too."""
-    plans = {
-        name: {label: {key: plan[key] for key in plan if key not in keys} for label, plan in value[name].items()}
-        for name in ("parts", "patterns")
-    }
-    return {key: value[key] for key in value if key not in keys} | plans
-
-
-def _all_of(stage: dict[str, Any], key: str) -> list[Any]:
-    """A setting of a stage and, where they have it too, of its parts and patterns."""
-    plans = [stage, *stage["parts"].values(), *stage["patterns"].values()]
-    return [plan.get(key) for plan in plans]
-
-
-def _is(key: str) -> str:
-    return f"{key} are" if key.endswith("s") else f"{key} is"
-
-
-def _moved(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    found = differences(before, now)
-    return (
-        [f"this is not the machine or software of before ({'; '.join(found)}): results may differ in the last bits"]
-        if found
-        else []
-    )
 
 
 def _tell(run: Run, notes: list[str], changed: list[str], reporter: Reporter) -> None:

@@ -30,7 +30,8 @@ from chiasm.training.late_stage import give_answer_head
 from chiasm.training.log import Reporter
 from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
-from chiasm.training.run import LOG, MODEL, FactsOf, fingerprint_of, open_run
+from chiasm.training.run import LOG, MODEL, FactsOf, open_run
+from chiasm.training.same_run import fingerprint_of
 from chiasm.training.schema import Recipe
 from chiasm.training.selection import teaches_speech
 from chiasm.training.source import picture_fingerprint, split, survey
