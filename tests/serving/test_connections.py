@@ -17,6 +17,7 @@ from asking import CHAT, ask, data_url, said
 
 import tiny
 from chiasm.generation.decode import Decoding
+from chiasm.generation.ticket import Ticket
 from chiasm.serving.app import create_app
 from chiasm.serving.server import EngineBroken, address_of, listen, run, server
 from chiasm.serving.settings import Limits, Settings
@@ -58,6 +59,22 @@ def test_a_client_that_leaves_stops_its_answer(address: Callable[..., str], metr
     assert model.engine.stats().generated_tokens < 4000
     assert httpx.post(url + CHAT, json=ask(), timeout=30).status_code == 200
     until(lambda: "chiasm_clients_vanished_total 1.0" in httpx.get(url + "/metrics").text)
+
+
+def test_a_client_that_leaves_is_counted_where_its_answer_stops_at_once(
+    address: Callable[..., str], metronome: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_at_once(ticket: Ticket) -> None:
+        ticket.cancelled = True
+        ticket.finish("cancelled")
+
+    monkeypatch.setattr(Ticket, "cancel", stop_at_once)
+    url = address(metronome)
+    with httpx.stream("POST", url + CHAT, json=ask(max_tokens=4000, stream=True), timeout=30) as answer:
+        assert next(answer.iter_lines())
+    until(lambda: "chiasm_clients_vanished_total 1.0" in httpx.get(url + "/metrics").text, 20)
+    assert httpx.post(url + CHAT, json=ask(max_tokens=3, stream=True), timeout=30).text.endswith("[DONE]\n\n")
+    assert "chiasm_clients_vanished_total 1.0" in httpx.get(url + "/metrics").text
 
 
 def test_slow_clients_are_left_and_harm_nobody(address: Callable[..., str]) -> None:

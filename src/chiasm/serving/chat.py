@@ -82,7 +82,7 @@ class Answering:
             if isinstance(error, Exception):
                 raise of_exception(error) from error
             raise
-        return EventStream(self._events(tickets, first, coming), lambda: self._closed(tickets))
+        return EventStream(self._events(tickets, first, coming), lambda whole: self._closed(tickets, whole))
 
     async def _submit(self, prompt: Prompt) -> list[Ticket]:
         def submit() -> list[Ticket]:
@@ -182,8 +182,8 @@ class Answering:
             self._first = True
             self.shared.metrics.first.labels(self.model.name).observe(time.monotonic() - self._begun)
 
-    def _closed(self, tickets: list[Ticket]) -> None:
-        if any(ticket.finish_reason is None for ticket in tickets):
+    def _closed(self, tickets: list[Ticket], whole: bool) -> None:
+        if not whole:
             self.shared.metrics.vanished.inc()
         cancel(tickets)
 

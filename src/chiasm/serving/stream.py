@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from chiasm.generation.engine import Piece, Ticket
 
@@ -90,16 +90,23 @@ def cancel(tickets: Sequence[Ticket]) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; `closed` is called when the last one is out or the client has left."""
+    """Server-sent events; at their end `closed` is told whether the last one is out: else the client has left."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], closed: Callable[[], object]) -> None:
+    def __init__(self, events: AsyncIterator[str], closed: Callable[[bool], object]) -> None:
         super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._closed = closed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        whole = False
+
+        async def tell(message: Message) -> None:
+            nonlocal whole
+            await send(message)
+            whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, tell)
         finally:
-            self._closed()
+            self._closed(whole)
