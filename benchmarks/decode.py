@@ -1,5 +1,5 @@
 """Decoding against transformers' `generate` and llama.cpp: tokens per second, the first token of a second question, and
-eight chats at once; with what packed weights cost in perplexity.
+eight chats at once.
 
 The model is SmolLM2-135M-Instruct behind a CLIP ViT-B/16 of random weights (224 px, 196 visual tokens, mlp connector).
 llama.cpp comes from the package xllamacpp and reads the same weights as they were published (Q4_1).
@@ -7,14 +7,12 @@ llama.cpp comes from the package xllamacpp and reads the same weights as they we
 
 import argparse
 import importlib.util
-import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -27,9 +25,9 @@ from chiasm.generation.engine import Engine, Ticket
 from chiasm.generation.lean import lean_model
 from chiasm.generation.native.build import library
 from chiasm.generation.native.step import NativeStep
-from chiasm.generation.packed import WEIGHTS, pack
+from chiasm.generation.packed import WEIGHTS
 from chiasm.generation.slots import CacheShape, Slots
-from chiasm.language.adapter import load_language, load_tokenizer
+from chiasm.language.adapter import load_language
 from chiasm.sources.aliases import ALIASES, SMOLLM2
 from chiasm.sources.fetch import download, unpack
 from measure import Block, Gate, Worker, foreign_text, in_turns, machine, quiet, ratio
@@ -228,35 +226,9 @@ def steps(length: int = 80) -> None:
         )
 
 
-@torch.no_grad()
-def perplexities(alias: str, windows: int, length: int = 512) -> dict[str, float]:
-    """Perplexity on English prose (the topics of `pydoc`), with each kind of weights in the model."""
-    model, tokenizer = language(alias), load_tokenizer(chiasm.sources.resolve(alias))
-    assert tokenizer is not None
-    ids = tokenizer("\n".join(topics[name] for name in sorted(topics)), return_tensors="pt")["input_ids"][0]
-    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    rows = [begin + ids[n * length : (n + 1) * length].tolist() for n in range(3, 3 + windows)]
-    head, matrices = model.get_output_embeddings(), _matrices(model)
-    original = [matrix.weight for matrix in matrices], head.weight
-    found = {}
-    for weights in WEIGHTS:
-        for matrix, weight in zip(matrices, original[0], strict=True):
-            matrix.weight = torch.nn.Parameter(pack(weight, None, weights).dense())
-        kind = "int8" if weights == "int4" else weights
-        head.weight = torch.nn.Parameter(pack(original[1], None, kind).dense())
-        losses = [model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss.item() for row in rows]
-        found[weights] = math.exp(statistics.mean(losses))
-    return found
-
-
 def language(alias: str = ALIAS) -> Any:
     """An alias's language model in float32."""
     return load_language(chiasm.sources.resolve(alias), torch.float32)
-
-
-def _matrices(model: Any) -> list[torch.nn.Linear]:
-    layers = model.base_model.layers
-    return [module for layer in layers for module in layer.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def report(blocks: dict[str, list[Block]]) -> None:
@@ -318,7 +290,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--parts", nargs="+", default=["story", "first", "chats"])
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS))
-    parser.add_argument("--perplexity", type=int, metavar="WINDOWS", help="measure that instead, of so many windows")
     parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor, where others use it too")
     parser.add_argument("--steps", action="store_true", help="measure that instead, in a minute and on one thread")
     parser.add_argument("--gguf", help="the alias's file, where it is already there")
@@ -329,10 +300,6 @@ def main() -> None:
     print(machine(options.threads))
     if options.steps:
         steps()
-        return
-    if options.perplexity:
-        for alias in (ALIAS, "gemma3-270m"):
-            print(alias, {name: round(value, 3) for name, value in perplexities(alias, options.perplexity).items()})
         return
     with tempfile.TemporaryDirectory() as folder:
         file = options.gguf or gguf(Path(folder))

@@ -80,11 +80,12 @@ class Door:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def open_door(name: str, folder: Path, stack: ExitStack, weights: str) -> Door:
+def open_door(name: str, folder: Path, stack: ExitStack, weights: str, batching: bool) -> Door:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ours = [sys.executable, "-m", "chiasm", "serve", f"crowd={folder}", "--max-waiting", "256", "--weights", weights]
     theirs = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--device", "cpu"]
+    theirs += ["--continuous-batching"] * batching
     command = theirs if name == "transformers" else ours
     process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     stack.callback(process.wait)
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--weights", nargs="+", default=["float32"], help="of Chiasm's engine")
     parser.add_argument("--alone", action="store_true", help="without transformers serve")
+    parser.add_argument("--continuous-batching", action="store_true", help="of transformers serve")
     parser.add_argument("--quick", action="store_true", help="eight clients, four tokens: shows that it runs")
     chosen = parser.parse_args()
     if chosen.quick:
@@ -181,7 +183,7 @@ def main() -> None:
 
 def _row(name: str, folder: Path, weights: str, chosen: argparse.Namespace) -> None:
     with ExitStack() as stack:
-        door = open_door(name, folder, stack, weights)
+        door = open_door(name, folder, stack, weights, chosen.continuous_batching)
         door.wait()
         asyncio.run(storm(door, 2, 0.0, 2))
         with ForeignLoad(door.process.pid) as foreign:

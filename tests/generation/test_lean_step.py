@@ -1,5 +1,6 @@
 """Packed weights and the steps that read them: compiled and PyTorch's own give the same numbers."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,10 +39,33 @@ def test_packing_and_unpacking_go_part_by_part(kind: str, monkeypatch: pytest.Mo
         torch.testing.assert_close(unpack(compiled, whole, 3, 20), whole.dense()[3:20])
 
 
+def test_four_bits_are_closer_than_from_end_to_end() -> None:
+    weight = torch.randn(64, 256)
+    low, high = (ends(weight.unflatten(1, (-1, 32)), dim=-1, keepdim=True) for ends in (torch.amin, torch.amax))
+    plain = ((weight.unflatten(1, (-1, 32)) - low) * 15 / (high - low)).round() * (high - low) / 15 + low
+    assert (pack(weight, None, "int4").dense() - weight).norm() < 0.95 * (plain.flatten(1) - weight).norm()
+
+
+def test_four_bits_keep_what_lora_changed() -> None:
+    """The change is smaller than a step of the grid, so that rounding alone loses most of it."""
+    base = pack(torch.randn(256, 384), None, "int4")
+    base = replace(base, down=None, up=None).dense()
+    change = 0.002 * torch.randn(256, 16) @ torch.randn(16, 384)
+    packed = pack(base + change, None, "int4")
+    rounded = replace(packed, down=None, up=None).dense()
+    assert (rounded - base - change).norm() > 0.7 * change.norm()
+    assert (packed.dense() - base - change).norm() < 0.5 * change.norm()
+
+
 def test_four_bits_keep_what_four_bits_made() -> None:
     """Weights that were once packed in 4 bits come out of packing as they went in."""
-    once = pack(torch.randn(8, 64), None, "int4").dense()
+    once = replace(pack(torch.randn(8, 64), None, "int4"), down=None, up=None).dense()
+    assert pack(once, None, "int4").up is None
     torch.testing.assert_close(pack(once, None, "int4").dense(), once, rtol=1e-3, atol=1e-3)
+    short = torch.randint(2, 15, (8, 32)).double()  # no group reaches both ends of the sixteen numbers
+    short[:, 0], short[:, 1] = 1, 14
+    short = (short * 0.0625 - 0.5).float()
+    assert torch.equal(pack(short, None, "int4").dense(), short)
     zeros = pack(torch.zeros(2, 32), None, "int4")
     assert not zeros.dense().any() and not pack(torch.zeros(2, 32), None, "int8").dense().any()
 

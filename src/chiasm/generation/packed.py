@@ -1,10 +1,13 @@
 """Weights in 8 or 4 bits, in groups of 32 along the input: int8 with a scale, int4 with a scale and a minimum.
 
-The 4-bit form is llama.cpp's Q4_1 in other words: weights that come from it are kept exactly.
+The 4-bit form is llama.cpp's Q4_1 in other words: weights that come from it are kept exactly. What it loses of others
+is kept as a product of two thin matrices (LQER, arXiv 2402.02446). Without it a model that was tuned by LoRA would be
+its own base again: adapters change weights by less than a step of the grid.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,6 +17,11 @@ from torch.nn import functional as F
 GROUP = 32
 WEIGHTS = ("float32", "int8", "int4")
 DATA = {"int8": torch.int8, "int4": torch.uint8}
+RANK = 16
+"""Of what is kept beside 4 bits; of a small matrix a `THINNEST` of its shorter side."""
+THINNEST = 12
+KEPT = 1e-3
+"""A share of the weights that may be lost without a word: what half precision of scales comes to."""
 AT_ONCE = 1 << 18
 """Weights that are packed together: what packing takes beside the result is a few times this."""
 
@@ -26,6 +34,7 @@ class Packed:
         kind: one of `WEIGHTS`.
         data: float32; int8 `(rows, groups, 32)`; uint8 `(rows, groups, 16)`, whose byte i holds weights i and i + 16.
         scales, minima: `(rows, groups)` in float16.
+        down, up: `(rank, columns)` and `(rows, rank)` in float16, whose product is added; of int4 that lost something.
     """
 
     kind: str
@@ -35,19 +44,21 @@ class Packed:
     scales: Tensor | None = None
     minima: Tensor | None = None
     bias: Tensor | None = None
+    down: Tensor | None = None
+    up: Tensor | None = None
 
     @property
     def bytes(self) -> int:
-        parts = (self.data, self.scales, self.minima, self.bias)
+        parts = (self.data, self.scales, self.minima, self.bias, self.down, self.up)
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
     def part(self, start: int, stop: int) -> "Packed":
         """Rows `start` to `stop`, without the bias."""
-        data, scales, minima = (
-            None if part is None else part[start:stop] for part in (self.data, self.scales, self.minima)
+        data, scales, minima, up = (
+            None if part is None else part[start:stop] for part in (self.data, self.scales, self.minima, self.up)
         )
         assert data is not None
-        return Packed(self.kind, stop - start, self.columns, data, scales, minima)
+        return Packed(self.kind, stop - start, self.columns, data, scales, minima, down=self.down, up=up)
 
     def dense(self) -> Float[Tensor, "rows columns"]:
         """The matrix that it stands for."""
@@ -56,7 +67,8 @@ class Packed:
         if self.minima is None:
             return _flat(self.data.float() * self.scales.float()[..., None], self.columns)
         numbers = torch.cat([self.data & 15, self.data >> 4], dim=-1).float()
-        return _flat(numbers * self.scales.float()[..., None] + self.minima.float()[..., None], self.columns)
+        rounded = _flat(numbers * self.scales.float()[..., None] + self.minima.float()[..., None], self.columns)
+        return rounded if self.up is None or self.down is None else rounded + self.up.float() @ self.down.float()
 
 
 def pack(weight: Float[Tensor, "rows columns"], bias: Tensor | None, kind: str) -> Packed:
@@ -76,7 +88,11 @@ def pack(weight: Float[Tensor, "rows columns"], bias: Tensor | None, kind: str) 
             data[start:stop], scales[start:stop] = _eight_bits(part)
         else:
             data[start:stop], scales[start:stop], minima[start:stop] = _four_bits(part)
-    return Packed(kind, rows, columns, data, scales, None if kind == "int8" else minima, bias)
+    if kind == "int8":
+        return Packed(kind, rows, columns, data, scales, bias=bias)
+    packed = Packed(kind, rows, columns, data, scales, minima, bias)
+    lost = weight.detach().float() - packed.dense()
+    return replace(packed, **_thin(lost)) if lost.norm() > KEPT * weight.norm() else packed
 
 
 def blocks(rows: int, columns: int, numbers: int) -> Iterator[tuple[int, int]]:
@@ -90,11 +106,59 @@ def _eight_bits(groups: Float[Tensor, "rows groups 32"]) -> tuple[Tensor, Tensor
     return (groups / _divisor(scales)).round().clamp(-127, 127).to(torch.int8), scales
 
 
+class Grid(NamedTuple):
+    """Groups as numbers 0 to 15 with a scale and a minimum for each, and their squared error."""
+
+    error: Tensor
+    numbers: Tensor
+    scales: Tensor
+    minima: Tensor
+
+    def closer(self, other: "Grid") -> "Grid":
+        """Of each group the one with the smaller error; this one where they are equal."""
+        take = other.error < self.error
+        pairs = zip(self, other, strict=True)
+        return Grid(*(torch.where(take[..., None] if a.ndim > take.ndim else take, b, a) for a, b in pairs))
+
+
 def _four_bits(groups: Float[Tensor, "rows groups 32"]) -> tuple[Tensor, Tensor, Tensor]:
+    """The closest of a few grids: from end to end in 15 steps or in fewer longer ones, and each moved by least squares.
+
+    Weights that were published in such a grid have no error in it, and keep it.
+    """
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
-    scales, minima = ((high - low) / 15).half(), low.half()
-    numbers = ((groups - minima.float()[..., None]) / _divisor(scales)).round().clamp(0, 15).to(torch.uint8)
-    return numbers[..., :16] | numbers[..., 16:] << 4, scales, minima
+    best = _grid(groups, (high - low) / 15, low)
+    for steps in (15, 14, 13):
+        if best.error.any():
+            ends = _grid(groups, (high - low) / steps, low)
+            best = best.closer(ends).closer(_grid(groups, *_least_squares(groups, ends.numbers)))
+    numbers = best.numbers.to(torch.uint8)
+    return numbers[..., :16] | numbers[..., 16:] << 4, best.scales, best.minima
+
+
+def _grid(groups: Tensor, scales: Tensor, minima: Tensor) -> Grid:
+    scales, minima = scales.half(), minima.half()
+    numbers = ((groups - minima.float()[..., None]) / _divisor(scales)).round_().clamp_(0, 15)
+    dense = numbers * scales.float()[..., None] + minima.float()[..., None]
+    return Grid((dense - groups).square_().sum(dim=-1), numbers, scales, minima)
+
+
+def _least_squares(groups: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and minima of the line through these numbers that is closest to the weights."""
+    centre, middle = numbers.mean(dim=-1, keepdim=True), groups.mean(dim=-1, keepdim=True)
+    spread = (numbers - centre).square().sum(dim=-1)
+    scales = ((numbers - centre) * (groups - middle)).sum(dim=-1) / spread.clamp(min=1e-6)
+    return scales, middle[..., 0] - scales * centre[..., 0]
+
+
+def _thin(matrix: Float[Tensor, "rows columns"]) -> dict[str, Tensor]:
+    """The two factors of the closest product of a low rank, nearly: a few steps of subspace iteration."""
+    rank = min(RANK, max(1, min(matrix.shape) // THINNEST))
+    start = torch.randn(matrix.shape[1], rank, generator=torch.Generator().manual_seed(0)).to(matrix.device)
+    up = torch.linalg.qr(matrix @ start).Q
+    for _ in range(2):
+        up = torch.linalg.qr(matrix @ (matrix.T @ up)).Q
+    return {"up": up.half().contiguous(), "down": (up.T @ matrix).half().contiguous()}
 
 
 def _divisor(scales: Tensor) -> Tensor:

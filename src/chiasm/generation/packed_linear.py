@@ -28,16 +28,18 @@ class PackedLinear(Released):
     scales: Tensor
     minima: Tensor | None
     bias: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
 
     def __init__(self, packed: Packed) -> None:
         super().__init__()
         self.kind, self.out_features, self.in_features = packed.kind, packed.rows, packed.columns
-        for name in ("data", "scales", "minima", "bias"):
+        for name in ("data", "scales", "minima", "bias", "down", "up"):
             self.register_buffer(name, getattr(packed, name), persistent=False)
 
     @property
     def packed(self) -> Packed:
-        parts = (self.data, self.scales, self.minima, self.bias)
+        parts = (self.data, self.scales, self.minima, self.bias, self.down, self.up)
         return Packed(self.kind, self.out_features, self.in_features, *parts)
 
     def of_kind(self, weights: str) -> Packed:

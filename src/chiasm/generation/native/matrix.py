@@ -16,15 +16,16 @@ class MatrixStruct(ctypes.Structure):
     """`Matrix` in `step.cpp`."""
 
     _fields_ = [
-        *((name, POINTER) for name in ("data", "scales", "minima", "bias")),
-        *((name, NUMBER) for name in ("kind", "rows", "columns")),
+        *((name, POINTER) for name in ("data", "scales", "minima", "bias", "down", "up")),
+        *((name, NUMBER) for name in ("kind", "rows", "columns", "rank")),
     ]
 
 
 def describe(packed: Packed) -> Any:
     """The structure, which is good for as long as the matrix lives."""
-    places = [address(part) for part in (packed.data, packed.scales, packed.minima, packed.bias)]
-    return MatrixStruct(*places, WEIGHTS.index(packed.kind), packed.rows, packed.columns)
+    parts = (packed.data, packed.scales, packed.minima, packed.bias, packed.down, packed.up)
+    rank = 0 if packed.down is None else len(packed.down)
+    return MatrixStruct(*map(address, parts), WEIGHTS.index(packed.kind), packed.rows, packed.columns, rank)
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -36,4 +37,4 @@ def unpack(library: ctypes.CDLL, packed: Packed, start: int, stop: int) -> Float
     rows, matrix, call = torch.empty(stop - start, packed.columns), describe(packed), library.chiasm_unpack
     call.restype, call.argtypes = None, [POINTER, NUMBER, NUMBER, POINTER, NUMBER]
     call(ctypes.addressof(matrix), start, stop, rows.data_ptr(), torch.get_num_threads())
-    return rows
+    return rows if packed.up is None else rows.addmm_(packed.up[start:stop].float(), packed.down.float())

@@ -40,7 +40,8 @@ struct Matrix {
     const uint16_t* scales;
     const uint16_t* minima;
     const float* bias;
-    int64_t kind, rows, columns;
+    const uint16_t *down, *up;  // halves; their product, of a low rank, is added to the weights
+    int64_t kind, rows, columns, rank;
 };
 
 struct Layer {
@@ -62,7 +63,7 @@ struct Model {
 // Rows of activations as a thread sees them: float32, and int16 by groups where a matrix wants that.
 struct Rows {
     int64_t count = 0, columns = 0, groups = 0;
-    std::vector<float> values, scales, sums;
+    std::vector<float> values, scales, sums, thin;
     std::vector<int16_t> quantised;
 
     void resize(int64_t rows, int64_t width) {
@@ -129,6 +130,22 @@ inline float dot(const float* a, const float* b, int64_t size) {
     sum = total(_mm256_add_ps(_mm256_add_ps(s0, s1), _mm256_add_ps(s2, s3)));
 #endif
     for (; i < size; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// The same where a is in half precision.
+inline float dot(const uint16_t* a, const float* b, int64_t size) {
+    float sum = 0;
+    int64_t i = 0;
+#ifdef WIDE
+    __m256 s0 = _mm256_setzero_ps(), s1 = s0;
+    for (; i + 16 <= size; i += 16) {
+        s0 = _mm256_fmadd_ps(from_halves(a + i, 8), _mm256_loadu_ps(b + i), s0);
+        s1 = _mm256_fmadd_ps(from_halves(a + i + 8, 8), _mm256_loadu_ps(b + i + 8), s1);
+    }
+    sum = total(_mm256_add_ps(s0, s1));
+#endif
+    for (; i < size; i++) sum += from_half(a[i]) * b[i];
     return sum;
 }
 
@@ -211,6 +228,11 @@ inline void times_groups(const Matrix& w, int64_t index, const Rows& x, int64_t 
     __m256 sums[N];
     alignas(32) float both[N][TOGETHER];
     for (int n = 0; n < N; n++) sums[n] = _mm256_setzero_ps();
+    for (int64_t k = 0; k < w.rank; k += TOGETHER) {
+        const __m256 up = from_halves(w.up + index * w.rank + k, std::min(TOGETHER, w.rank - k));
+        for (int n = 0; n < N; n++)
+            sums[n] = _mm256_fmadd_ps(up, _mm256_loadu_ps(x.thin.data() + (first + n) * w.rank + k), sums[n]);
+    }
     for (int64_t g = 0; g < groups; g += TOGETHER) {
         const int64_t count = std::min(TOGETHER, groups - g);
         const __m256 scale = from_halves(scales + g, count);
@@ -231,7 +253,7 @@ inline void times_groups(const Matrix& w, int64_t index, const Rows& x, int64_t 
     for (int n = 0; n < N; n++) out[n] = total(sums[n]);
 #else
     for (int n = 0; n < N; n++) {
-        out[n] = 0;
+        out[n] = dot(w.up + index * w.rank, x.thin.data() + (first + n) * w.rank, w.rank);
         for (int64_t g = 0; g < groups; g++) {
             const int64_t place = n * groups + g;
             out[n] += Group<KIND>(data + g * bytes).times(q + place * GROUP) * from_half(scales[g]) * sx[place];
@@ -354,7 +376,9 @@ struct Step {
     void multiply(const Matrix& w, Put put) {
         const Share share(w.rows, thread, threads);
         int64_t i = share.first;
-        out.resize(2 * count);
+        out.resize(2 * count), x.thin.resize(count * w.rank + TOGETHER);
+        for (int64_t k = 0; k < w.rank; k++)  // by every thread for itself, which costs less than to meet
+            for (int64_t n = 0; n < count; n++) x.thin[n * w.rank + k] = dot(w.down + k * w.columns, x.row(n), w.columns);
         const auto tiles = [&](auto rows) {
             constexpr int R = decltype(rows)::value;
             for (; i + R <= share.last; i += R) {
