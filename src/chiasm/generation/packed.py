@@ -92,7 +92,10 @@ def pack(weight: Float[Tensor, "rows columns"], bias: Tensor | None, kind: str) 
         return Packed(kind, rows, columns, data, scales, bias=bias)
     packed = Packed(kind, rows, columns, data, scales, minima, bias)
     lost = weight.detach().float() - packed.dense()
-    return replace(packed, **_thin(lost)) if lost.norm() > KEPT * weight.norm() else packed
+    if lost.norm() <= KEPT * weight.norm():
+        return packed
+    up, down = _thin(lost)
+    return replace(packed, up=up.half(), down=down.half())
 
 
 def blocks(rows: int, columns: int, numbers: int) -> Iterator[tuple[int, int]]:
@@ -151,14 +154,14 @@ def _least_squares(groups: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return scales, middle[..., 0] - scales * centre[..., 0]
 
 
-def _thin(matrix: Float[Tensor, "rows columns"]) -> dict[str, Tensor]:
+def _thin(matrix: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tensor]:
     """The two factors of the closest product of a low rank, nearly: a few steps of subspace iteration."""
     rank = min(RANK, max(1, min(matrix.shape) // THINNEST))
     start = torch.randn(matrix.shape[1], rank, generator=torch.Generator().manual_seed(0)).to(matrix.device)
     up = torch.linalg.qr(matrix @ start).Q
     for _ in range(2):
         up = torch.linalg.qr(matrix @ (matrix.T @ up)).Q
-    return {"up": up.half().contiguous(), "down": (up.T @ matrix).half().contiguous()}
+    return up.contiguous(), (up.T @ matrix).contiguous()
 
 
 def _divisor(scales: Tensor) -> Tensor:

@@ -37,4 +37,6 @@ def unpack(library: ctypes.CDLL, packed: Packed, start: int, stop: int) -> Float
     rows, matrix, call = torch.empty(stop - start, packed.columns), describe(packed), library.chiasm_unpack
     call.restype, call.argtypes = None, [POINTER, NUMBER, NUMBER, POINTER, NUMBER]
     call(ctypes.addressof(matrix), start, stop, rows.data_ptr(), torch.get_num_threads())
-    return rows if packed.up is None else rows.addmm_(packed.up[start:stop].float(), packed.down.float())
+    if packed.up is None or packed.down is None:
+        return rows
+    return rows.addmm_(packed.up[start:stop].float(), packed.down.float())
