@@ -217,7 +217,7 @@ def steps(length: int = 80) -> None:
         each = []
         for rows in (1, CHATS):
             hidden, places = torch.randn(rows, lean.norm.shape[0]), torch.full((rows,), length)
-            run = partial(step.run, slots, 0, len(lean.layers), hidden, torch.arange(rows), places, rows)
+            run = partial(step.run, slots, 0, len(lean.layers), hidden, torch.arange(rows), places, places, rows)
             each.append(min(_seconds(run, 8, clock)) / rows)
         one, many = each
         share = lean.bytes / limit / one

@@ -106,11 +106,11 @@ def test_norms_bound_what_attention_compares(options: dict[str, str]) -> None:
     decoder = new_decoder({"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}, 50, **options)
     attention = decoder.model.layers[0].self_attn
     states = torch.randn(1, 5, 24)
-    before = attention(states, decoder.model._rotation(torch.arange(5)[None], states))[0]
+    before = attention(states, decoder.model.rotary(states, torch.arange(5)[None]))[0]
     with torch.no_grad():
         attention.q_proj.weight.mul_(50.0)
         attention.k_proj.weight.mul_(50.0)
-    after = attention(states, decoder.model._rotation(torch.arange(5)[None], states))[0]
+    after = attention(states, decoder.model.rotary(states, torch.arange(5)[None]))[0]
     torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-4)
 
 

@@ -85,9 +85,9 @@ def logits(step: Any, language: PreTrainedModel, tokens: torch.Tensor, chunk: in
     for start in range(0, tokens.shape[1], chunk):
         hidden = embeddings[:, start : start + chunk].flatten(0, 1).clone()
         positions = torch.arange(start, start + chunk).repeat(2)
-        first = step.run(slots, 0, 1, hidden, rows, positions)
+        first = step.run(slots, 0, 1, hidden, rows, positions, positions)
         assert first.shape[0] == 0
-        made = step.run(slots, 1, len(lean.layers), hidden, rows, positions, told=2 * chunk)
+        made = step.run(slots, 1, len(lean.layers), hidden, rows, positions, positions, told=2 * chunk)
         found.append(made.unflatten(0, (2, chunk)))
     return torch.cat(found, dim=1)
 

@@ -26,6 +26,8 @@ import contracts
 import tiny
 from chiasm.fusion.packed import PackedFusionModel
 from chiasm.fusion.unified import UnifiedModel
+from chiasm.generation.batched import BatchedDecoder
+from chiasm.generation.lean_decoder import LeanDecoder
 from chiasm.interop.fuyu import image_processor_of
 
 SIZES: dict[str, Any] = {
@@ -93,7 +95,8 @@ def _qwen2_vl_with_processor(folder: Path) -> Qwen2VLImageProcessorPil:
     words = tiny.tokenizer()
     words.add_tokens(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"], special_tokens=True)
     model = _qwen2_vl()
-    text, vision = {**model.config.text_config.to_dict(), "vocab_size": len(words)}, model.config.vision_config
+    text = {**model.config.text_config.to_dict(), "vocab_size": len(words), "max_position_embeddings": 600}
+    vision = model.config.vision_config
     ids = dict(zip(("image_token_id", "video_token_id"), range(len(words) - 2, len(words)), strict=True))
     Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids)).save_pretrained(
         folder
@@ -133,6 +136,14 @@ def test_a_text_ends_as_chameleons_processor_ends_it(tmp_path: Path) -> None:
     found = chiasm.load(tmp_path).processor(images=pictures, text=text)
     assert torch.equal(found["input_ids"], expected["input_ids"])
     torch.testing.assert_close(found["pixel_values"], expected["pixel_values"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_engine_answers_as_they_do(tmp_path: Path) -> None:
+    """Requests share the steps of Chameleon and Qwen2-VL too."""
+    chameleon_with_processor(tmp_path / "chameleon")
+    contracts.check_engine_equals_generate(chiasm.load(tmp_path / "chameleon"), kind=BatchedDecoder)
+    _qwen2_vl_with_processor(tmp_path / "qwen2_vl")
+    contracts.check_engine_equals_generate(chiasm.load(tmp_path / "qwen2_vl"), kind=LeanDecoder)
 
 
 def test_chameleon_without_a_code(tmp_path: Path) -> None:

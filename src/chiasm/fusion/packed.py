@@ -1,5 +1,6 @@
 """Early fusion of pictures and videos in their own resolution, with M-RoPE positions (Qwen2-VL, arXiv 2409.12191)."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +20,8 @@ from chiasm.vision.packed import PackedTower
 
 PACKED_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 TEXT, IMAGE, VIDEO = 0, 1, 2
+Given = tuple[int, Tensor | None, Tensor | None]
+"""Kind, patches and grids."""
 
 
 class PackedFusionModel(PositionedModel, GenerationMixin):
@@ -122,14 +125,8 @@ class PackedFusionModel(PositionedModel, GenerationMixin):
             pixel_values_videos, video_grid_thw: the same of videos.
             mm_token_type_ids: not read: tokens tell it themselves.
         """
-        kinds = self._kinds(input_ids, inputs_embeds)
-        embedded = self.word_embeddings(input_ids, inputs_embeds, kinds != TEXT)
-        tokens = None
         given = ((IMAGE, pixel_values, image_grid_thw), (VIDEO, pixel_values_videos, video_grid_thw))
-        for kind, patches, grids in given:
-            seen = None if patches is None else self.encode_pictures(patches, _required(grids))
-            embedded = self._placed(embedded, kinds == kind, seen)
-            tokens = seen if tokens is None else tokens
+        embedded, tokens = self._read(input_ids, inputs_embeds, given)
         if self.training and tokens is None:
             embedded = embedded + 0.0 * self.blank_picture(embedded).sum().to(embedded.dtype)
         pair: Any = (image_grid_thw, video_grid_thw)
@@ -140,6 +137,31 @@ class PackedFusionModel(PositionedModel, GenerationMixin):
         grids = video_grid_thw if pixel_values is None else image_grid_thw
         return PositionedOutput(**fields, visual_tokens=tokens, image_grid_thw=grids)
 
+    def embed_prompt(
+        self,
+        input_ids: Int[Tensor, "B S"],
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        **_: Tensor,
+    ) -> Float[Tensor, "B S D_l"]:
+        given = ((IMAGE, pixel_values, image_grid_thw), (VIDEO, pixel_values_videos, video_grid_thw))
+        return self._read(input_ids, None, given)[0]
+
+    def _read(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, given: Sequence[Given]
+    ) -> tuple[Float[Tensor, "B S D_l"], Tensor | None]:
+        """Embeddings with the visual tokens in their places, and those of the first kind that was given."""
+        kinds = self._kinds(input_ids, inputs_embeds)
+        embedded = self.word_embeddings(input_ids, inputs_embeds, kinds != TEXT)
+        tokens = None
+        for kind, patches, grids in given:
+            seen = None if patches is None else self.encode_pictures(patches, _required(grids))
+            embedded = self._placed(embedded, kinds == kind, seen)
+            tokens = seen if tokens is None else tokens
+        return embedded, tokens
+
     @staticmethod
     def _placed(embedded: Tensor, places: Bool[Tensor, "B S"], tokens: Tensor | None) -> Tensor:
         wanted, found = places.sum(), 0 if tokens is None else len(tokens)
@@ -147,9 +169,8 @@ class PackedFusionModel(PositionedModel, GenerationMixin):
             raise ValueError(f"the text holds {wanted} image placeholders but the pictures give {found} visual tokens")
         return embedded if tokens is None else embedded.masked_scatter(places[..., None], tokens.to(embedded))
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        pair = (model_kwargs.get("image_grid_thw"), model_kwargs.get("video_grid_thw"))
-        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs | {"image_grid_thw": pair})
+    def grids_of(self, inputs: dict[str, Any]) -> Any:
+        return inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any

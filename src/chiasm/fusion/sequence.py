@@ -59,12 +59,26 @@ class PositionedModel(EarlyFusionModel):
         """The grids of all pictures in the order of their tokens."""
         raise NotImplementedError
 
+    def embed_prompt(self, input_ids: Int[Tensor, "B S"], **pictures: Tensor) -> Float[Tensor, "B S D_l"]:
+        """Words and pictures as the decoder reads them, of inputs as the processor makes them."""
+        raise NotImplementedError
+
+    def prompt_positions(self, inputs: dict[str, Any]) -> Int[Tensor, "axes B S"] | None:
+        """Coordinates of such inputs; None where tokens are just counted."""
+        if self.kind == "raster":
+            return None
+        return self.whole_positions(inputs["input_ids"], None, None, self.grids_of(inputs))
+
+    def grids_of(self, inputs: dict[str, Any]) -> Any:
+        """What `sequence_grids` is told of these inputs."""
+        return inputs.get("image_grid_thw")
+
     def whole_positions(
         self,
         input_ids: Int[Tensor, "B S"] | None,
         inputs_embeds: Float[Tensor, "B S D_l"] | None,
         attention_mask: Any,
-        image_grid_thw: Int[Tensor, "pictures 3"] | None = None,
+        image_grid_thw: Any = None,
     ) -> Int[Tensor, "axes B S"]:
         """Coordinates of a sequence from its beginning."""
         visual = self.visual_places(input_ids, inputs_embeds)
@@ -128,8 +142,7 @@ class PositionedModel(EarlyFusionModel):
         if held and hasattr(cache, DELTA) and not self.visual_places(tokens, embeddings)[:, held:].any():
             counted = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
             return (counted + getattr(cache, DELTA)).expand(AXES[self.kind], -1, -1)
-        mask, grids = model_kwargs.get("attention_mask"), model_kwargs.get("image_grid_thw")
-        return self.whole_positions(tokens, embeddings, mask, grids)
+        return self.whole_positions(tokens, embeddings, model_kwargs.get("attention_mask"), self.grids_of(model_kwargs))
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1

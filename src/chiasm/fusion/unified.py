@@ -142,6 +142,20 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         visual = self.visual_places(input_ids, inputs_embeds)
         return embeddings + table(torch.where(visual, PATCH, WORD)).to(embeddings.dtype)
 
+    def embed_prompt(
+        self, input_ids: Int[Tensor, "B S"], pixel_values: Tensor | None = None, **_: Tensor
+    ) -> Float[Tensor, "B S D_l"]:
+        return self.embed(input_ids, None, self._read(pixel_values)[0])
+
+    def _read(self, pixel_values: Tensor | None) -> tuple[Tensor | None, Int[Tensor, "images N"] | None]:
+        """What the decoder reads of pictures, and their codes where they have some."""
+        if self.vision.kind == "patches" and pixel_values is not None:
+            return self.encode_images(pixel_values), None
+        if (pictures := real_pictures(pixel_values, None)[0]) is None:
+            return None, None
+        drawn = self.code_tokens(pictures)
+        return self.get_input_embeddings()(drawn), drawn
+
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
@@ -176,12 +190,7 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         Raises:
             ValueError: pictures and placeholders do not match; the message has both counts.
         """
-        tokens, drawn = None, None
-        if self.vision.kind == "patches" and pixel_values is not None:
-            tokens = self.encode_images(pixel_values)
-        elif (pictures := real_pictures(pixel_values, None)[0]) is not None:
-            drawn = self.code_tokens(pictures)
-            tokens = self.get_input_embeddings()(drawn)
+        tokens, drawn = self._read(pixel_values)
         embedded = self.embed(input_ids, inputs_embeds, tokens)
         if labels is not None:
             labels = self._with_codes(labels, input_ids, drawn)

@@ -172,13 +172,14 @@ class UnifiedDecoder(UnifiedPreTrained):
             cache=cache,
             position_ids=position_ids if position_ids.ndim == 2 else None,
         )
-        turned = self._rotation(position_ids, inputs_embeds)
+        turned = self.rotary(inputs_embeds, position_ids)
         states = inputs_embeds
         for layer in self.layers:
             states = layer(states, turned, attention_mask=mask, cache=cache, use_cache=use_cache, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(states), cache=cache)
 
-    def _rotation(self, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of every token's angles, in the precision of `like`."""
         inverse, scale = frequencies(self.config, like.device, position_ids)
         coordinates = position_ids if position_ids.ndim == 3 else position_ids[None]
         cos, sin = rotation(coordinates, inverse, self.axes, scale)

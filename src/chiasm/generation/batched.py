@@ -14,12 +14,14 @@ from torch.nn import functional as F
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.cross_attention import KeysValues, Look, looking
 from chiasm.fusion.intermediate import ImageCache, IntermediateFusionModel
+from chiasm.fusion.sequence import PositionedModel
 from chiasm.generation.masks import slot_masks
 from chiasm.generation.pictures import PictureCache
 from chiasm.generation.prefix_cache import PrefixCache
 from chiasm.generation.prompt import Prompt, word
 from chiasm.generation.slots import Slots, SlotView
 from chiasm.language.adapter import accepts
+from chiasm.positions.sequence import AXES
 
 CHUNK = 256
 """Tokens of a prompt that are read between two tokens of the others."""
@@ -38,6 +40,8 @@ class Sequence:
         bidirectional: tokens at the beginning that see each other in both directions.
         images: with intermediate fusion, what tokens look at.
         visible: which picture each unread token sees.
+        coordinates: of the unread tokens, where they have rows and columns.
+        ahead: by how much the next token's position is ahead of the number of tokens.
     """
 
     slot: int
@@ -49,6 +53,8 @@ class Sequence:
     bidirectional: int = 0
     images: ImageCache | None = None
     visible: Bool[Tensor, "1 S I"] | None = None
+    coordinates: Int[Tensor, "axes 1 S"] | None = None
+    ahead: int = 0
     parked: Tensor | None = field(default=None, repr=False)
 
 
@@ -70,7 +76,9 @@ class BatchedDecoder:
             room: tokens of the prompt and the longest answer.
         """
         ids = prompt.inputs["input_ids"]
-        keys, bidirectional = prompt.keys(self.model.config.image_token_id), 0
+        positioned, bidirectional = isinstance(self.model, PositionedModel), 0
+        image = self.model.config.image_token_id
+        keys = prompt.packed_keys(self.model.picture_marks) if positioned else prompt.keys(image)
         if self.model.config.attention == "prefix" and "token_type_ids" in prompt.inputs:
             bidirectional = int((prompt.inputs["token_type_ids"][0] == 0).sum())
         known = None if bidirectional else self.prefixes.find(keys)
@@ -78,9 +86,11 @@ class BatchedDecoder:
         sequence = Sequence(-1, keys, start, start, room, bidirectional=bidirectional)
         if isinstance(self.model, IntermediateFusionModel):
             self._show(self.model, sequence, prompt)
+        elif isinstance(self.model, PositionedModel):
+            self._place(self.model, sequence, prompt)
         else:
             rest = ids[:, start:]
-            seen = (rest == self.model.config.image_token_id).any()
+            seen = (rest == image).any()
             tokens = self.pictures.visual_tokens(prompt) if seen else None
             sequence.unread = self.model.embed(ids if seen else rest, None, tokens)[:, -rest.shape[1] :]
         sequence.slot = self.slots.take(room)
@@ -99,6 +109,17 @@ class BatchedDecoder:
             visible, sequence.images = images.read(placeholders, ends)
             sequence.visible = visible[:, sequence.length :]
 
+    def _place(self, model: PositionedModel, sequence: Sequence, prompt: Prompt) -> None:
+        """Embeddings and coordinates of what is unread; pictures that the prefix cache has are not encoded again."""
+        ids, start = prompt.inputs["input_ids"], sequence.length
+        rest = ids[:, start:]
+        seen = torch.isin(rest, torch.tensor(model.picture_marks, device=rest.device)).any()
+        sequence.unread = model.embed_prompt(**prompt.inputs)[:, start:] if seen else model.embed(rest, None, None)
+        coordinates = model.prompt_positions(prompt.inputs)
+        if coordinates is not None:
+            sequence.coordinates = coordinates[..., start:]
+            sequence.ahead = int(coordinates.max()) + 1 - ids.shape[1]
+
     def read(self, sequence: Sequence) -> Float[Tensor, " V"] | None:
         """Reads the next piece of a prompt; the logits of the answer's first token when it was the last."""
         assert sequence.unread is not None
@@ -109,15 +130,18 @@ class BatchedDecoder:
             assert sequence.visible is not None
             look = self.model.look(sequence.images, sequence.visible[:, :size])
             sequence.visible = sequence.visible[:, size:]
+        turns = None
+        if sequence.coordinates is not None:
+            turns, sequence.coordinates = sequence.coordinates[..., :size], sequence.coordinates[..., size:]
         positions = torch.arange(sequence.length, sequence.length + size, device=embeddings.device)[None]
-        logits = self.forward([sequence.slot], embeddings, positions, look, sequence.bidirectional)
+        logits = self.forward([sequence.slot], embeddings, positions, look, turns, sequence.bidirectional)
         sequence.length += size
         if sequence.unread.shape[1]:
             return None
         sequence.unread = None
         if not sequence.bidirectional:
             self._keep(sequence)
-        return logits[0]
+        return self.model.shown(logits, False)[0]
 
     def step(self, sequences: list[Sequence], tokens: list[int]) -> Float[Tensor, "B V"]:
         """Logits of the tokens behind these, one for each request."""
@@ -128,13 +152,17 @@ class BatchedDecoder:
             look, seen = self._look(self.model, sequences, ids)
         else:
             embeddings, look, seen = self.model.embed(ids, None, None), None, []
-        logits = self.forward([one.slot for one in sequences], embeddings, positions, look)
+        turns = None
+        if isinstance(self.model, PositionedModel) and self.model.kind != "raster":
+            ahead = torch.tensor([[one.ahead] for one in sequences], device=ids.device)
+            turns = (positions + ahead)[None].expand(AXES[self.model.kind], -1, -1)
+        logits = self.forward([one.slot for one in sequences], embeddings, positions, look, turns)
         for one, images in seen:
             one.images = images
         for one, token in zip(sequences, tokens, strict=True):
             one.keys.append(word(token))
             one.length += 1
-        return logits
+        return self.model.shown(logits, False)
 
     def forward(
         self,
@@ -142,13 +170,19 @@ class BatchedDecoder:
         embeddings: Float[Tensor, "B S D_l"],
         positions: Int[Tensor, "B S"],
         look: Look | None,
+        turns: Int[Tensor, "axes B S"] | None = None,
         bidirectional: int = 0,
     ) -> Float[Tensor, "B V"]:
-        """Logits of each row's last token; keys and values of all of them go into the slots."""
+        """Logits of each row's last token; keys and values of all of them go into the slots.
+
+        Args:
+            positions: in the slots.
+            turns: what rotations turn by, where that is something else.
+        """
         view = SlotView(self.slots, rows, positions)
         masks = slot_masks(self.config, positions, view.end, embeddings.dtype, bidirectional)
         inputs: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": masks, "cache": view}
-        for name, value in (("position_ids", positions), ("logits_to_keep", 1)):
+        for name, value in (("position_ids", positions if turns is None else turns), ("logits_to_keep", 1)):
             if accepts(self.model.language, name):
                 inputs[name] = value
         with looking(look):

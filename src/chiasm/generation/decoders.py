@@ -11,7 +11,8 @@ from torch import Tensor
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
-from chiasm.fusion.sequence import PositionedModel
+from chiasm.fusion.packed import PackedFusionModel
+from chiasm.fusion.unified import UnifiedModel
 from chiasm.generation.batched import BatchedDecoder
 from chiasm.generation.lean import lean_model, release
 from chiasm.generation.lean_decoder import LeanDecoder
@@ -30,8 +31,8 @@ SHORT = 48
 """Tokens of a prompt that are read faster by the compiled step than by the model."""
 SIMILAR = {"float32": 0.99999, "int8": 0.99, "int4": 0.9}
 """How similar (cosine) a lean step's logits must be to the model's own."""
-SHARING = (EarlyFusionModel, IntermediateFusionModel)
-"""Fusions whose tokens are just counted: those with positions by row and column go one by one."""
+SHARING = (EarlyFusionModel, IntermediateFusionModel, UnifiedModel, PackedFusionModel)
+"""Fusions whose requests can share a step; encoder-decoders cannot."""
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 """What a forward raises that is not made for rows of different lengths."""
 
@@ -101,8 +102,6 @@ def _cache_shape(model: FusionModel) -> CacheShape | None:
     """The shape of the language model's cache; None where slots cannot hold it."""
     language = model.language
     if type(model) not in SHARING or language.config._attn_implementation not in ("sdpa", "eager"):
-        return None
-    if isinstance(model, PositionedModel):  # its positions and hidden codes are known to its own forward only
         return None
     if isinstance(model, IntermediateFusionModel) and not model.cross_attention.settings.mask_attention:
         return None

@@ -45,6 +45,7 @@ FAMILIES = {
     "qwen2": Family(),
     "qwen3": Family(),
     "gemma3_text": Family(1.0, "pre_feedforward_layernorm", True),
+    "chiasm_decoder": Family(),
 }
 """By `model_type`."""
 
@@ -115,7 +116,10 @@ def lean_model(language: PreTrainedModel, weights: str = "float32") -> LeanModel
         return None
     if getattr(config, "attn_logit_softcapping", None) or getattr(config, "final_logit_softcapping", None):
         return None
+    if config.model_type == "chiasm_decoder" and (config.norm_order != "pre" or config.qk_norm == "layer"):
+        return None
     attention = body.layers[0].self_attn
+    rotary = getattr(body, "rotary_emb", None) or body.rotary
     return LeanModel(
         layers=[_layer(layer, family, config, index, weights) for index, layer in enumerate(body.layers)],
         norm=_norm(body.norm, family),
@@ -126,7 +130,7 @@ def lean_model(language: PreTrainedModel, weights: str = "float32") -> LeanModel
         eps=config.rms_norm_eps,
         scale=attention.scaling,
         gelu=ACTIVATIONS[activation],
-        rotation=_rotation(body.rotary_emb, "layer_type" in inspect.signature(body.rotary_emb.forward).parameters),
+        rotation=_rotation(rotary, "layer_type" in inspect.signature(getattr(rotary, "forward", rotary)).parameters),
     )
 
 

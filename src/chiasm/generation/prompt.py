@@ -37,6 +37,12 @@ class Prompt:
         number = {place: self.pictures[index // each] for index, place in enumerate(places) if self.pictures}
         return [number.get(place) or word(token) for place, token in enumerate(tokens)]
 
+    def packed_keys(self, marks: list[int]) -> list[bytes]:
+        """The same where pictures are packed into rows of patches: each of these tokens by all pictures and grids."""
+        names = sorted(name for name in self.inputs if name.startswith("pixel_values") or name.endswith("_grid_thw"))
+        pictures = _digest([self.inputs[name] for name in names if self.inputs[name] is not None])
+        return [pictures if token in marks else word(token) for token in self.tokens]
+
 
 def word(token: int) -> bytes:
     """What a token is known by."""

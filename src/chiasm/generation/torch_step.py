@@ -33,6 +33,7 @@ class TorchStep:
         hidden: Float[Tensor, "rows D_l"],
         rows: Int[Tensor, " rows"],
         positions: Int[Tensor, " rows"],
+        angles: Int[Tensor, " rows"],
         told: int = 0,
     ) -> Float[Tensor, "told V"]:
         """Layers `first` to `last`, which change `hidden` in place, and the logits of the last `told` rows."""
@@ -44,7 +45,7 @@ class TorchStep:
         view = chosen if rows.tolist() == list(range(chosen.start, chosen.stop)) else rows
         for index in range(first, last):
             layer, matrices = self.lean.layers[index], self._matrices[index]
-            q, k, v = self._project(layer, matrices, hidden, positions)
+            q, k, v = self._project(layer, matrices, hidden, angles)
             keys, values = slots.store[index]
             keys[rows, :, positions], values[rows, :, positions] = k, v
             mask = _mask(positions, end, layer.window)
@@ -63,11 +64,11 @@ class TorchStep:
         return F.linear(self._normed(hidden[-told:], self.lean.norm), *self._head)
 
     def _project(
-        self, layer: LeanLayer, matrices: dict[str, Matrix], hidden: Tensor, positions: Tensor
+        self, layer: LeanLayer, matrices: dict[str, Matrix], hidden: Tensor, angles: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = self._normed(hidden, layer.attention_norm)
         q, k, v = (F.linear(x, *matrices[name]).unflatten(1, (-1, self.lean.head_dim)) for name in ("q", "k", "v"))
-        cosines, sines = self._rotations[layer.kind][positions, None].chunk(2, dim=-1)
+        cosines, sines = self._rotations[layer.kind][angles, None].chunk(2, dim=-1)
         q = q if layer.q_norm is None else self._normed(q, layer.q_norm)
         k = k if layer.k_norm is None else self._normed(k, layer.k_norm)
         return _rotated(q, cosines, sines), _rotated(k, cosines, sines), v

@@ -355,7 +355,7 @@ struct Step {
     const Model& m;
     float* hidden;
     const int64_t count;
-    const int64_t *slots, *positions;
+    const int64_t *slots, *positions, *angles;
     Shared& shared;
     const int64_t thread, threads;
     Rows x;
@@ -413,7 +413,7 @@ struct Step {
                                   : place(layer.keys, r, head - m.heads, positions[r]);
             const float* norm = query ? layer.q_norm : layer.k_norm;
             if (norm) rms_norm(states, norm, size, m.eps, states);
-            rotate(states, layer.rotation + positions[r] * size, size);
+            rotate(states, layer.rotation + angles[r] * size, size);
         }
     }
 
@@ -493,19 +493,20 @@ struct Step {
 }  // namespace
 
 // Layers `first` to `last` on `count` rows of hidden states, in place. Row r is the token at positions[r] of slot
-// slots[r]; several tokens of one slot come in their order. Then the head on the last `told` rows.
+// slots[r], turned by angles[r]; several tokens of one slot come in their order. Then the head on the last `told` rows.
 extern "C" void chiasm_step(const void* model, int64_t first, int64_t last, float* hidden, int64_t count,
-                            const int64_t* slots, const int64_t* positions, float* logits, int64_t told, int64_t threads) {
+                            const int64_t* slots, const int64_t* positions, const int64_t* angles, float* logits,
+                            int64_t told, int64_t threads) {
     const Model& m = *(const Model*)model;
     Shared shared;
     shared.q.resize(count * m.heads * m.head_dim), shared.attended.resize(shared.q.size());
     shared.inner.resize(count * m.inner), shared.change.resize(count * m.width);
 #pragma omp parallel num_threads((int)threads)
     {
-        Step step{m, hidden, count, slots, positions, shared, omp_get_thread_num(), omp_get_num_threads(), {}, {}, {}};
+        Step step{m, hidden, count, slots, positions, angles, shared, omp_get_thread_num(), omp_get_num_threads(), {}, {}, {}};
         step.run(first, last);
         if (told) {
-            Step tail{m, hidden + (count - told) * m.width, told, slots, positions, shared, step.thread, step.threads, {}, {}, {}};
+            Step tail{m, hidden + (count - told) * m.width, told, slots, positions, angles, shared, step.thread, step.threads, {}, {}, {}};
             tail.load(tail.hidden, m.width, m.norm, m.head);
             tail.multiply(m.head, [&](int64_t r, int64_t i, float v) { logits[r * m.head.rows + i] = v; });
         }

@@ -42,7 +42,10 @@ class NativeStep:
     def __init__(self, lean: LeanModel, library: ctypes.CDLL) -> None:
         self.lean, self._call = lean, library.chiasm_step
         self._call.restype = None
-        self._call.argtypes = [POINTER, NUMBER, NUMBER, POINTER, NUMBER, POINTER, POINTER, POINTER, NUMBER, NUMBER]
+        self._call.argtypes = [
+            *(POINTER, NUMBER, NUMBER, POINTER, NUMBER),
+            *(POINTER, POINTER, POINTER, POINTER, NUMBER, NUMBER),
+        ]
         self._layers = (_Layer * len(lean.layers))(*map(_layer, lean.layers))
         self._model = _Model(
             ctypes.addressof(self._layers),
@@ -68,12 +71,14 @@ class NativeStep:
         hidden: Float[Tensor, "rows D_l"],
         rows: Int[Tensor, " rows"],
         positions: Int[Tensor, " rows"],
+        angles: Int[Tensor, " rows"],
         told: int = 0,
     ) -> Float[Tensor, "told V"]:
         """Layers `first` to `last`, which change `hidden` in place, and the logits of the last `told` rows.
 
         Args:
             rows: the slot of each row; several tokens of one slot are in their order.
+            angles: what rotations turn by: positions, or what is counted behind a picture's rows and columns.
         """
         if self._store is not slots.store:
             self._bind(slots)
@@ -86,6 +91,7 @@ class NativeStep:
             hidden.shape[0],
             rows.data_ptr(),
             positions.data_ptr(),
+            angles.data_ptr(),
             logits.data_ptr(),
             told,
             torch.get_num_threads(),
