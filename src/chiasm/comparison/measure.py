@@ -28,6 +28,8 @@ ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 def measure(model: Any, processor: Any, sample: Sample, repeats: int) -> dict[str, Any]:
     """`closed_form`, `measured` and `shape` of one question about one picture.
 
+    A picture's cache is what the prompt keeps beyond the same question without a picture: names of regions are its too.
+
     Args:
         model: in evaluation mode.
         sample: its first picture and question are asked.
@@ -36,22 +38,24 @@ def measure(model: Any, processor: Any, sample: Sample, repeats: int) -> dict[st
     if isinstance(model, LateFusionModel):
         return _late(model, processor, sample, repeats)
     picture = sample.images[0].load()
-    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question.strip()}]}]
-    inputs = decode.prepare(model, processor, [question], [[picture]], NEW_TOKENS)
-    words = _text_tokens(model, inputs["input_ids"])
+    text = {"type": "text", "text": sample.question.strip()}
+    asked, blind = ([{"role": "user", "content": content}] for content in ([{"type": "image"}, text], [text]))
+    inputs = decode.prepare(model, processor, [asked], [[picture]], NEW_TOKENS)
+    alone_inputs = decode.prepare(model, processor, [blind], [[]], NEW_TOKENS)
+    words, alone_words = _text_tokens(model, inputs["input_ids"]), alone_inputs["input_ids"].shape[1]
     closed = cost(model, text_tokens=words).to_dict()
-    alone = cost(model, images=0, text_tokens=words)
+    alone = cost(model, images=0, text_tokens=alone_words)
     closed["kv_cache_bytes_per_image"] = closed["kv_cache_bytes"] - alone.kv_cache_bytes
     closed["connect_and_prefill_flops"] = closed["connect_flops"] + closed["prefill_flops"]
     return {
         "closed_form": closed,
-        "measured": _generative(model, inputs, words, repeats),
-        "shape": shape_of(model).to_dict() if not model.config.is_encoder_decoder else None,
+        "measured": _generative(model, inputs, alone_inputs, repeats),
+        "shape": shape_of(model, names=words - alone_words).to_dict() if not model.config.is_encoder_decoder else None,
     }
 
 
 def _text_tokens(model: FusionModel, ids: Tensor) -> int:
-    """Tokens that are neither places of the picture nor marks around them; names of regions are text."""
+    """Tokens beside those that the closed form counts as a picture's; names of its regions are among them."""
     marks = [model.config.image_token_id]
     if isinstance(model, UnifiedModel):
         settings = model.settings
@@ -61,7 +65,10 @@ def _text_tokens(model: FusionModel, ids: Tensor) -> int:
 
 
 @torch.no_grad()
-def _generative(model: FusionModel, inputs: dict[str, Tensor], words: int, repeats: int) -> dict[str, Any]:
+def _generative(
+    model: FusionModel, inputs: dict[str, Tensor], blind: dict[str, Tensor], repeats: int
+) -> dict[str, Any]:
+    """`blind`: the same question without its picture, whose cache is not the picture's."""
     told: dict[str, Any] = {"pad_token_id": 0, "do_sample": False}
 
     def generate(tokens: int) -> Callable[[], Any]:
@@ -80,10 +87,9 @@ def _generative(model: FusionModel, inputs: dict[str, Tensor], words: int, repea
         model.encode_images(**pixels)
     with _flops() as reading:
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-    ids = inputs["input_ids"][:, -1:].expand(1, words)
-    blind = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+    alone = model(**blind, use_cache=True, logits_to_keep=1)
     measured |= {"encode_flops": encoding[0], "connect_and_prefill_flops": reading[0] - encoding[0]}
-    measured["kv_cache_bytes_per_image"] = _cache_bytes(output) - _cache_bytes(blind)
+    measured["kv_cache_bytes_per_image"] = _cache_bytes(output) - _cache_bytes(alone)
     return measured
 
 
