@@ -1,9 +1,7 @@
 """What a picture costs a model, in closed form and measured: parameters, FLOPs, first token, decoding, KV cache."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from statistics import median
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chiasm.comparison.cost import cost, encode_flops, parts
 from chiasm.comparison.curves import shape_of
+from chiasm.comparison.timing import timed
 from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Sample
 from chiasm.fusion.base import FusionModel
@@ -33,7 +32,7 @@ def measure(model: Any, processor: Any, sample: Sample, repeats: int) -> dict[st
     Args:
         model: in evaluation mode.
         sample: its first picture and question are asked.
-        repeats: times that each latency is taken; the median counts.
+        repeats: rounds in which all times are taken, after one that does not count; with 0 that one counts.
     """
     if isinstance(model, LateFusionModel):
         return _late(model, processor, sample, repeats)
@@ -69,18 +68,14 @@ def _generative(
     model: FusionModel, inputs: dict[str, Tensor], blind: dict[str, Tensor], repeats: int
 ) -> dict[str, Any]:
     """`blind`: the same question without its picture, whose cache is not the picture's."""
-    told: dict[str, Any] = {"pad_token_id": 0, "do_sample": False}
-
-    def generate(tokens: int) -> Callable[[], Any]:
-        return lambda: model.generate(**inputs, **told, min_new_tokens=tokens, max_new_tokens=tokens)
-
-    first, whole = _seconds(generate(1), repeats), _seconds(generate(NEW_TOKENS), repeats)
+    exactly = {"pad_token_id": 0, "do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
     pixels = {name: inputs[name] for name in inputs if name.startswith("pixel")}
-    measured: dict[str, Any] = {
-        "first_token_seconds": first,
-        "decode_tokens_per_second": (NEW_TOKENS - 1) / max(whole - first, 1e-9),
-    }
-    measured["encode_seconds"] = _seconds(lambda: model.encode_images(**pixels), repeats)
+    measured: dict[str, Any] = timed(
+        lambda: model.encode_images(**pixels),
+        lambda clock: model.generate(**inputs, **exactly, streamer=clock),
+        NEW_TOKENS,
+        repeats,
+    )
     if model.config.is_encoder_decoder:
         return measured
     with _flops() as encoding:
@@ -98,22 +93,9 @@ def _late(model: LateFusionModel, processor: Any, sample: Sample, repeats: int) 
     pixels = torch.as_tensor(load_pixels(sample, processor)).to(model.device, model.vision.model.dtype)
     parameters = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts(model)}
     with torch.no_grad():
-        seconds = _seconds(lambda: model.encode_images(pixels), repeats)
+        measured = timed(lambda: model.encode_images(pixels), None, NEW_TOKENS, repeats)
     closed = {"parameters": parameters, "visual_tokens": 1, "encode_flops": encode_flops(model.vision)}
-    return {"closed_form": closed, "measured": {"encode_seconds": seconds}, "shape": None}
-
-
-def _seconds(run: Callable[[], Any], repeats: int) -> float:
-    """The median of some runs after one that does not count."""
-    run()
-    taken = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - started)
-    return median(taken)
+    return {"closed_form": closed, "measured": measured, "shape": None}
 
 
 @contextmanager
