@@ -22,7 +22,9 @@ ASKED = [(ask("a"), [picture(1)]), (ask("b" * 70), [picture(2)]), (ask("c", 0), 
 
 
 def connect(fusion: str = "early", language: str = "llama", **options: Any) -> chiasm.VLM:
-    vlm = chiasm.connect(tiny.vision(), tiny.language(language), fusion=fusion, tokenizer=tiny.tokenizer(), **options)
+    vision = {} if fusion == "unified" else {"vision": tiny.vision()}
+    parts = {"language": tiny.language(language), "fusion": fusion, "tokenizer": tiny.tokenizer()}
+    vlm = chiasm.connect(**vision, **parts, **options)
     contracts.open_gates(vlm.model, 1.0)
     vlm.model.generation_config.eos_token_id = 259
     return vlm
@@ -77,6 +79,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "modules": {"language": "gpt2"},
     "both ways": {"attention": "prefix"},
     "intermediate": {"fusion": "intermediate"},
+    "raster": {"fusion": "unified", "positions": "raster"},
+    "mrope": {"fusion": "unified", "positions": "mrope"},
     "ends of texts": {"fusion": "intermediate", "cross_attention": {"every": 1, "end_of_text": 97}},
 }
 

@@ -125,6 +125,9 @@ def test_who_leaves_keeps_the_place_of_its_picture(
     for _ in range(6):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url, json=ask(data_url(), max_tokens=1), timeout=0.3)
+    metrics, deadline = url.replace(CHAT, "/metrics"), time.monotonic() + 60
+    while "chiasm_clients_vanished_total 6.0" not in httpx.get(metrics).text:
+        assert time.monotonic() < deadline
     assert door.most == 2
     door.open.set()
     assert httpx.post(url, json=ask(data_url(), max_tokens=1), timeout=30).status_code == 200
