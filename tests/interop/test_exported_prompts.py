@@ -111,7 +111,7 @@ def test_exported_templates_read_contents_that_are_texts(name: str, tmp_path: Pa
     assert written == words.apply_chat_template(whole, chat_template=template, tokenize=False)
 
 
-def test_a_picture_on_the_side_is_kept(tmp_path: Path) -> None:
+def test_a_picture_by_its_path(tmp_path: Path) -> None:
     """What transformers loads itself and what Chiasm loads is one picture."""
     vlm = exported("blip2", tmp_path)
     WIDE.save(tmp_path / "wide.png")
