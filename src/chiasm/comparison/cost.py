@@ -13,6 +13,7 @@ from chiasm.comparison.seq2seq_cost import LanguageCost, seq2seq_cost
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.fusion.packed import PackedFusionModel
+from chiasm.fusion.tiled import TiledFusionModel
 from chiasm.fusion.unified import UnifiedModel
 from chiasm.language.adapter import layers
 from chiasm.vision.encoder import VisionEncoder
@@ -91,6 +92,9 @@ def _picture(model: FusionModel, grid: Grid | None, encode: bool) -> _Picture:
         tokens = model.vision.grid[0] * model.vision.grid[1]
         return _Picture(tokens, tokens, model.vision.flops(), tokens * connector.flops())
     encoding = encode_flops(model.vision) if encode else 0
+    if isinstance(model, TiledFusionModel):
+        tiles, places = model.tiling.tiles(*model.tiling.square), model.num_image_tokens
+        return _Picture(places, places, tiles * encoding, tiles * connector.flops())
     return _Picture(connector.num_tokens, model.num_image_tokens, encoding, connector.flops())
 
 

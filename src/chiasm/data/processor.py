@@ -325,7 +325,11 @@ class ChiasmProcessor(ProcessorMixin):
         }
         if self.token_types:
             padded["token_type_ids"] = stack([item["token_type_ids"] for item in encoded], 0)
-        return padded
+        return padded | self.shapes_of(encoded)
+
+    def shapes_of(self, encoded: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """What inputs say of the shapes of all pictures, where these have their own."""
+        return {}
 
     def apply_chat_template(
         self, conversation: Any, chat_template: str | None = None, tokenize: bool = False, **kwargs: Any
