@@ -91,7 +91,7 @@ class Engine:
         processor: ChiasmProcessor,
         *,
         max_batch: int = 8,
-        max_waiting: int = 64,
+        max_waiting: int = 128,
         image_cache_bytes: int = 256 << 20,
         prefix_cache_bytes: int = 512 << 20,
         parked_bytes: int = 512 << 20,
@@ -126,14 +126,11 @@ class Engine:
 
     def submit_all(self, messages: list[Message], images: list[Any], decodings: Sequence[Decoding]) -> list[Ticket]:
         """The same for several answers to one prompt, which is prepared once: all of them are in line, or none."""
-        if len(decodings) > (most := self.max_batch + self.max_waiting):
-            raise ValueError(f"{len(decodings)} answers to one prompt, expected at most the {most} that the line holds")
         for decoding in decodings:
             decoding.check()
             if decoding.beams > 1:
                 raise ValueError(f"beams={decoding.beams}: the engine follows one; use VLM.generate for more")
-        with self._changed:
-            self._admit(len(decodings))
+        self.check_room(len(decodings))
         with self._picturing if images else self._preparing:  # words alone do not wait for pictures
             longest = max(decoding.max_new_tokens for decoding in decodings)
             prompt = read_prompt(prepare(self.model, self.processor, [messages], [images], longest))
@@ -145,6 +142,13 @@ class Engine:
             self._counts["requests"] += len(requests)
             self._changed.notify_all()
         return [request.ticket for request in requests]
+
+    def check_room(self, count: int = 1) -> None:
+        """Refuses as `submit_all` would at this moment, before anything is prepared for so many answers."""
+        if count > (most := self.max_batch + self.max_waiting):
+            raise ValueError(f"{count} answers to one prompt, expected at most the {most} that the line holds")
+        with self._changed:
+            self._admit(count)
 
     def _constraints(self, decodings: Sequence[Decoding]) -> list[Constraint | None]:
         """What binds each answer; a form that several have is compiled once."""
