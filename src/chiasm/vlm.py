@@ -228,6 +228,7 @@ def _check_agreement(model: FusionModel, processor: ChiasmProcessor) -> None:
     pairs = {
         "num_image_tokens": (model.num_image_tokens, processor.num_image_tokens),
         "image_token_id": (model.config.image_token_id, processor.image_token_id),
+        "tiles": (model.config.tiles, getattr(processor, "tiles", None)),
         "regions": (model.config.regions, processor.regions and list(processor.regions)),
         "encoder_decoder": (model.config.is_encoder_decoder, processor.encoder_decoder),
         "reads_instruction": (model.reads_instruction, isinstance(processor, InstructionProcessor)),

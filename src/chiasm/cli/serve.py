@@ -37,7 +37,7 @@ def serve(
     max_pixels: Annotated[int, typer.Option(help="Of a picture.")] = 36_000_000,
     max_body: Annotated[int, typer.Option(help="Of a request, in MiB.")] = 32,
     max_batch: Annotated[int, typer.Option(help="Requests answered at the same time, by each model.")] = 8,
-    max_waiting: Annotated[int, typer.Option(help="Requests in line, for each model; more get status 429.")] = 64,
+    max_waiting: Annotated[int, typer.Option(help="Requests in line, for each model; more get status 429.")] = 128,
     weights: Weights = "float32",
     request_seconds: Annotated[float, typer.Option(help="For an answer, at most.")] = 300,
     as_json: Json = False,

@@ -1,6 +1,6 @@
 """What a picture costs a model, in closed form and measured: parameters, FLOPs, first token, decoding, KV cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,9 @@ def measure(model: Any, processor: Any, sample: Sample, repeats: int) -> dict[st
     inputs = decode.prepare(model, processor, [asked], [[picture]], NEW_TOKENS)
     alone_inputs = decode.prepare(model, processor, [blind], [[]], NEW_TOKENS)
     words, alone_words = _text_tokens(model, inputs["input_ids"]), alone_inputs["input_ids"].shape[1]
-    closed = cost(model, text_tokens=words).to_dict()
+    shown = inputs.get("image_grid_thw") if isinstance(model, UnifiedModel) else None
+    grid = None if shown is None else (int(shown[0, 1]), int(shown[0, 2]))
+    closed = cost(model, text_tokens=words, grid=grid).to_dict()
     alone = cost(model, images=0, text_tokens=alone_words)
     closed["kv_cache_bytes_per_image"] = closed["kv_cache_bytes"] - alone.kv_cache_bytes
     closed["connect_and_prefill_flops"] = closed["connect_flops"] + closed["prefill_flops"]
@@ -68,34 +70,52 @@ def _generative(
     model: FusionModel, inputs: dict[str, Tensor], blind: dict[str, Tensor], repeats: int
 ) -> dict[str, Any]:
     """`blind`: the same question without its picture, whose cache is not the picture's."""
-    exactly = {"pad_token_id": 0, "do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+    told: dict[str, Any] = {"pad_token_id": 0, "do_sample": False}
+
+    def generate(tokens: int) -> Callable[..., Any]:
+        exactly = told | {"min_new_tokens": tokens, "max_new_tokens": tokens}
+        return lambda streamer=None: model.generate(**inputs, **exactly, streamer=streamer)
+
     pixels = {name: inputs[name] for name in inputs if name.startswith("pixel")}
     measured: dict[str, Any] = timed(
         lambda: model.encode_images(**pixels),
-        lambda clock: model.generate(**inputs, **exactly, streamer=clock),
+        generate(NEW_TOKENS),
         NEW_TOKENS,
         repeats,
     )
+    measured["encode_flops"] = encoding = _counted(lambda: model.encode_images(**pixels))
+    measured["decode_flops"] = _counted(generate(2)) - _counted(generate(1))
     if model.config.is_encoder_decoder:
         return measured
-    with _flops() as encoding:
-        model.encode_images(**pixels)
     with _flops() as reading:
         output = model(**inputs, use_cache=True, logits_to_keep=1)
     alone = model(**blind, use_cache=True, logits_to_keep=1)
-    measured |= {"encode_flops": encoding[0], "connect_and_prefill_flops": reading[0] - encoding[0]}
+    measured["connect_and_prefill_flops"] = reading[0] - encoding
     measured["kv_cache_bytes_per_image"] = _cache_bytes(output) - _cache_bytes(alone)
     return measured
 
 
 def _late(model: LateFusionModel, processor: Any, sample: Sample, repeats: int) -> dict[str, Any]:
-    """Late fusion reads no sequence: its picture is one vector, made once, and an answer is one more step."""
+    """Late fusion reads no sequence: its picture is one vector, made once, and an answer is one more step, that of the
+    head which chooses it."""
     pixels = torch.as_tensor(load_pixels(sample, processor)).to(model.device, model.vision.model.dtype)
     parameters = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts(model)}
     with torch.no_grad():
         measured = timed(lambda: model.encode_images(pixels), None, NEW_TOKENS, repeats)
     closed = {"parameters": parameters, "visual_tokens": 1, "encode_flops": encode_flops(model.vision)}
+    measured["encode_flops"] = _counted(lambda: model.encode_images(pixels))
+    if model.config.answer_head is not None:
+        widths = model.config.image_width, model.config.text_width
+        image, text = (torch.zeros(1, width, device=model.device) for width in widths)
+        closed["decode_flops"] = model.answer_head.flops()
+        measured["decode_flops"] = _counted(lambda: model.answer_head(image, text))
     return {"closed_form": closed, "measured": measured, "shape": None}
+
+
+def _counted(run: Callable[[], Any]) -> int:
+    with _flops() as counted:
+        run()
+    return counted[0]
 
 
 @contextmanager

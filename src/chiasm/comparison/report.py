@@ -40,9 +40,9 @@ def write_report(
     Args:
         results: finished cells.
         answers: name of a cell -> the rows of its evaluation.
-        info: `title`, `budget` in words, `facts` (short texts), judged `claims`, and `command`, which repeats it all;
-            perhaps `done`, pairs of what was done and how; `unfinished` cells; and `named`, ways with names of regions
-            -> how many.
+        info: `title`, `budget` in words, `facts` (short texts), judged `claims`, `command`, which repeats it all, and
+            a `warning` of numbers that mean nothing, or none; perhaps `done`, pairs of what was done and how;
+            `unfinished` cells; and `named`, ways with names of regions -> how many.
         images: a test sample's id -> its picture.
         attention: name of a cell -> its attention map.
         skipped: combinations that cannot be, and why.

@@ -12,6 +12,7 @@ from chiasm.fusion.base import FusionModel
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.fusion.packed import PackedFusionModel
+from chiasm.fusion.tiled import TiledFusionModel
 from chiasm.fusion.unified import UnifiedModel
 from chiasm.generation.batched import BatchedDecoder
 from chiasm.generation.lean import lean_model, release
@@ -31,7 +32,7 @@ SHORT = 48
 """Tokens of a prompt that are read faster by the compiled step than by the model."""
 SIMILAR = {"float32": 0.99999, "int8": 0.99, "int4": 0.9}
 """How similar (cosine) a lean step's logits must be to the model's own."""
-SHARING = (EarlyFusionModel, IntermediateFusionModel, UnifiedModel, PackedFusionModel)
+SHARING = (EarlyFusionModel, IntermediateFusionModel, TiledFusionModel, UnifiedModel, PackedFusionModel)
 """Fusions whose requests can share a step; encoder-decoders cannot."""
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 """What a forward raises that is not made for rows of different lengths."""

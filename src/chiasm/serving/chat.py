@@ -23,6 +23,7 @@ from chiasm.serving.schema import ChatRequest
 from chiasm.serving.served import ChatModel, Shared
 from chiasm.serving.settings import Settings
 from chiasm.serving.stream import EventStream, Gone, cancel, pieces, while_there
+from chiasm.serving.turn import Turn
 
 GONE = 499
 """A status that nobody receives: the client has left."""
@@ -68,9 +69,12 @@ class Answering:
 
     async def response(self, lease: Lease) -> Response:
         """The whole answer, or its stream from the first piece on, so that what fails before has its own status."""
+        try:
+            self.model.engine.check_room(self.count)
+        except Exception as error:
+            raise _refusal(error) from None
         prompt = await read_prompt(self.shared, self.model, self.body.messages, lease)
-        async with self.shared.turn:
-            tickets = await self._submit(prompt)
+        tickets = await self._submit(prompt)
         seconds = self.shared.settings.limits.request_seconds
         try:
             coming = pieces(tickets, seconds)
@@ -96,13 +100,15 @@ class Answering:
                 return engine.submit_all(prompt.messages, prompt.images, self._decodings(max_new_tokens=room))
 
         try:
-            return await self.shared.in_thread(submit, abandoned=cancel)
-        except QueueFull as error:
-            raise overloaded(f"{error}", error.retry_after) from None
-        except Closed:
-            raise ApiError(503, "the server is stopping", code="stopping") from None
+            return await self.shared.prepared(self._turn(prompt), submit, abandoned=cancel)
         except Exception as error:
-            raise of_exception(error) from error
+            raise _refusal(error) from error
+
+    def _turn(self, prompt: Prompt) -> Turn:
+        """The line for what takes longest in it."""
+        if prompt.images:
+            return self.shared.pictured
+        return self.shared.worded if self.decoding["json_schema"] is None else self.shared.formed
 
     def _decodings(self, **changed: Any) -> list[Decoding]:
         """One for each answer, with a seed of its own where the request has one."""
@@ -122,8 +128,6 @@ class Answering:
                 got[event[0]].append(event[1])
         choices = []
         for number, (ticket, answer) in enumerate(zip(tickets, got, strict=True)):
-            if not answer and ticket.finish_reason == "cancelled":
-                raise _too_late()
             text = "".join(piece.text for piece in answer).strip()
             choices.append(
                 {
@@ -236,6 +240,15 @@ def _room(model: ChatModel, prompt: Prompt) -> int:
     return (context or 0) - (0 if model.model.config.is_encoder_decoder else len(asked))
 
 
+def _refusal(error: Exception) -> ApiError:
+    """What an engine does not take, as the client is told."""
+    if isinstance(error, QueueFull):
+        return overloaded(f"{error}", error.retry_after)
+    if isinstance(error, Closed):
+        return ApiError(503, "the server is stopping", code="stopping")
+    return of_exception(error)
+
+
 def _reason(ticket: Ticket) -> str:
     """An answer that the server cut off for its time is one that was too long."""
     return "stop" if ticket.finish_reason == "stop" else "length"
@@ -249,10 +262,6 @@ def _usage(tickets: list[Ticket]) -> dict[str, Any]:
         "total_tokens": prompt + answered,
         "prompt_tokens_details": {"cached_tokens": tickets[0].cached_tokens},
     }
-
-
-def _too_late() -> ApiError:
-    return ApiError(503, "no answer began in time; try again later", code="timeout", headers={"Retry-After": "5"})
 
 
 def _sse(value: dict[str, Any]) -> str:

@@ -1,25 +1,26 @@
 """What a server holds: models by name, and what their requests share."""
 
-import asyncio
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
-from chiasm.data.chat import Message
+from chiasm.data.chat import IMAGE_TOKEN, Message
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.generation.decode import Decoding
 from chiasm.generation.engine import EngineStats, Ticket
 from chiasm.language.adapter import context_length
 from chiasm.serving.body import Budget
-from chiasm.serving.errors import ApiError
+from chiasm.serving.errors import ApiError, brief
 from chiasm.serving.fetch import Fetcher
 from chiasm.serving.metrics import Metrics
 from chiasm.serving.names import Lookups
+from chiasm.serving.plain import Plain, PlainTexts
 from chiasm.serving.settings import Settings
 from chiasm.serving.turn import Turn
 
@@ -34,6 +35,7 @@ class Answering(Protocol):
 
     @property
     def alive(self) -> bool: ...
+    def check_room(self, count: int = 1) -> None: ...
     def submit_all(self, messages: list[Message], images: list[Any], decodings: Sequence[Decoding]) -> list[Ticket]: ...
     def stats(self) -> EngineStats: ...
     def close(self, finish: bool = True) -> None: ...
@@ -67,6 +69,11 @@ class ChatModel:
         """More than these fit into no prompt."""
         return CHARACTERS_PER_TOKEN * (context_length(self.model.config) or UNBOUNDED_CONTEXT)
 
+    @cached_property
+    def plain(self) -> Plain:
+        """Words without the special tokens of its chat and its pictures."""
+        return Plain(self.processor.tokenizer, IMAGE_TOKEN, self.processor.image_token)
+
     @property
     def fingerprint(self) -> str:
         return "fp_" + hashlib.sha256(self.model.config.to_json_string().encode()).hexdigest()[:10]
@@ -87,6 +94,11 @@ class EmbeddingModel:
 
     kind: ClassVar[Literal["embedding"]] = "embedding"
 
+    @cached_property
+    def plain(self) -> PlainTexts:
+        """Texts without the special tokens of its tokenizer."""
+        return PlainTexts(self.encoder.processor)
+
     def describe(self) -> dict[str, Any]:
         return {"fusion": "late"}
 
@@ -95,7 +107,12 @@ Served = ChatModel | EmbeddingModel
 
 
 class Shared:
-    """Models by name, settings, and the threads, memory and numbers that requests share."""
+    """Models by name, settings, and the threads, memory and numbers that requests share.
+
+    Attributes:
+        pictured, formed, worded: turns of questions that are read and prepared, by what takes longest in them: their
+            pictures, the form of their answers, or nothing, so that these wait for none of the others.
+    """
 
     def __init__(self, models: Sequence[Served], settings: Settings, fetcher: Fetcher | None = None) -> None:
         self.models = {model.name: model for model in models}
@@ -109,15 +126,19 @@ class Shared:
         self._lookups = Lookups(limits.lookups, limits.line)
         self.fetch = fetcher or Fetcher(limits.body_bytes, limits.fetch_seconds, self._lookups)
         self.metrics = Metrics({model.name: model.engine for model in models if isinstance(model, ChatModel)})
-        self.turn = asyncio.Semaphore(limits.pending)
+        self.pictured, self.formed, self.worded = (Turn(limits.pending) for _ in range(3))
         self.looking = Turn()
-        self._threads = ThreadPoolExecutor(limits.pending + 2, thread_name_prefix="chiasm-http")
+        places = 3 * limits.pending + len(models) + 1
+        self._threads = ThreadPoolExecutor(places, thread_name_prefix="chiasm-http")
 
     def chat_model(self, name: str) -> ChatModel:
         model = self.named(name)
         if not isinstance(model, ChatModel):
             raise ApiError(
-                404, f"The model '{name}' gives embeddings and no answers.", param="model", code="unsupported_model"
+                404,
+                f"The model '{brief(name)}' gives embeddings and no answers.",
+                param="model",
+                code="unsupported_model",
             )
         return model
 
@@ -125,7 +146,10 @@ class Shared:
         model = self.named(name)
         if not isinstance(model, EmbeddingModel):
             raise ApiError(
-                404, f"The model '{name}' gives answers and no embeddings.", param="model", code="unsupported_model"
+                404,
+                f"The model '{brief(name)}' gives answers and no embeddings.",
+                param="model",
+                code="unsupported_model",
             )
         return model
 
@@ -133,7 +157,10 @@ class Shared:
         if name not in self.models:
             known = ", ".join(repr(known) for known in self.models)
             raise ApiError(
-                404, f"The model '{name}' does not exist; there is {known}.", param="model", code="model_not_found"
+                404,
+                f"The model '{brief(name)}' does not exist; there is {known}.",
+                param="model",
+                code="model_not_found",
             )
         return self.models[name]
 
@@ -142,29 +169,24 @@ class Shared:
         chatting = (model for model in self.models.values() if isinstance(model, ChatModel))
         return next((model.name for model in chatting if not model.engine.alive), None)
 
-    async def in_thread(
-        self, function: Callable[..., T], *args: Any, abandoned: Callable[[T], object] | None = None
-    ) -> T:
-        """Runs what takes long beside the event loop.
-
-        Args:
-            abandoned: gets the result if nobody waits for it any more.
-        """
-        future = self._threads.submit(function, *args)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            if abandoned is not None and not future.cancelled():
-                future.add_done_callback(lambda done: _give(done, abandoned))
-            raise
-
     async def in_turn(self, turn: Turn, function: Callable[..., T], *args: Any) -> T:
-        """The same when its turn has come.
+        """Runs what takes long beside the event loop, when its turn has come.
 
         Raises:
             ApiError: too many are in line.
         """
         return await turn.run(self._threads, self.settings.limits.line, function, *args)
+
+    async def prepared(
+        self, turn: Turn, function: Callable[..., T], *args: Any, abandoned: Callable[[T], object] | None = None
+    ) -> T:
+        """The same for the questions of a chat, all of which may be in line.
+
+        Args:
+            abandoned: gets the result if nobody waits for it any more.
+        """
+        line = self.settings.limits.connections
+        return await turn.run(self._threads, line, function, *args, abandoned=abandoned)
 
     def close(self) -> None:
         """Ends when every answer that has begun is there."""
@@ -173,8 +195,3 @@ class Shared:
                 model.engine.close()
         self._threads.shutdown()
         self._lookups.close()
-
-
-def _give(future: "Future[T]", abandoned: Callable[[T], object]) -> None:
-    if not future.cancelled() and future.exception() is None:
-        abandoned(future.result())

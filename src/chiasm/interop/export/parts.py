@@ -19,7 +19,10 @@ from chiasm.interop.parts import DIRECT_HEAD
 from chiasm.interop.weights import DERIVED, Table, counterpart
 from chiasm.language.adapter import vocabulary
 from chiasm.language.generation_settings import change
+from chiasm.vision.encoder import VisionEncoder
 from chiasm.vision.features import VisionFeatures
+from chiasm.vision.probe import twin
+from chiasm.vision.resampling import at_own_size
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -52,6 +55,19 @@ def merged(model: Model) -> Model:
     return model
 
 
+def resampled(model: Model) -> Model:
+    """The model with an encoder that has positions of its own for the pictures that it takes: itself, or a copy with
+    the same weights elsewhere."""
+    encoder: Any = getattr(model, "vision", None)
+    vision = at_own_size(encoder) if isinstance(encoder, VisionEncoder) else encoder
+    if vision is encoder:
+        return model
+    copied: Any = twin(model)
+    copied.vision, copied.config.vision_config = vision, vision.model.config
+    copied.config.features = vision.features.to_dict()
+    return copied
+
+
 def rows(model: FusionModel) -> int:
     """Rows that the embedding table needs so that the placeholder is in it: transformers looks every token up."""
     return max(vocabulary(model.language), model.config.image_token_id + 1)
@@ -76,11 +92,11 @@ def weights(model: FusionModel, count: int | None = None) -> dict[str, Tensor]:
     return state | {name: _widened(state[name], count) for name in names}
 
 
-def headed(model: FusionModel) -> dict[str, Tensor]:
+def headed(model: FusionModel, count: int | None = None) -> dict[str, Tensor]:
     """`weights` for an image-text model whose own head has no bias: one of zeros is left out."""
     bias = getattr(model.get_output_embeddings(), "bias", None)
     names = [name for name, parameter in model.named_parameters() if parameter is bias]
-    return {name: tensor for name, tensor in weights(model).items() if name not in names}
+    return {name: tensor for name, tensor in weights(model, count).items() if name not in names}
 
 
 def text_config(model: FusionModel) -> dict[str, Any]:
@@ -172,13 +188,21 @@ def require(condition: bool, problem: str, fit: str) -> None:
         raise ValueError(f"{problem}; {fit}")
 
 
-def require_plain(model: FusionModel, kind: str, attention: str = "causal", own_head: bool = True) -> None:
+def require_plain(
+    model: FusionModel, kind: str, attention: str = "causal", own_head: bool = True, tiles: bool = False
+) -> None:
     """Refuses what no image-text model of transformers has: coordinates, an encoder of Chiasm's own.
 
     Args:
         own_head: whether the image-text model has a head in place of the language model's.
+        tiles: whether it reads pictures in tiles.
     """
     config = model.config
+    require(
+        config.tiles is None or tiles,
+        f"this model reads pictures in tiles ({_grids(config.tiles)}), which a {kind} checkpoint cannot hold",
+        "connect without tiles, or with mlp or linear, which --to transformers writes as LLaVA-NeXT",
+    )
     require(
         config.regions is None,
         f"this model writes the names of {config.regions} regions between its visual tokens, which a {kind} checkpoint "
@@ -215,6 +239,10 @@ def require_plain(model: FusionModel, kind: str, attention: str = "causal", own_
         f"transformers has no vision encoder of type {tower.model_type!r}, which is Chiasm's own",
         "connect a CLIP or SigLIP encoder, or convert --to onnx",
     )
+
+
+def _grids(tiles: list[list[int]] | None) -> str:
+    return ", ".join(f"{rows}×{columns}" for rows, columns in tiles or [])
 
 
 def _tables(model: FusionModel) -> list[Any]:
