@@ -1,6 +1,7 @@
 """What a report says was done, and the command that does it again."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,17 +11,17 @@ from chiasm.comparison.plan import load_plan
 from chiasm.connectors import CONNECTORS
 from chiasm.connectors.own import own_connectors
 
-PLAN = {"data": {"train": "emoji-scenes:train", "test": {"path": "emoji-scenes:test", "size": 3}}, "seeds": [0, 1]}
+PLAN: dict[str, Any] = {"data": {"train": "emoji-scenes:train", "test": {"path": "emoji-scenes:test", "size": 3}}, "seeds": [0, 1]}
 PLAN |= {"budget": {"samples": 360}, "grid": {"connector": ["mlp", "qformer"], "tune": ["lora", "frozen"]}}
 
 
-def choices(plan: dict) -> list[Choice]:
+def choices(plan: dict[str, Any]) -> list[Choice]:
     return expand(load_plan(plan), lambda: (4, 4))[0]
 
 
 def test_data_strategies_and_rates_are_told_in_words() -> None:
     rows = {"mlp-early-seed0": [{"sample": "a"}, {"sample": "a"}, {"sample": "b"}]}
-    done = dict(account(load_plan(PLAN), choices(PLAN), [{"samples": 360}], rows, range(8000)))  # type: ignore[arg-type]
+    done = dict(account(load_plan(PLAN), choices(PLAN), [{"samples": 360}], rows, range(8000)))
     assert done["learned from"] == "emoji-scenes:train: 360 of its 8,000 samples in each cell"
     assert done["asked"] == "emoji-scenes:test (size 3): 3 questions, 2 samples"
     assert done["strategy lora"] == "language: LoRA, rank 16, learning rate 0.0015; vision: frozen"
@@ -39,8 +40,8 @@ def test_the_command_writes_into_a_new_folder_and_names_own_connectors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("from chiasm.connectors.linear import LinearProjector\n\n\nclass Mine(LinearProjector):\n    pass\n")
-    file.write_text(file.read_text() + "\n\nCONNECTORS = {'mine': Mine}\n")
+    lines = ["from chiasm.connectors.linear import LinearProjector", "class Mine(LinearProjector): ..."]
+    file.write_text("\n".join([*lines, "CONNECTORS = {'mine': Mine}", ""]))
     monkeypatch.setenv("CHIASM_CONNECTORS", str(file))
     told = repeated(choices(PLAN), Path("runs/a/plan.yaml"), Path("runs/a"))
     assert told == "chiasm compare runs/a/plan.yaml -o runs/a-again"

@@ -70,7 +70,7 @@ def _generative(
     model: FusionModel, inputs: dict[str, Tensor], blind: dict[str, Tensor], repeats: int
 ) -> dict[str, Any]:
     """`blind`: the same question without its picture, whose cache is not the picture's."""
-    told: dict[str, Any] = {"pad_token_id": 0, "do_sample": False}
+    told: dict[str, Any] = {"pad_token_id": 0, "do_sample": False, "num_beams": 1}
 
     def generate(tokens: int) -> Callable[..., Any]:
         exactly = told | {"min_new_tokens": tokens, "max_new_tokens": tokens}

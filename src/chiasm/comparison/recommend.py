@@ -168,11 +168,14 @@ def _skills(ways: Sequence[Way]) -> list[str]:
         return []
     blind = []
     for skill in skills:
-        gains = [beyond_control(way, len(ways), among=lambda q, s=skill, w=way: w.skills.get(q) == s) for way in ways]  # type: ignore[misc]
+        questions = {q for way in ways for q, kind in way.skills.items() if kind == skill}
+        gains = (beyond_control(way, len(ways), among=questions.__contains__) for way in ways)
         known = [gain for gain in gains if gain is not None]
         if known and not any(gain.low > 0 for gain in known):
             blind.append(skill)
-    return [f"In {listed(blind)} no way is measurably better than beside another picture: none learned it."] * bool(blind)
+    if not blind:
+        return []
+    return [f"In {listed(blind)} no way is measurably better than beside another picture: none learned it."]
 
 
 def _forgetting(chosen: Way) -> list[str]:
@@ -201,8 +204,8 @@ def _doubts(ways: Sequence[Way]) -> list[str]:
     """What the reader must not take from the numbers."""
     seeds, pictures = min(len(way.scores) for way in ways), len(set(ways[0].groups.values()))
     said = [
-        f"Intervals come from {pictures} pictures, resampled, and hold for all {len(ways) * (len(ways) - 1) // 2} pairs "
-        "of ways at once, because the same answers picked the best."
+        f"Intervals come from {pictures} pictures, resampled, and hold for all {len(ways) * (len(ways) - 1) // 2} "
+        "pairs of ways at once, because the same answers picked the best."
     ]
     if any(not way.controls for way in ways):
         said.append("Nothing was asked beside another picture, so nothing shows which ways look.")
