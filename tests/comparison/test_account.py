@@ -11,7 +11,8 @@ from chiasm.comparison.plan import load_plan
 from chiasm.connectors import CONNECTORS
 from chiasm.connectors.own import own_connectors
 
-PLAN: dict[str, Any] = {"data": {"train": "emoji-scenes:train", "test": {"path": "emoji-scenes:test", "size": 3}}, "seeds": [0, 1]}
+PLAN: dict[str, Any] = {"data": {"train": "emoji-scenes:train", "test": {"path": "emoji-scenes:test", "size": 3}}}
+PLAN |= {"seeds": [0, 1]}
 PLAN |= {"budget": {"samples": 360}, "grid": {"connector": ["mlp", "qformer"], "tune": ["lora", "frozen"]}}
 
 

@@ -53,7 +53,8 @@ def account(
         *told,
         ("training", f"batches of {plan.training.batch_size}, warm-up {plan.training.warmup:g}, {plan.training.dtype}"),
         ("seeds", ", ".join(map(str, plan.seeds))),
-        ("versions", ", ".join([*(f"{name} {version(name)}" for name in PACKAGES), f"Python {platform.python_version()}"])),
+        ("versions", ", ".join(f"{name} {version(name)}" for name in PACKAGES)),
+        ("Python", platform.python_version()),
         ("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"),
     ]
 
