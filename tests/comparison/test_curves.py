@@ -27,7 +27,6 @@ from chiasm.connectors import CONNECTORS
 from chiasm.connectors.linear import LinearProjector
 
 
-
 class Lines(LinearProjector):
     """A token for every row and every column of patches; made for no grid of more than 1,000."""
 

@@ -78,9 +78,7 @@ def _source(source: Source) -> str:
 def _strategy(plan: Plan, tune: str) -> str:
     """What happens to the parts that were there before."""
     named: Mapping[str, Any] = plan.strategies.get(tune) or STRATEGIES[tune]
-    parts = {
-        part: how if isinstance(how, dict) else how.model_dump(exclude_unset=True) for part, how in named.items()
-    }
+    parts = {part: how if isinstance(how, dict) else how.model_dump(exclude_unset=True) for part, how in named.items()}
     told = [f"{part}: {_tuned(how)}" for part, how in parts.items()]
     frozen = [part for part in ("vision", "language") if part not in parts]
     return "; ".join([*told, *(f"{part}: frozen" for part in frozen)])

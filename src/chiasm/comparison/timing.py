@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _once(
     clock, began = _Clock(), time.perf_counter()
     generate(clock)
     at = clock.at[-tokens:]
-    return encoding, at[0] - began, [after - before for before, after in zip(at, at[1:], strict=False)]
+    return encoding, at[0] - began, [after - before for before, after in pairwise(at)]
 
 
 def _middle(name: str, values: Sequence[float]) -> dict[str, float]:
