@@ -51,7 +51,7 @@ def account(
     told += [(f"new in {fusion} fusion", _new(plan, fusion)) for fusion in fusions]
     return [
         *told,
-        ("training", f"batches of {plan.training.batch_size}, warm-up {plan.training.warmup:g}, {plan.training.dtype}"),
+        ("training", f"batches of {plan.training.batch_size}, warm-up {plan.training.warmup:g}, dtype {plan.training.dtype}"),
         ("seeds", ", ".join(map(str, plan.seeds))),
         ("versions", ", ".join(f"{name} {version(name)}" for name in PACKAGES)),
         ("Python", platform.python_version()),
@@ -71,8 +71,12 @@ def repeated(choices: Sequence[Choice], file: Path, output: Path) -> str:
 def _source(source: Source) -> str:
     if isinstance(source, str):
         return source
-    rest = ", ".join(f"{key} {value}" for key, value in source.items() if key != "path")
+    rest = ", ".join(f"{key} {_words(value)}" for key, value in source.items() if key != "path")
     return f"{source.get('path', 'data')}" + (f" ({rest})" if rest else "")
+
+
+def _words(value: Any) -> str:
+    return " + ".join(f"{one} {name}" for name, one in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _strategy(plan: Plan, tune: str) -> str:
@@ -95,5 +99,6 @@ def _new(plan: Plan, fusion: str) -> str:
     how = plan.training
     parts = new_parts(fusion, how.lr, how.solved_lr)
     told = [f"{NEW.get(part, 'the patch embedding')} at learning rate {one['lr']:g}" for part, one in parts.items()]
-    starts = fusion in ("early", "intermediate") and how.init == "auto"
-    return ", ".join(told) + (f", or {how.lr:g} where it does not start in closed form" if starts else "")
+    if fusion in ("early", "intermediate") and how.init == "auto":
+        told[0] += f", or {how.lr:g} where it does not start in closed form"
+    return "; ".join(told)

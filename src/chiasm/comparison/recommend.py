@@ -140,8 +140,8 @@ def _why(
             f"between the two here ({found[chosen.name].words}), and {chosen.name} is cheaper."
         )
     if rest := [way.name for way in alike if way is not chosen]:
-        cheap = "none of them is cheaper by more than a tenth" if chosen is best else "it is the most accurate of those"
-        cheap += "" if chosen is best else " that cost least"
+        most = f"{chosen.name} is the most accurate of those that cost least"
+        cheap = "none of them is cheaper by more than a tenth" if chosen is best else most
         said.append(f"No measurable difference between {best.name} and {listed(rest)} here; {cheap}.")
     if everyone and worse:
         said.append("It is measurably better than every other way.")
@@ -195,7 +195,7 @@ def _names(ways: Sequence[Way], named: Collection[str]) -> list[str]:
         return []
     return [
         f"Names of a picture's regions stand in front of the visual tokens of {listed(with_names)}, and not of "
-        f"{listed(without)}, whose tokens have no places for them. So ways with names are compared with ways without: "
+        f"{listed(without)}, which can have none. So ways with names are compared with ways without: "
         "a difference between the two kinds is one of the names too."
     ]
 
