@@ -98,14 +98,14 @@ def _load(text: str, max_batch: int, max_waiting: int, weights: str) -> Any:
     import chiasm
     from chiasm.generation.engine import Engine
     from chiasm.serving.served import ChatModel, EmbeddingModel
-    from chiasm.vlm import best_device, ready_to_answer
+    from chiasm.vlm import best_device, ready_to_step
 
     name, source = named(text)
     with err.status(f"loading {escape(name)}"):
         loaded = chiasm.load(source)
         if not isinstance(loaded, chiasm.VLM):
             return EmbeddingModel(name, loaded.to(best_device()))
-        vlm = ready_to_answer(loaded)
+        vlm = ready_to_step(loaded, weights)
         engine = Engine(
             vlm.model,
             vlm.processor,

@@ -15,12 +15,14 @@ import torch
 from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
+from chiasm.generation.choose import generator
 from chiasm.generation.constraint import Constraint, token_reader
 from chiasm.generation.decode import Decoding, end_tokens, never_tokens, prepare
 from chiasm.generation.decoders import make_decoder
 from chiasm.generation.pictures import PictureCache
 from chiasm.generation.prefix_cache import PrefixCache
 from chiasm.generation.prompt import Prompt, read_prompt
+from chiasm.generation.published import published
 from chiasm.generation.request import Request
 from chiasm.generation.text import TextStream
 from chiasm.generation.ticket import Piece, Ticket
@@ -166,14 +168,13 @@ class Engine:
         return made
 
     def _request(self, prompt: Prompt, decoding: Decoding, constraint: Constraint | None) -> Request:
-        generator = None
-        if decoding.seed is not None:
-            generator = torch.Generator(self.model.device).manual_seed(decoding.seed)
         tokens = prompt.tokens
         if self.model.config.is_encoder_decoder:
             tokens = [self.model.language.generation_config.decoder_start_token_id]
         ticket, text = Ticket(len(prompt.tokens)), TextStream(self.processor.tokenizer, decoding.stop)
-        return Request(ticket, prompt, decoding, text, generator, constraint, tokens)
+        habits = published(self.model, decoding, len(tokens), prompt.inputs["input_ids"])
+        own = generator(decoding, self.model.device)
+        return Request(ticket, prompt, decoding, text, own, constraint, tokens, published=habits)
 
     def _admit(self, count: int) -> None:
         if self._closed:
@@ -226,10 +227,12 @@ class Engine:
 
     @torch.inference_mode()
     def _serve(self) -> None:
+        """Pieces of the prompt with the fewest unread tokens and of the one that came first are read in turns."""
+        shortest = False
         while self._arrange():
-            reading = next((request for request in self._running if request.reading), None)
-            if reading is not None:
-                self._read(reading)
+            if reading := [request for request in self._running if request.reading]:
+                shortest = not shortest
+                self._read(min(reading, key=lambda request: request.unread) if shortest else reading[0])
             decoding = [request for request in self._running if not request.reading]
             for group in [decoding] if self.decoder.together else [[one] for one in decoding]:
                 if group:

@@ -73,9 +73,8 @@ async def pieces(tickets: Sequence[Ticket], seconds: float) -> AsyncIterator[tup
             if rest <= 0:
                 cancel(tickets)
             try:
-                number, piece = await asyncio.wait_for(
-                    queue.get(), min(PING_SECONDS, rest) if rest > 0 else PING_SECONDS
-                )
+                async with asyncio.timeout(min(PING_SECONDS, rest) if rest > 0 else PING_SECONDS):
+                    number, piece = await queue.get()  # `wait_for` may swallow a cancellation that comes with a piece
             except TimeoutError:
                 if not 0 < rest <= PING_SECONDS:  # then it is the end of their time
                     yield None
