@@ -106,12 +106,12 @@ def recommend(ways: Sequence[Way], budget: str, named: Collection[str] = ()) -> 
     lists = [way.name for way in alike], [way.name for way in worse], [way.name for way in blind]
     doubts = [*_names(ways, named), *_doubts(ways)]
     if not looking:
-        said = (
+        none = (
             f"No way can be recommended: the best one, {best.name}, is right in {percent(best.accuracy)} of the "
             f"answers and in {percent(best.control)} with another sample's picture, which is no measurable difference. "
             f"Nothing shows that it looks; {budget} is too little here."
         )
-        return Recommendation(None, best.name, *lists, [said, *doubts])
+        return Recommendation(None, best.name, *lists, [none, *doubts])
     least = min(way.cost for way in [best, *alike])
     chosen = max((way for way in [best, *alike] if way.cost <= (1 + MARGIN) * least), key=lambda way: way.accuracy)
     said = [
