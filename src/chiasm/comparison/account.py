@@ -34,7 +34,7 @@ def account(
     asked = max(rows.values(), key=len)
     used = sorted({result["samples"] for result in results})
     learned = f"{used[0]:,}" if len(used) == 1 else f"{used[0]:,} to {used[-1]:,}"
-    data = plan.data
+    data, how = plan.data, plan.training
     told = [
         ("models", f"{plan.base.vision} + {plan.base.language}"),
         ("learned from", f"{_source(data.train)}: {learned} of its {questions:,} samples in each cell"),
@@ -51,7 +51,7 @@ def account(
     told += [(f"new in {fusion} fusion", _new(plan, fusion)) for fusion in fusions]
     return [
         *told,
-        ("training", f"batches of {plan.training.batch_size}, warm-up {plan.training.warmup:g}, dtype {plan.training.dtype}"),
+        ("training", f"batches of {how.batch_size}, warm-up {how.warmup:g}, dtype {how.dtype}"),
         ("seeds", ", ".join(map(str, plan.seeds))),
         ("versions", ", ".join(f"{name} {version(name)}" for name in PACKAGES)),
         ("Python", platform.python_version()),
