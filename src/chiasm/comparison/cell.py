@@ -17,7 +17,7 @@ import torch
 
 from chiasm import api, vlm
 from chiasm.comparison.budget import samples_within
-from chiasm.comparison.choices import Choice, keeps_places
+from chiasm.comparison.choices import Choice, regions_of
 from chiasm.comparison.diagnostics import diagnose
 from chiasm.comparison.finding import find_pictures
 from chiasm.comparison.measure import measure
@@ -180,10 +180,7 @@ def connect_cell(plan: Plan, choice: Choice) -> Any:
     options |= {"features": base.features, "image_size": base.image_size}
     if choice.fusion == "late":
         return connect(base.vision, base.text, choice.connector, "late", **options).to(device)
-    early = choice.fusion == "early" and keeps_places(choice.connector["name"])  # type: ignore[index]
-    named = choice.positions in ("auto", "regions") and early
-    regions = base.regions or ((2, 2) if choice.positions == "regions" else None)
-    options |= {"regions": regions if named else None, "chat_template": base.chat_template}
+    options |= {"regions": regions_of(plan, choice), "chat_template": base.chat_template}
     options |= {"patch_positions": choice.positions if choice.positions in ("none", "grid") else "auto"}
     if choice.fusion == "intermediate":
         options["cross_attention"] = base.cross_attention

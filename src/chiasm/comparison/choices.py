@@ -156,3 +156,11 @@ def _learns(tune: str, part: str, plan: Plan) -> bool:
 def keeps_places(connector: str) -> bool:
     """Whether a connector's visual tokens stand on a grid."""
     return CONNECTORS[connector].token_grid is not Connector.token_grid
+
+
+def regions_of(plan: Plan, choice: Choice) -> tuple[int, int] | None:
+    """Rows and columns of regions whose names stand in front of a cell's visual tokens; None where there are none."""
+    name = (choice.connector or {}).get("name", "none")
+    if choice.fusion != "early" or choice.positions not in ("auto", "regions") or not keeps_places(name):
+        return None
+    return plan.base.regions or ((2, 2) if choice.positions == "regions" else None)
