@@ -20,7 +20,7 @@ from chiasm.interop.export.gguf_language import (
 from chiasm.interop.export.gguf_tiles import NOTE, TILED, longest_side, require_tokens
 from chiasm.interop.export.gguf_tokenizer import write_tokenizer
 from chiasm.interop.export.gguf_vision import CLASS_TOKEN, ELSEWHERE, depth, projector, write_vision
-from chiasm.interop.export.parts import require, require_plain, rows, weights
+from chiasm.interop.export.parts import require, require_plain, rows, unchosen
 from chiasm.interop.export.prompts import marked_template
 from chiasm.vision.image_processor import ChiasmImageProcessor
 
@@ -92,7 +92,7 @@ def _write_language(
     words, count = processor.tokenizer, rows(model)
     adds = processor.add_special_tokens and words("a")["input_ids"][:1] == [words.bos_token_id]
     write_tokenizer(writer, words, count, adds, template)
-    state = weights(model)
+    state = unchosen(model)
     parts = {name.removeprefix("language."): tensor for name, tensor in state.items() if name.startswith("language.")}
     write_language(writer, config, parts, count, quantization)
     _close(writer)
