@@ -289,3 +289,38 @@ def test_clip_is_written_for_a_repaired_llama_cpp_only_on_request(tmp_path: Path
     assert any("class token" in note and "wrong" in note for note in notes)
     names = {tensor.name for tensor in GGUFReader(tmp_path / "mmproj.gguf").tensors}
     assert "v.class_embd" in names
+
+
+@pytest.mark.parametrize(
+    ("change", "mean", "std"),
+    [
+        ({"rescale_factor": 1 / 127.5}, 0.25, 0.125),
+        ({"do_normalize": False}, 0.0, 1.0),
+        ({"do_normalize": False, "do_rescale": False}, 0.0, 1 / 255),
+    ],
+)
+def test_another_scale_of_pixels_is_in_mean_and_deviation(
+    change: dict[str, Any], mean: float, std: float, tmp_path: Path
+) -> None:
+    vlm = model()
+    images = vlm.processor.image_processor
+    images.image_mean, images.image_std = [0.5] * 3, [0.25] * 3
+    for name, value in change.items():
+        setattr(images, name, value)
+    convert(vlm.model, vlm.processor, "gguf", tmp_path)
+    fields = GGUFReader(tmp_path / "mmproj.gguf").fields
+    found = [fields[f"clip.vision.image_{name}"].contents() for name in ("mean", "std")]
+    assert found == [pytest.approx([mean] * 3), pytest.approx([std] * 3)]
+
+
+def test_every_end_of_an_answer_is_written_or_said(tmp_path: Path) -> None:
+    vlm = model()
+    vlm.model.generation_config.eos_token_id = [257, 65, 66, 67]
+    vlm.model.generation_config.repetition_penalty = 1.3
+    vlm.processor.image_processor.resample = 2
+    notes = convert(vlm.model, vlm.processor, "gguf", tmp_path).notes
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    found = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot", "eom")]
+    assert found == [257, 65, 66]
+    for said in ("stop at [67] too", "repetition_penalty 1.3 is not in GGUF files", "by resample 2"):
+        assert any(said in note for note in notes), notes

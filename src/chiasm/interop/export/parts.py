@@ -170,6 +170,23 @@ def generation(model: FusionModel) -> GenerationConfig:
     return settings
 
 
+def ends(model: FusionModel) -> list[int]:
+    """Tokens that end an answer."""
+    end = model.generation_config.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def unheld(model: FusionModel, kind: str) -> list[str]:
+    """In words, the model's own settings of `generate` that change greedy answers and that files have no place for."""
+    penalty = model.generation_config.repetition_penalty
+    if penalty in (None, 1.0):
+        return []
+    return [
+        f"the model's own repetition_penalty {penalty} is not in {kind} files: pass it to what runs them, or answers "
+        "are others"
+    ]
+
+
 def require(condition: bool, problem: str, fit: str) -> None:
     """Refuses a model that a kind of checkpoint cannot hold.
 
