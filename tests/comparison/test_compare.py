@@ -31,6 +31,7 @@ def test_a_plan_end_to_end_and_again(plan: dict[str, Any], tmp_path: Path, monke
         closed, measured = result["closed_form"], result["measured"]
         assert measured["connect_and_prefill_flops"] == pytest.approx(closed["connect_and_prefill_flops"], rel=0.02)
         assert measured["encode_flops"] == closed["encode_flops"]
+        assert measured["decode_flops"] == closed["decode_flops"]
         assert measured["kv_cache_bytes_per_image"] == closed["kv_cache_bytes_per_image"]
         assert result["samples"] == 8
         assert result["training"]["curve"][-1][0] == result["training"]["steps"] == 2

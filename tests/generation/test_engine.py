@@ -307,6 +307,18 @@ def test_an_engine_survives_what_its_decoder_raises(monkeypatch: pytest.MonkeyPa
     engine.close()
 
 
+def test_a_prompt_that_fails_to_begin_leaves_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = connect()
+    engine = Engine(vlm.model, vlm.processor, max_batch=1)
+    assert engine.submit(ask("a"), [picture()], Decoding(max_new_tokens=2)).text()
+    with monkeypatch.context() as failing:
+        failing.setattr(engine.decoder.slots, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.submit(ask("a"), [picture()], Decoding(max_new_tokens=2)).text()
+    assert engine.submit(ask("a"), [picture()], Decoding(max_new_tokens=2)).text()
+    engine.close()
+
+
 def test_a_step_that_fails_is_not_taken_twice_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where requests cannot share a step, those before the one that fails have taken theirs."""
     vlm = connect("intermediate", cross_attention={"every": 1, "mask_attention": False})
@@ -440,6 +452,20 @@ def test_a_slow_schema_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> 
     go_on.set()
     asking.join()
     assert tickets[0].text() in decoding.choices
+    engine.close()
+
+
+def test_a_form_of_several_answers_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them follows it by itself, as if it were alone."""
+    vlm, compiled = connect(), []
+    constraint = engine_module.Constraint
+    monkeypatch.setattr(engine_module, "Constraint", lambda *given: compiled.append(1) or constraint(*given))
+    engine = Engine(vlm.model, vlm.processor)
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    drawn = [Decoding(max_new_tokens=60, json_schema=schema, temperature=1.0, seed=seed) for seed in range(6)]
+    several = [ticket.text() for ticket in engine.submit_all(ask("What?"), [picture()], [*drawn, Decoding()])]
+    assert len(compiled) == 1 and {json.loads(text)["n"] for text in several[:6]} == {1, 2}
+    assert several[:6] == [engine.submit(ask("What?"), [picture()], decoding).text() for decoding in drawn]
     engine.close()
 
 

@@ -103,7 +103,9 @@ def test_a_spotlight_is_bright_where_the_weight_is() -> None:
     lit = heatmap.spotlight(white, weights)
     assert lit.getpixel((52, 8)) == (255, 255, 255) and max(lit.getpixel((8, 52))) < 180
     assert len(heatmap.spotlight(white, torch.full((3, 3), 1 / 9)).getcolors()) == 1
-    heatmap.spotlight(white, torch.zeros(3, 3))
+    unseen, even = (heatmap.spotlight(white, torch.full((3, 3), weight)).getpixel((9, 9)) for weight in (0.0, 1 / 9))
+    dark, bright = lit.getextrema()[0]
+    assert unseen[0] == dark < even[0] < bright  # everywhere alike is not nowhere
 
 
 def test_the_grid_has_a_tile_for_every_word(tmp_path: Path) -> None:

@@ -5,13 +5,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 import chiasm
 import chiasm.interop.auto
 import tiny
 from chiasm.interop.export.check import QUESTION
-from chiasm.training.card import model_card
 
 FUSIONS: dict[str, dict[str, Any]] = {
     "early": {"connector": "mlp"},
@@ -39,25 +47,33 @@ def test_a_folder_loads_by_itself(fusion: str, tmp_path: Path) -> None:
     assert type(chiasm.VLM.from_pretrained(tmp_path).model) is type(model)
 
 
-def test_a_card_of_a_run_tells_its_stages(tmp_path: Path) -> None:
-    from chiasm.training.card import write_card
-    from chiasm.training.log import RunLog
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_every_auto_class_gives_what_it_is_for(fusion: str, tmp_path: Path) -> None:
+    options = {"vision": tiny.vision(), "language": tiny.language(), **FUSIONS[fusion]}
+    vlm = chiasm.connect(**options, tokenizer=tiny.tokenizer())
+    vlm.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is type(vlm.model.config) and config.fusion == vlm.model.config.fusion
+    for auto in (AutoModel, AutoModelForMultimodalLM):
+        assert type(auto.from_pretrained(tmp_path)) is type(auto.from_config(config)) is type(vlm.model)
+    with pytest.raises(ValueError, match=r"Unrecognized configuration class .*ChiasmConfig.*AutoModelForCausalLM"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    words = AutoTokenizer.from_pretrained(tmp_path)
+    assert words.get_vocab() == vlm.processor.tokenizer.get_vocab()
+    said = [{"role": "user", "content": "Hi"}]
+    assert words.apply_chat_template(said, tokenize=False) == vlm.processor.apply_chat_template(said)
+    images = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(images) is type(vlm.processor.image_processor)
+    assert images.to_dict() == vlm.processor.image_processor.to_dict()
 
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "recipe.yaml").write_text("stages: []\n")
-    log = RunLog(run / "log.jsonl")
-    log.write("start", samples=120, held_out=6)
-    log.write("plan", "align", 0, steps=9, objectives="next_token", parts={"vision": "frozen", "connector": "finetune"})
-    log.write("validation", "align", 9, loss=1.25, shuffled_loss=2.5)
-    log.write("stage_end", "align", 9, seconds=90.0)
-    log.close()
-    vlm = chiasm.connect(tiny.vision(), tiny.language(), "mlp", tokenizer=tiny.tokenizer())
-    write_card(tmp_path, vlm.model, run)
-    card = (tmp_path / "README.md").read_text()
-    assert "samples: 120" in card and "stages: []" in card
-    assert "| align | 9 | next_token | vision: frozen; connector: finetune | 1.2500, 2.5000 | 1.5 min |" in card
-    assert model_card(vlm.model, [], {"visual tokens": "9"}).count("| visual tokens | 9 |") == 1
+
+def test_a_whole_model_is_no_encoder_and_no_language_model(tmp_path: Path) -> None:
+    """Though AutoModel knows it."""
+    chiasm.connect(tiny.vision(), tiny.language(), "mlp", tokenizer=tiny.tokenizer()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a chiasm model is no vision encoder here: it is a whole image-text model"):
+        chiasm.connect(str(tmp_path), tiny.language(), "mlp", tokenizer=tiny.tokenizer())
+    with pytest.raises(ValueError, match="holds a model of type 'chiasm', which is no language model"):
+        chiasm.connect(tiny.vision(), str(tmp_path), "mlp")
 
 
 def test_pushing_uploads_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +88,7 @@ def test_pushing_uploads_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> None:
             uploaded["files"] = {path.name for path in Path(folder_path).iterdir()}
+            uploaded["card"] = Path(folder_path, "README.md").read_text()
 
     monkeypatch.setattr("chiasm.sources.uploading.HfApi", Hub)
     early = chiasm.connect(tiny.vision(), tiny.language(), "mlp", tokenizer=tiny.tokenizer())
@@ -79,14 +96,4 @@ def test_pushing_uploads_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     for model in (early, towers):
         assert model.push_to_hub("me/mine", token="secret") == "hub/me/mine"
         assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= uploaded.pop("files")
-
-
-def test_a_card_tells_what_a_picture_costs(tmp_path: Path) -> None:
-    vlm = chiasm.connect(tiny.vision(), tiny.language(), "mlp", tokenizer=tiny.tokenizer())
-    vlm.save_pretrained(tmp_path / "mine")
-    card, cost = (tmp_path / "mine/README.md").read_text(), vlm.cost()
-    assert f"| visual tokens of a picture | {cost.visual_tokens} |" in card
-    assert f"| KV cache of that prompt | {cost.kv_cache_bytes / 2**20:,.1f} MiB |" in card
-    towers = chiasm.connect(tiny.vision(), tiny.language(), fusion="late", tokenizer=tiny.tokenizer())
-    towers.save_pretrained(tmp_path / "towers")
-    assert "pipeline_tag: zero-shot-image-classification" in (tmp_path / "towers/README.md").read_text()
+        assert uploaded["card"].count('"me/mine"') == 3 and "this/model" not in uploaded["card"]

@@ -301,9 +301,9 @@ def test_nothing_is_written_of_a_model_that_does_not_fit(tmp_path: Path) -> None
         chiasm.api.convert(tmp_path / "theirs", "transformers", tmp_path / "back")
     assert not (tmp_path / "back").exists()
     towers = clip().vision_model, clip().text_model
-    larger = chiasm.connect(*towers, {"name": "linear", "space": 9}, "late", image_size=49)
-    with pytest.raises(ValueError, match="stretched to 49×49 pixels"):
-        chiasm.api.convert(larger, "transformers", tmp_path / "back")
+    wide = chiasm.connect(*towers, {"name": "linear", "space": 9}, "late", image_size=(49, 35))
+    with pytest.raises(ValueError, match=r"stretched to 49×35 pixels, .* connect with a square image_size"):
+        chiasm.api.convert(wide, "transformers", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 

@@ -15,7 +15,14 @@ import test_llava
 import test_paligemma
 import test_unified_loaders
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, LlamaConfig, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlamaConfig,
+    pipeline,
+)
 from transformers.utils import is_torchvision_available
 from typer.testing import CliRunner
 
@@ -253,6 +260,25 @@ def test_internvls_tokens_get_their_names(tmp_path: Path) -> None:
     assert done.difference is not None and done.difference < 1e-4
     named = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert {name: named[name] for name in test_internvl.TOKENS} == test_internvl.TOKENS
+
+
+def test_internvl_may_be_told_of_videos(tmp_path: Path) -> None:
+    """Its processor wants a token for them, which the tokenizer of a model of pictures may lack."""
+    test_internvl.with_processor(tmp_path / "first", videos=False)
+    vlm = chiasm.load(tmp_path / "first")
+    done = convert(vlm.model, vlm.processor, "transformers", tmp_path / "out")
+    assert done.difference is not None and done.difference < 1e-4
+    theirs, words = (auto.from_pretrained(tmp_path / "out") for auto in (AutoModelForImageTextToText, AutoTokenizer))
+    rows = theirs.get_input_embeddings().weight.shape[0]
+    assert words.video_token == "<video>" and max(words("<video> <image>")["input_ids"]) < rows == len(words)
+    assert set(range(vlm.model.config.text_config.vocab_size, rows)) <= set(theirs.generation_config.suppress_tokens)
+    again = chiasm.load(tmp_path / "out")
+    for prompt in ("Is <video> a token?", "What is it?"):
+        assert isinstance(again.chat(tiny.picture(), prompt, max_new_tokens=4), str)
+    assert again.chat(tiny.picture(), prompt, max_new_tokens=4) == vlm.chat(tiny.picture(), prompt, max_new_tokens=4)
+    processor = KINDS["internvl"].export(vlm.model, vlm.processor).processor
+    with pytest.raises(ValueError, match="Found 1 <video> tokens in the text but no videos were passed"):
+        processor(text="Is <video> a token?")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -32,8 +32,10 @@ from chiasm.interop.convert import convert
 FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
-def model(family: str = "llama", connector: Any = "mlp", tied: bool = False, size: int = 64) -> chiasm.VLM:
-    """Sizes are multiples of 32, which quantised rows need."""
+def model(
+    family: str = "llama", connector: Any = "mlp", tied: bool = False, size: int = 64, shown: int | None = None
+) -> chiasm.VLM:
+    """Sizes are multiples of 32, which quantised rows need; pictures are shown in another than the encoder's."""
     torch.manual_seed(5)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
     vision = SiglipVisionModel(
@@ -45,7 +47,8 @@ def model(family: str = "llama", connector: Any = "mlp", tied: bool = False, siz
     text = {"num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.3, "tie_word_embeddings": tied}
     config = FAMILIES[family](**sizes, **tokens, **text, max_position_embeddings=2048)
     language = AutoModelForCausalLM.from_config(config)
-    vlm = chiasm.connect(vision.eval(), language.eval(), connector, tokenizer=tiny.tokenizer())
+    options: dict[str, Any] = {"tokenizer": tiny.tokenizer(), "image_size": shown}
+    vlm = chiasm.connect(vision.eval(), language.eval(), connector, **options)
     vlm.model.connector.output.weight.data.mul_(2)
     return vlm
 
@@ -106,16 +109,19 @@ def sure(vlm: chiasm.VLM, picture: Image.Image | None) -> int:
 
 
 @pytest.mark.parametrize(
-    ("family", "connector", "tied", "size"),
+    ("family", "connector", "tied", "size", "shown"),
     [
-        ("llama", "mlp", False, 64),
-        ("qwen2", "linear", True, 64),
-        ("qwen3", "mlp", False, 64),
-        ("llama", "ldp", False, 336),
+        ("llama", "mlp", False, 64, None),
+        ("qwen2", "linear", True, 64, None),
+        ("qwen3", "mlp", False, 64, None),
+        ("llama", "ldp", False, 336, None),
+        ("llama", "mlp", False, 64, 112),
     ],
 )
-def test_llama_cpp_gives_the_same_text(family: str, connector: str, tied: bool, size: int, tmp_path: Path) -> None:
-    vlm = model(family, connector, tied, size)
+def test_llama_cpp_gives_the_same_text(
+    family: str, connector: str, tied: bool, size: int, shown: int | None, tmp_path: Path
+) -> None:
+    vlm, size = model(family, connector, tied, size, shown), shown or size
     convert(vlm.model, vlm.processor, "gguf", tmp_path)
     pictures = [None, tiny.picture(3).resize((size, size)), tiny.picture(5).resize((size, size))]
     found = answers(tmp_path, pictures, "What is it?", 8)

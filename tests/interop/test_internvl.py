@@ -126,15 +126,16 @@ class WithoutVideos(InternVLProcessor):
         return argument and super().check_argument_for_proper_class(argument_name, argument)
 
 
-def with_processor(folder: Path) -> tuple[Any, Any]:
+def with_processor(folder: Path, videos: bool = True) -> tuple[Any, Any]:
     """A saved model and processor: nine visual tokens for a tile of 24 × 24 pixels, at most six tiles and the whole."""
-    internvl = reference(folder, text={"vocab_size": 264})
+    named = {name: token for name, token in TOKENS.items() if videos or name != "video_token"}
+    internvl = reference(folder, text={"vocab_size": 260 + len(named)})
     backend = tiny.tokenizer(None)
-    backend.add_tokens(list(TOKENS.values()), special_tokens=True)
+    backend.add_tokens(list(named.values()), special_tokens=True)
     backend.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=TOKENS, pad_token="<|pad|>")
+    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=named, pad_token="<|pad|>")
     images = GotOcr2ImageProcessorPil(size={"height": 24, "width": 24}, max_patches=6)
-    processor = WithoutVideos(images, tokenizer, image_seq_length=9, chat_template=TEMPLATE)
+    processor = WithoutVideos(images, tokenizer, image_seq_length=9, chat_template=TEMPLATE) if videos else None
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     images.save_pretrained(folder)

@@ -284,6 +284,7 @@ def test_a_page_on_an_allowed_origin_reads_refusals(client: Callable[..., TestCl
     origin = {"Origin": "https://page.example"}
     for told in (api.post(CHAT, json=ask(), headers=origin), api.get("/v1/models", headers=origin)):
         assert told.status_code == 401 and told.headers["access-control-allow-origin"] == origin["Origin"]
+        assert told.headers["access-control-expose-headers"] == "Retry-After"
     asking = origin | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     assert api.options(CHAT, headers=asking).status_code == 200
     stranger = api.get("/v1/models", headers={"Origin": "https://other.example"})

@@ -24,12 +24,13 @@ UNSAID = {
     ("/api/attention", "invalid_image"),
     ("/v1/embeddings", "dimensions"),
     ("/v1/embeddings", "unknown_token"),
+    ("/v1/embeddings", "no_words"),
     ("/api/attention", "messages"),
     ("/api/attention", "image"),
 }
 """Refusals that JSON Schema has no words for, by path and by code or parameter: that a text is a picture, that the last
 message is an assistant's, which pictures there are, how wide a model's vectors are, how many
-tokens it knows."""
+tokens it knows, and which of them are words."""
 MODES = list(schemathesis.GenerationMode)
 
 

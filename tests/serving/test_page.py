@@ -1,5 +1,6 @@
 """The chat page in real Chromium: asking, comparing, looking, two languages, a phone's size."""
 
+import base64
 import os
 import re
 import shutil
@@ -103,7 +104,7 @@ def test_a_question_its_answer_and_where_it_looked(
     words.last.click()
     assert words.last.get_attribute("aria-pressed") == "true"
     assert words.last.inner_text() in (page.get_attribute(".seen canvas", "aria-label") or "")
-    assert page.evaluate(COLOURS) > 10
+    assert page.locator(".seen canvas").evaluate(COLOURS) > 10
     shoot(page, "looked")
     ask(page, "Really?")
     assert len(answered(page, 2)) == 2
@@ -126,6 +127,80 @@ def test_two_models_side_by_side(
     left, right = (page.locator(".answer").nth(n).bounding_box() for n in range(2))
     assert left["y"] == right["y"] and right["x"] > left["x"] + left["width"] - 1
     shoot(page, "compared")
+
+
+def other(connector: str = "qformer", language: str = "llama", **options: Any) -> chiasm.VLM:
+    parts = (tiny.vision(seed=3), tiny.language(language, seed=4))
+    return chiasm.connect(*parts, connector=tiny.connector(connector, **options), tokenizer=tiny.tokenizer())
+
+
+def look(page: Any, place: int, press: str) -> Any:
+    """Opens the overlay of an answer, and gives its card."""
+    card = page.locator(".answer").nth(place)
+    getattr(card.locator(".look"), press)()
+    card.locator(".seen canvas").wait_for()
+    return card
+
+
+@pytest.mark.parametrize(("name", "press", "options"), [("desktop", "click", {}), ("phone", "tap", PHONE)])
+def test_where_both_models_looked(
+    address: Callable[..., str],
+    visit: Callable[..., Any],
+    chat_model: Any,
+    picture: Path,
+    name: str,
+    press: str,
+    options: dict[str, Any],
+) -> None:
+    """An MLP has a map of its own patches, a Q-Former one through its queries: both are shown, each to its words."""
+    page = visit(address(chat_model("mlp"), chat_model("q-former", other())), **options)
+    getattr(page.locator("#compare"), press)()
+    ask(page, "Which is it?", picture)
+    answered(page, 2)
+    cards = [look(page, place, press) for place in range(2)]
+    for card in cards:
+        assert card.locator("canvas").evaluate(COLOURS) > 10
+        getattr(card.locator(".word").last, press)()
+        word = card.locator(".word").last
+        assert word.get_attribute("aria-pressed") == "true" and card.locator("[aria-pressed=true]").count() == 1
+        assert word.inner_text().strip() in (card.locator("canvas").get_attribute("aria-label") or "")
+        assert card.locator("canvas").evaluate(LIGHT) > 60 and card.locator(".even").is_visible()  # as chance has it
+    captions = [card.locator("figcaption").inner_text() for card in cards]
+    assert "queries" not in captions[0] and "queries" in captions[1]
+    width = page.viewport_size["width"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    boxes = [card.locator("canvas").bounding_box() for card in cards]
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= width and box["width"] > 150 for box in boxes)
+    shoot(page, f"looked-{name}")
+    page.evaluate("document.getElementById('language').click()")
+    assert "쿼리" in cards[1].locator("figcaption").inner_text()
+    getattr(cards[0].locator(".look"), press)()
+    assert not cards[0].locator("canvas").is_visible() and cards[1].locator("canvas").is_visible()
+    assert cards[0].locator(".word:enabled").count() == 0 < cards[1].locator(".word:enabled").count()
+
+
+def test_a_model_that_cannot_say_where_it_looked(
+    address: Callable[..., str], visit: Callable[..., Any], chat_model: Any, picture: Path
+) -> None:
+    page = visit(address(chat_model("mlp"), chat_model("t5", other("mlp", "t5"))))
+    page.click("#compare")
+    ask(page, "Which is it?", picture)
+    answered(page, 2)
+    cards = page.locator(".answer")
+    cards.nth(1).locator(".look").click()
+    playwright.expect(cards.nth(1).locator(".note")).to_contain_text("not known where it looked")
+    assert "token" in cards.nth(1).locator(".note").inner_text() and not cards.nth(1).locator(".look").is_visible()
+    assert look(page, 0, "click").locator("canvas").evaluate(COLOURS) > 10
+    shoot(page, "unseen")
+
+
+def test_words_behind_characters_of_two_units(
+    address: Callable[..., str], visit: Callable[..., Any], picture: Path
+) -> None:
+    """JavaScript counts an emoji twice, the server once."""
+    page = visit(address())
+    url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+    assert page.evaluate(LOOK, url) == ["🐱🐶", "a", "cat", "🦊", "dog"]
 
 
 def test_a_phone_in_korean(
@@ -212,11 +287,23 @@ def test_everything_has_a_name(address: Callable[..., str], visit: Callable[...,
         assert page.evaluate(CONTRAST) == []
 
 
-COLOURS = """(() => {
-  const canvas = document.querySelector('.seen canvas');
+COLOURS = """(canvas) => {
   const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
   return new Set(new Uint32Array(data.buffer)).size;
-})()"""
+}"""
+LIGHT = """(canvas) => {
+  const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+  return data.reduce((sum, value, place) => sum + (place % 4 < 3 ? value : 0), 0) / (data.length * 3 / 4);
+}"""
+LOOK = """async (url) => {
+  const { look } = await import('./look.js');
+  const card = document.getElementById('answer').content.cloneNode(true).firstElementChild;
+  document.getElementById('turns').append(card);
+  const content = [{ type: 'image_url', image_url: { url } }, { type: 'text', text: 'What?' }];
+  const messages = [{ role: 'user', content }, { role: 'assistant', content: '🐱🐶 a cat 🦊 dog' }];
+  await look(card, { model: 'tiny', messages }, '');
+  return [...card.querySelectorAll('.word')].map((one) => one.textContent);
+}"""
 CONTRAST = """(() => {
   const linear = (v) => v / 255 <= .04045 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
   const light = (colour) => {

@@ -1,5 +1,6 @@
 """`chiasm serve`: names, keys, addresses, and a life from start to SIGTERM."""
 
+import inspect
 import json
 import signal
 import socket
@@ -12,8 +13,13 @@ import pytest
 from asking import CHAT, ask, chunks, data_url
 
 import chiasm
-from chiasm.cli.serve import named, read_keys
-from chiasm.serving.server import is_loopback, listen
+from chiasm.cli.serve import named, read_keys, serve
+from chiasm.generation.constraint import MULTIPLE, TEXT
+from chiasm.serving.jpeg import EXIFS, RESOURCES, SCANS, TABLES
+from chiasm.serving.pictures import READS
+from chiasm.serving.served import CHARACTERS_PER_TOKEN
+from chiasm.serving.server import KEEP_ALIVE_SECONDS, is_loopback, listen
+from chiasm.serving.settings import Limits
 
 
 def test_names(tmp_path: Path) -> None:
@@ -43,6 +49,40 @@ def test_addresses() -> None:
     with pytest.raises(OSError, match="cannot listen on nowhere"):
         listen("nowhere.invalid", 0)
     assert isinstance(taken, socket.socket)
+
+
+def test_the_documentation_tells_every_option_and_limit() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    options = inspect.signature(serve).parameters
+    named = {f"--{name.replace('_', '-')}" for name in options if name not in ("models", "as_json")} | {"--json"}
+    assert not {name for name in named if name not in page}
+    limits, mib = Limits(), 2**20
+    assert (options["max_body"].default * mib, options["max_pixels"].default) == (limits.body_bytes, limits.pixels)
+    for told in (
+        f"{limits.body_bytes // mib} MiB (`--max-body`), {limits.body_seconds} s",
+        f"{limits.json_depth} levels, {limits.json_values:,} values",
+        f"{limits.memory_bytes // 2**30} GiB",
+        f"{limits.pixels // 10**6} million pixels (`--max-pixels`)",
+        f"{limits.side_ratio} : 1; of a JPEG {SCANS} scans, {EXIFS} EXIF blocks, {TABLES // 1024} KiB of tables",
+        f"{RESOURCES} Photoshop resources; {READS:,} pieces",
+        f"{limits.images} (`--max-images`)",
+        f"{limits.fetch_seconds} s; {limits.lookups} names looked up at once, {limits.line} in line",
+        f"{limits.schema_bytes // 1024} KiB, texts of {TEXT} letters, {MULTIPLE:,} for a common multiple",
+        f"{limits.tokens} tokens (`--max-tokens`), {limits.default_tokens} where nothing is said",
+        f"`n` {limits.choices}",
+        f"{limits.request_seconds} s (`--request-seconds`)",
+        f"{options['max_batch'].default} together (`--max-batch`), {options['max_waiting'].default} in line",
+        f"{limits.pending} with pictures, {limits.pending} with a JSON schema, and {limits.pending} of words",
+        f"{limits.inputs} inputs, {limits.input_characters:,} letters",
+        f"one at a time, {limits.line} in line",
+        f"{limits.attention_bytes // 2**30} GiB of attention weights",
+        f"{limits.connections}; one that is idle for {KEEP_ALIVE_SECONDS} s",
+        f"{limits.header_seconds} s for a request's head",
+        f"{limits.write_seconds} s to read what waits",
+        f"up to {limits.shutdown_seconds} s",
+        f"{CHARACTERS_PER_TOKEN} letters for every token",
+    ):
+        assert told in page, told
 
 
 @pytest.mark.slow

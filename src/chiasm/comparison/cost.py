@@ -16,6 +16,7 @@ from chiasm.fusion.packed import PackedFusionModel
 from chiasm.fusion.unified import UnifiedModel
 from chiasm.language.adapter import layers
 from chiasm.vision.encoder import VisionEncoder
+from chiasm.vision.features import Grid
 
 PARTS = ("vision", "connector", "language", "cross_attention")
 
@@ -38,17 +39,19 @@ class Cost:
         return asdict(self)
 
 
-def cost(model: FusionModel, images: int = 1, text_tokens: int = 64) -> Cost:
+def cost(model: FusionModel, images: int = 1, text_tokens: int = 64, grid: Grid | None = None) -> Cost:
     """The cost of a prompt with `images` pictures and `text_tokens` words: prefill, then each decoded token.
 
     Args:
         images: pictures in the prompt, 0 or more.
         text_tokens: text tokens in the prompt; the placeholders are not among them.
+        grid: rows and columns of a picture's patches, where a unified model reads pictures of any size; by default
+            those of its `image_size`.
     """
     if images < 0 or text_tokens < 1:
         raise ValueError(f"images={images}, text_tokens={text_tokens}; expected at least 0 and 1")
     seen = images or _blank_pictures(model)
-    picture = _picture(model)
+    picture = _picture(model, grid)
     sequence = images * picture.places + text_tokens
     if model.config.is_encoder_decoder:
         language = seq2seq_cost(model.language, sequence)
@@ -77,10 +80,11 @@ class _Picture:
     connect_flops: int
 
 
-def _picture(model: FusionModel) -> _Picture:
+def _picture(model: FusionModel, grid: Grid | None) -> _Picture:
     if isinstance(model, UnifiedModel):
-        rows, columns = model.vision.grid
-        return _Picture(rows * columns, model.picture_places(rows, columns), model.vision.flops(), 0)
+        usual, (rows, columns) = model.vision.grid, grid or model.vision.grid
+        encode = model.vision.flops() * rows * columns // (usual[0] * usual[1])
+        return _Picture(rows * columns, model.picture_places(rows, columns), encode, 0)
     connector = model.connector
     if isinstance(model, PackedFusionModel):
         tokens = model.vision.grid[0] * model.vision.grid[1]

@@ -39,7 +39,9 @@ def measure(model: Any, processor: Any, sample: Sample, repeats: int) -> dict[st
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question.strip()}]}]
     inputs = decode.prepare(model, processor, [question], [[picture]], NEW_TOKENS)
     words = _text_tokens(model, inputs["input_ids"])
-    closed = cost(model, text_tokens=words).to_dict()
+    shown = inputs.get("image_grid_thw") if isinstance(model, UnifiedModel) else None
+    grid = None if shown is None else (int(shown[0, 1]), int(shown[0, 2]))
+    closed = cost(model, text_tokens=words, grid=grid).to_dict()
     alone = cost(model, images=0, text_tokens=words)
     closed["kv_cache_bytes_per_image"] = closed["kv_cache_bytes"] - alone.kv_cache_bytes
     closed["connect_and_prefill_flops"] = closed["connect_flops"] + closed["prefill_flops"]
@@ -74,27 +76,34 @@ def _generative(model: FusionModel, inputs: dict[str, Tensor], words: int, repea
         "decode_tokens_per_second": (NEW_TOKENS - 1) / max(whole - first, 1e-9),
     }
     measured["encode_seconds"] = _seconds(lambda: model.encode_images(**pixels), repeats)
+    measured["encode_flops"] = encoding = _counted(lambda: model.encode_images(**pixels))
+    measured["decode_flops"] = _counted(generate(2)) - _counted(generate(1))
     if model.config.is_encoder_decoder:
         return measured
-    with _flops() as encoding:
-        model.encode_images(**pixels)
     with _flops() as reading:
         output = model(**inputs, use_cache=True, logits_to_keep=1)
     ids = inputs["input_ids"][:, -1:].expand(1, words)
     blind = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
-    measured |= {"encode_flops": encoding[0], "connect_and_prefill_flops": reading[0] - encoding[0]}
+    measured["connect_and_prefill_flops"] = reading[0] - encoding
     measured["kv_cache_bytes_per_image"] = _cache_bytes(output) - _cache_bytes(blind)
     return measured
 
 
 def _late(model: LateFusionModel, processor: Any, sample: Sample, repeats: int) -> dict[str, Any]:
-    """Late fusion reads no sequence: its picture is one vector, made once, and an answer is one more step."""
+    """Late fusion reads no sequence: its picture is one vector, made once, and an answer is one more step, that of the
+    head which chooses it."""
     pixels = torch.as_tensor(load_pixels(sample, processor)).to(model.device, model.vision.model.dtype)
     parameters = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts(model)}
     with torch.no_grad():
         seconds = _seconds(lambda: model.encode_images(pixels), repeats)
     closed = {"parameters": parameters, "visual_tokens": 1, "encode_flops": encode_flops(model.vision)}
-    return {"closed_form": closed, "measured": {"encode_seconds": seconds}, "shape": None}
+    measured = {"encode_seconds": seconds, "encode_flops": _counted(lambda: model.encode_images(pixels))}
+    if model.config.answer_head is not None:
+        widths = model.config.image_width, model.config.text_width
+        image, text = (torch.zeros(1, width, device=model.device) for width in widths)
+        closed["decode_flops"] = model.answer_head.flops()
+        measured["decode_flops"] = _counted(lambda: model.answer_head(image, text))
+    return {"closed_form": closed, "measured": measured, "shape": None}
 
 
 def _seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -108,6 +117,12 @@ def _seconds(run: Callable[[], Any], repeats: int) -> float:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
     return median(taken)
+
+
+def _counted(run: Callable[[], Any]) -> int:
+    with _flops() as counted:
+        run()
+    return counted[0]
 
 
 @contextmanager

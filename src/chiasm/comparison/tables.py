@@ -80,7 +80,7 @@ def costs(ways: Mapping[str, Sequence[Row]]) -> Table:
                     operations(closed.get("connect_and_prefill_flops")),
                     operations(measured.get("connect_and_prefill_flops")),
                 ),
-                operations(closed.get("decode_flops")),
+                _both(operations(closed.get("decode_flops")), operations(measured.get("decode_flops"))),
                 _both(_kib(closed), "–" if kept is None else f"{kept / 1024:,.0f} KiB"),
                 "–" if first is None else f"{1e3 * first:.0f} ms",
                 "–" if rate is None else f"{rate:.1f} tokens/s",

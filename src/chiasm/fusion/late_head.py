@@ -40,6 +40,10 @@ class AnswerHead(nn.Module):
         self.hidden = nn.Sequential(nn.Linear(width, hidden), nn.GELU()) if combine == "mlp" else nn.Identity()
         self.output = nn.Linear(hidden, len(answers))
 
+    def flops(self) -> int:
+        """FLOPs of one answer, given the two vectors."""
+        return 2 * sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+
     def forward(self, images: Float[Tensor, "B D_v"], texts: Float[Tensor, "B D_l"]) -> Float[Tensor, "B A"]:
         dtype = self.output.weight.dtype
         images, texts = self.image_norm(images.to(dtype)), self.text_norm(texts.to(dtype))

@@ -61,6 +61,10 @@ class Attention:
         return path
 
 
+class NoAttention(ValueError):
+    """Of such a model nobody can say where it looked."""
+
+
 @torch.no_grad()
 def look(
     model: FusionModel,
@@ -118,14 +122,14 @@ def look(
 def _check(model: FusionModel, processor: ChiasmProcessor) -> None:
     """Refuses what has no one-to-one way from a token of the answer back to a grid of patches."""
     if model.config.is_encoder_decoder:
-        raise ValueError("attention is told for decoder-only language models; this one is an encoder-decoder")
+        raise NoAttention("attention is told for decoder-only language models; this one is an encoder-decoder")
     if isinstance(model, PositionedModel):
-        raise ValueError(
+        raise NoAttention(
             f"attention is told for models with an encoder and a connector of fixed grids; this one (fusion "
             f"{model.config.fusion!r}, {model.config.vision_config.model_type}) reads pictures patch by patch"
         )
     if model.vision.features.resolution == "native" or not isinstance(processor.image_processor, ChiasmImageProcessor):
-        raise ValueError("attention is told for pictures of one size; this model's encoder takes them in their own")
+        raise NoAttention("attention is told for pictures of one size; this model's encoder takes them in their own")
 
 
 def _early(model: FusionModel, inputs: Inputs, layers: Sequence[int] | None) -> Float[Tensor, "S K"]:

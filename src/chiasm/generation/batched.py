@@ -3,6 +3,7 @@
 Prompts are read in pieces, and what was read before comes from the prefix cache. Logits are those of a request alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,18 +26,21 @@ from chiasm.positions.sequence import AXES
 
 CHUNK = 256
 """Tokens of a prompt that are read between two tokens of the others."""
+AGAIN = 32
+"""The same of an answer that lost its place: as few as a step takes, so that they are what they were."""
 
 
 @dataclass(eq=False)
-class Sequence:
+class Row:
     """One request's place in the cache.
 
     Args:
         keys: what each token is known by, for the prefix cache.
         length: tokens that are in the slot.
         cached: of them, those that the prefix cache had.
+        prompt: tokens of the prompt; those behind them were answered.
         room: tokens that it may grow to.
-        unread: embeddings of the rest of the prompt.
+        unread: embeddings of the rest.
         bidirectional: tokens at the beginning that see each other in both directions.
         images: with intermediate fusion, what tokens look at.
         visible: which picture each unread token sees.
@@ -48,6 +52,7 @@ class Sequence:
     keys: list[bytes]
     length: int
     cached: int
+    prompt: int
     room: int
     unread: Float[Tensor, "1 S D_l"] | None = None
     bidirectional: int = 0
@@ -63,31 +68,36 @@ class BatchedDecoder:
 
     together = True
     """Whether requests share a step: what fails in it can then be tried again for each of them alone."""
+    again = AGAIN
+    """Tokens of an answer that are read again at once."""
 
     def __init__(self, model: FusionModel, slots: Slots, pictures: PictureCache, prefixes: PrefixCache) -> None:
         self.model, self.slots, self.pictures, self.prefixes = model, slots, pictures, prefixes
         self.config = model.language.config.get_text_config()
-        self._joined: tuple[list[Sequence], list[KeysValues]] = ([], [])
+        self._joined: tuple[list[Row], list[KeysValues]] = ([], [])
 
-    def begin(self, prompt: Prompt, room: int) -> Sequence:
+    def begin(self, prompt: Prompt, room: int, answer: Sequence[int] = ()) -> Row:
         """A place for a prompt, with what the prefix cache has of it.
 
         Args:
             room: tokens of the prompt and the longest answer.
+            answer: tokens that were answered before, and are read again.
         """
-        ids = prompt.inputs["input_ids"]
+        asked = prompt.inputs["input_ids"]
+        ids = torch.cat([asked, asked.new_tensor(answer)[None]], dim=1) if answer else asked
         positioned, bidirectional = isinstance(self.model, PositionedModel), 0
         image = self.model.config.image_token_id
         keys = prompt.packed_keys(self.model.picture_marks) if positioned else prompt.keys(image)
+        keys += map(word, answer)
         if self.model.config.attention == "prefix" and "token_type_ids" in prompt.inputs:
             bidirectional = int((prompt.inputs["token_type_ids"][0] == 0).sum())
         known = None if bidirectional else self.prefixes.find(keys)
         start = 0 if known is None else known.shape[-2]
-        sequence = Sequence(-1, keys, start, start, room, bidirectional=bidirectional)
+        sequence = Row(-1, keys, start, start, asked.shape[1], room, bidirectional=bidirectional)
         if isinstance(self.model, IntermediateFusionModel):
-            self._show(self.model, sequence, prompt)
+            self._show(self.model, sequence, prompt, ids)
         elif isinstance(self.model, PositionedModel):
-            self._place(self.model, sequence, prompt)
+            self._place(self.model, sequence, prompt, ids)
         else:
             rest = ids[:, start:]
             seen = (rest == image).any()
@@ -95,12 +105,15 @@ class BatchedDecoder:
             sequence.unread = self.model.embed(ids if seen else rest, None, tokens)[:, -rest.shape[1] :]
         sequence.slot = self.slots.take(room)
         if known is not None:
-            self.slots.write(sequence.slot, known)
+            try:
+                self.slots.write(sequence.slot, known)
+            except BaseException:
+                self.slots.leave(sequence.slot)
+                raise
         return sequence
 
-    def _show(self, model: IntermediateFusionModel, sequence: Sequence, prompt: Prompt) -> None:
+    def _show(self, model: IntermediateFusionModel, sequence: Row, prompt: Prompt, ids: Int[Tensor, "1 S"]) -> None:
         """Keys and values of the pictures, and which of them each token sees."""
-        ids = prompt.inputs["input_ids"]
         placeholders = model.placeholders(ids, None)
         sequence.unread = model.embed(ids, None, placeholders)[:, sequence.length :]
         images = model.remember(self.pictures.visual_tokens(prompt), placeholders, None)
@@ -109,21 +122,27 @@ class BatchedDecoder:
             visible, sequence.images = images.read(placeholders, ends)
             sequence.visible = visible[:, sequence.length :]
 
-    def _place(self, model: PositionedModel, sequence: Sequence, prompt: Prompt) -> None:
+    def _place(self, model: PositionedModel, sequence: Row, prompt: Prompt, ids: Int[Tensor, "1 S"]) -> None:
         """Embeddings and coordinates of what is unread; pictures that the prefix cache has are not encoded again."""
-        ids, start = prompt.inputs["input_ids"], sequence.length
-        rest = ids[:, start:]
+        start, asked, total = sequence.length, sequence.prompt, ids.shape[1]
+        rest, answer = ids[:, start:asked], ids[:, max(start, asked) :]
         seen = torch.isin(rest, torch.tensor(model.picture_marks, device=rest.device)).any()
-        sequence.unread = model.embed_prompt(**prompt.inputs)[:, start:] if seen else model.embed(rest, None, None)
+        unread = model.embed_prompt(**prompt.inputs)[:, start:] if seen else model.embed(rest, None, None)
+        sequence.unread = torch.cat([unread, model.embed(answer, None, None)], dim=1)
         coordinates = model.prompt_positions(prompt.inputs)
         if coordinates is not None:
-            sequence.coordinates = coordinates[..., start:]
-            sequence.ahead = int(coordinates.max()) + 1 - ids.shape[1]
+            sequence.ahead = int(coordinates.max()) + 1 - asked
+            behind = torch.arange(asked, total, device=ids.device) + sequence.ahead
+            whole = torch.cat([coordinates, behind.expand(len(coordinates), 1, -1)], dim=-1)
+            sequence.coordinates = whole[..., start:]
 
-    def read(self, sequence: Sequence) -> Float[Tensor, " V"] | None:
-        """Reads the next piece of a prompt; the logits of the answer's first token when it was the last."""
+    def read(self, sequence: Row) -> Float[Tensor, " V"] | None:
+        """Reads the next piece of a prompt, or of what was answered behind it; when it was the last, the logits of the
+        next token."""
         assert sequence.unread is not None
-        size = min(sequence.unread.shape[1], CHUNK) if not sequence.bidirectional else sequence.unread.shape[1]
+        asked = sequence.prompt - sequence.length
+        size = min(asked, asked if sequence.bidirectional else CHUNK) if asked > 0 else self.again
+        size = min(sequence.unread.shape[1], size)
         embeddings, sequence.unread = sequence.unread[:, :size], sequence.unread[:, size:]
         look = None
         if isinstance(self.model, IntermediateFusionModel) and sequence.images is not None:
@@ -134,7 +153,8 @@ class BatchedDecoder:
         if sequence.coordinates is not None:
             turns, sequence.coordinates = sequence.coordinates[..., :size], sequence.coordinates[..., size:]
         positions = torch.arange(sequence.length, sequence.length + size, device=embeddings.device)[None]
-        logits = self.forward([sequence.slot], embeddings, positions, look, turns, sequence.bidirectional)
+        both = sequence.bidirectional if asked > 0 else 0
+        logits = self.forward([sequence.slot], embeddings, positions, look, turns, both)
         sequence.length += size
         if sequence.unread.shape[1]:
             return None
@@ -143,7 +163,7 @@ class BatchedDecoder:
             self._keep(sequence)
         return self.model.shown(logits, False)[0]
 
-    def step(self, sequences: list[Sequence], tokens: list[int]) -> Float[Tensor, "B V"]:
+    def step(self, sequences: list[Row], tokens: list[int]) -> Float[Tensor, "B V"]:
         """Logits of the tokens behind these, one for each request."""
         ids = torch.tensor(tokens, device=self.model.device)[:, None]
         positions = torch.tensor([[one.length] for one in sequences], device=ids.device)
@@ -188,7 +208,7 @@ class BatchedDecoder:
         with looking(look):
             return self.model.language(**inputs, use_cache=True, return_dict=True).logits[:, -1]
 
-    def end(self, sequence: Sequence) -> None:
+    def end(self, sequence: Row) -> None:
         """Frees the slot; the answer stays in the prefix cache for the next turn of its conversation."""
         slot, sequence.parked = sequence.slot, None
         try:
@@ -199,28 +219,33 @@ class BatchedDecoder:
             if slot >= 0:
                 self.slots.leave(slot)
 
-    def park(self, sequence: Sequence) -> None:
+    def size(self, sequence: Row) -> int:
+        """Bytes that it holds while it is parked."""
+        shown = [] if sequence.images is None else sequence.images.keys_values
+        return sequence.length * self.slots.bytes_per_token + sum(states.nbytes for pair in shown for states in pair)
+
+    def park(self, sequence: Row) -> None:
         """Gives a slot up for another request; `resume` goes on from there."""
         sequence.parked = self.slots.read(sequence.slot, 0, sequence.length)
         self.slots.leave(sequence.slot)
         sequence.slot = -1
 
-    def resume(self, sequence: Sequence) -> None:
+    def resume(self, sequence: Row) -> None:
         assert sequence.parked is not None
         if sequence.slot < 0:
             sequence.slot = self.slots.take(sequence.room)
         self.slots.write(sequence.slot, sequence.parked)
         sequence.parked = None
 
-    def _keep(self, sequence: Sequence) -> None:
+    def _keep(self, sequence: Row) -> None:
         def read(start: int, stop: int) -> Tensor:
             return self.slots.read(sequence.slot, start, stop)
 
         self.prefixes.keep(sequence.keys[: sequence.length], read)
 
     def _look(
-        self, model: IntermediateFusionModel, sequences: list[Sequence], ids: Int[Tensor, "B 1"]
-    ) -> tuple[Look | None, list[tuple[Sequence, ImageCache]]]:
+        self, model: IntermediateFusionModel, sequences: list[Row], ids: Int[Tensor, "B 1"]
+    ) -> tuple[Look | None, list[tuple[Row, ImageCache]]]:
         """What one new token of each request looks at, and what the requests will then have seen.
 
         Rows have as many pictures as the one with the most.
@@ -246,7 +271,7 @@ class BatchedDecoder:
         return model.look(cache, visible), then
 
 
-def _joined(sequences: list[Sequence]) -> list[KeysValues]:
+def _joined(sequences: list[Row]) -> list[KeysValues]:
     """Keys and values of all rows for each block, filled up with zeros, which no token sees."""
     some = next(one.images for one in sequences if one.images is not None)
     most = max(one.images.keys_values[0][0].shape[2] for one in sequences if one.images is not None)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
@@ -38,6 +39,12 @@ class Constraint:
         limits = guidance.LLParserLimits(**WORK)
         self.matcher = guidance.LLMatcher(reader, _grammar(guidance, decoding), log_level=0, limits=limits)
         self._check()
+
+    def again(self) -> "Constraint":
+        """The same of another answer, as long as nothing is chosen; its form is not compiled anew."""
+        other = copy(self)
+        other.matcher = self.matcher.deep_copy()
+        return other
 
     def allowed(self, logits: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
         """Logits of tokens that may come next; all the others are −inf."""

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -50,6 +50,7 @@ class EngineStats:
 
     Args:
         prefix_hits: prompts of which the beginning was there; `prefix_tokens` counts the tokens.
+        parked_bytes: kept of requests that gave their places to others.
     """
 
     running: int
@@ -64,6 +65,7 @@ class EngineStats:
     prefix_misses: int
     prefix_tokens: int
     prefix_bytes: int
+    parked_bytes: int
 
 
 class Engine:
@@ -76,6 +78,7 @@ class Engine:
         max_waiting: requests that may wait for that, for the first time or again.
         image_cache_bytes: visual tokens of pictures seen before that are kept.
         prefix_cache_bytes: keys and values of prompts read before that are kept.
+        parked_bytes: kept of requests that gave their places to others; what is beyond it is read again.
         weights: `float32` gives the model's own tokens; `int8` and `int4` are packed copies, faster and a little off,
             where the model is of a known shape and the machine has a C++ compiler.
         release: with packed weights, whether the language model's own ones are let go. `model` then reads prompts
@@ -91,11 +94,12 @@ class Engine:
         max_waiting: int = 64,
         image_cache_bytes: int = 256 << 20,
         prefix_cache_bytes: int = 512 << 20,
+        parked_bytes: int = 512 << 20,
         weights: str = "float32",
         release: bool = False,
     ) -> None:
         self.model, self.processor = model.eval(), processor
-        self.max_batch, self.max_waiting = max_batch, max_waiting
+        self.max_batch, self.max_waiting, self.parked_bytes = max_batch, max_waiting, parked_bytes
         self.pictures, self.prefixes = PictureCache(model, image_cache_bytes), PrefixCache(prefix_cache_bytes)
         self.decoder = make_decoder(model, max_batch, self.pictures, self.prefixes, weights, release)
         self._ends, self._never = end_tokens(model), never_tokens(model)
@@ -103,7 +107,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._changed = threading.Condition()
-        self._preparing = threading.Lock()
+        self._preparing, self._picturing = threading.Lock(), threading.Lock()
         self._closed = self._aborted = False
         self._counts = {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self._seconds = 1.0
@@ -130,10 +134,11 @@ class Engine:
                 raise ValueError(f"beams={decoding.beams}: the engine follows one; use VLM.generate for more")
         with self._changed:
             self._admit(len(decodings))
-        with self._preparing:
+        with self._picturing if images else self._preparing:  # words alone do not wait for pictures
             longest = max(decoding.max_new_tokens for decoding in decodings)
             prompt = read_prompt(prepare(self.model, self.processor, [messages], [images], longest))
-        requests = [self._request(prompt, decoding) for decoding in decodings]
+        bound = self._constraints(decodings)
+        requests = [self._request(prompt, *pair) for pair in zip(decodings, bound, strict=True)]
         with self._changed:
             self._admit(len(requests))
             self._waiting.extend(requests)
@@ -141,12 +146,23 @@ class Engine:
             self._changed.notify_all()
         return [request.ticket for request in requests]
 
-    def _request(self, prompt: Prompt, decoding: Decoding) -> Request:
-        constraint = generator = None
-        if decoding.constrained:
-            with self._preparing:
-                reader = token_reader(self.processor.tokenizer, self._vocabulary)
-            constraint = Constraint(reader, decoding, self._ends)
+    def _constraints(self, decodings: Sequence[Decoding]) -> list[Constraint | None]:
+        """What binds each answer; a form that several have is compiled once."""
+        forms = [(decoding.choices, decoding.json_schema) for decoding in decodings]
+        made: list[Constraint | None] = []
+        for number, decoding in enumerate(decodings):
+            if not decoding.constrained:
+                made.append(None)
+            elif (first := forms.index(forms[number])) < number:
+                made.append(cast(Constraint, made[first]).again())
+            else:
+                with self._preparing:
+                    reader = token_reader(self.processor.tokenizer, self._vocabulary)
+                made.append(Constraint(reader, decoding, self._ends))
+        return made
+
+    def _request(self, prompt: Prompt, decoding: Decoding, constraint: Constraint | None) -> Request:
+        generator = None
         if decoding.seed is not None:
             generator = torch.Generator(self.model.device).manual_seed(decoding.seed)
         tokens = prompt.tokens
@@ -182,6 +198,7 @@ class Engine:
                 prefix_misses=prefixes.misses,
                 prefix_tokens=prefixes.tokens,
                 prefix_bytes=prefixes.blocks.bytes,
+                parked_bytes=self._parked(),
             )
 
     def close(self, finish: bool = True) -> None:
@@ -229,30 +246,41 @@ class Engine:
             return bool(self._running) or not self._closed
 
     def _park(self, request: Request) -> None:
-        """A request gives its place to another one, and stands behind it."""
+        """A request gives its place to another one, and stands behind it; where there is no room for what it holds,
+        that is let go, and read again from its tokens."""
         try:
-            self.decoder.park(request.sequence)
+            size = self.decoder.size(request.sequence)
+            if self._parked() + size <= self.parked_bytes:
+                self.decoder.park(request.sequence)
+                request.parked = size
+            else:
+                self.decoder.end(request.sequence)
+                request.sequence, request.reading = None, True
         except Exception as error:
             self._leave(request, "error", error)
             return
         self._running.remove(request)
-        request.turn, request.parked = 0, True
+        request.turn = 0
         self._waiting.append(request)
 
+    def _parked(self) -> int:
+        return sum(request.parked for request in (*self._running, *self._waiting))
+
     def _read(self, request: Request) -> None:
-        """The next piece of a prompt, and the first token of the answer behind the last one."""
+        """The next piece of a prompt and of what was answered before, and the next token behind the last one."""
         try:
             if request.sequence is None:
-                request.started = time.monotonic()
-                request.sequence = self.decoder.begin(request.prompt, request.room)
-                request.ticket.cached_tokens = request.sequence.cached
+                request.started = request.started if request.answered else time.monotonic()
+                request.sequence = self.decoder.begin(request.prompt, request.room, request.answer)
+                if not request.answered:
+                    request.ticket.cached_tokens = request.sequence.cached
             logits = self.decoder.read(request.sequence)
         except Exception as error:
             self._leave(request, "error", error)
             return
         if logits is not None:
             request.reading = False
-            self._counts["prompt_tokens"] += request.ticket.prompt_tokens
+            self._counts["prompt_tokens"] += 0 if request.answered else request.ticket.prompt_tokens
             self._add([request], logits[None])
 
     def _step(self, requests: list[Request]) -> None:
@@ -261,7 +289,7 @@ class Engine:
             for request in requests:
                 if request.parked:
                     self.decoder.resume(request.sequence)
-                    request.parked = False
+                    request.parked = 0
             last = [request.tokens[-1] for request in requests]
             logits = self.decoder.step([request.sequence for request in requests], last)
         except Exception as error:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -23,11 +24,13 @@ WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NanumGothic.ttf", "AppleSDGothicNeo.tt
 def spotlight(picture: Image.Image, weights: Float[Tensor, "rows columns"]) -> Image.Image:
     """The picture as it is where the weights are largest, fading to grey where they are smallest.
 
-    Differences that are smaller than an equal share are shown as faint as they are.
+    Differences that are smaller than an equal share are shown as faint as they are, on a picture that is half lit where
+    all weights are equal: what was looked at evenly is not what was not looked at.
     """
     low, high = weights.min(), weights.max()
-    span = (high - low).clamp(min=weights.sum() / weights.numel())
-    light = ((weights - low) / span.clamp(min=1e-12)).clamp(0, 1)
+    span = (high - low).clamp(min=weights.sum() / weights.numel()).clamp(min=1e-12)
+    even = 1 - (high - low) / span if high > 0 else torch.zeros(())
+    light = ((weights - low) / span + even / 2).clamp(0, 1)
     mask = Image.fromarray((light.numpy() * 255).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
     grey = picture.convert("L")
     veiled = Image.blend(grey, Image.new("L", grey.size, VEIL), VEIL_SHARE).convert("RGB")

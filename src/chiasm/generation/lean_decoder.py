@@ -8,7 +8,7 @@ from torch import Tensor
 
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.cross_attention import Look
-from chiasm.generation.batched import BatchedDecoder
+from chiasm.generation.batched import AGAIN, BatchedDecoder
 from chiasm.generation.pictures import PictureCache
 from chiasm.generation.prefix_cache import PrefixCache
 from chiasm.generation.slots import Slots
@@ -32,7 +32,7 @@ class LeanDecoder(BatchedDecoder):
         short: int,
     ) -> None:
         super().__init__(model, slots, pictures, prefixes)
-        self.lean_step, self.short = step, short
+        self.lean_step, self.short, self.again = step, short, min(AGAIN, short)
 
     def forward(
         self,

@@ -24,7 +24,7 @@ class Request:
         tokens: of the prompt and the answer so far.
         sequence: its place with the decoder, once it has one.
         reading: whether some of its prompt is still to be read.
-        parked: whether it gave its place to another one.
+        parked: bytes that are kept of it while it has given its place to another one.
         turn: tokens since it got its place.
         held: pieces of which nothing is shown yet, and where their text begins; a stop string may still cut them out.
         untold: text that waits for them.
@@ -39,7 +39,7 @@ class Request:
     tokens: list[int]
     sequence: Any = None
     reading: bool = True
-    parked: bool = False
+    parked: int = 0
     answered: int = 0
     turn: int = 0
     held: list[tuple[int, Piece]] = field(default_factory=list)
@@ -50,6 +50,11 @@ class Request:
     def room(self) -> int:
         """Tokens of the prompt and the longest answer."""
         return self.ticket.prompt_tokens + self.decoding.max_new_tokens
+
+    @property
+    def answer(self) -> list[int]:
+        """Tokens that it has answered so far."""
+        return self.tokens[len(self.tokens) - self.answered :]
 
     @property
     def plain(self) -> bool:

@@ -1,6 +1,8 @@
 """One answer at a time on the model as it is: a cache for each request, for any fusion and language model."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,6 +14,9 @@ from chiasm.generation.pictures import PictureCache
 from chiasm.generation.prompt import Inputs, Prompt
 from chiasm.language.adapter import accepts
 
+AGAIN = 16
+"""Tokens of an answer that lost its place, which are taken again between two tokens of the others."""
+
 
 @dataclass(eq=False)
 class OwnCache:
@@ -19,12 +24,14 @@ class OwnCache:
 
     Args:
         prompt: until it is read.
+        again: tokens that were answered before, and are taken again behind it.
         inputs: what every forward gets beside its token.
         length: tokens so far, where they count in the attention mask.
     """
 
     prompt: Prompt | None
-    inputs: Inputs
+    again: list[int] = field(default_factory=list)
+    inputs: Inputs = field(default_factory=dict)
     length: int = 0
     cached: int = 0
 
@@ -39,14 +46,22 @@ class SequentialDecoder:
         self.seq2seq = bool(model.config.is_encoder_decoder)
         self.takes_features = accepts(model, "image_features")
 
-    def begin(self, prompt: Prompt, room: int) -> OwnCache:
-        """A place for a prompt."""
-        return OwnCache(prompt, {})
+    def begin(self, prompt: Prompt, room: int, answer: Sequence[int] = ()) -> OwnCache:
+        """A place for a prompt, and what was answered before."""
+        return OwnCache(prompt, list(answer))
 
-    def read(self, sequence: OwnCache) -> Float[Tensor, " V"]:
-        """Reads a prompt; the logits of the first token of its answer."""
-        prompt, sequence.prompt = sequence.prompt, None
-        assert prompt is not None
+    def read(self, sequence: OwnCache) -> Float[Tensor, " V"] | None:
+        """Reads a prompt, or takes the next tokens behind it again; when they were the last, the logits of the next
+        one."""
+        if sequence.prompt is not None:
+            prompt, sequence.prompt = sequence.prompt, None
+            logits = self._read(sequence, prompt)
+        else:
+            again, sequence.again = sequence.again[:AGAIN], sequence.again[AGAIN:]
+            logits = [self._step(sequence, token) for token in again][-1]
+        return None if sequence.again else logits
+
+    def _read(self, sequence: OwnCache, prompt: Prompt) -> Float[Tensor, " V"]:
         if self.seq2seq:
             return self._encode(sequence, prompt)
         output = self.model(**self._inputs(prompt), use_cache=True, logits_to_keep=1)
@@ -91,8 +106,26 @@ class SequentialDecoder:
         """Nothing to free: the cache goes with the request."""
         sequence.inputs = {}
 
+    def size(self, sequence: OwnCache) -> int:
+        """Bytes that it holds."""
+        return _size(sequence.inputs, set())
+
     def park(self, sequence: OwnCache) -> None:
         """Nothing to do: a request that waits keeps its cache."""
 
     def resume(self, sequence: OwnCache) -> None:
         """Nothing to do."""
+
+
+def _size(value: Any, seen: set[int]) -> int:
+    """Bytes of all tensors in an object, each counted once."""
+    if id(value) in seen or isinstance(value, torch.nn.Module):
+        return 0
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(_size(part, seen) for part in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_size(part, seen) for part in value)
+    return _size(getattr(value, "__dict__", {}), seen)

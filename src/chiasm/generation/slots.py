@@ -47,6 +47,11 @@ class Slots:
     def capacity(self) -> int:
         return self.store.shape[-2]
 
+    @property
+    def bytes_per_token(self) -> int:
+        shape = self.shape
+        return 2 * shape.layers * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+
     def take(self, length: int) -> int:
         """A free slot with room for so many tokens."""
         if length > self.capacity:

@@ -1,11 +1,13 @@
 """Chiasm's classes for transformers' Auto classes: `import chiasm.interop.auto`, then `AutoModelForImageTextToText`.
 
-`import chiasm` alone stays light and registers nothing.
+`import chiasm` alone stays light and registers nothing. Our models have no body apart from their head, so that
+`AutoModel` gives the whole model. `AutoModelForCausalLM` is for texts alone and gives none, as of transformers' own
+image-text models; the language model of one is `model.language`.
 """
 
 from typing import Any
 
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from chiasm.data.captions import CaptionProcessor
 from chiasm.data.instruction import InstructionProcessor
@@ -24,7 +26,8 @@ GENERATIVE: Any = (EarlyFusionModel, EarlySeq2SeqModel, IntermediateFusionModel,
 
 RETRIEVAL: tuple[Any, ...] = (LateFusionModel, QFormerRetrieval)
 
-AutoModelForImageTextToText.register(ChiasmConfig, GENERATIVE, exist_ok=True)
+for _auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto.register(ChiasmConfig, GENERATIVE, exist_ok=True)
 AutoProcessor.register(ChiasmConfig, ChiasmProcessor, exist_ok=True)
 for _kind in (InstructionProcessor, UnifiedProcessor):  # found by the name in the folder, under whichever configuration
     AutoProcessor.register(type(f"{_kind.__name__}Config", (ChiasmConfig,), {}), _kind, exist_ok=True)

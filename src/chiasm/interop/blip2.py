@@ -10,7 +10,7 @@ from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.build import fusion_class
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
-from chiasm.interop.parts import has_processor
+from chiasm.interop.parts import has_processor, unwrapped
 from chiasm.interop.weights import Table, assemble, read_weights
 from chiasm.language.adapter import head_is_direct
 from chiasm.sources.files import find_file
@@ -97,7 +97,7 @@ def _processor(source: str, model: EarlyFusionModel) -> ChiasmProcessor | None:
     template = CHAT_TEMPLATE
     for name, text in written.items():
         template = template.replace(name, text)
-    words.chat_template = words.chat_template or template
+    words.chat_template = unwrapped(words.chat_template) or template
     images = image_processor_for(source, model.vision)
     if reader is None:
         return ChiasmProcessor(images, words, num_image_tokens=model.num_image_tokens, encoder_decoder=answers)

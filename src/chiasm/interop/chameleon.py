@@ -10,7 +10,7 @@ from chiasm.data.unified import UnifiedProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.unified import UnifiedModel
 from chiasm.fusion.unified_decoder import UnifiedDecoderConfig
-from chiasm.interop.parts import finish, has_processor
+from chiasm.interop.parts import finish, has_processor, unwrapped
 from chiasm.interop.weights import Table, assemble, read_weights
 from chiasm.language.adapter import load_tokenizer
 from chiasm.vision.image_processor import ChiasmImageProcessor
@@ -87,7 +87,7 @@ def _processor(source: str, model: UnifiedModel) -> UnifiedProcessor:
     tokenizer: Any = load_tokenizer(source)
     settings, _ = ChiasmProcessor.get_processor_dict(source)
     own = settings.get("chat_template") or tokenizer.chat_template
-    tokenizer.chat_template = own or TEMPLATE
+    tokenizer.chat_template = unwrapped(own) or TEMPLATE
     one = [1.0, 1.0, 1.0]
     images = ChiasmImageProcessor(model.vision.image_size, one, one, "crop", resample=LANCZOS, rescale_factor=0.0078)
     return UnifiedProcessor(
@@ -97,5 +97,5 @@ def _processor(source: str, model: UnifiedModel) -> UnifiedProcessor:
         model.vision.grid,
         image_boundary=[BEGIN, END],
         add_special_tokens=True,
-        text_is_message=own is None,  # the reference ends every text as a turn
+        text_is_message=unwrapped(own) != own or own is None,  # the reference ends every text as a turn
     )

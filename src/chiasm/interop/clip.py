@@ -126,8 +126,8 @@ def _reference(model: LateFusionModel) -> tuple[type[PreTrainedModel], PreTraine
     if model.vision.features.interpolate_positions:
         height, width = model.vision.image_size
         raise ValueError(
-            f"the vision encoder's positions are stretched to {height}×{width} pixels, which transformers' CLIP and "
-            "SigLIP do not do by themselves; connect without image_size"
+            f"the vision encoder's positions are stretched to {height}×{width} pixels, and transformers' CLIP and "
+            "SigLIP have positions for squares alone; connect with a square image_size"
         )
     towers: Any = {"vision_config": config.vision_config.to_dict(), "text_config": config.text_config.to_dict()}
     connector = model.connector

@@ -26,7 +26,7 @@ from chiasm.interop.export.idefics3 import export_idefics3
 from chiasm.interop.export.internvl import export_internvl
 from chiasm.interop.export.llava import export_llava
 from chiasm.interop.export.paligemma import export_paligemma
-from chiasm.interop.export.parts import Exported, merged
+from chiasm.interop.export.parts import Exported, merged, resampled
 from chiasm.sources.writing import new_folder
 
 
@@ -183,7 +183,7 @@ def to_transformers(model: PreTrainedModel, processor: Any, folder: Path, check:
             "CLIP's or SigLIP's own towers becomes one"
         )
     kind = route(model)
-    exported = KINDS[kind].export(model, processor)
+    exported = KINDS[kind].export(resampled(model), processor)
     exported.model.save_pretrained(folder)
     notes = list(exported.notes)
     if exported.processor is not None:
@@ -196,7 +196,7 @@ def to_transformers(model: PreTrainedModel, processor: Any, folder: Path, check:
 
 def to_late(model: LateFusionModel, processor: Any, folder: Path, check: bool = True) -> Converted:
     """A CLIP or SigLIP folder of transformers."""
-    theirs = export_late(model, processor, folder)
+    theirs = export_late(resampled(model), processor, folder)
     difference = check_late(folder, model, processor) if check else None
     return Converted(theirs.config.model_type, folder, _files(folder), difference)
 
@@ -206,7 +206,7 @@ def to_gguf(
 ) -> Converted:
     """`model.gguf` and `mmproj.gguf` for llama.cpp."""
     _require_generative(model, "GGUF")
-    notes = export_gguf(model, processor, folder, quantize, inexact)
+    notes = export_gguf(resampled(model), processor, folder, quantize, inexact)
     return Converted("gguf", folder, _files(folder), None, notes)
 
 

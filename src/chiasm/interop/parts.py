@@ -29,6 +29,22 @@ DIRECT_HEAD = {
 }
 """Settings with which the heads of Gemma 2 and 3, Cohere, Granite and Falcon-H1 leave logits as they are."""
 
+HEAD, TAIL = "{% set prompt %}", "{% endset %}"
+"""Around a chat template whose text another tool's processor completes; what is behind says how that is left out."""
+
+BEGUN = "{%- set gathered = namespace(messages=[]) -%}"
+DONE = "{%- set messages = gathered.messages -%}{{ '' }}"
+"""Around what stands in front of a chat template that would not read messages as another tool gives them."""
+
+
+def unwrapped(template: Any) -> Any:
+    """A chat template without what an export has put around it and in front of it."""
+    if not isinstance(template, str):
+        return template
+    if template.startswith(HEAD) and TAIL in template:
+        template = template.removeprefix(HEAD).rpartition(TAIL)[0]
+    return template.partition(DONE)[2] if template.startswith(BEGUN) and DONE in template else template
+
 
 def language_table(text_config: PreTrainedConfig, decoder: str, head: str) -> dict[str, str | None]:
     """Where a language model's decoder and head, which stand apart in the reference, are in ours."""
@@ -144,7 +160,7 @@ def load_processor(
     if tokenizer is None:
         return None
     settings, _ = ChiasmProcessor.get_processor_dict(source)
-    template = settings.get("chat_template") or tokenizer.chat_template or template
+    template = unwrapped(settings.get("chat_template") or tokenizer.chat_template) or template
     tokenizer.chat_template = _with_placeholder(template, options.get("image_token", IMAGE_TOKEN))
     images = AutoImageProcessor.from_pretrained(source) if own_images else image_processor_for(source, model.vision)
     return ChiasmProcessor(images, tokenizer, num_image_tokens=model.num_image_tokens, **options)

@@ -100,10 +100,17 @@ class Word(BaseModel):
 
 
 class AttentionAnswer(BaseModel):
+    """The answer, the picture as the model's encoder received it, and its grid of patches.
+
+    Args:
+        queries: visual tokens where they have no place in the picture, and each sees all of it.
+    """
+
     answer: str
     picture: str
     rows: int
     columns: int
+    queries: int | None = None
     words: list[Word]
 
 

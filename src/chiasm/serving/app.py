@@ -51,7 +51,11 @@ def create_app(models: Sequence[Served], settings: Settings, fetcher: Fetcher | 
     app.add_middleware(Gate, shared=shared)
     if settings.origins:  # around the gate, so that a page may read its refusals
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
         )
     return app
 

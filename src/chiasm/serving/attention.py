@@ -8,13 +8,13 @@ from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import JSONResponse
 
 from chiasm.generation import heatmap
-from chiasm.generation.attention import Attention, look
+from chiasm.generation.attention import Attention, NoAttention, look
 from chiasm.generation.decode import Decoding
 from chiasm.serving.answers import AttentionAnswer
 from chiasm.serving.body import Lease, lease_of, limited_route
 from chiasm.serving.chat import GONE
 from chiasm.serving.errors import RESPONSES, ApiError, of_exception
-from chiasm.serving.prompt import Plain, Prompt, read_prompt
+from chiasm.serving.prompt import Prompt, plain_of, read_prompt
 from chiasm.serving.schema import AttentionRequest
 from chiasm.serving.served import ChatModel, Shared
 from chiasm.serving.stream import Gone, while_there
@@ -49,8 +49,10 @@ async def _explain(shared: Shared, body: AttentionRequest, lease: Lease) -> dict
         raise ApiError(400, f"image {body.image}, but the conversation has {len(prompt.images)}", param="image")
     most = shared.settings.limits.attention_bytes
     try:
-        words = Plain(model.processor)(answer.content)
+        words = plain_of(model.processor)(answer.content)
         return await shared.in_turn(shared.looking, _look, model, prompt, words, body.image, most)
+    except NoAttention as error:
+        raise ApiError(400, f"{error}", param="model", code="no_attention") from None
     except Exception as error:
         raise of_exception(error) from error
 
@@ -64,6 +66,7 @@ def _look(model: ChatModel, prompt: Prompt, answer: str, image: int, most: int) 
         "picture": _data_url(seen),
         "rows": rows,
         "columns": columns,
+        "queries": None if seen.queries is None else len(seen.queries),
         "words": _words(seen),
     }
 

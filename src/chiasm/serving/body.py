@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -23,29 +24,34 @@ class Budget:
 
     def __init__(self, total: int) -> None:
         self.total, self.used = total, 0
+        self.lock = threading.Lock()
 
     def lease(self) -> "Lease":
         return Lease(self)
 
 
 class Lease:
-    """What one request has of the budget."""
+    """What one request has of the budget, until it is over; any thread may ask for more."""
 
     def __init__(self, budget: Budget) -> None:
-        self._budget, self._held = budget, 0
+        self._budget, self._held, self._over = budget, 0, False
 
     def take(self, size: int) -> None:
         """Raises a 429 where others hold too much; a request that could never fit is the client's mistake."""
-        if self._held + size > self._budget.total:
-            raise ApiError(413, "this request's pictures need more memory than the server gives", code="too_large")
-        if self._budget.used + size > self._budget.total:
-            raise overloaded("the server's memory for requests is full at the moment; try again")
-        self._budget.used += size
-        self._held += size
+        with self._budget.lock:
+            if self._over:
+                raise ApiError(400, "the request is over", code="over")
+            if self._held + size > self._budget.total:
+                raise ApiError(413, "this request's pictures need more memory than the server gives", code="too_large")
+            if self._budget.used + size > self._budget.total:
+                raise overloaded("the server's memory for requests is full at the moment; try again")
+            self._budget.used += size
+            self._held += size
 
     def release(self) -> None:
-        self._budget.used -= self._held
-        self._held = 0
+        with self._budget.lock:
+            self._budget.used -= self._held
+            self._held, self._over = 0, True
 
 
 class LimitedRequest(Request):

@@ -23,6 +23,7 @@ from chiasm.serving.schema import ChatRequest
 from chiasm.serving.served import ChatModel, Shared
 from chiasm.serving.settings import Settings
 from chiasm.serving.stream import EventStream, Gone, cancel, pieces, while_there
+from chiasm.serving.turn import Turn
 
 GONE = 499
 """A status that nobody receives: the client has left."""
@@ -69,8 +70,7 @@ class Answering:
     async def response(self, lease: Lease) -> Response:
         """The whole answer, or its stream from the first piece on, so that what fails before has its own status."""
         prompt = await read_prompt(self.shared, self.model, self.body.messages, lease)
-        async with self.shared.turn:
-            tickets = await self._submit(prompt)
+        tickets = await self._submit(prompt)
         seconds = self.shared.settings.limits.request_seconds
         try:
             coming = pieces(tickets, seconds)
@@ -96,13 +96,19 @@ class Answering:
                 return engine.submit_all(prompt.messages, prompt.images, self._decodings(max_new_tokens=room))
 
         try:
-            return await self.shared.in_thread(submit, abandoned=cancel)
+            return await self.shared.prepared(self._turn(prompt), submit, abandoned=cancel)
         except QueueFull as error:
             raise overloaded(f"{error}", error.retry_after) from None
         except Closed:
             raise ApiError(503, "the server is stopping", code="stopping") from None
         except Exception as error:
             raise of_exception(error) from error
+
+    def _turn(self, prompt: Prompt) -> Turn:
+        """The line for what takes longest in it."""
+        if prompt.images:
+            return self.shared.pictured
+        return self.shared.worded if self.decoding["json_schema"] is None else self.shared.formed
 
     def _decodings(self, **changed: Any) -> list[Decoding]:
         """One for each answer, with a seed of its own where the request has one."""

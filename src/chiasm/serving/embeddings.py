@@ -12,6 +12,7 @@ from chiasm.serving.body import Lease, lease_of, limited_route
 from chiasm.serving.chat import GONE
 from chiasm.serving.errors import RESPONSES, ApiError, of_exception
 from chiasm.serving.messages import ImagePart, Part, WordPart
+from chiasm.serving.plain import PlainTexts
 from chiasm.serving.prompt import read_pictures
 from chiasm.serving.schema import EmbeddingRequest
 from chiasm.serving.served import EmbeddingModel, Shared
@@ -73,12 +74,16 @@ def _text(model: EmbeddingModel, item: str | list[int] | WordPart) -> str:
     if any(token >= len(tokenizer) for token in item):
         known = f"0 to {len(tokenizer) - 1}"
         raise ApiError(400, f"a token id is outside of the vocabulary: {known}.", param="input", code="unknown_token")
-    return str(tokenizer.decode(item))
+    text = str(tokenizer.decode(item, skip_special_tokens=True))  # the frame of a text is put around it anew
+    if not text:
+        raise ApiError(400, "token ids without a single word.", param="input", code="no_words")
+    return text
 
 
 def _run(model: EmbeddingModel, texts: list[str], pictures: list[Any]) -> tuple[list[torch.Tensor], int]:
     """Vectors of the texts and then of the pictures, and how many tokens the texts have."""
-    encoder = model.encoder
+    encoder, plain = model.encoder, PlainTexts(model.encoder.processor)
+    texts = [plain(text) for text in texts]
     rows: list[torch.Tensor] = []
     tokens = 0
     if texts:

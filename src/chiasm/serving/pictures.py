@@ -3,28 +3,38 @@
 import base64
 import binascii
 import warnings
+from collections.abc import Callable
 from io import BytesIO
 
 from PIL import Image
 
 from chiasm.serving.errors import ApiError
+from chiasm.serving.jpeg import survey
 from chiasm.serving.settings import Limits
 from chiasm.vision.pictures import to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 BYTES_PER_PIXEL = 4
-JPEG = ("JPEG", "MPO")
-"""MPO is several of them in one file, of which the first is read."""
-SCAN, SCANS = b"\xff\xda", 100
-"""Every scan of a progressive JPEG goes through the whole picture; encoders write about ten."""
-EXIF, EXIFS = b"Exif\0\0", 100
-"""Blocks of it are joined one by one, each time with a copy of all before."""
 READS = 50_000
 """Pieces that a file is read in, each of them a step in Python; a real one of 24 MB takes a few thousand."""
 RLE = (1, 2)
 """Run-length compressions of BMP, which Pillow unpacks in Python, pixel by pixel."""
 ESCAPED = {"%2B": "+", "%2b": "+", "%2F": "/", "%2f": "/", "%3D": "=", "%3d": "="}
 """How a URL may write what base64 has beside letters and digits."""
+
+
+def load(source: str | bytes, limits: Limits, param: str, take: Callable[[int], None]) -> Image.Image:
+    """The picture of a data URL or a file's bytes in RGB.
+
+    Args:
+        take: is told the memory that it needs, before it is decoded.
+
+    Raises:
+        ApiError: it is no picture, or has too many pixels.
+    """
+    data = from_data_url(source, param) if isinstance(source, str) else source
+    take(BYTES_PER_PIXEL * pixels(data, limits, param))
+    return decode(data, param)
 
 
 def from_data_url(url: str, param: str) -> bytes:
@@ -49,9 +59,7 @@ def pixels(data: bytes, limits: Limits, param: str) -> int:
         ApiError: it is no picture, or has too many.
     """
     with _open(data, param) as picture:
-        (width, height), scans = picture.size, data.count(SCAN) if picture.format in JPEG else 1
-    if scans > SCANS:
-        raise invalid(f"its JPEG has {scans:,} scans, more than {SCANS}", param)
+        width, height = picture.size
     if width * height > limits.pixels:
         raise invalid(f"{width} × {height} pixels are more than {limits.pixels:,}", param)
     if max(width, height) > limits.side_ratio * max(1, min(width, height)):
@@ -82,13 +90,13 @@ class _Counted(BytesIO):
     def read(self, size: int | None = -1, /) -> bytes:
         self.reads += 1
         if self.reads > READS:
-            raise invalid(f"it is cut into more than {READS:,} pieces; save it anew", self.param)
+            raise _too_many_pieces(self.param)
         return super().read(size)
 
 
 def _open(data: bytes, param: str) -> Image.Image:
-    if data.startswith(b"\xff\xd8") and (blocks := data.count(EXIF)) > EXIFS:
-        raise invalid(f"its JPEG has {blocks:,} blocks of EXIF, more than {EXIFS}", param)
+    if data.startswith(b"\xff\xd8"):
+        _check_jpeg(data, param)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -103,6 +111,18 @@ def _open(data: bytes, param: str) -> Image.Image:
     if picture.format == "BMP" and picture.info.get("compression") in RLE:
         raise invalid("its BMP is run-length encoded; save it uncompressed, or as PNG", param)
     return picture
+
+
+def _check_jpeg(data: bytes, param: str) -> None:
+    found = survey(data, READS)
+    if found.pieces > READS:
+        raise _too_many_pieces(param)
+    if (excess := found.excess()) is not None:
+        raise invalid(f"its JPEG has {excess}", param)
+
+
+def _too_many_pieces(param: str) -> ApiError:
+    return invalid(f"it is cut into more than {READS:,} pieces; save it anew", param)
 
 
 def invalid(reason: str, param: str) -> ApiError:

@@ -1,6 +1,5 @@
 """A request's messages → Chiasm's: words without special tokens, and pictures fetched, checked and decoded."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,6 +14,7 @@ from chiasm.serving.body import Lease
 from chiasm.serving.errors import ApiError
 from chiasm.serving.messages import ImagePart
 from chiasm.serving.messages import Message as Given
+from chiasm.serving.plain import Plain
 from chiasm.serving.served import ChatModel, Shared
 
 ROLES = {"developer": "system"}
@@ -33,7 +33,7 @@ async def read_prompt(shared: Shared, model: ChatModel, given: Sequence[Given], 
         ApiError: too long a text, too many pictures, or one that cannot be had.
     """
     _check_length(given, model.characters)
-    plain = Plain(model.processor)
+    plain = plain_of(model.processor)
     messages: list[Message] = []
     urls: list[tuple[str, str]] = []
     for number, message in enumerate(given):
@@ -41,6 +41,11 @@ async def read_prompt(shared: Shared, model: ChatModel, given: Sequence[Given], 
         urls += found
         messages.append({"role": ROLES.get(message.role, message.role), "content": parts})
     return Prompt(messages, await read_pictures(shared, urls, lease))
+
+
+def plain_of(processor: ChiasmProcessor) -> Plain:
+    """Words without the special tokens of a chat and its pictures."""
+    return Plain(processor.tokenizer, IMAGE_TOKEN, processor.image_token)
 
 
 def _check_length(given: Sequence[Given], most: int) -> None:
@@ -52,7 +57,7 @@ def _check_length(given: Sequence[Given], most: int) -> None:
         raise ApiError(400, message, param="messages", code="context_length_exceeded")
 
 
-def _parts(message: Given, param: str, plain: "Plain") -> tuple[Any, list[tuple[str, str]]]:
+def _parts(message: Given, param: str, plain: Plain) -> tuple[Any, list[tuple[str, str]]]:
     """A message's content for the chat template, and its pictures' addresses with their places in the request.
 
     Texts that follow each other become one, as templates join them: no special token hides in the seam.
@@ -74,30 +79,6 @@ def _parts(message: Given, param: str, plain: "Plain") -> tuple[Any, list[tuple[
     return parts, [(part.image_url.url, f"{param}[{place}].image_url.url") for place, part in shown]
 
 
-class Plain:
-    """Texts in which a model's special tokens are words like others: a space parts their first letter from the rest.
-
-    So nobody's words end a turn, take another role or stand for a picture.
-    """
-
-    def __init__(self, processor: ChiasmProcessor) -> None:
-        tokenizer = processor.tokenizer
-        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        marks = {*added, *tokenizer.all_special_tokens, IMAGE_TOKEN, processor.image_token}
-        longest = sorted((mark for mark in marks if len(mark) > 1), key=len, reverse=True)
-        self._marks = re.compile("|".join(map(re.escape, longest)))
-
-    def __call__(self, text: str) -> str:
-        return self._marks.sub(lambda mark: f"{mark[0][0]} {mark[0][1:]}", text)
-
-    def check(self, texts: Sequence[str], param: str) -> None:
-        """Refuses texts that spell a special token together: some templates show all pictures before the words."""
-        for pieces in (texts, [text.strip() for text in texts]):
-            if self("".join(pieces)) != "".join(map(self, pieces)):
-                message = "texts around a picture are a special token of the model together; put a space inside of it"
-                raise ApiError(400, message, param=param)
-
-
 async def read_pictures(shared: Shared, urls: list[tuple[str, str]], lease: Lease) -> list[Image.Image]:
     """Pictures by their addresses, each with its place in the request."""
     limits = shared.settings.limits
@@ -112,11 +93,8 @@ async def read_pictures(shared: Shared, urls: list[tuple[str, str]], lease: Leas
     fetched = [await _bytes(shared, url, param, lease) for url, param in urls]
     found = []
     for data, (url, param) in zip(fetched, urls, strict=True):
-        async with shared.turn:
-            if data is None:
-                data = await shared.in_thread(pictures.from_data_url, url, param)
-            lease.take(pictures.BYTES_PER_PIXEL * await shared.in_thread(pictures.pixels, data, limits, param))
-            found.append(await shared.in_thread(pictures.decode, data, param))
+        source = url if data is None else data
+        found.append(await shared.prepared(shared.pictured, pictures.load, source, limits, param, lease.take))
     return found
 
 

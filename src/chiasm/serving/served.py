@@ -1,10 +1,9 @@
 """What a server holds: models by name, and what their requests share."""
 
-import asyncio
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -95,7 +94,12 @@ Served = ChatModel | EmbeddingModel
 
 
 class Shared:
-    """Models by name, settings, and the threads, memory and numbers that requests share."""
+    """Models by name, settings, and the threads, memory and numbers that requests share.
+
+    Attributes:
+        pictured, formed, worded: turns of questions that are read and prepared, by what takes longest in them: their
+            pictures, the form of their answers, or nothing, so that these wait for none of the others.
+    """
 
     def __init__(self, models: Sequence[Served], settings: Settings, fetcher: Fetcher | None = None) -> None:
         self.models = {model.name: model for model in models}
@@ -109,9 +113,10 @@ class Shared:
         self._lookups = Lookups(limits.lookups, limits.line)
         self.fetch = fetcher or Fetcher(limits.body_bytes, limits.fetch_seconds, self._lookups)
         self.metrics = Metrics({model.name: model.engine for model in models if isinstance(model, ChatModel)})
-        self.turn = asyncio.Semaphore(limits.pending)
+        self.pictured, self.formed, self.worded = (Turn(limits.pending) for _ in range(3))
         self.looking = Turn()
-        self._threads = ThreadPoolExecutor(limits.pending + 2, thread_name_prefix="chiasm-http")
+        places = 3 * limits.pending + len(models) + 1
+        self._threads = ThreadPoolExecutor(places, thread_name_prefix="chiasm-http")
 
     def chat_model(self, name: str) -> ChatModel:
         model = self.named(name)
@@ -142,29 +147,24 @@ class Shared:
         chatting = (model for model in self.models.values() if isinstance(model, ChatModel))
         return next((model.name for model in chatting if not model.engine.alive), None)
 
-    async def in_thread(
-        self, function: Callable[..., T], *args: Any, abandoned: Callable[[T], object] | None = None
-    ) -> T:
-        """Runs what takes long beside the event loop.
-
-        Args:
-            abandoned: gets the result if nobody waits for it any more.
-        """
-        future = self._threads.submit(function, *args)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            if abandoned is not None and not future.cancelled():
-                future.add_done_callback(lambda done: _give(done, abandoned))
-            raise
-
     async def in_turn(self, turn: Turn, function: Callable[..., T], *args: Any) -> T:
-        """The same when its turn has come.
+        """Runs what takes long beside the event loop, when its turn has come.
 
         Raises:
             ApiError: too many are in line.
         """
         return await turn.run(self._threads, self.settings.limits.line, function, *args)
+
+    async def prepared(
+        self, turn: Turn, function: Callable[..., T], *args: Any, abandoned: Callable[[T], object] | None = None
+    ) -> T:
+        """The same for the questions of a chat, all of which may be in line.
+
+        Args:
+            abandoned: gets the result if nobody waits for it any more.
+        """
+        line = self.settings.limits.connections
+        return await turn.run(self._threads, line, function, *args, abandoned=abandoned)
 
     def close(self) -> None:
         """Ends when every answer that has begun is there."""
@@ -173,8 +173,3 @@ class Shared:
                 model.engine.close()
         self._threads.shutdown()
         self._lookups.close()
-
-
-def _give(future: "Future[T]", abandoned: Callable[[T], object]) -> None:
-    if not future.cancelled() and future.exception() is None:
-        abandoned(future.result())

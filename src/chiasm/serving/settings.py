@@ -30,7 +30,8 @@ class Limits:
         connections: open at once.
         line: embedding requests of a model, looks at answers, and names to look up, that wait for those that run.
         lookups: names of pictures' addresses that are looked up at once.
-        pending: requests that are read and prepared at once; more wait.
+        pending: questions with pictures that are read and prepared at once, as many with forms of their answers, and as
+            many of words alone; more wait.
     """
 
     body_bytes: int = 32 * MIB

@@ -17,8 +17,18 @@ class Turn:
     def __init__(self, places: int = 1) -> None:
         self.places, self.waiting = asyncio.Semaphore(places), 0
 
-    async def run(self, threads: Executor, line: int, function: Callable[..., T], *args: Any) -> T:
+    async def run(
+        self,
+        threads: Executor,
+        line: int,
+        function: Callable[..., T],
+        *args: Any,
+        abandoned: Callable[[T], object] | None = None,
+    ) -> T:
         """Runs a function when its turn has come, which lasts until that ends, also where nobody waits for it any more.
+
+        Args:
+            abandoned: gets the result if nobody waits for it any more.
 
         Raises:
             ApiError: as many as `line` wait already.
@@ -42,4 +52,14 @@ class Turn:
                 loop.call_soon_threadsafe(self.places.release)
 
         future.add_done_callback(leave)
-        return await asyncio.wrap_future(future)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if abandoned is not None:
+                future.add_done_callback(lambda done: _give(done, abandoned))
+            raise
+
+
+def _give(future: Future[T], abandoned: Callable[[T], object]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        abandoned(future.result())

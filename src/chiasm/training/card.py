@@ -5,9 +5,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from chiasm.sources.uploading import CARD
+from chiasm.training.card_metadata import SOURCES, metadata, origin, origins, scores
+from chiasm.training.card_usage import usage
 from chiasm.training.log import read_log
 
-CARD, OURS = "README.md", "library_name: chiasm"
+LIBRARY = "chiasm"
+OURS = f"library_name: {LIBRARY}"
 
 
 def write_card(
@@ -23,14 +27,23 @@ def write_card(
     source = Path(model.name_or_path or "", CARD)
     text = source.read_text(encoding="utf-8") if run is None and model.name_or_path and source.is_file() else ""
     if OURS not in text:
-        text = model_card(model, _history(run), facts or {})
+        events = _events(run)
+        validation = list(_last(events, "validation").values())[-1:]
+        text = model_card(model, _history(run, events), facts or {}, *validation)
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def model_card(model: PreTrainedModel, history: list[str], facts: dict[str, str]) -> str:
-    """The card's text."""
+def model_card(
+    model: PreTrainedModel, history: list[str], facts: dict[str, str], validation: dict[str, Any] | None = None
+) -> str:
+    """The card's text.
+
+    Args:
+        history: sections of a run.
+        validation: fields of the run's last one.
+    """
     config = model.config
-    vision, language = (_named(getattr(config, name, None)) for name in ("vision_config", "text_config"))
+    vision, language = (_named(getattr(config, name, None)) for name in SOURCES)
     rows: dict[str, str] = {
         "vision encoder": vision,
         "language model": language,
@@ -41,36 +54,52 @@ def model_card(model: PreTrainedModel, history: list[str], facts: dict[str, str]
     }
     if (places := getattr(model, "num_image_tokens", None)) is not None:
         rows["places of a picture in the sequence"] = str(places)
-    task = "image-text-to-text" if model.can_generate() else "zero-shot-image-classification"
+    name = f"{vision} + {language}"
     lines = [
         "---",
-        OURS,
-        f"pipeline_tag: {task}",
-        "tags: [chiasm, vision-language]",
+        metadata(model, name, LIBRARY, validation or {}).strip(),
         "---",
         "",
-        f"# A vision-language model: {vision} + {language}",
+        f"# A vision-language model: {name}",
         "",
-        'Connected and trained with Chiasm. `chiasm.load("this folder or hub id")` reads it.',
+        "Connected and trained with Chiasm.",
         "",
+        *usage(model),
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+        "## Licence",
+        "",
+        *_licence(model),
         "",
         *history,
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _history(run: Path | None) -> list[str]:
+def _licence(model: PreTrainedModel) -> list[str]:
+    told = [f"- {one.name}: {one.licence or 'see where it came from'}" for one in origins(model)]
+    return ["The licences of what this model was made of apply to it:", "", *told]
+
+
+def _events(run: Path | None) -> list[dict[str, Any]]:
+    return [] if run is None or not (run / "log.jsonl").is_file() else read_log(run / "log.jsonl")
+
+
+def _history(run: Path | None, events: list[dict[str, Any]]) -> list[str]:
     """The sections of a run: recipe, data, freeze plan, scores, cost."""
-    if run is None or not (run / "log.jsonl").is_file():
+    if run is None or not events:
         return []
-    events = read_log(run / "log.jsonl")
     lines = ["## Data", "", *_data(events), "", "## Stages", ""]
     lines += ["| stage | steps | objectives | what was trained | validation loss, with a wrong picture | time |"]
     lines += ["|---|---|---|---|---|---|"]
     lines += [_stage(events, plan) for plan in _last(events, "plan").values()]
+    last = [*_last(events, "validation").values()][-1:]
+    told = [f"| {skill} | {right} of {asked} |" for skill, right, asked in scores(last[0] if last else {})]
+    if told:
+        lines += ["", "## Scores", "", "Held-out questions of the last stage, by skill.", ""]
+        lines += ["| skill | right |", "|---|---|", *told]
     peak = max((event.get("peak_memory_bytes") or 0 for event in events), default=0)
     lines += ["", f"Peak memory of training: {peak / 2**20:,.0f} MiB." if peak else "", "", "## Recipe", "", "```yaml"]
     return [*lines, (run / "recipe.yaml").read_text(encoding="utf-8").strip(), "```"]
@@ -98,11 +127,7 @@ def _last(events: list[dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
 
 
 def _named(config: Any) -> str:
-    if config is None:
-        return "none"
-    name = getattr(config, "_name_or_path", "") or ""
-    short = Path(name).name if name.startswith("/") else name
-    return f"{short} ({config.model_type})" if short else str(config.model_type)
+    return "none" if config is None else origin(config).name
 
 
 def _size(module: Any) -> int:

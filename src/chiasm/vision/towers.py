@@ -61,6 +61,7 @@ CONVOLUTIONAL = ("efficientnet_lite", "convnext", "convnextv2", "dinov3_convnext
 without attention, so that every attention implementation suits them."""
 
 UNSUITABLE = {
+    "chiasm": "it is a whole image-text model; name its encoder: chiasm.load(...).model.vision.model",
     "pixtral": "it joins the pictures of a batch into one sequence",
     "vit_mae": "it drops most patches at random; set model_type to 'vit' in its config.json to read all of them",
 }

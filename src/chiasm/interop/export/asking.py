@@ -32,6 +32,10 @@ PROMPT_NOTE = (
     "this processor takes no chat template: write the prompt with processor.tokenizer.apply_chat_template("
     "messages, add_generation_prompt=True, tokenize=False), and call processor(images=..., text=prompt)"
 )
+ONE_PICTURE_NOTE = (
+    "this processor puts one picture in front of all words: its template refuses a conversation with more pictures, or "
+    "with a system turn or other words in front of one"
+)
 PIECES_NOTE = (
     "Idefics' processor takes no chat template, but texts and pictures in turn: processor(text=['User:', picture, "
     "'What?<end_of_utterance>\\nAssistant:'], add_end_of_utterance_token=False)"

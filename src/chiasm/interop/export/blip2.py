@@ -16,7 +16,7 @@ from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.interop.blip2 import all_tokens, blip2_table, qformer_settings
-from chiasm.interop.export.asking import PROMPT_NOTE, by_prompt
+from chiasm.interop.export.asking import ONE_PICTURE_NOTE, PROMPT_NOTE, by_prompt
 from chiasm.interop.export.parts import (
     Exported,
     filled,
@@ -63,7 +63,7 @@ def export_blip2(model: FusionModel, processor: ChiasmProcessor | None) -> Expor
     theirs = filled(family, config, model, blip2_table(config), ours)
     if processor is None:
         return Exported(theirs, None)
-    return Exported(theirs, _processor(model, processor), notes=(PROMPT_NOTE,), ask=by_prompt)
+    return Exported(theirs, _processor(model, processor, kind), notes=(PROMPT_NOTE, ONE_PICTURE_NOTE), ask=by_prompt)
 
 
 def _config(model: FusionModel) -> Any:
@@ -94,8 +94,9 @@ def _config(model: FusionModel) -> Any:
     )
 
 
-def _processor(model: FusionModel, processor: ChiasmProcessor) -> Any:
-    images, words = published_images(processor.image_processor), words_behind_pictures(processor)
+def _processor(model: FusionModel, processor: ChiasmProcessor, kind: str) -> Any:
+    images = published_images(processor.image_processor)
+    words = words_behind_pictures(processor, kind, isinstance(processor, InstructionProcessor))
     tokens = model.config.connector["num_queries"]
     if isinstance(processor, InstructionProcessor):
         return InstructBlipProcessor(images, words, processor.instruction_tokenizer, num_query_tokens=tokens)

@@ -65,7 +65,7 @@ def depth(model: FusionModel) -> int:
     require(
         fits and not features.interpolate_positions and features.layers[0].grid == features.grid,
         "llama.cpp reads the patches of one hidden state of a square picture, this model reads more or less",
-        f"connect with features={{'layers': [-2]}} and without image_size, or {ELSEWHERE}",
+        f"connect with features={{'layers': [-2]}} and a square image_size, or {ELSEWHERE}",
     )
     require(
         tower.model_type not in MASKED or positions(features.grid[0]) == list(range(features.grid[0])),

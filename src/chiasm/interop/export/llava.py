@@ -22,8 +22,8 @@ from chiasm.vision.encoder import VisionEncoder
 from chiasm.vision.probe import pair, twin
 
 FIT = (
-    "it reads hidden states of the encoder's own size by their numbers, all tokens or all but the first: connect with "
-    "features={'layers': [-2]} and without image_size, or convert --to onnx"
+    "it reads hidden states by their numbers, all tokens or all but the first: connect with features={'layers': [-2]} "
+    "and a square image_size, or convert --to onnx"
 )
 
 

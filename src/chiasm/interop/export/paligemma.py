@@ -14,16 +14,12 @@ from chiasm.interop.export.parts import (
     text_settings,
 )
 from chiasm.interop.export.pictures import published_images
-from chiasm.interop.export.prompts import portable_tokenizer, writes
+from chiasm.interop.export.prompts import SPREAD, portable_tokenizer, writes
 from chiasm.interop.paligemma import TEMPLATE, chiasm_config, table
+from chiasm.interop.parts import HEAD, TAIL
 
-PORTABLE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% endif %}"
-    "{% endfor %}{% endfor %}{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
-)
-"""Pictures and prompt: PaliGemma's own processor writes the beginning of text and the line break."""
+PORTABLE = HEAD + SPREAD + TEMPLATE + TAIL + "{{ (prompt | replace(bos_token, '')).removesuffix('\n') }}"
+"""PaliGemma's own processor writes the beginning of text and the last line break."""
 
 
 def export_paligemma(model: FusionModel, processor: ChiasmProcessor | None) -> Exported:

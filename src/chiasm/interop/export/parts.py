@@ -19,7 +19,10 @@ from chiasm.interop.parts import DIRECT_HEAD
 from chiasm.interop.weights import DERIVED, Table, counterpart
 from chiasm.language.adapter import vocabulary
 from chiasm.language.generation_settings import change
+from chiasm.vision.encoder import VisionEncoder
 from chiasm.vision.features import VisionFeatures
+from chiasm.vision.probe import twin
+from chiasm.vision.resampling import at_own_size
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -50,6 +53,19 @@ def merged(model: Model) -> Model:
     model = copy.deepcopy(model)
     merge_adapters(model)
     return model
+
+
+def resampled(model: Model) -> Model:
+    """The model with an encoder that has positions of its own for the pictures that it takes: itself, or a copy with
+    the same weights elsewhere."""
+    encoder: Any = getattr(model, "vision", None)
+    vision = at_own_size(encoder) if isinstance(encoder, VisionEncoder) else encoder
+    if vision is encoder:
+        return model
+    copied: Any = twin(model)
+    copied.vision, copied.config.vision_config = vision, vision.model.config
+    copied.config.features = vision.features.to_dict()
+    return copied
 
 
 def rows(model: FusionModel) -> int:
@@ -85,11 +101,11 @@ def unchosen(model: FusionModel) -> dict[str, Tensor]:
     return state
 
 
-def headed(model: FusionModel) -> dict[str, Tensor]:
+def headed(model: FusionModel, count: int | None = None) -> dict[str, Tensor]:
     """`weights` for an image-text model whose own head has no bias: one of zeros is left out."""
     bias = getattr(model.get_output_embeddings(), "bias", None)
     names = [name for name, parameter in model.named_parameters() if parameter is bias]
-    return {name: tensor for name, tensor in weights(model).items() if name not in names}
+    return {name: tensor for name, tensor in weights(model, count).items() if name not in names}
 
 
 def text_config(model: FusionModel) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from chiasm.data.chat import IMAGE_TOKEN, PLAIN_TEMPLATE, parts, render
 from chiasm.data.processor import ChiasmProcessor
+from chiasm.interop.parts import BEGUN, DONE, HEAD, TAIL
 
 GATHER = (
-    "{%- set gathered = namespace(messages=[]) -%}"
-    "{%- for message in messages -%}"
+    BEGUN + "{%- for message in messages -%}"
     "{%- set words = namespace(text='') -%}"
     "{%- if message['content'] is string -%}{%- set words.text = message['content'] -%}"
     "{%- else -%}{%- for part in message['content'] -%}"
@@ -21,15 +21,23 @@ GATHER = (
     "{%- else -%}{%- set words.text = words.text + part['text'] -%}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
     "{%- set gathered.messages = gathered.messages + [dict(message, content=CONTENT)] -%}"
-    "{%- endfor -%}"
-    "{%- set messages = gathered.messages -%}{{ '' }}"
+    "{%- endfor -%}" + DONE
 )
 """In front of a template for texts: parts become one text, with `<image>` and a line break for a picture."""
+
+SPREAD = (
+    BEGUN + "{%- for message in messages -%}"
+    "{%- set content = message['content'] -%}"
+    "{%- if content is string -%}{%- set content = [{'type': 'text', 'text': content}] -%}{%- endif -%}"
+    "{%- set gathered.messages = gathered.messages + [dict(message, content=content)] -%}"
+    "{%- endfor -%}" + DONE
+)
+"""In front of a template that walks over parts: a content that is a text becomes one."""
 
 CONTENTS = ("words.text", "[{'type': 'text', 'text': words.text}]")
 """How a message's text is given to the template that follows: as a string, or as the only part."""
 
-_USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+_USER: dict[str, Any] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
 _ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
 _MORE = {"role": "user", "content": [{"type": "text", "text": "Sure?"}]}
 
@@ -77,17 +85,20 @@ PROBES: tuple[list[dict[str, Any]], ...] = ([_USER], [_MORE], [_USER, _ANSWER, _
 
 
 def portable_template(processor: ChiasmProcessor) -> str:
-    """A chat template that writes of parts what Chiasm writes of them.
+    """A chat template that writes of parts what Chiasm writes of them, and of contents that are texts.
 
     Raises:
         ValueError: neither the tokenizer's own template does, nor one with a prelude.
     """
     words = processor.tokenizer
     own = words.get_chat_template() if words.chat_template else PLAIN_TEMPLATE
-    for template in (own, *(GATHER.replace("CONTENT", content) + own for content in CONTENTS)):
-        template = template.replace(IMAGE_TOKEN, processor.image_token)
-        if all(_render(words, template, parts(probe)) == _expected(processor, probe) for probe in PROBES):
-            return template
+    preludes = ("", SPREAD, *(GATHER.replace("CONTENT", content) for content in CONTENTS))
+    templates = [(prelude + own).replace(IMAGE_TOKEN, processor.image_token) for prelude in preludes]
+    wanted = [_expected(processor, probe) for probe in PROBES]
+    for forms in ((parts, _said), (parts,)):
+        for template in templates:
+            if all([_render(words, template, form(probe)) for probe in PROBES] == wanted for form in forms):
+                return template
     raise ValueError(
         "the chat template writes a picture in a way that no template for transformers' processors was found for; "
         f"give the tokenizer a chat_template that writes {IMAGE_TOKEN} for image parts"
@@ -139,6 +150,12 @@ def name_tokens(words: PreTrainedTokenizerBase, tokens: dict[str, str]) -> None:
         setattr(words, name, token)
 
 
+def _said(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same conversation with texts for contents that are words alone."""
+    contents = [(turn, turn["content"]) for turn in parts(messages)]
+    return [{**turn, "content": said[0]["text"] if len(said) == 1 else said} for turn, said in contents]
+
+
 def _expected(processor: ChiasmProcessor, messages: list[dict[str, Any]]) -> str:
     text = render(processor.tokenizer, messages, add_generation_prompt=True).text
     return text.replace(IMAGE_TOKEN, processor.image_token)
@@ -172,12 +189,33 @@ def without_ending(processor: ChiasmProcessor, ending: str) -> str:
             f"the other processor ends prompts with {ending!r}, this model's chat template with {unlike[-16:]!r}; "
             f"give the tokenizer a chat_template that ends with {ending!r}"
         )
-    return f"{{% set prompt %}}{portable_template(processor)}{{% endset %}}{{{{ prompt[:-{len(ending)}] }}}}"
+    return f"{HEAD}{portable_template(processor)}{TAIL}{{{{ prompt[:-{len(ending)}] }}}}"
 
 
-def words_behind_pictures(processor: ChiasmProcessor) -> PreTrainedTokenizerBase:
-    """A tokenizer for processors that put pictures in front of everything and read the prompt as an instruction too:
-    its chat template writes neither pictures nor the marks around a text, which the tokenizer adds.
+ONE_PICTURE = (
+    "{% set pictures = prompt.split('<image>') | length - 1 %}"
+    "{% if pictures > 1 or (pictures and not prompt.startswith('<image>')) %}"
+    "{{ raise_exception(\"KIND's processor puts one picture in front of all words; a conversation with more, or with "
+    "words in front of it, is for Chiasm's own server\") }}{% endif %}"
+)
+"""Behind a prompt: what the other processor would write in another order is refused."""
+
+ONE_TURN = (
+    "{% if pictures and messages | length > 1 %}"
+    "{{ raise_exception(\"KIND's processor takes all words for the instruction; a conversation of several turns is for "
+    "Chiasm's own server\") }}{% endif %}"
+)
+"""The same where the connector reads the last question alone."""
+
+
+def words_behind_pictures(processor: ChiasmProcessor, kind: str, instructed: bool) -> PreTrainedTokenizerBase:
+    """A tokenizer for processors that put a picture in front of everything and read the prompt as an instruction too:
+    its chat template writes neither pictures nor the marks around a text, which the tokenizer adds, and refuses
+    conversations that would be read in another order.
+
+    Args:
+        kind: of checkpoint, for what is refused.
+        instructed: whether the connector reads the prompt.
 
     Raises:
         ValueError: the model's prompts have pictures elsewhere.
@@ -188,18 +226,24 @@ def words_behind_pictures(processor: ChiasmProcessor) -> PreTrainedTokenizerBase
         bare = text.replace(processor.image_token, "")
         if text != processor.image_token * text.count(processor.image_token) + bare:
             raise ValueError(
-                "BLIP-2's processor puts a picture in front of the prompt, this model's chat template inside of it; "
+                f"{kind}'s processor puts a picture in front of the prompt, this model's chat template inside of it; "
                 "connect with a chat_template that begins with <image>"
             )
         texts.append(bare)
     begin, end = words.bos_token, words.eos_token
     begin = begin if begin and all(text.startswith(begin) for text in texts) else ""
     end = end if end and all(text.endswith(end) for text in texts) else ""
+    if instructed and texts[0].removeprefix(begin).removesuffix(end).strip() != _USER["content"][1]["text"]:
+        raise ValueError(
+            f"{kind}'s processor reads the whole prompt as the instruction, this model the question alone; "
+            "connect with a chat_template that writes a question and nothing around it"
+        )
     if begin or end:
         ids = [(mark, words.convert_tokens_to_ids(mark)) for mark in {begin, end} - {""}]
         framed = " ".join(filter(None, [begin, "$A", end]))
         words.backend_tokenizer.post_processor = processors.TemplateProcessing(single=framed, special_tokens=ids)
     kept = f"[{len(begin)}:{-len(end) if end else ''}]"
     template = portable_template(processor).replace(processor.image_token, "<image>")
-    words.chat_template = f"{{% set prompt %}}{template}{{% endset %}}{{{{ (prompt | replace('<image>', '')){kept} }}}}"
+    refusals = (ONE_PICTURE + (ONE_TURN if instructed else "")).replace("KIND", kind)
+    words.chat_template = f"{HEAD}{template}{TAIL}{refusals}{{{{ (prompt | replace('<image>', '')){kept} }}}}"
     return words

@@ -1,9 +1,10 @@
 // The server's interface, as this page needs it.
 
 export class ApiError extends Error {
-  constructor(status, message, retryAfter) {
+  constructor(status, message, retryAfter, code = null) {
     super(message);
     this.status = status;
+    this.code = code;
     this.retryAfter = retryAfter;
   }
 }
@@ -13,7 +14,7 @@ async function call(path, key, options = {}) {
   const response = await fetch(path, { ...options, headers });
   if (response.ok) return response;
   const body = await response.json().catch(() => null);
-  throw new ApiError(response.status, body?.error?.message ?? response.statusText, response.headers.get("Retry-After") ?? "?");
+  throw new ApiError(response.status, body?.error?.message ?? response.statusText, response.headers.get("Retry-After") ?? "?", body?.error?.code);
 }
 
 export async function listModels(key) {

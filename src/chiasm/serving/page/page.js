@@ -111,12 +111,15 @@ function offerLook(card, model, messages) {
         await look(card, { model, messages }, key());
         figure.dataset.ready = "yes";
       } catch (error) {
-        complain(card.querySelector(".note"), error);
+        if (error.code === "no_attention") card.querySelector(".note").textContent += ` · ${word("unseen")}`;
+        else complain(card.querySelector(".note"), error);
+        button.hidden = error.code === "no_attention";
       }
       button.disabled = false;
     }
     figure.hidden = !(open && figure.dataset.ready);
     card.classList.toggle("looking", !figure.hidden);
+    for (const one of card.querySelectorAll(".word")) one.disabled = figure.hidden;   // plain text again
     button.setAttribute("aria-expanded", String(!figure.hidden));
     label.dataset.word = figure.hidden ? "look" : "hide";
     label.textContent = word(label.dataset.word);
