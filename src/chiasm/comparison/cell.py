@@ -21,7 +21,7 @@ from chiasm.comparison.budget import samples_within
 from chiasm.comparison.choices import Choice
 from chiasm.comparison.diagnostics import diagnose
 from chiasm.comparison.finding import find_pictures
-from chiasm.comparison.inputs import inputs_of, require_same
+from chiasm.comparison.inputs import INPUTS, inputs_of, require_same
 from chiasm.comparison.measure import measure
 from chiasm.comparison.peak_memory import peak_memory
 from chiasm.comparison.plan import Plan, Source
@@ -45,7 +45,7 @@ from chiasm.training.schema import Recipe
 
 CELLS, RESULT, ERROR, ATTENTION = "cells", "result.json", "error.txt", "attention.png"
 FEW_SHOT = "few-shot"
-EVALUATION, RUN, BUDGET, CODE, INPUTS = "evaluation", "run", "samples.json", "connector.sha256", "inputs.json"
+EVALUATION, RUN, BUDGET, CODE = "evaluation", "run", "samples.json", "connector.sha256"
 NEWER = (("data", "test_captions"), ("evaluation", "retrieval"), ("training", "forgetting"))
 """Keys that older plans have not: where they say nothing, cells that were finished without them stay finished."""
 Say = Callable[[str], None]

@@ -161,6 +161,12 @@ def write_all(
     )
 
 
+def _operations(number: float) -> str:
+    scales = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+    scale, unit = next(((scale, unit) for scale, unit in scales if number >= scale), (1e3, "k"))
+    return f"{number / scale:,.1f} {unit}FLOP"
+
+
 def in_words(plan: Plan) -> str:
     """The budget as the report says it."""
     kind, amount = plan.budget.kind, plan.budget.amount
@@ -171,12 +177,6 @@ def in_words(plan: Plan) -> str:
         "minutes": f"{amount:g} minutes of training steps",
     }
     return f"{words[kind]} for every cell"
-
-
-def _operations(number: float) -> str:
-    scales = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
-    scale, unit = next(((scale, unit) for scale, unit in scales if number >= scale), (1e3, "k"))
-    return f"{number / scale:,.1f} {unit}FLOP"
 
 
 def places(plans: Sequence[str], output: Path) -> list[tuple[str, Path]]:

@@ -11,6 +11,9 @@ from chiasm.comparison.choices import Choice
 from chiasm.comparison.plan import Plan
 from chiasm.data.containers import mixture_entries
 
+INPUTS = "inputs.json"
+"""In a cell's folder, what it was begun with."""
+
 TOLD = {".json", ".jsonl", ".yaml", ".yml", ".jinja", ".txt", ".csv", ".parquet", ".arrow", ".tar", ".safetensors"}
 """Kinds of files of a folder whose content counts; of others, such as pictures, the name and the size do."""
 
