@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from transformers import T5Config, T5ForConditionalGeneration
 
 import chiasm
-import tiny
 from chiasm.comparison import cell
 from chiasm.comparison import compare as comparing
-from chiasm.comparison.compare import cells_of, in_words, job_list
+from chiasm.comparison.compare import cells_of, job_list
 from chiasm.comparison.plan import load_plan
 from chiasm.comparison.results import read_results
 from chiasm.connectors import CONNECTORS
@@ -66,34 +64,6 @@ def test_a_stopped_cell_goes_on(plan: dict[str, Any], tmp_path: Path, monkeypatc
     again = chiasm.compare(plan, tmp_path / "run", only=["linear-early-frozen-seed0"])
     assert again.results[0]["summary"] == whole.results[0]["summary"]
     assert again.results[0]["training"]["curve"] == whole.results[0]["training"]["curve"]
-
-
-@pytest.mark.parametrize("changed", ["train/data.json", "language/model.safetensors"])
-def test_a_comparison_does_not_go_on_with_other_data(plan: dict[str, Any], changed: str, tmp_path: Path) -> None:
-    chiasm.compare(plan, tmp_path / "run", only=["linear-early-frozen"])
-    content = (tmp_path / changed).read_bytes()
-    (tmp_path / changed).write_bytes(content[:-9] + bytes(reversed(content[-9:])))
-    with pytest.raises(ValueError, match=f"{changed} has changed since .*linear-early-frozen-seed0 was begun"):
-        chiasm.compare(plan, tmp_path / "run")
-    (tmp_path / changed).write_bytes(content)
-    assert chiasm.compare(plan, tmp_path / "run", only=["linear-early-frozen"]).results
-
-
-def test_a_run_begun_on_other_data_starts_anew(
-    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(cell, "_evaluate", stop)
-        with pytest.raises(KeyboardInterrupt):
-            chiasm.compare(plan, tmp_path / "run", only=["linear-early-frozen"])
-    data = tmp_path / "train/data.json"
-    data.write_text(data.read_text().replace("green", "olive"))
-    again = chiasm.compare(plan, tmp_path / "run", only=["linear-early-frozen"]).results[0]
-    fresh = chiasm.compare(plan, tmp_path / "fresh", only=["linear-early-frozen"]).results[0]
-    assert again["training"]["curve"] == fresh["training"]["curve"]
 
 
 @pytest.mark.parametrize("budget", [{"tokens": 400}, {"flops": 5e7}, {"minutes": 0.001}])
@@ -240,50 +210,6 @@ def test_a_comparison_goes_on_after_a_cell_that_fails(
         comparing.compare(plan, tmp_path / "other", only=["linear-early-frozen"])
 
 
-def test_a_cell_of_a_process_leaves_its_traceback(
-    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any) -> Any:
-        raise ValueError("a loose wire")
-
-    def here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        with pytest.raises(ValueError, match="a loose wire"):
-            comparing.compare(plan, tmp_path / "run", only=[command[command.index("--only") + 1]])
-        return subprocess.CompletedProcess(command, 2, "", "one line for the user\n")
-
-    monkeypatch.setattr(comparing, "run_cell", broken)
-    monkeypatch.setattr(comparing.subprocess, "run", here)
-    done = comparing.compare(plan, tmp_path / "run", jobs=1)
-    assert set(done.failed.values()) == {"ValueError: a loose wire"}
-    for name in done.failed:
-        error = (tmp_path / "run/cells" / name / "error.txt").read_text()
-        assert error.startswith("Traceback") and "in broken" in error
-
-
-def test_minutes_are_not_measured_beside_other_cells(plan: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"linear-early-frozen-seed0 would get too few samples; leave out --jobs"):
-        comparing.compare(plan | {"budget": {"minutes": 1}}, tmp_path / "run", jobs=2)
-
-
-def test_flops_of_an_encoder_decoder(plan: dict[str, Any], tmp_path: Path) -> None:
-    marks = {"pad_token_id": 258, "eos_token_id": 257, "decoder_start_token_id": 258}
-    sizes = {"d_model": 36, "d_ff": 52, "d_kv": 7, "num_layers": 2, "num_heads": 5}
-    T5ForConditionalGeneration(T5Config(vocab_size=261, **sizes, **marks)).save_pretrained(tmp_path / "pair")
-    tiny.tokenizer().save_pretrained(tmp_path / "pair")
-    plan |= {"base": plan["base"] | {"language": str(tmp_path / "pair")}, "budget": {"flops": 5e7}}
-    done = comparing.compare(plan, tmp_path / "run", only=["linear-early-frozen"])
-    assert done.results[0]["samples"] >= 4
-    assert in_words(load_plan(plan)) == "50.0 MFLOP of training for every cell"
-
-
-def test_regions_that_divide_no_cell_stop_none(plan: dict[str, Any], tmp_path: Path) -> None:
-    """The encoder has 3 × 3 patches."""
-    plan |= {"base": plan["base"] | {"regions": [2, 2]}}
-    done = comparing.compare(plan, tmp_path / "run", only=["linear-early-frozen"])
-    assert done.results[0]["choice"]["named"] is False
-    assert "base.regions do not divide its tokens" in done.results[0]["notes"][0]
-
-
 LEAST = """
 import torch
 from torch import nn
@@ -312,20 +238,6 @@ class Slots(Connector):
 
 CONNECTORS = {"slots": Slots}
 """
-
-
-def test_a_map_that_cannot_be_drawn_costs_no_cell(
-    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file, told = tmp_path / "slots.py", list[str]()
-    wrong = "    def attention(self, features):\n        return features @ features\n\n\nCONNECTORS"
-    file.write_text(LEAST.replace("CONNECTORS", wrong, 1))
-    monkeypatch.setitem(CONNECTORS, "slots", own_connectors(str(file), {})["slots"])
-    plan |= {"grid": plan["grid"] | {"connector": ["slots"]}}
-    done = comparing.compare(plan, tmp_path / "run", say=told.append)
-    assert not done.failed and done.results[0]["attention"] is None
-    assert any("slots-early-frozen: no attention map: RuntimeError" in line for line in told)
-    assert "no attention map: RuntimeError" in done.report.read_text(encoding="utf-8")
 
 
 def test_the_least_connector_of_ones_own_and_what_a_change_of_its_file_does(
