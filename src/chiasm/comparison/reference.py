@@ -20,8 +20,8 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
 INTRODUCTION = """\
 # Every key of a plan
 
-A plan is a YAML file; [Comparing](comparison.md) shows one, and says what comes of it. An unknown key or a wrong value is
-refused with file and line.
+A plan is a YAML file; [Comparing](comparison.md) shows one, and says what comes of it. An unknown key or a wrong value
+is refused with file and line.
 
 This page is written by `chiasm recipe plan` from the code that reads plans.
 """
