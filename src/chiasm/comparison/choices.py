@@ -166,11 +166,11 @@ def _named(choice: Choice, plan: Plan, grid_of: Callable[[], Grid]) -> Choice | 
     regions = choice.regions(plan.base)
     if regions is None or choice.connector is None:
         return choice
-    options = dict(choice.connector)
+    options, patches = dict(choice.connector), grid_of()
     name = options.pop("name")
     try:
         with torch.device("meta"):
-            tokens = CONNECTORS[name](STAND_IN, STAND_IN, grid_of(), **options).token_grid
+            tokens = CONNECTORS[name](STAND_IN, STAND_IN, patches, **options).token_grid
     except Exception:  # of anybody's class, which the cell itself says in words of its own
         return choice
     if tokens is not None and not any(side % parts for side, parts in zip(tokens, regions, strict=True)):
