@@ -30,7 +30,7 @@ from chiasm.generation.slots import CacheShape, Slots
 from chiasm.language.adapter import load_language
 from chiasm.sources.aliases import ALIASES, SMOLLM2
 from chiasm.sources.fetch import download, unpack
-from measure import Block, Gate, Worker, foreign_text, in_turns, machine, quiet, ratio
+from measure import Block, Gate, foreign_text, in_turns, machine, quiet, ratio, start
 
 ALIAS = "smollm2-135m-instruct"
 STORY = "Write a long story about a cat that finds a lamp in the cellar of an old house by the sea, and lights it. " * 3
@@ -233,7 +233,9 @@ def language(alias: str = ALIAS) -> Any:
 
 def report(blocks: dict[str, list[Block]]) -> None:
     """The tables of the benchmark's README, of the parts that were measured."""
-    told = blocks["transformers"][0].result
+    if not blocks:
+        return
+    told = next(iter(blocks.values()))[0].result
     print(f"\nothers' load {foreign_text([block for found in blocks.values() for block in found])}")
     if "story" in told:
         _report_story(blocks)
@@ -241,12 +243,11 @@ def report(blocks: dict[str, list[Block]]) -> None:
         _table("side", "first token, ms", "second question, ms", "times")
         for name, found in _with(blocks, "again"):
             times = " | ".join(f"{_median(found, part) * 1e3:.0f}" for part in ("fresh", "again"))
-            print(f"| {name} | {times} | {_ratio(found, blocks['transformers'], 'again'):.1f} |")
+            print(f"| {name} | {times} | {_times(found, blocks, 'again')} |")
     if "chats" in told:
         _table("side", "chats at once, tokens/s", "times one by one")
         for name, found in _with(blocks, "chats"):
-            times = f"{_ratio(found, blocks['transformers'], 'chats'):.1f}"
-            print(f"| {name} | {1 / _median(found, 'chats'):.1f} | {times} |")
+            print(f"| {name} | {1 / _median(found, 'chats'):.1f} | {_times(found, blocks, 'chats')} |")
 
 
 def _report_story(blocks: dict[str, list[Block]]) -> None:
@@ -258,8 +259,8 @@ def _report_story(blocks: dict[str, list[Block]]) -> None:
     for name, found in blocks.items():
         speed, limit = 1 / _median(found, "story"), next(limits[key] for key in limits if key in name)
         peak = max(block.result["peak_bytes"] for block in found) / 2**30
-        times = _ratio(found, blocks["transformers"], "story")
-        print(f"| {name} | {speed:.1f} | {times:.2f} | {speed / limit:.0%} | {peak:.2f} |")
+        times = _times(found, blocks, "story", 2)
+        print(f"| {name} | {speed:.1f} | {times} | {speed / limit:.0%} | {peak:.2f} |")
 
 
 def _with(blocks: dict[str, list[Block]], part: str) -> list[tuple[str, list[Block]]]:
@@ -275,11 +276,13 @@ def _median(blocks: Sequence[Block], part: str) -> float:
     return statistics.median(block.result[part] for block in quiet(blocks))
 
 
-def _ratio(ours: Sequence[Block], theirs: Sequence[Block], part: str) -> float:
+def _times(ours: Sequence[Block], blocks: dict[str, list[Block]], part: str, digits: int = 1) -> str:
+    """How many times faster than transformers, where that has not failed."""
+
     def of(blocks: Sequence[Block]) -> list[Block]:
         return [Block({"seconds": block.result[part]}, block.foreign) for block in blocks]
 
-    return ratio(of(ours), of(theirs))
+    return f"{ratio(of(ours), of(blocks['transformers'])):.{digits}f}" if "transformers" in blocks else "–"
 
 
 def main() -> None:
@@ -304,14 +307,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = options.gguf or gguf(Path(folder))
         rest = ("process_time" if options.cpu_time else "perf_counter", options.tokens, options.parts, options.chats)
-        workers = {"transformers": Worker(transformers_side, *rest, threads=options.threads)}
-        for weights in options.weights:
-            workers[f"Chiasm {weights}"] = Worker(our_side, weights, *rest, threads=options.threads)
+        sides: dict[str, tuple[Any, ...]] = {"transformers": (transformers_side, *rest)}
+        sides |= {f"Chiasm {weights}": (our_side, weights, *rest) for weights in options.weights}
         if importlib.util.find_spec("xllamacpp"):
-            arguments = (file, options.threads, *rest)
-            workers["llama.cpp Q4_1"] = Worker(llama_cpp_side, *arguments, threads=options.threads)
+            sides["llama.cpp Q4_1"] = (llama_cpp_side, file, options.threads, *rest)
         else:
             print("xllamacpp is not installed, so llama.cpp is left out")
+        workers = start(sides, options.threads)
         blocks = in_turns(workers, options.rounds)
         for worker in workers.values():
             worker.stop()

@@ -60,8 +60,16 @@ class Gate:
 Side = Callable[..., None]
 
 
+class SideFailed(RuntimeError):
+    """A side has died; what it said is on its standard error."""
+
+
 class Worker:
-    """A process in which a side runs."""
+    """A process in which a side runs.
+
+    Raises:
+        SideFailed: it died, now or in a later block.
+    """
 
     def __init__(self, side: Side, *args: Any, threads: int) -> None:
         self._connection, theirs = multiprocessing.Pipe()
@@ -69,18 +77,34 @@ class Worker:
         self.process = context.Process(target=_serve, args=(theirs, side, threads, *args), daemon=True)
         self.process.start()
         theirs.close()
-        self._connection.recv()
+        self._said()
 
     def go(self) -> Block:
-        """Runs the next block; EOFError when the side has failed."""
+        """Runs the next block."""
         with ForeignLoad(self.process.pid or 0) as foreign:
-            self._connection.send("go")
-            result = self._connection.recv()
+            self._say("go")
+            result = self._said()
         return Block(result, foreign.share)
 
     def ready(self) -> None:
         """Waits until the side is prepared for another block."""
-        self._connection.recv()
+        self._said()
+
+    def _say(self, word: str) -> None:
+        try:
+            self._connection.send(word)
+        except OSError:
+            raise self._failure() from None
+
+    def _said(self) -> Any:
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError):
+            raise self._failure() from None
+
+    def _failure(self) -> SideFailed:
+        self.process.join(5)
+        return SideFailed(f"its process ended with status {self.process.exitcode}")
 
     def stop(self) -> None:
         self.process.terminate()
@@ -93,18 +117,41 @@ def _serve(connection: Connection, side: Side, threads: int, *args: Any) -> None
     connection.send(None)
 
 
+def start(sides: dict[str, tuple[Any, ...]], threads: int) -> dict[str, Worker]:
+    """Workers by name of those sides that could prepare themselves; the others are told of.
+
+    Args:
+        sides: each a side and its arguments.
+    """
+    workers = {}
+    for name, side in sides.items():
+        try:
+            workers[name] = Worker(*side, threads=threads)
+        except SideFailed as error:
+            _tell(name, error)
+    return workers
+
+
+def _tell(name: str, error: SideFailed) -> None:
+    print(f"{name} has failed and is left out: {error}", file=sys.stderr, flush=True)
+
+
 def in_turns(workers: dict[str, Worker], rounds: int, every: dict[str, int] | None = None) -> dict[str, list[Block]]:
-    """Blocks of all sides in the order A B C, C B A, A B C and so on.
+    """Blocks of all sides in the order A B C, C B A, A B C and so on; a side that fails is told of and has none.
 
     Args:
         every: sides that run in every n-th round only.
     """
     blocks: dict[str, list[Block]] = {name: [] for name in workers}
     for number in range(rounds):
-        names = [name for name in workers if number % (every or {}).get(name, 1) == 0]
+        names = [name for name in blocks if number % (every or {}).get(name, 1) == 0]
         for name in names if number % 2 == 0 else reversed(names):
-            blocks[name].append(workers[name].go())
-            workers[name].ready()
+            try:
+                blocks[name].append(workers[name].go())
+                workers[name].ready()
+            except SideFailed as error:
+                _tell(name, error)
+                del blocks[name]
     return blocks
 
 

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import base64
 import json
+import os
 import random
 import socket
 import statistics
@@ -87,7 +88,9 @@ def open_door(name: str, folder: Path, stack: ExitStack, weights: str, batching:
     theirs = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--device", "cpu"]
     theirs += ["--continuous-batching"] * batching
     command = theirs if name == "transformers" else ours
-    process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    processor_only = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    quietly = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*command, "--port", str(port)], env=processor_only, **quietly)
     stack.callback(process.wait)
     stack.callback(process.terminate)
     return Door(name, process, f"http://127.0.0.1:{port}", str(folder) if name == "transformers" else "crowd")

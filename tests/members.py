@@ -33,6 +33,7 @@ from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.late_build import build_late
 from chiasm.fusion.packed import PackedFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval, build_retrieval
+from chiasm.fusion.tiled import TiledFusionModel
 from chiasm.fusion.unified import UnifiedModel
 from chiasm.fusion.unified_build import build_unified
 from chiasm.fusion.unified_decoder import UnifiedDecoder, UnifiedDecoderConfig, UnifiedDecoderForCausalLM
@@ -199,6 +200,17 @@ class Prefix(Fusion):
         types = torch.zeros(ROWS, self.seq_length, dtype=torch.long)
         types[:, -3:] = 1
         return {**super().inputs(), "token_type_ids": types}
+
+
+class Tiled(Fusion):
+    """LLaVA-NeXT's way: square pictures, each whole and in two tiles side by side, of which padding takes a half."""
+
+    classes = (TiledFusionModel,)
+    options = {"tiles": [(1, 2), (2, 1)]}
+
+    def inputs(self) -> dict[str, Tensor]:
+        sizes = torch.tensor([[80, 80]] * ROWS)
+        return {**self.prompts(), "pixel_values": torch.rand(ROWS, 3, 3, 40, 40), "image_sizes": sizes}
 
 
 class EncoderDecoder(Fusion):

@@ -413,6 +413,19 @@ def test_bfloat16_in_software_is_left_to_others(monkeypatch: pytest.MonkeyPatch)
         assert isinstance(ready.chat(tiny.picture(), "What?", max_new_tokens=2), str)
 
 
+def test_an_engine_on_a_cpu_steps_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision has no compiled step, whatever the processor multiplies; packed weights need no conversion."""
+    monkeypatch.setattr(chiasm.vlm, "best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(chiasm.vlm, "choose_dtype", lambda wanted, device: torch.bfloat16)
+    for dtype, weights, expected in (
+        (torch.bfloat16, "float32", torch.float32),
+        (torch.float16, "float32", torch.float32),
+        (torch.bfloat16, "int8", torch.bfloat16),
+    ):
+        model = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer()).to(dtype)
+        assert chiasm.vlm.ready_to_step(model, weights).model.language.dtype == expected
+
+
 def test_plan_only_trains_nothing_and_shows_the_table(run: Any, model: Path, data: Path, tmp_path: Path) -> None:
     options = ["--model", model, "--set", "batch_size=4", "--plan-only"]
     code, out, err = run("train", "connector", *options)

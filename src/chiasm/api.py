@@ -77,6 +77,7 @@ def train(
     overrides: Sequence[str] = (),
     resume: bool = True,
     quiet: bool = False,
+    keep_models: bool = True,
 ) -> TrainResult:
     """Trains a model by a recipe; a run that was stopped goes on where its last checkpoint stands.
 
@@ -87,6 +88,7 @@ def train(
         output: the run's folder.
         validation_data: held-out data; by default 5 % of `data`, the same ones in every run.
         overrides: `key=value` changes to the recipe, such as `stages.align.lr=1e-3`.
+        keep_models: False leaves the model trained in memory, and on disk no more than a run needs that goes on.
     """
     take_own_device()
     vlm = _trainable(model)
@@ -113,6 +115,7 @@ def train(
         resume=resume,
         quiet=quiet,
         facts_of=cost_facts,
+        keep_models=keep_models,
     )
 
 

@@ -117,8 +117,10 @@ class Conversation:
                     self._complain(f"no such command: {command}; /help shows those that there are")
                 elif line:
                     self.ask(line)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, RuntimeError) as error:
                 self._complain(str(error))
+            except KeyboardInterrupt:  # while a picture is read; of what was asked nothing is kept
+                self.console.print()
 
     def _line(self) -> str:
         """Readline draws the prompt itself, and must know which of its letters take no place."""
@@ -131,7 +133,6 @@ class Conversation:
         asked = [*self.history, *user_message(line, len(self.waiting))]
         pictures = [*self.shown, *self.waiting]
         ticket = self.engine.submit(put_first(self.turns, asked), [*self.examples, *pictures], self.decoding)
-        self.waiting = []
         pieces, trim = list[str](), Trim()
         try:
             for piece in ticket:
@@ -141,7 +142,7 @@ class Conversation:
             ticket.cancel()
         self.console.print()
         self.history = [*asked, {"role": "assistant", "content": "".join(pieces)}]
-        self.shown = pictures
+        self.shown, self.waiting = pictures, []
 
     def add(self, rest: str) -> None:
         """Shows pictures, and keeps them for the next question."""

@@ -2,6 +2,8 @@
 
 import struct
 import zlib
+from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -20,6 +22,8 @@ UPRIGHT = {
 """What undoes an EXIF orientation."""
 ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 """Where a picture's `info` says how it is turned."""
+ROWS = 64
+"""That are changed at a time."""
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -29,15 +33,24 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "F":
         raise ValueError("floating-point pixels have no agreed range: save the picture with 8 bits per channel")
     if picture.mode.startswith("I"):
-        grey = np.asarray(picture).astype(np.int64)
-        grey = grey // 256 if picture.mode != "I" or grey.max(initial=0) > 255 else grey
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+        wide = picture.mode != "I" or cast(tuple[float, float], picture.getextrema())[1] > 255
+        return _in_bands(picture, lambda band: _eight_bits(band, 8 * wide))
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGB", picture.size, "white")
-        white.paste(picture, mask=picture.getchannel("A"))
-        return white
+        return _in_bands(picture, lambda band: band.convert("RGBA"))
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _in_bands(picture: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The picture on white, changed some rows at a time: a whole picture between them would cost its memory again."""
+    white = Image.new("RGB", picture.size, "white")
+    for top in range(0, picture.height, ROWS):
+        band = change(picture.crop((0, top, picture.width, min(top + ROWS, picture.height))))
+        white.paste(band, (0, top), band if band.mode == "RGBA" else None)
+    return white
+
+
+def _eight_bits(grey: Image.Image, shift: int) -> Image.Image:
+    return Image.fromarray((np.asarray(grey) >> shift).clip(0, 255).astype(np.uint8))
 
 
 def _upright(picture: Image.Image) -> Image.Image:

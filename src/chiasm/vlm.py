@@ -210,6 +210,13 @@ def ready_to_answer(vlm: VLM | DualEncoder) -> Any:
     return vlm.to(device, torch.float32) if slow else vlm.to(device)
 
 
+def ready_to_step(vlm: VLM, weights: str) -> VLM:
+    """The same for an engine: on a CPU in float32 unless weights are packed, since its compiled step reads those."""
+    ready: VLM = ready_to_answer(vlm)
+    whole = ready.model.device.type == "cpu" and weights == "float32"
+    return ready.to(torch.float32) if whole else ready
+
+
 def read_config(source: str) -> dict[str, Any]:
     path = find_file(source, "config.json")
     if path is None and find_file(source, "adapter_config.json"):
@@ -228,6 +235,7 @@ def _check_agreement(model: FusionModel, processor: ChiasmProcessor) -> None:
     pairs = {
         "num_image_tokens": (model.num_image_tokens, processor.num_image_tokens),
         "image_token_id": (model.config.image_token_id, processor.image_token_id),
+        "tiles": (model.config.tiles, getattr(processor, "tiles", None)),
         "regions": (model.config.regions, processor.regions and list(processor.regions)),
         "encoder_decoder": (model.config.is_encoder_decoder, processor.encoder_decoder),
         "reads_instruction": (model.reads_instruction, isinstance(processor, InstructionProcessor)),

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import chiasm
+import tiny
 from chiasm.comparison import cell
 from chiasm.comparison import compare as comparing
 from chiasm.comparison.compare import cells_of, job_list
@@ -208,6 +209,38 @@ def test_a_comparison_goes_on_after_a_cell_that_fails(
     assert "a loose wire" in (tmp_path / "run/cells/linear-early-frozen-seed0/error.txt").read_text()
     with pytest.raises(RuntimeError, match="a loose wire"):
         comparing.compare(plan, tmp_path / "other", only=["linear-early-frozen"])
+
+
+def test_a_quick_comparison_is_of_the_first_layers(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does all that a whole one does, keeps no model, and is not taken for the whole one."""
+    monkeypatch.setitem(comparing.QUICK, "layers", 2)
+    plan["base"] |= {"cross_attention": {"heads": 3, "head_dim": 8}}
+    cells = [{"connector": "linear", "fusion": fusion} for fusion in ("early", "intermediate", "unified")]
+    plan |= {"grid": None, "cells": cells}
+    trained, train = list[Path](), cell.api.train
+
+    def noting(*given: Any, **told: Any) -> Any:
+        trained.append(given[3])
+        done = train(*given, **told)
+        assert not done.model.exists() and not any(folder.exists() for folder in done.stages.values())
+        return done
+
+    monkeypatch.setattr(cell.api, "train", noting)
+    done = chiasm.compare(plan, tmp_path / "run", quick=True)
+    assert not done.failed and len(done.results) == len(trained) == 3
+    layers = tiny.language().model.layers
+    cut = sum(p.numel() for p in tiny.language().parameters()) - sum(p.numel() for p in layers[2].parameters())
+    for result in done.results[:2]:
+        closed, measured = result["closed_form"], result["measured"]
+        assert closed["parameters"]["language"] == cut
+        assert measured["kv_cache_bytes_per_image"] == closed["kv_cache_bytes_per_image"]
+        assert result["attention"] and result["diagnostics"] and result["summary"]
+    warned = "No more than the first 2 layers of the language model took part"
+    assert warned in done.report.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="another plan"):
+        chiasm.compare(plan, tmp_path / "run")
 
 
 LEAST = """

@@ -28,6 +28,12 @@ def connect(vision: str, language: str, connector: str | dict[str, Any] = "mlp")
     return vlm
 
 
+def test_a_prompt_without_pictures_runs_no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = connect("clip", "llama").model
+    monkeypatch.delattr(f"{cost.__module__}.encode_flops")
+    assert cost(model, images=0).encode_flops == 0
+
+
 @pytest.mark.parametrize("language", tiny.LANGUAGE_FAMILIES)
 @pytest.mark.parametrize("images", [0, 1, 3])
 def test_prefill_and_cache(language: str, images: int) -> None:

@@ -167,6 +167,25 @@ def test_cells_that_were_finished_before_retrieval_stay_finished() -> None:
     assert quickened(second).evaluation.retrieval == 8 and quickened(plan).evaluation.retrieval is None
 
 
+def test_a_quick_plan_keeps_as_many_layers_as_the_plan_counts() -> None:
+    top = {"top": {"language": {"tune": "full", "lr": 1e-4, "from_layer": 6}}}
+    for changes, layers in (
+        ({}, 4),
+        ({"base": {"cross_attention": {"every": 3}}}, 4),
+        ({"base": {"cross_attention": {"every": 5}}}, 5),
+        ({"base": {"cross_attention": {"layers": [2, 5]}}}, 6),
+        ({"strategies": top}, 7),
+        ({"base": {"language_layers": 3}}, 3),
+    ):
+        plan = load_plan(LEAST | changes)
+        quick = quickened(plan)
+        assert quick.base.language_layers == layers
+        whole = quick.model_dump(mode="json", exclude_unset=True)
+        del whole["base"]["language_layers"]
+        (choice,), _ = expand(plan, lambda: (4, 4))
+        assert identity(load_plan(whole), choice) != identity(quick, choice), "the layers alone tell cells apart"
+
+
 def test_late_fusion_learns_from_captions_where_they_are_asked_for_pictures() -> None:
     training = load_plan(LEAST).training.model_dump()
 

@@ -16,6 +16,7 @@ INFO: dict[str, Any] = {
     "title": "A <b>title",
     "budget": "100 samples",
     "facts": ["a fact"],
+    "warning": "",
     "command": "chiasm compare plan.yaml -o run",
 }
 

@@ -77,6 +77,21 @@ def test_a_template_that_rewrites_answers_is_refused() -> None:
         render(words.tokenizer, conversation("Why?", "<think>hm</think>Because."))
 
 
+def test_a_prompt_needs_no_places_of_earlier_answers() -> None:
+    """A template may drop earlier reasoning, as Qwen3's does: labels and token types are refused, and no answers."""
+    words = processor(FORGETFUL)
+    said = (("user", "Why?"), ("assistant", "<think>hm</think>Because."), ("user", "And?"))
+    turns: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in said]
+    text = words.apply_chat_template(turns, add_generation_prompt=True)
+    assert "hm" not in text and "Because." in text
+    assert words.decode(words.encode(turns, add_generation_prompt=True)["input_ids"]) == text
+    words.token_types = True
+    for wrong in ({}, {"supervise": True}):
+        with pytest.raises(ValueError, match="rewrites the messages"):
+            words.encode(turns, **wrong)
+        words.token_types = False
+
+
 def test_messages_with_marks_and_template_code_are_plain_text() -> None:
     words = processor()
     text = "{{ 7 * 7 }} \ue0000\ue001 <|im_end|>"

@@ -9,7 +9,15 @@ from safetensors.torch import load_file, save_file
 
 import members
 
-GENERATIVE = (members.MLP, members.TiedQFormer, members.Packed, members.Gated, members.Patches, members.Codes)
+GENERATIVE = (
+    members.MLP,
+    members.TiedQFormer,
+    members.Tiled,
+    members.Packed,
+    members.Gated,
+    members.Patches,
+    members.Codes,
+)
 
 
 def built(kind: type[members.Member]) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ MEMBERS = (
     members.TiedQFormer,
     members.PixelShuffle,
     members.Prefix,
+    members.Tiled,
     members.Packed,
     members.Gated,
     members.Patches,

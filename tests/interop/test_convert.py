@@ -12,6 +12,7 @@ import test_idefics2
 import test_idefics3
 import test_internvl
 import test_llava
+import test_llava_next
 import test_paligemma
 import test_unified_loaders
 import torch
@@ -51,6 +52,10 @@ REFERENCES: dict[str, Any] = {
     "paligemma": test_paligemma.reference,
     "llava": lambda folder: (test_llava.reference(folder), test_llava.theirs(folder)),
     "llava tied": lambda folder: test_llava.reference(folder, "siglip", tie_word_embeddings=True),
+    "llava-next": lambda folder: (test_llava_next.reference(folder), test_llava_next.with_processor(folder)),
+    "llava-next, siglip, tied": lambda folder: test_llava_next.reference(
+        folder, "siglip", tie_word_embeddings=True, vision_feature_layer=[1, -2]
+    ),
     "chameleon": lambda folder: test_unified_loaders.chameleon(tie_word_embeddings=True).save_pretrained(folder),
     "chameleon 34b": lambda folder: test_unified_loaders.chameleon(
         swin_norm=True, attention_bias=True, mlp_bias=True
@@ -71,6 +76,8 @@ WITH_PROCESSORS: dict[str, Any] = {
     "idefics2": test_idefics2.with_processor,
     "idefics3": test_idefics3.with_processor,
     "idefics3 in tiles": lambda folder: test_idefics3.with_processor(folder, splitting=True),
+    "llava-next": test_llava_next.with_processor,
+    "llava-next, siglip": lambda folder: test_llava_next.with_processor(folder, "siglip"),
     "paligemma": test_paligemma.with_processor,
     "chameleon": test_unified_loaders.chameleon_with_processor,
 }
@@ -144,6 +151,36 @@ def test_a_connected_model_becomes_llava(name: str, tmp_path: Path) -> None:
     made = theirs.generate(**batch, max_new_tokens=5, do_sample=False)[:, batch["input_ids"].shape[1] :]
     told = [one.strip() for one in words.batch_decode(made, skip_special_tokens=True)]
     assert told == [vlm.chat(probe_picture(vlm.model), prompt, max_new_tokens=5) for prompt in prompts]
+
+
+TILED: dict[str, dict[str, Any]] = {
+    "clip": {"connector": "mlp"},
+    "siglip": {"vision": "siglip", "connector": "linear", "features": {"layers": [-2]}, "language": "qwen2"},
+    "preset": {"preset": "llava-1.5"},
+}
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_a_model_that_is_connected_in_tiles_becomes_llava_next(name: str, tmp_path: Path) -> None:
+    """And answers about pictures of other shapes in one batch, by transformers alone."""
+    vlm = connected(**TILED[name], tiles=[(1, 2), (2, 1), (2, 2)])
+    done = convert(vlm.model, vlm.processor, "transformers", tmp_path)
+    assert done.kind == "llava_next" and done.difference is not None and done.difference < 1e-4
+    theirs, words = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    shown = [tiny.picture(1), tiny.picture(2).resize((90, 20)), tiny.picture(3).resize((70, 70))]
+    prompts = ["What is it?", "Which?", "Is it another one of those, or what?"]
+    texts = [words.apply_chat_template(tiny.ask(prompt), add_generation_prompt=True) for prompt in prompts]
+    batch = words(images=shown, text=texts, padding=True, return_tensors="pt")
+    made = theirs.generate(**batch, max_new_tokens=5, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    told = [one.strip() for one in words.batch_decode(made, skip_special_tokens=True)]
+    assert told == [vlm.chat(*asked, max_new_tokens=5) for asked in zip(shown, prompts, strict=True)]
+    ask = pipeline("image-text-to-text", model=str(tmp_path))
+    message = [{"role": "user", "content": [{"type": "image", "image": shown[1]}, {"type": "text", "text": "Which?"}]}]
+    answer = ask(text=message, max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert answer.strip() == told[1]
+    again = chiasm.load(tmp_path)
+    assert again.model.config.tiles == vlm.model.config.tiles
+    assert [again.chat(*asked, max_new_tokens=5) for asked in zip(shown, prompts, strict=True)] == told
 
 
 def test_a_placeholder_beyond_the_table_gets_a_row_that_is_never_chosen(tmp_path: Path) -> None:
@@ -340,6 +377,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "queries": ({"connector": tiny.connector("qformer")}, "BLIP-2 has an encoder of its own"),
     "regions": ({"connector": "mlp", "regions": (3, 3)}, "names of"),
+    "tiles": (
+        {"connector": "avg_pool", "tiles": [(1, 2)]},
+        "connector 'avg_pool: tiles'; with this fusion it has connectors .*linear: tiles",
+    ),
+    "tiles in both directions": (
+        {"vision": "siglip", "connector": "linear", "attention": "prefix", "tiles": [(1, 2)]},
+        "attention 'prefix' and connector 'linear: tiles'",
+    ),
     "blocks": (
         {"fusion": "intermediate", "connector": tiny.connector("perceiver_resampler", project=False)},
         "Idefics",

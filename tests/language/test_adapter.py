@@ -1,5 +1,7 @@
 """The adapter reaches every kind of language model the same way, and its logits are the model's own."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedConfig, RwkvConfig
@@ -28,6 +30,30 @@ def test_what_is_read_from_a_model(family: str) -> None:
     assert len(adapter.layers(model)) == 3
     assert adapter.head_is_direct(model)
     assert adapter.embedding_scale(model) > 0
+
+
+@pytest.mark.parametrize("family", tiny.LANGUAGE_FAMILIES)
+def test_a_model_of_its_first_layers(family: str, tmp_path: Path) -> None:
+    whole, model = tiny.language(family), tiny.language(family)
+    adapter.keep_first_layers(model, 2)
+    ids = torch.randint(0, 256, (2, 9))
+    states = whole(input_ids=ids, output_hidden_states=True).hidden_states
+    cut = model(input_ids=ids, output_hidden_states=True, use_cache=True)
+    assert len(adapter.layers(model)) == 2 and len(cut.cache.layers) == 2
+    torch.testing.assert_close(cut.hidden_states[1], states[1])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(input_ids=ids).logits, cut.logits)
+    adapter.keep_first_layers(model, 5)
+    assert len(adapter.layers(model)) == 2
+
+
+@pytest.mark.parametrize("family", tiny.ENCODER_DECODERS)
+def test_an_encoder_decoder_keeps_all_layers(family: str) -> None:
+    model = tiny.language(family)
+    before = sum(p.numel() for p in model.parameters())
+    adapter.keep_first_layers(model, 1)
+    assert sum(p.numel() for p in model.parameters()) == before
 
 
 def test_loading_gives_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:

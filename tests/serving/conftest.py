@@ -46,6 +46,9 @@ class Metronome:
         self.seconds, self.running, self.generated = seconds, 0, 0
         self._threads: list[threading.Thread] = []
 
+    def check_room(self, count: int = 1) -> None:
+        pass
+
     def submit_all(self, messages: list[Any], images: list[Any], decodings: list[Decoding]) -> list[Ticket]:
         return [self.submit(decoding) for decoding in decodings]
 

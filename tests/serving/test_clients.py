@@ -11,6 +11,8 @@ from typing import Any
 import openai
 import pytest
 from asking import ask, data_url
+from openai.types.chat import ParsedChatCompletionMessage
+from pydantic import BaseModel
 
 import chiasm
 import tiny
@@ -31,6 +33,19 @@ def test_answers(api: openai.OpenAI, vlm: chiasm.VLM) -> None:
         model="tiny", messages=[*earlier, {"role": "user", "content": "Sure?"}], max_completion_tokens=3
     )
     assert again.choices[0].message.role == "assistant"
+
+
+def test_what_a_client_read_out_of_an_answer_comes_back_with_it(api: openai.OpenAI) -> None:
+    class Count(BaseModel):
+        number: int
+
+    parsed = ParsedChatCompletionMessage[Count](role="assistant", content='{"number":1}', parsed=Count(number=1))
+    reasoned = {"role": "assistant", "content": "Two.", "reasoning_content": "One and one.", "reasoning": None}
+    asked = {"role": "user", "content": "How many?"}
+    for earlier in (parsed, reasoned):
+        messages: Any = [asked, earlier, asked]
+        again = api.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=3)
+        assert again.choices[0].message.role == "assistant"
 
 
 def test_streams(api: openai.OpenAI) -> None:

@@ -157,7 +157,7 @@ async def _crowd(url: str, clients: int) -> list[Any]:
 
 @pytest.mark.slow
 def test_a_hundred_clients_of_whom_a_third_leaves(address: Callable[..., str], chat_model: Any) -> None:
-    model = chat_model(max_waiting=128)
+    model = chat_model()
     url = address(model)
     answers = asyncio.run(_crowd(url, 100))
     assert {answer.status_code for answer in answers} == {200}

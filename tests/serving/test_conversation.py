@@ -64,6 +64,23 @@ def test_pictures_outlive_a_question_that_is_too_long(talk: Callable[..., str]) 
     assert "context is 1024" in out and "> a.png" in out and "> One?" in out
 
 
+def test_a_question_that_fails_or_is_stopped_ends_alone(
+    talk: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while a picture is prepared, and memory that is not there; the picture waits for the next question."""
+    submit, wrong = Engine.submit, iter([KeyboardInterrupt(), RuntimeError("out of memory")])
+
+    def submitting(self: Engine, *given: Any) -> Any:
+        if (error := next(wrong, None)) is not None:
+            raise error
+        return submit(self, *given)
+
+    monkeypatch.setattr(Engine, "submit", submitting)
+    out = talk("One?", "Two?", "Three?", "/history", "/quit", images=[Path("a.png")])
+    assert "out of memory" in out and "> a.png" in out and "> Three?" in out
+    assert "> One?" not in out and "> Two?" not in out
+
+
 def test_words_do_not_control_the_terminal(talk: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     push = TextStream.push
     monkeypatch.setattr(TextStream, "push", lambda self, token: push(self, token) + "\x1b]52;c;aGk=\x07\x9b2J\r!\n")

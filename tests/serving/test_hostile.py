@@ -4,6 +4,8 @@ import base64
 import gzip
 import json
 import struct
+import threading
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -15,12 +17,15 @@ from urllib.parse import quote
 import pytest
 import torch
 from asking import CHAT, ask, data_url
+from fastapi._compat import ModelField
 from fastapi.testclient import TestClient
 from PIL import Image
 from pydantic import ValidationError
 
 import tiny
 from chiasm.generation.decode import Decoding
+from chiasm.generation.ticket import Ticket
+from chiasm.serving import pictures
 from chiasm.serving.pictures import from_data_url
 from chiasm.serving.schema import ChatRequest
 from chiasm.serving.settings import Limits
@@ -185,6 +190,41 @@ def test_memory_is_shared_and_given_back(client: Callable[..., TestClient]) -> N
     assert next(m for m in app.user_middleware if "shared" in m.kwargs).kwargs["shared"].budget.used == 0
 
 
+@pytest.mark.parametrize(("kind", "decoding"), [("PNG", 12), ("WEBP", 22)])
+def test_a_picture_has_more_memory_while_it_is_decoded(
+    client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch, kind: str, decoding: int
+) -> None:
+    api = client()
+    app: Any = api.app
+    budget = next(m for m in app.user_middleware if "shared" in m.kwargs).kwargs["shared"].budget
+    used, decode = [], pictures.decode
+
+    def noting(*given: Any) -> Image.Image:
+        used.append(budget.used)
+        return decode(*given)
+
+    monkeypatch.setattr(pictures, "decode", noting)
+    body = json.dumps(ask(*[data_url(kind=kind)] * 2)).encode()
+    assert api.post(CHAT, content=body, headers={"content-type": "application/json"}).status_code == 200
+    size = tiny.picture().width * tiny.picture().height
+    assert [one - len(body) for one in used] == [decoding * size, (decoding + 4) * size]
+    assert budget.used == 0
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA", "RGB"])
+def test_pictures_are_changed_without_copies_of_all_of_them(mode: str) -> None:
+    """What Pillow holds is not traced: rows of bytes and arrays are."""
+    size, file = (600, 800), BytesIO()
+    Image.new(mode, size).save(file, "PNG")
+    tracemalloc.start()
+    try:
+        picture = pictures.decode(file.getvalue(), "a")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < size[0] * size[1] and (picture.mode, picture.size, picture.info) == ("RGB", size, {})
+
+
 BODIES: dict[str, tuple[bytes, str]] = {
     "broken utf-8": (b'{"model": "\xff\xfe"}', "invalid_utf8"),
     "half a surrogate": (json.dumps(ask(text="a\ud800b")).encode(), "invalid_unicode"),
@@ -245,14 +285,17 @@ def test_keys(client: Callable[..., TestClient]) -> None:
     assert api.get("/health").status_code == 200 and api.get("/").status_code == 200
 
 
-def test_a_full_line_says_when_to_come_back(client: Callable[..., TestClient], chat_model: Any) -> None:
+def test_a_full_line_says_when_to_come_back(
+    client: Callable[..., TestClient], chat_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = chat_model(max_batch=1, max_waiting=1)
     api = client(model)
     tickets = [model.engine.submit(ask()["messages"], [], Decoding(max_new_tokens=900)) for _ in range(1)]
     while model.engine.stats().waiting:
         pass
     tickets.append(model.engine.submit(ask()["messages"], [], Decoding(max_new_tokens=900)))
-    response = api.post(CHAT, json=ask())
+    monkeypatch.setattr(pictures, "decode", lambda *_: pytest.fail("decoded"))
+    response = api.post(CHAT, json=ask(data_url()))
     assert code(response, 429) == "rate_limit_exceeded" and int(response.headers["retry-after"]) >= 1
     assert response.json()["error"]["type"] == "rate_limit_error"
     for ticket in tickets:
@@ -264,6 +307,63 @@ def test_an_answer_has_its_time(client: Callable[..., TestClient]) -> None:
     answer = api.post(CHAT, json=ask(max_tokens=900)).json()
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["completion_tokens"] < 900
+
+
+@pytest.mark.parametrize("ping", [15, 0.05])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_never_began_is_an_error(
+    client: Callable[..., TestClient], metronome: Any, monkeypatch: pytest.MonkeyPatch, stream: bool, ping: float
+) -> None:
+    def wait(ticket: Ticket, length: int) -> None:
+        while not ticket.cancelled:
+            time.sleep(0.01)
+        ticket.finish("cancelled")
+
+    monkeypatch.setattr(metronome.engine, "_answer", wait)
+    monkeypatch.setattr("chiasm.serving.stream.PING_SECONDS", ping)
+    response = client(metronome, limits=replace(LIMITS, request_seconds=0.3)).post(CHAT, json=ask(stream=stream))
+    if stream and ping < 0.3:  # the stream has begun
+        *_, last = response.text.strip().split("\n\n")
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert error["code"] == "timeout" and 'finish_reason":"' not in response.text
+    else:
+        assert code(response, 503) == "timeout" and response.headers["retry-after"] == "5"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model": "m\n" * 50_000},
+        {"k\n" * 50_000: 1},
+        {"messages": [{"role": "user", "content": "a", "k" * 90_000: 1}]},
+    ],
+)
+def test_errors_repeat_the_beginning_alone(api: TestClient, changed: dict[str, Any]) -> None:
+    response = api.post(CHAT, json=ask() | changed)
+    error = response.json()["error"]
+    assert response.status_code in (400, 404) and len(response.content) < 600
+    assert "\n" not in error["message"] + error["param"] and "…" in error["message"]
+
+
+def test_large_bodies_are_checked_beside_the_loop(
+    client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, validate = [], ModelField.validate
+
+    def noting(self: ModelField, value: Any, *rest: Any, **options: Any) -> Any:
+        if isinstance(value, dict):
+            threads.append(threading.get_ident())
+        return validate(self, value, *rest, **options)
+
+    monkeypatch.setattr(ModelField, "validate", noting)
+    api = client()
+    assert api.post(CHAT, json=ask()).status_code == 200
+    (loop,) = threads
+    threads.clear()
+    many = [{"type": "text", "text": "a"}] * 3000
+    assert code(api.post(CHAT, json=ask(messages=[{"role": "user", "content": many}]))) == "context_length_exceeded"
+    assert code(api.post(CHAT, json=ask(messages=[{"role": "user", "content": [*many, 1]}]))) == "invalid_type"
+    assert len(threads) == 2 and loop not in threads
 
 
 def test_schemas_that_are_none(api: TestClient) -> None:

@@ -269,6 +269,28 @@ def test_dropping_stopping_and_removing(address: Callable[..., str], visit: Call
     assert metronome.engine.stats().running == 0
 
 
+def test_a_new_conversation_while_an_answer_is_written(
+    address: Callable[..., str], visit: Callable[..., Any], metronome: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, submit = [], metronome.engine.submit_all
+
+    def submit_all(messages: list[Any], *rest: Any) -> Any:
+        asked.append([message["role"] for message in messages])
+        return submit(messages, *rest)
+
+    monkeypatch.setattr(metronome.engine, "submit_all", submit_all)
+    metronome.engine.seconds = 0.02
+    page = visit(address(metronome))
+    ask(page, "A secret", length=4000)
+    playwright.expect(page.locator(".answer .text")).to_contain_text("aaaaa")
+    page.click("#new")
+    ask(page, "First", length=5)
+    answered(page, 1)
+    ask(page, "Second", length=5)
+    answered(page, 2)
+    assert asked == [["user"], ["user"], ["user", "assistant", "user"]] and page.is_visible("#send")
+
+
 def test_a_key_is_asked_for(address: Callable[..., str], visit: Callable[..., Any]) -> None:
     page = visit(address(api_keys=("secret",)))
     page.wait_for_selector("#settings[open]")

@@ -15,6 +15,7 @@ from asking import CHAT, ask, chunks, data_url
 import chiasm
 from chiasm.cli.serve import named, read_keys, serve
 from chiasm.generation.constraint import MULTIPLE, TEXT
+from chiasm.generation.engine import Engine
 from chiasm.serving.jpeg import EXIFS, RESOURCES, SCANS, TABLES
 from chiasm.serving.pictures import READS
 from chiasm.serving.served import CHARACTERS_PER_TOKEN
@@ -83,6 +84,12 @@ def test_the_documentation_tells_every_option_and_limit() -> None:
         f"{CHARACTERS_PER_TOKEN} letters for every token",
     ):
         assert told in page, told
+
+
+def test_a_hundred_clients_have_room_by_default() -> None:
+    batch, line = (inspect.signature(serve).parameters[name].default for name in ("max_batch", "max_waiting"))
+    own = inspect.signature(Engine).parameters
+    assert (batch, line) == (own["max_batch"].default, own["max_waiting"].default) and batch + line >= 100
 
 
 @pytest.mark.slow

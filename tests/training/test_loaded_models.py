@@ -18,6 +18,8 @@ from transformers import (
     InternVLForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PreTrainedModel,
@@ -26,6 +28,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import chiasm
@@ -48,6 +51,16 @@ def llava() -> tuple[PreTrainedModel, Any]:
     config = LlavaConfig(vision_config=CLIPVisionConfig(**TOWER).to_dict(), text_config=text, image_token_index=260)
     images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     return LlavaForConditionalGeneration(config), images
+
+
+def llava_next() -> tuple[PreTrainedModel, Any]:
+    text, pinpoints = tiny.language().config.to_dict() | {"vocab_size": 270}, [[28, 56], [56, 28], [56, 56]]
+    parts = {"vision_config": CLIPVisionConfig(**TOWER).to_dict(), "text_config": text}
+    config = LlavaNextConfig(**parts, image_token_index=260, image_grid_pinpoints=pinpoints)
+    sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    return LlavaNextForConditionalGeneration(config), LlavaNextImageProcessorPil(
+        **sizes, image_grid_pinpoints=pinpoints
+    )
 
 
 def paligemma() -> tuple[PreTrainedModel, Any]:
@@ -107,7 +120,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHIASM_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("family", [llava, paligemma])
+@pytest.mark.parametrize("family", [llava, llava_next, paligemma])
 def test_a_loaded_model_trains_by_the_shipped_recipe(family: Any, tmp_path: Path) -> None:
     vlm = loaded(*family(), tmp_path / "theirs")
     assert train(vlm, tmp_path / "run") == {"vision": False, "connector": True, "language": True}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from chiasm.training.fingerprint import CHUNK, IN_CACHE, digest
 from chiasm.training.recipe import load_recipe
 from chiasm.training.schema import Stage
 from chiasm.training.stages import check_first_step, digests, enter, parts_of
@@ -35,6 +36,18 @@ def test_lora_trains_the_adapters_alone_and_parts_keep_their_mode() -> None:
     assert model.training and model.language.training
     assert not model.vision.training and not model.connector.training
     assert not any(module.training for module in model.vision.modules())
+
+
+@pytest.mark.parametrize("size", [0, 1, 3 * IN_CACHE + 5, CHUNK + IN_CACHE + 1])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64])
+def test_digests_are_those_of_older_runs(size: int, dtype: torch.dtype) -> None:
+    """Two sums over the bits, of which each part of `CHUNK` elements wraps at 64."""
+    width = torch.empty(0, dtype=dtype).element_size()
+    tensor = torch.randint(0, 256, (size * width,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    bits = tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]).long()
+    weighted = bits * torch.arange(1, size + 1)
+    expected = tuple(sum(int(part.sum()) for part in sums.split(CHUNK)) for sums in (bits, weighted))
+    assert digest(tensor.view(dtype)) == expected
 
 
 def test_what_is_not_said_is_refused() -> None:

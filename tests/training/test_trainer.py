@@ -63,6 +63,17 @@ def test_one_step_changes_exactly_the_parts_that_are_tuned(tmp_path: Path, fusio
     assert len(warned) == (1 if part == "vision" else 0) and all("got no gradient" in text for text in warned)
 
 
+def test_a_run_that_keeps_no_models_can_go_on(tmp_path: Path) -> None:
+    recipe = {"stages": [helpers.stage(), helpers.stage("more")]}
+    first, second = helpers.vlm(), helpers.vlm()
+    result = helpers.run(tmp_path / "run", recipe, first, keep_models=False)
+    assert sorted(path.name for path in result.output.iterdir() if path.is_dir()) == ["checkpoints"]
+    assert helpers.run(tmp_path / "run", recipe, second, keep_models=False).model.exists() is False
+    assert not changed(helpers.weights(first), helpers.weights(second))
+    helpers.run(tmp_path / "run", recipe, helpers.vlm())
+    assert not changed(helpers.weights(first), helpers.weights(chiasm.load(result.model)))
+
+
 def test_lora_changes_its_targets_and_leaves_no_trace_of_itself(tmp_path: Path) -> None:
     model = helpers.vlm()
     before = helpers.weights(model)

@@ -17,6 +17,7 @@ COMPOSITE = (
     members.MLP,
     members.TiedQFormer,
     members.EncoderDecoder,
+    members.Tiled,
     members.Packed,
     members.Gated,
     members.Patches,

@@ -16,7 +16,7 @@ class Models(common.ModelTesterMixin):
     member: type[members.Member]
     test_can_init_all_missing_weights_before_2023 = True
     _is_composite = True
-    additional_model_inputs = ("pixel_values", "image_grid_thw", "token_type_ids")
+    additional_model_inputs = ("pixel_values", "image_grid_thw", "image_sizes", "token_type_ids")
 
     def setUp(self) -> None:
         self.model_tester = self.member()
@@ -51,6 +51,10 @@ class PixelShuffleTest(Generative, unittest.TestCase):
 
 class PrefixTest(Generative, unittest.TestCase):
     member = members.Prefix
+
+
+class TiledTest(Generative, unittest.TestCase):
+    member = members.Tiled
 
 
 class EncoderDecoderTest(Generative, unittest.TestCase):

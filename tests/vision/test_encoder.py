@@ -3,6 +3,7 @@
 import copy
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from transformers.models.idefics.vision import IdeficsVisionTransformer
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 import chiasm.vision  # noqa: F401
-from chiasm.vision.encoder import VisionEncoder, VisionFeatures, load_vision
+from chiasm.vision.encoder import FastEncoder, VisionEncoder, VisionFeatures, load_vision
 from chiasm.vision.towers import TWO_TOWERS, build_tower
 
 TRANSFORMER = {"hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
@@ -338,6 +339,20 @@ def test_the_fast_encoder_gives_the_same_features(family: str) -> None:
     fast = encoder.fast_encoder()(inputs)
     assert not fast.requires_grad and not fast.is_inference()
     assert (fast.float() - expected).norm() <= 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_the_fast_encoder_is_made_once_for_each_precision(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, init = list[torch.dtype](), FastEncoder.__init__
+
+    def noting(self: FastEncoder, encoder: VisionEncoder, dtype: torch.dtype, *more: Any) -> None:
+        made.append(dtype)
+        init(self, encoder, dtype, *more)
+
+    monkeypatch.setattr(FastEncoder, "__init__", noting)
+    monkeypatch.setattr(f"{FastEncoder.__module__}._multiplies_bfloat16", lambda device: multiplies)
+    assert load_vision(model("resnet")).fast_encoder().dtype in made
+    assert made == [torch.float32, torch.bfloat16][: 1 + multiplies]
 
 
 def test_without_a_compiler_the_fast_encoder_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def chat(
     """Ask about pictures: one answer with -p, otherwise a conversation."""
     from chiasm.conversation import answer, converse, engine_of
     from chiasm.terminal import printable
-    from chiasm.vlm import load_vlm, ready_to_answer
+    from chiasm.vlm import load_vlm, ready_to_answer, ready_to_step
 
     if prompt is not None:
         require_words(prompt, "-p", "write a question, or leave -p out for a conversation")
@@ -45,7 +45,8 @@ def chat(
         raise ValueError("--show-attention is for one answer about a picture; give a picture and -p")
     if as_json and prompt is None:
         raise ValueError("--json is for one answer; give -p")
-    vlm = ready_to_answer(load_vlm(model))
+    loaded = load_vlm(model)
+    vlm = ready_to_step(loaded, weights) if prompt is None else ready_to_answer(loaded)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "examples": examples}
     if prompt is None:
         with engine_of(vlm, weights) as engine:

@@ -16,7 +16,7 @@ def compare(
         typer.Argument(metavar="PLAN...", help="Plan files or names, or folders of them: claims.", show_default=False),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the comparison.", show_default=False)],
-    quick: Annotated[bool, typer.Option("--quick", help="A few samples: shows that all of it works.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds a cell: shows that all of it works.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each with one cell at a time.")] = 1,
     only: Annotated[list[str], typer.Option(help="A cell, or all seeds of one; repeatable.")] = [],  # noqa: B006
     list_: Annotated[bool, typer.Option("--list", help="Print one command for every cell and stop.")] = False,

@@ -75,6 +75,9 @@ def connect(
     regions: Annotated[
         str | None, typer.Option(help="Write the names of a picture's regions in front of its tokens, such as 2x2.")
     ] = None,
+    tiles: Annotated[
+        str | None, typer.Option(help="Read pictures in tiles of one of these grids, such as 1x2,2x1,2x2.")
+    ] = None,
     pooling: Annotated[
         str | None, typer.Option(help='Late fusion\'s pooling as JSON, such as \'{"text": "cls"}\'.')
     ] = None,
@@ -106,7 +109,8 @@ def connect(
             preset=preset,
             cross_attention=json_option(cross_attention, "--cross-attention"),
             features=json_option(features, "--features"),
-            regions=_regions(regions),
+            regions=None if regions is None else _grid(regions, "--regions"),
+            tiles=None if tiles is None else [_grid(grid, "--tiles") for grid in tiles.split(",")],
             pooling=json_option(pooling, "--pooling"),
             image_input=image_input and name_or_json(image_input, "--image-input"),
             positions=positions,
@@ -150,12 +154,10 @@ def inspect(
     _show(chiasm.load(model), as_json, **given)
 
 
-def _regions(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    rows, _, columns = text.partition("x")
+def _grid(text: str, option: str) -> tuple[int, int]:
+    rows, _, columns = text.strip().partition("x")
     if not (rows.isdecimal() and columns.isdecimal()):
-        raise ValueError(f"--regions {text!r}, expected rows x columns, such as 2x2")
+        raise ValueError(f"{option} {text!r}, expected rows x columns, such as 2x2")
     return int(rows), int(columns)
 
 

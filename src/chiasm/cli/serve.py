@@ -37,7 +37,7 @@ def serve(
     max_pixels: Annotated[int, typer.Option(help="Of a picture.")] = 36_000_000,
     max_body: Annotated[int, typer.Option(help="Of a request, in MiB.")] = 32,
     max_batch: Annotated[int, typer.Option(help="Requests answered at the same time, by each model.")] = 8,
-    max_waiting: Annotated[int, typer.Option(help="Requests in line, for each model; more get status 429.")] = 64,
+    max_waiting: Annotated[int, typer.Option(help="Requests in line, for each model; more get status 429.")] = 128,
     weights: Weights = "float32",
     request_seconds: Annotated[float, typer.Option(help="For an answer, at most.")] = 300,
     as_json: Json = False,
@@ -98,14 +98,14 @@ def _load(text: str, max_batch: int, max_waiting: int, weights: str) -> Any:
     import chiasm
     from chiasm.generation.engine import Engine
     from chiasm.serving.served import ChatModel, EmbeddingModel
-    from chiasm.vlm import best_device, ready_to_answer
+    from chiasm.vlm import best_device, ready_to_step
 
     name, source = named(text)
     with err.status(f"loading {escape(name)}"):
         loaded = chiasm.load(source)
         if not isinstance(loaded, chiasm.VLM):
             return EmbeddingModel(name, loaded.to(best_device()))
-        vlm = ready_to_answer(loaded)
+        vlm = ready_to_step(loaded, weights)
         engine = Engine(
             vlm.model,
             vlm.processor,

@@ -35,6 +35,8 @@ from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.skills import summarise
 from chiasm.generation.attention import WEIGHTS
+from chiasm.language.adapter import keep_first_layers, load_language
+from chiasm.sources import resolve
 from chiasm.sources.writing import whole_file
 from chiasm.training.closed_form import cannot_start, is_slow
 from chiasm.training.log import read_log
@@ -46,7 +48,12 @@ from chiasm.training.schema import Recipe
 CELLS, RESULT, ERROR, ATTENTION = "cells", "result.json", "error.txt", "attention.png"
 FEW_SHOT = "few-shot"
 EVALUATION, RUN, BUDGET, CODE = "evaluation", "run", "samples.json", "connector.sha256"
-NEWER = (("data", "test_captions"), ("evaluation", "retrieval"), ("training", "forgetting"))
+NEWER = (
+    ("base", "language_layers"),
+    ("data", "test_captions"),
+    ("evaluation", "retrieval"),
+    ("training", "forgetting"),
+)
 """Keys that older plans have not: where they say nothing, cells that were finished without them stay finished."""
 Say = Callable[[str], None]
 
@@ -80,7 +87,8 @@ def run_cell(
     recipe = _recipe(plan, choice, folder, model, train)
     say(f"{choice.name}: train on {recipe.stages[-1].samples:,} samples")
     with peak_memory(model.model.device) as peak:
-        api.train(recipe, model, train, folder / RUN, validation_data=held_out, quiet=quiet)
+        told: dict[str, Any] = {"validation_data": held_out, "quiet": quiet, "keep_models": plan.keep_models}
+        api.train(recipe, model, train, folder / RUN, **told)
     log = read_log(folder / RUN / LOG)
     seconds["train"] = sum(event["seconds"] for event in log if event["event"] == "stage_end")
     say(f"{choice.name}: ask and measure")
@@ -177,7 +185,7 @@ def connect_cell(plan: Plan, choice: Choice) -> Any:
     dtype: Any = torch.float32 if choose_dtype("auto", device) == torch.float32 else "auto"
     options: dict[str, Any] = {"dtype": dtype, "seed": choice.seed}
     if choice.fusion == "unified":
-        language = base.decoder or base.language
+        language = base.decoder or _language(plan, dtype)
         options |= {"image_input": base.image_input or "patches", "chat_template": base.chat_template}
         options |= {"positions": None if choice.positions == "auto" else choice.positions}
         options |= {"unified": None if choice.weights == "pretrained" else {"weights": choice.weights}}
@@ -189,7 +197,17 @@ def connect_cell(plan: Plan, choice: Choice) -> Any:
     options |= {"patch_positions": choice.positions if choice.positions in ("none", "grid") else "auto"}
     if choice.fusion == "intermediate":
         options["cross_attention"] = base.cross_attention
-    return connect(base.vision, base.language, choice.connector, choice.fusion, **options).to(device)
+    return connect(base.vision, _language(plan, dtype), choice.connector, choice.fusion, **options).to(device)
+
+
+def _language(plan: Plan, dtype: Any) -> Any:
+    """The language model's name; the model itself where only its first layers are wanted."""
+    name, count = plan.base.language, plan.base.language_layers
+    if count is None:
+        return name
+    model = load_language(resolve(name), dtype=dtype)
+    keep_first_layers(model, count)
+    return model
 
 
 def data_of(plan: Plan, choice: Choice | None = None) -> tuple[Samples, Samples, Samples]:

@@ -40,8 +40,9 @@ from chiasm.training.recipe import recipes_in
 from chiasm.vision.encoder import load_vision
 
 PLAN, REPORT = "plan.yaml", "report.html"
-QUICK: dict[str, Any] = {"samples": 4, "captions": 4, "limit": 8, "drawn": 120}
-"""How little `quick` trains and asks: it shows that everything works, not which way is better."""
+QUICK: dict[str, Any] = {"samples": 4, "captions": 4, "limit": 8, "drawn": 120, "layers": 4}
+"""How little `quick` trains, asks, and keeps of the language model: it shows that everything works, not which way is
+better."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def compare(
     Args:
         plan: a YAML file, the name of one that ships (`compare`), a dictionary, or a loaded plan.
         output: folder of the comparison; one that was stopped goes on.
-        quick: a few samples of every cell.
+        quick: a few samples of every cell, and the first layers of the language model.
         jobs: processes, each with one cell at a time; 0 runs the cells here, one after the other.
         only: names of cells, or of ways (a cell without its seed); by default all.
         say: takes a line on what is being done.
@@ -90,6 +91,8 @@ def compare(
     saved, text = output / PLAN, yaml.safe_dump(plan.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     if not saved.is_file() or saved.read_text(encoding="utf-8") != text:
         whole_file(saved, text)
+    if warning := warning_of(plan):
+        say(warning)
     for one in skipped:
         say(f"skipped {one.way}: {one.reason}")
     waiting = [choice for choice in chosen if finished(plan, choice, output) is None]
@@ -150,6 +153,7 @@ def write_all(
         {
             "title": plan.title,
             "budget": in_words(plan),
+            "warning": warning_of(plan),
             "facts": [base, *facts],
             "claims": judge(plan.claims, results, rows),
             "command": f"chiasm compare {shlex.quote(str(output / PLAN))} -o {shlex.quote(str(output))}",
@@ -177,6 +181,15 @@ def in_words(plan: Plan) -> str:
         "minutes": f"{amount:g} minutes of training steps",
     }
     return f"{words[kind]} for every cell"
+
+
+def warning_of(plan: Plan) -> str:
+    """What the report says first where the language model was cut; else nothing."""
+    count = plan.base.language_layers
+    if count is None:
+        return ""
+    kept = "the first layer" if count == 1 else f"the first {count} layers"
+    return f"No more than {kept} of the language model took part: all of it works, and the numbers mean nothing."
 
 
 def places(plans: Sequence[str], output: Path) -> list[tuple[str, Path]]:
@@ -213,15 +226,26 @@ def quickened(plan: Plan) -> Plan:
     raw = plan.model_dump(mode="json", exclude_unset=True)
     few = {"caption_samples": QUICK["captions"], "validations": 1, "validation_samples": 4}
     few |= {"init": "keep", "forgetting": False}
-    asked = {"limit": QUICK["limit"], "repeats": 1, "pictures": 10}
+    asked = {"limit": QUICK["limit"], "repeats": 0, "pictures": 10}
     if plan.evaluation.retrieval is not None:
         asked |= {"retrieval": min(QUICK["limit"], plan.evaluation.retrieval)}
     raw |= {"budget": {"samples": QUICK["samples"]}, "seeds": plan.seeds[:1]}
     for name, source in raw["data"].items():
         if isinstance(source, dict) and "size" in source:
             raw["data"][name] = source | {"size": min(QUICK["drawn"], source["size"])}
+    raw |= {"base": {**raw.get("base", {}), "language_layers": _enough_layers(plan)}}
     raw |= {"training": {**raw.get("training", {}), **few}, "evaluation": {**raw.get("evaluation", {}), **asked}}
     return load_plan(raw)
+
+
+def _enough_layers(plan: Plan) -> int:
+    """Layers for a quick comparison: not fewer than the plan itself counts."""
+    blocks = plan.base.cross_attention or {}
+    tuned = [part.from_layer for parts in plan.strategies.values() for part in parts.values()]
+    named = [layer + 1 for layer in (*blocks.get("layers", ()), *tuned) if isinstance(layer, int)]
+    every = blocks.get("every")
+    enough: int = max(QUICK["layers"], *named, every if isinstance(every, int) else 0)
+    return min(enough, plan.base.language_layers or enough)
 
 
 def job_list(plan_file: str, choices: Sequence[Choice], output: Path, quick: bool = False) -> list[str]:

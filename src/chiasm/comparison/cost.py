@@ -13,6 +13,7 @@ from chiasm.comparison.seq2seq_cost import LanguageCost, seq2seq_cost
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.fusion.packed import PackedFusionModel
+from chiasm.fusion.tiled import TiledFusionModel
 from chiasm.fusion.unified import UnifiedModel
 from chiasm.language.adapter import layers
 from chiasm.vision.encoder import VisionEncoder
@@ -51,7 +52,7 @@ def cost(model: FusionModel, images: int = 1, text_tokens: int = 64, grid: Grid 
     if images < 0 or text_tokens < 1:
         raise ValueError(f"images={images}, text_tokens={text_tokens}; expected at least 0 and 1")
     seen = images or _blank_pictures(model)
-    picture = _picture(model, grid)
+    picture = _picture(model, grid, encode=images > 0)
     sequence = images * picture.places + text_tokens
     if model.config.is_encoder_decoder:
         language = seq2seq_cost(model.language, sequence)
@@ -80,16 +81,21 @@ class _Picture:
     connect_flops: int
 
 
-def _picture(model: FusionModel, grid: Grid | None) -> _Picture:
+def _picture(model: FusionModel, grid: Grid | None, encode: bool) -> _Picture:
+    """`encode`: whether the encoder's FLOPs are wanted, which are counted by running it."""
     if isinstance(model, UnifiedModel):
         usual, (rows, columns) = model.vision.grid, grid or model.vision.grid
-        encode = model.vision.flops() * rows * columns // (usual[0] * usual[1])
-        return _Picture(rows * columns, model.picture_places(rows, columns), encode, 0)
+        flops = model.vision.flops() * rows * columns // (usual[0] * usual[1])
+        return _Picture(rows * columns, model.picture_places(rows, columns), flops, 0)
     connector = model.connector
     if isinstance(model, PackedFusionModel):
         tokens = model.vision.grid[0] * model.vision.grid[1]
         return _Picture(tokens, tokens, model.vision.flops(), tokens * connector.flops())
-    return _Picture(connector.num_tokens, model.num_image_tokens, encode_flops(model.vision), connector.flops())
+    encoding = encode_flops(model.vision) if encode else 0
+    if isinstance(model, TiledFusionModel):
+        tiles, places = model.tiling.tiles(*model.tiling.square), model.num_image_tokens
+        return _Picture(places, places, tiles * encoding, tiles * connector.flops())
+    return _Picture(connector.num_tokens, model.num_image_tokens, encoding, connector.flops())
 
 
 def _blank_pictures(model: FusionModel) -> int:

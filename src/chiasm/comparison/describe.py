@@ -40,13 +40,19 @@ def describe(
         "features": config.features,
         "patch_positions": config.patch_positions,
         "regions": config.regions,
+        "tiles": config.tiles,
         "image_size": list(model.vision.image_size),
         "patches": rows * columns * getattr(model.vision, "merge", 1) ** 2 if positioned else model.vision.num_patches,
-        "tokens_per_image": rows * columns if positioned else model.connector.num_tokens,
+        "tokens_per_image": rows * columns if positioned else _tokens_per_image(model),
         "adapters": config.adapters or {},
         "prompt": {"images": images, "text_tokens": text_tokens},
         "cost": _cost(model, images, text_tokens),
     }
+
+
+def _tokens_per_image(model: FusionModel) -> int:
+    """Visual tokens of a picture, in tiles of a large square one."""
+    return model.num_image_tokens if model.config.tiles else model.connector.num_tokens
 
 
 def cost_facts(model: Any) -> dict[str, str]:
@@ -147,8 +153,10 @@ def print_description(description: dict[str, Any], console: Console) -> None:
         )
         return
     costs, prompt = description["cost"], description["prompt"]
+    cut = " for each tile, for a large square picture" if description["tiles"] else ""
     console.print(
-        f"{height}×{width} pixels → {description['patches']} patches → {description['tokens_per_image']} visual tokens"
+        f"{height}×{width} pixels → {description['patches']} patches{cut} → {description['tokens_per_image']} visual "
+        "tokens"
     )
     if costs is None:
         console.print(f"what a prompt costs is not known of {description['parts']['language']['kind']}")

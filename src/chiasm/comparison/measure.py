@@ -31,7 +31,8 @@ def measure(model: Any, processor: Any, sample: Sample, repeats: int) -> dict[st
     Args:
         model: in evaluation mode.
         sample: its first picture and question are asked.
-        repeats: times that each latency is taken; the median counts.
+        repeats: times that each latency is taken after once that does not count, whose median is given; with 0 that
+            once counts.
     """
     if isinstance(model, LateFusionModel):
         return _late(model, processor, sample, repeats)
@@ -107,16 +108,15 @@ def _late(model: LateFusionModel, processor: Any, sample: Sample, repeats: int) 
 
 
 def _seconds(run: Callable[[], Any], repeats: int) -> float:
-    """The median of some runs after one that does not count."""
-    run()
+    """The median of some runs after one that does not count; with none, that one."""
     taken = []
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         started = time.perf_counter()
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
-    return median(taken)
+    return median(taken[1:] or taken)
 
 
 def _counted(run: Callable[[], Any]) -> int:

@@ -66,6 +66,9 @@ class Base(Strict):
         None, description="regions whose names stand in front of their tokens, where a cell can have that"
     )
     cross_attention: dict[str, Any] | None = Field(None, description="intermediate fusion's blocks")
+    language_layers: PositiveInt | None = Field(
+        None, description="only so many first layers of the language model, as `--quick` does; it then knows nothing"
+    )
 
 
 class Data(Strict):
@@ -159,7 +162,9 @@ class Evaluation(Strict):
     shots: NonNegativeInt = Field(
         0, description="ask again behind so many solved examples: the skill `few-shot`, where the model has a prompt"
     )
-    repeats: PositiveInt = Field(5, description="times that latencies are measured; the median counts")
+    repeats: NonNegativeInt = Field(
+        5, description="times that latencies are measured after a first one; the median counts, with 0 the first one"
+    )
     pictures: PositiveInt = Field(96, description="pictures of the diagnostics without a language model")
     retrieval: Annotated[int, Field(ge=2)] | None = Field(
         None, description="so many captions of `data.test_captions` are held against so many pictures"

@@ -39,7 +39,8 @@ def write_report(
     Args:
         results: finished cells.
         answers: name of a cell -> the rows of its evaluation.
-        info: `title`, `budget` in words, `facts` (short texts), judged `claims`, and `command`, which repeats it all.
+        info: `title`, `budget` in words, `facts` (short texts), judged `claims`, `command`, which repeats it all, and
+            a `warning` of numbers that mean nothing, or none.
         images: a test sample's id -> its picture.
         attention: name of a cell -> its attention map.
         skipped: combinations that cannot be, and why.

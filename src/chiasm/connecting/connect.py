@@ -1,5 +1,6 @@
 """`connect`: one word chooses where a vision encoder and a language model meet."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def connect(
     resize_mode: str | None = None,
     patch_positions: str = "auto",
     regions: tuple[int, int] | None = None,
+    tiles: Sequence[tuple[int, int]] | None = None,
     cross_attention: dict[str, Any] | None = None,
     attention: str = "causal",
     pooling: dict[str, str] | None = None,
@@ -72,6 +74,9 @@ def connect(
         patch_positions: `grid` appends 2-D coordinates to patch features, `none` does not, `auto` does for CNNs.
         regions: for early fusion, rows and columns of regions, such as (2, 2), whose names ("top left") are written in
             front of their visual tokens.
+        tiles: for early fusion, grids such as [(1, 2), (2, 1), (2, 2)]: rows and columns of tiles. A picture is read as
+            a whole and in the tiles of the grid that suits its shape, without what pads it (LLaVA-NeXT). Needs a
+            connector whose visual tokens form a grid, and takes no resize_mode.
         cross_attention: for intermediate fusion, `{"every": n}` (a block in front of every n-th layer) and other fields
             of `chiasm.fusion.cross_attention_settings.CrossAttentionSettings`.
         attention: for early and unified fusion, `causal` or `prefix` (pictures and prompt are read in both directions,
@@ -103,7 +108,7 @@ def connect(
     if fusion == "late":
         foreign: dict[str, Any] = {"cross_attention": cross_attention, "chat_template": chat_template}
         foreign |= {"patch_positions": None if patch_positions == "auto" else patch_positions, "regions": regions}
-        foreign |= {"attention": None if attention == "causal" else attention}
+        foreign |= {"tiles": tiles, "attention": None if attention == "causal" else attention}
         _refuse_given(foreign, fusion, "it has no language model that answers")
         tower, text = (
             sources.resolve(s) if isinstance(s, str | Path) else s for s in (vision, language or DEFAULT_TEXT)
@@ -123,9 +128,10 @@ def connect(
         )
     language = language or DEFAULT_LANGUAGE
     if fusion == "unified":
-        others = {"connector": connector, "features": features, "cross_attention": cross_attention, "regions": regions}
+        others: dict[str, Any] = {"connector": connector, "features": features, "cross_attention": cross_attention}
         others |= {"vision": None if vision == DEFAULT_VISION else vision, "image_processor": image_processor}
         others |= {"patch_positions": None if patch_positions == "auto" else patch_positions}
+        others |= {"regions": regions, "tiles": tiles}
         _refuse_given(others, fusion, "it has no vision encoder and no connector")
         sizes = {"image_size": image_size, "resize_mode": resize_mode}
         _refuse_given(sizes, fusion, "write it into image_input, as {'name': ..., 'image_size': ...}")
@@ -147,9 +153,10 @@ def connect(
             chat_template=chat_template,
             features=features,
             image_size=image_size,
-            resize_mode=resize_mode or chosen.resize_mode,
+            resize_mode=resize_mode or (None if tiles else chosen.resize_mode),
             patch_positions=patch_positions,
             regions=regions,
+            tiles=tiles,
             cross_attention=cross_attention,
             attention=attention,
             dtype=dtype,

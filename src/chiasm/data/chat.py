@@ -137,15 +137,19 @@ def render(
     messages: list[Message],
     add_generation_prompt: bool = False,
     told: Told = NOTHING,
+    find: bool = True,
 ) -> Rendered:
     """The conversation's text by a chat template, and where the answers stand in it.
+
+    Args:
+        find: whether the answers' places are wanted; a template may rewrite what nobody learns.
 
     Raises:
         ValueError: the template refuses the conversation, or rewrites a message so that its place is not known.
     """
     told = {**told, "add_generation_prompt": add_generation_prompt}
     arranged, text = _arrange(tokenizer, messages, told)
-    if not any(message["role"] == "assistant" for message in arranged):
+    if not find or not any(message["role"] == "assistant" for message in arranged):
         return Rendered(text, [])
     texts = [(message["role"], text) for message in arranged for text in _texts(message)]
     skeleton = re.split("\ue000(\\d+)\ue001", _render(tokenizer, _marked(arranged), told))

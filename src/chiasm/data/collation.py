@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
 from chiasm.data.labels import num_predicted
@@ -85,7 +86,7 @@ def require_one_size(processor: ProcessorMixin, size: tuple[int, int]) -> None:
 
 
 def load_pixels(sample: Sample, processor: ProcessorMixin) -> Tensor | None:
-    """The pictures of a sample, decoded and resized: (I, 3, H, W).
+    """The pictures of a sample, decoded and resized: (I, 3, H, W), or (I, tiles, 3, H, W).
 
     Raises:
         SampleError: a picture is missing, broken or too large.
@@ -99,6 +100,11 @@ def load_pixels(sample: Sample, processor: ProcessorMixin) -> Tensor | None:
     return torch.as_tensor(processor.image_processor(pictures, return_tensors="pt")["pixel_values"])
 
 
+def whole_pictures(pixels: Tensor) -> Tensor:
+    """Pictures as a whole, (I, 3, H, W): of those in tiles the first."""
+    return pixels[:, 0] if pixels.ndim == 5 else pixels
+
+
 def collate(items: Sequence[Item], processor: ChiasmProcessor) -> Batch:
     """Items padded on the right, their pictures in the order of the placeholders."""
     return Batch(
@@ -110,9 +116,11 @@ def collate(items: Sequence[Item], processor: ChiasmProcessor) -> Batch:
 
 
 def stack_pictures(items: Sequence[Item]) -> dict[str, Tensor]:
-    """The input that holds the items' pictures, if they have any."""
+    """The input that holds the items' pictures, if they have any; those of fewer tiles are filled up with zeros."""
     pictures = [item.pictures for item in items if item.pictures is not None]
     name = "image_features" if any(item.encoded for item in items) else "pixel_values"
+    if len({picture.shape[1] for picture in pictures if picture.ndim == 5}) > 1:
+        pictures = [pad_sequence([tiles for one in pictures for tiles in one], batch_first=True)]
     return {name: torch.cat(pictures)} if pictures else {}
 
 

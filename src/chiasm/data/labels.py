@@ -11,17 +11,21 @@ def supervised(ids: Sequence[int], offsets: Sequence[Span], answers: Sequence[Sp
 
     Args:
         ids, offsets: tokens, and the characters of the text that each covers.
-        answers: the characters that answers cover.
+        answers: the characters that answers cover, in their order.
     """
-    marks = [False] * len(ids)
+    marks, place = [False] * len(ids), 0
     for begin, end in answers:
         last = None
-        for index, (start, stop) in enumerate(offsets):
+        while place < len(ids) and offsets[place][1] <= begin:
+            place += 1
+        for index in range(place, len(ids)):
+            start, stop = offsets[index]
             if stop > begin and start < end:
                 marks[index], last = True, index
             elif start >= end:
                 break
         if last is not None:
+            place = last
             for index in range(last + 1, min(last + 3, len(ids))):
                 if ids[index] in special:
                     marks[last + 1 : index + 1] = [True] * (index - last)

@@ -50,7 +50,7 @@ def collate_packed(items: Sequence[Item], processor: ChiasmProcessor, room: int 
     inputs = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "position_ids": torch.tensor(positions)}
     order = [items[index] for row in rows for index in row]
     return Batch(
-        inputs=inputs | stack_pictures(order),
+        inputs=inputs | processor.shapes_of([item.tokens for item in order]) | stack_pictures(order),
         ids=[item.id for item in order],
         supervised=sum(num_predicted(item.tokens["labels"], processor.encoder_decoder) for item in order),
         tokens=sum(lengths),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from chiasm.data.schema import ImageRef
@@ -12,8 +13,9 @@ from chiasm.data.schema import ImageRef
 
 @dataclass(frozen=True)
 class Pixels:
-    """`inputs`: `pixel_values` (I, 3, height, width), or (B, I, ...) with a mask, or patches. `tiles`: of each
-    picture, a number, or rows and columns, behind frames where there are some."""
+    """`inputs`: `pixel_values` (I, 3, height, width), or (B, I, ...) with a mask, or (I, tiles, ...) with sizes, or
+    patches. `tiles`: of each picture, a number, or rows and columns, behind frames where there are some, or its size
+    """
 
     inputs: dict[str, Tensor]
     tiles: list[Any]
@@ -29,6 +31,11 @@ def tells_grids(image_processor: Any) -> bool:
     return "image_grid_thw" in image_processor.model_input_names
 
 
+def tells_sizes(image_processor: Any) -> bool:
+    """Whether pictures come in tiles of a grid that their size decides on (LLaVA-NeXT)."""
+    return "image_sizes" in image_processor.model_input_names
+
+
 def read_pixels(image_processor: Any, flat: list[Any], counts: list[int], tiles: int | None) -> Pixels:
     """The pictures of a batch.
 
@@ -40,6 +47,10 @@ def read_pixels(image_processor: Any, flat: list[Any], counts: list[int], tiles:
         return Pixels({}, [])
     if keeps_sizes(image_processor):
         return _rows(image_processor, flat, counts, tiles)
+    if tells_sizes(image_processor):
+        made = image_processor([upright(item) for item in flat], do_pad=True, return_tensors="pt")
+        sized = {name: torch.as_tensor(made[name]) for name in ("pixel_values", "image_sizes")}
+        return Pixels(sized, [tuple(size) for size in sized["image_sizes"].tolist()])
     if tells_grids(image_processor):
         if not getattr(image_processor, "reads_videos", False) and any(getattr(item, "ndim", 3) == 4 for item in flat):
             raise ValueError(
@@ -58,6 +69,11 @@ def read_pixels(image_processor: Any, flat: list[Any], counts: list[int], tiles:
 def opened(item: Any) -> Any:
     """A picture's file as a picture, for image processors that read no files."""
     return ImageRef.of(item).load() if isinstance(item, str | Path) else item
+
+
+def upright(item: Any) -> Any:
+    """A picture's file, or a picture of any mode, as upright RGB, for image processors that count its pixels."""
+    return ImageRef.of(item).load() if isinstance(item, str | Path | Image.Image) else item
 
 
 def _rows(image_processor: Any, flat: list[Any], counts: list[int], tiles: int | None) -> Pixels:

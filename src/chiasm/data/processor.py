@@ -225,13 +225,14 @@ class ChiasmProcessor(ProcessorMixin):
             told: another chat template, and what it is told beside the messages.
 
         Raises:
-            ValueError: too many or too few pictures, or nothing to supervise.
+            ValueError: too many or too few pictures, nothing to supervise, or answers that the template rewrites where
+                labels or token types need their places.
         """
         if num_images is not None:
             check_count(count_images(messages), num_images)
         if self.image_space:
             messages = [{**message, "content": apart(message["content"])} for message in messages]
-        rendered = render(self.tokenizer, messages, add_generation_prompt, told)
+        rendered = render(self.tokenizer, messages, add_generation_prompt, told, supervise or self.token_types)
         special = self.add_special_tokens and not self._has_bos(rendered.text)
         wanted, found = count_images(messages), rendered.text.count(IMAGE_TOKEN)
         if wanted != found:
@@ -325,7 +326,11 @@ class ChiasmProcessor(ProcessorMixin):
         }
         if self.token_types:
             padded["token_type_ids"] = stack([item["token_type_ids"] for item in encoded], 0)
-        return padded
+        return padded | self.shapes_of(encoded)
+
+    def shapes_of(self, encoded: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """What inputs say of the shapes of all pictures, where these have their own."""
+        return {}
 
     def apply_chat_template(
         self, conversation: Any, chat_template: str | None = None, tokenize: bool = False, **kwargs: Any
@@ -353,7 +358,7 @@ class ChiasmProcessor(ProcessorMixin):
         told |= {} if chat_template is None else {"chat_template": chat_template}
         batch, several = self._normalize_conversations(conversation)
         if not tokenize:
-            texts = [render(self.tokenizer, messages, add, told).text for messages in batch]
+            texts = [render(self.tokenizer, messages, add, told, find=False).text for messages in batch]
             return texts if several else texts[0]
         rows = self._match([pictures_of(messages) for messages in batch], None, batch)
         inputs = self._inputs(*rows, side, {"add_generation_prompt": add, "told": told})

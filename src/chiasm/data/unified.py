@@ -87,10 +87,10 @@ class UnifiedProcessor(ChiasmProcessor):
         encoded: dict[str, Any] = super().encode(messages, *args, **kwargs | {"tiles": tiles})
         return encoded | ({"grids": list(tiles)} if tiles and self.grid is None else {})
 
-    def pad(self, encoded: list[dict[str, Any]], side: str = "right") -> dict[str, torch.Tensor]:
-        """Also `image_grid_thw`, of all pictures in their order."""
+    def shapes_of(self, encoded: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """`image_grid_thw`, of all pictures in their order."""
         grids = [grid for item in encoded for grid in item.get("grids", ())]
-        return super().pad(encoded, side) | ({"image_grid_thw": torch.tensor(grids)} if grids else {})
+        return {"image_grid_thw": torch.tensor(grids)} if grids else {}
 
     @property
     def model_input_names(self) -> list[str]:

@@ -28,10 +28,11 @@ from chiasm.vision.encoder import VisionEncoder, VisionFeatures
 
 @dataclass
 class FusionOutput(CausalLMOutputWithPast):
-    """A causal language model's output, with the visual tokens `(images, T, D_l)` that it has seen."""
+    """A causal language model's output, with the visual tokens `(images, T, D_l)` that it has seen; those of each
+    picture where pictures have their own T."""
 
     hidden_states: tuple[Tensor | None, ...] | None = None  # None where only some layers' are asked for
-    visual_tokens: Tensor | None = None
+    visual_tokens: Tensor | tuple[Tensor, ...] | None = None
 
     @property
     def image_outputs(self) -> BaseModelOutputWithPooling:
@@ -39,7 +40,7 @@ class FusionOutput(CausalLMOutputWithPast):
         return BaseModelOutputWithPooling(pooler_output=self.visual_tokens)
 
     @property
-    def image_hidden_states(self) -> Tensor | None:
+    def image_hidden_states(self) -> Tensor | tuple[Tensor, ...] | None:
         """The name that transformers' models have for the visual tokens."""
         return self.visual_tokens
 

@@ -1,6 +1,6 @@
 """Two loaded parts become one model whose visual tokens are as loud as the words are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +18,7 @@ from chiasm.fusion.early import EarlyFusionModel
 from chiasm.fusion.early_seq2seq import EarlySeq2SeqModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.fusion.packed import PackedFusionModel
+from chiasm.fusion.tiled import TiledFusionModel
 from chiasm.fusion.unified import UnifiedModel
 from chiasm.language.adapter import (
     embedding_scale,
@@ -43,7 +44,11 @@ def fusion_class(config: ChiasmConfig) -> type[FusionModel]:
     """The class of a configuration's model."""
     tower: Any = config.vision_config
     if config.fusion == "early" and tower.model_type in PACKED_TOWERS:
+        if config.tiles is not None:
+            raise ValueError(f"tiles are for encoders of one size, {tower.model_type!r} reads any; remove tiles")
         return PackedFusionModel
+    if config.tiles is not None:
+        return TiledFusionModel
     if config.is_encoder_decoder and config.fusion == "early":
         return EarlySeq2SeqModel
     if config.is_encoder_decoder:
@@ -62,6 +67,7 @@ def build_fusion(
     cross_attention: dict[str, Any] | None = None,
     attention: str = "causal",
     regions: tuple[int, int] | None = None,
+    tiles: Sequence[tuple[int, int]] | None = None,
     initialise: Callable[[Connector], None] | None = None,
 ) -> FusionModel:
     """A model around two loaded parts, whose new weights are drawn from `seed`, or given by `initialise`.
@@ -86,6 +92,7 @@ def build_fusion(
         patch_positions=patch_positions,
         attention=attention,
         regions=None if regions is None else list(regions),
+        tiles=tiles,
         feature_scale=root_mean_square(samples),
         image_token_id=image_token_id,
         direct_head=not language.config.is_encoder_decoder and head_is_direct(language),
@@ -102,6 +109,8 @@ def build_fusion(
     if config.connector["name"] not in PACKAGED:
         try_out(config.connector["name"], model.connector)
     scale_connector(model, samples)
+    if isinstance(model, TiledFusionModel):
+        model.image_newline.data *= embedding_scale(language) / root_mean_square(model.image_newline)
     if isinstance(model, IntermediateFusionModel):
         model.cross_attention.to(device=language.device, dtype=language.dtype)
         read_placeholder(model)

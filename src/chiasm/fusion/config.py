@@ -25,6 +25,8 @@ class ChiasmConfig(PreTrainedConfig):
         patch_positions: `grid` appends 2-D coordinates to the patch features, `none` leaves them as they are.
         regions: of early fusion; rows and columns of regions by which visual tokens are ordered, because the processor
             writes each region's name in front of them; None leaves them row by row.
+        tiles: of early fusion; grids of tiles, each by rows and columns, of which a picture takes the one that suits
+            its shape and is read in tiles behind the whole (`chiasm.data.tiles`); None reads it as a whole only.
         attention: of early and unified fusion; `causal`, or `prefix`: tokens of type 0 (pictures and prompt, by
             `token_type_ids`) see each other in both directions.
         feature_scale: root mean square of the patch features, the amplitude of those coordinates.
@@ -52,6 +54,7 @@ class ChiasmConfig(PreTrainedConfig):
     features: Any = None
     patch_positions: str = "none"
     regions: Any = None
+    tiles: Any = None
     attention: str = "causal"
     feature_scale: float = 1.0
     image_token_id: int | None = None
@@ -81,6 +84,17 @@ class ChiasmConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(self.get_text_config().tie_word_embeddings)
         text: Any = self.text_config
         self.is_encoder_decoder = text.is_encoder_decoder
+        if self.tiles is not None:
+            self._check_tiles()
+
+    def _check_tiles(self) -> None:
+        self.tiles = [list(grid) for grid in self.tiles]
+        if not self.tiles or any(len(grid) != 2 or min(grid) < 1 for grid in self.tiles):
+            raise ValueError(f"tiles {self.tiles}, expected rows and columns of one grid or more, such as [[1, 2]]")
+        if self.fusion != "early" or self.is_encoder_decoder or self.regions is not None:
+            other = f"regions {self.regions}" if self.regions is not None else f"fusion {self.fusion!r}"
+            other = "an encoder-decoder language model" if self.is_encoder_decoder else other
+            raise ValueError(f"tiles are for fusion 'early' with a causal language model, got {other}; remove tiles")
 
 
 AutoConfig.register("chiasm", ChiasmConfig, exist_ok=True)

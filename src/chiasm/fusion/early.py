@@ -16,7 +16,7 @@ from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.part_dtypes import cast_parts
 from chiasm.fusion.pictures import real_pictures
 from chiasm.fusion.prefix import counted, prefix_mask, with_suffix
-from chiasm.fusion.splice import splice
+from chiasm.fusion.splice import VisualTokens, splice
 
 
 class EarlyFusionModel(FusionModel, GenerationMixin):
@@ -46,7 +46,7 @@ class EarlyFusionModel(FusionModel, GenerationMixin):
         self,
         input_ids: Int[Tensor, "B S"] | None,
         inputs_embeds: Float[Tensor, "B S D_l"] | None,
-        visual_tokens: Float[Tensor, "images T D_l"] | None,
+        visual_tokens: VisualTokens | None,
     ) -> Float[Tensor, "B S D_l"]:
         """The sequence that the language model reads.
 

@@ -1,5 +1,7 @@
 """What `transformers.generate` must know about pictures: how beams repeat them, and that a placeholder is no word."""
 
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 PICTURE_INPUTS = (
     "pixel_values",
     "pixel_attention_mask",
+    "image_sizes",
     "image_features",
     "instruction_ids",
     "instruction_mask",
@@ -23,11 +26,25 @@ READ_ONCE = (*PICTURE_INPUTS, "pixel_values_videos")
 """Inputs that a cache makes needless."""
 
 
-def expand_images(images: Tensor, placeholders: Bool[Tensor, "B S"], num_tokens: int, times: int) -> Tensor:
-    """Pictures of each row repeated `times` as a group: rows [A B] [C] twice → A B A B C C."""
-    counts = (placeholders.sum(dim=1) // num_tokens).tolist()
+def expand_images(images: Tensor, counts: list[int], times: int) -> Tensor:
+    """Pictures of each row, `counts` of them, repeated `times` as a group: rows [A B] [C] twice → A B A B C C."""
     groups = torch.split(images, counts)
     return torch.cat([group for group in groups for _ in range(times)])
+
+
+def pictures_of_rows(places: list[int], lengths: Sequence[int]) -> list[int]:
+    """How many pictures each row has, by its placeholders and those of each picture.
+
+    Raises:
+        ValueError: they are not as many.
+    """
+    borders, ends = (list(accumulate(counts, initial=0)) for counts in (places, lengths))
+    if borders[-1] != ends[-1] or not set(borders) <= set(ends):
+        raise ValueError(
+            f"the rows hold {', '.join(map(str, places))} image placeholders but {len(lengths)} image(s) give "
+            f"{', '.join(map(str, lengths))} visual tokens; build the inputs with the model's processor"
+        )
+    return [ends.index(stop) - ends.index(start) for start, stop in pairwise(borders)]
 
 
 class _TextOnly(LogitsProcessorList):
@@ -59,6 +76,14 @@ class PictureGenerationMixin(GenerationMixin):
     def num_image_tokens(self) -> int:
         """Placeholders that one picture takes in the sequence."""
         raise NotImplementedError
+
+    def picture_lengths(self, inputs: Mapping[str, Any], pictures: int) -> list[int]:
+        """Placeholders of each of so many pictures.
+
+        Args:
+            inputs: what is known of the pictures, by the names of the forward's arguments.
+        """
+        return [self.num_image_tokens] * pictures
 
     def placeholders(
         self, input_ids: Int[Tensor, "B S"] | None, inputs_embeds: Float[Tensor, "B S D_l"] | None
@@ -121,9 +146,11 @@ class PictureGenerationMixin(GenerationMixin):
     def _maybe_initialize_input_ids_for_generation(
         self, inputs: Tensor | None, bos_token_id: Tensor | int | None, model_kwargs: dict[str, Any]
     ) -> Tensor:
-        """Pictures without text are prompts of their own."""
+        """Pictures without text are prompts of their own; rows of embeddings are counted, and not their pictures."""
         pictures = next((model_kwargs[name] for name in PICTURE_INPUTS[:2] if name in model_kwargs), None)
-        if inputs is None and pictures is not None and "inputs_embeds" not in model_kwargs:
+        if "inputs_embeds" in model_kwargs:
+            model_kwargs = {"inputs_embeds": model_kwargs["inputs_embeds"]} | model_kwargs
+        elif inputs is None and pictures is not None:
             return self.picture_prompts(len(pictures))
         return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
 
@@ -132,16 +159,16 @@ class PictureGenerationMixin(GenerationMixin):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Beams and several answers repeat a row's pictures together, in the row's own order."""
         pixels = kwargs.get("pixel_values")
-        by_row = ("pixel_values", "pixel_attention_mask") if pixels is not None and pixels.ndim == 5 else ()
+        in_rows = pixels is not None and pixels.ndim == 5 and kwargs.get("image_sizes") is None
+        by_row = ("pixel_values", "pixel_attention_mask") if in_rows else ()
         names = [name for name in PICTURE_INPUTS if name not in by_row and kwargs.get(name) is not None]
         pictures = {name: kwargs.pop(name) for name in names}
         expanded = {}
         if pictures:
             placeholders = self.placeholders(*self.prompt(input_ids, kwargs.get("inputs_embeds")))
-            expanded = {
-                name: expand_images(tensor, placeholders, self.num_image_tokens, expand_size)
-                for name, tensor in pictures.items()
-            }
+            lengths = self.picture_lengths(pictures, len(next(iter(pictures.values()))))
+            counts = pictures_of_rows(placeholders.sum(dim=1).tolist(), lengths)
+            expanded = {name: expand_images(tensor, counts, expand_size) for name, tensor in pictures.items()}
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return input_ids, kwargs | expanded
 

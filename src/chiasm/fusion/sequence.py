@@ -27,7 +27,7 @@ class PositionedOutput(FusionOutput):
     def image_outputs(self) -> BaseModelOutputWithPooling:
         """Visual tokens, picture by picture where their grids are known."""
         tokens, grids = self.visual_tokens, self.image_grid_thw
-        if tokens is None or grids is None or tokens.shape[1] != 1:
+        if not isinstance(tokens, Tensor) or grids is None or tokens.shape[1] != 1:
             return super().image_outputs
         patches = grids.prod(dim=1)
         return BaseModelOutputWithPooling(

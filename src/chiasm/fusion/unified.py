@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.pictures import real_pictures
 from chiasm.fusion.sequence import PositionedModel, PositionedOutput
+from chiasm.fusion.splice import VisualTokens
 from chiasm.fusion.unified_decoder import PATCH, WORD
 from chiasm.fusion.unified_settings import UnifiedSettings
 from chiasm.language.adapter import build_language
@@ -133,7 +134,7 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         self,
         input_ids: Int[Tensor, "B S"] | None,
         inputs_embeds: Float[Tensor, "B S D_l"] | None,
-        visual_tokens: Float[Tensor, "images T D_l"] | None,
+        visual_tokens: VisualTokens | None,
     ) -> Float[Tensor, "B S D_l"]:
         embeddings = super().embed(input_ids, inputs_embeds, visual_tokens)
         table = getattr(self.language.base_model, "modality_embeddings", None)

@@ -21,7 +21,7 @@ from chiasm.data.schema import text_of
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.sequence import PositionedModel
 from chiasm.generation import heatmap
-from chiasm.generation.decode import Decoding, prepare
+from chiasm.generation.decode import Decoding, arguments, prepare
 from chiasm.vision.image_processor import ChiasmImageProcessor
 from chiasm.vision.probe import twin
 
@@ -95,7 +95,7 @@ def look(
     inputs: Inputs = prepare(model, processor, [messages], [images], 1 if answer else decoding.max_new_tokens)
     tokenizer, start = processor.tokenizer, inputs["input_ids"].shape[1]
     if answer is None:
-        ids = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **decoding.arguments())
+        ids = model.generate(**inputs, **arguments(model, processor, decoding, inputs))
     else:
         given = tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
         ids = torch.cat([inputs["input_ids"], given], dim=1)

@@ -86,8 +86,7 @@ class BatchedDecoder:
         asked = prompt.inputs["input_ids"]
         ids = torch.cat([asked, asked.new_tensor(answer)[None]], dim=1) if answer else asked
         positioned, bidirectional = isinstance(self.model, PositionedModel), 0
-        image = self.model.config.image_token_id
-        keys = prompt.packed_keys(self.model.picture_marks) if positioned else prompt.keys(image)
+        keys = prompt.packed_keys(self.model.picture_marks) if positioned else self._keys(prompt)
         keys += map(word, answer)
         if self.model.config.attention == "prefix" and "token_type_ids" in prompt.inputs:
             bidirectional = int((prompt.inputs["token_type_ids"][0] == 0).sum())
@@ -100,7 +99,7 @@ class BatchedDecoder:
             self._place(self.model, sequence, prompt, ids)
         else:
             rest = ids[:, start:]
-            seen = (rest == image).any()
+            seen = (rest == self.model.config.image_token_id).any()
             tokens = self.pictures.visual_tokens(prompt) if seen else None
             sequence.unread = self.model.embed(ids if seen else rest, None, tokens)[:, -rest.shape[1] :]
         sequence.slot = self.slots.take(room)
@@ -111,6 +110,11 @@ class BatchedDecoder:
                 self.slots.leave(sequence.slot)
                 raise
         return sequence
+
+    def _keys(self, prompt: Prompt) -> list[bytes]:
+        """What each place of a prompt is known by."""
+        lengths = self.model.picture_lengths(prompt.inputs, len(prompt.pictures)) if prompt.pictures else []
+        return prompt.keys(self.model.config.image_token_id, lengths)
 
     def _show(self, model: IntermediateFusionModel, sequence: Row, prompt: Prompt, ids: Int[Tensor, "1 S"]) -> None:
         """Keys and values of the pictures, and which of them each token sees."""

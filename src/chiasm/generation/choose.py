@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from chiasm.generation.decoding import Decoding
 
@@ -39,6 +40,24 @@ def choose(logits: Float[Tensor, " V"], decoding: Decoding, generator: torch.Gen
         shares = logits.softmax(dim=0)
         logits = logits.masked_fill(shares < decoding.min_p * shares.max(), -torch.inf)
     return int(torch.multinomial(logits.softmax(dim=0), 1, generator=generator))
+
+
+class Chooser(LogitsProcessor):
+    """The same for `transformers.generate`, which then takes what was drawn for its likeliest; each row by itself."""
+
+    def __init__(self, decoding: Decoding, device: torch.device, rows: int) -> None:
+        self.decoding = decoding
+        self.generators = [generator(decoding, device) for _ in range(rows)]
+
+    def __call__(self, input_ids: Int[Tensor, "B S"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        rows = zip(scores, self.generators, strict=True)
+        chosen = torch.tensor([choose(row, self.decoding, own) for row, own in rows], device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+
+def generator(decoding: Decoding, device: torch.device) -> torch.Generator | None:
+    """An answer's own random numbers, where it has a seed."""
+    return None if decoding.seed is None else torch.Generator(device).manual_seed(decoding.seed)
 
 
 def logprobs(logits: Float[Tensor, " V"], token: int, count: int) -> tuple[float, list[tuple[int, float]]]:

@@ -7,18 +7,19 @@ from threading import Thread
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
+from chiasm.generation.choose import Chooser
 from chiasm.generation.constraint import Constraint, ConstraintProcessor, token_reader
 from chiasm.generation.decoding import Decoding
-from chiasm.generation.text import TextStream, Trim, before_stop
+from chiasm.generation.text import StopStrings, TextStream, Trim, before_stop
 from chiasm.language.adapter import ContextError, context_length, vocabulary
-from chiasm.language.generation_settings import change
+from chiasm.language.generation_settings import SAMPLING, change
 
-__all__ = ["Decoding", "end_tokens", "generate", "prepare", "stop_at_end_of_turn", "stream"]
+__all__ = ["Decoding", "arguments", "end_tokens", "generate", "prepare", "stop_at_end_of_turn", "stream"]
 
 
 def prepare(
@@ -83,30 +84,41 @@ def generate(
         return []
     inputs = prepare(model, processor, messages, images, decoding.max_new_tokens)
     with _seeded(model, decoding):
-        tokens = model.generate(**inputs, **_arguments(model, processor, decoding, len(messages)))
-    prompt = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    answers = processor.tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True)
+        tokens = model.generate(**inputs, **arguments(model, processor, decoding, inputs))
+    answers = processor.tokenizer.batch_decode(tokens[:, _start(model, inputs) :], skip_special_tokens=True)
     return [before_stop(answer, decoding.stop).strip() for answer in answers]
 
 
-def _arguments(model: PreTrainedModel, processor: ChiasmProcessor, decoding: Decoding, rows: int) -> dict[str, Any]:
+def _start(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> int:
+    """Where answers begin in what `transformers.generate` hands back; an encoder–decoder's start token has no text."""
+    return 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+
+
+def arguments(
+    model: PreTrainedModel, processor: ChiasmProcessor, decoding: Decoding, inputs: dict[str, torch.Tensor]
+) -> dict[str, Any]:
     """All that `transformers.generate` is told beside the inputs."""
-    arguments = {"pad_token_id": processor.tokenizer.pad_token_id, **decoding.arguments()}
+    told: dict[str, Any] = {"pad_token_id": processor.tokenizer.pad_token_id, **decoding.arguments()}
+    rows, processors = len(inputs["input_ids"]), LogitsProcessorList()
     if decoding.logprobs is not None:
         raise ValueError(f"logprobs={decoding.logprobs}: log-probabilities are told by chiasm.generation.engine only")
     if decoding.stop:
-        arguments |= {"stop_strings": list(decoding.stop), "tokenizer": processor.tokenizer}
+        stop = StopStrings(processor.tokenizer, decoding.stop, _start(model, inputs))
+        told["stopping_criteria"] = StoppingCriteriaList([stop])
     if decoding.constrained:
         ends, size = end_tokens(model), model.get_output_embeddings().out_features
         reader = token_reader(processor.tokenizer, size)
         constraints = [Constraint(reader, decoding, ends) for _ in range(rows)]
-        arguments["logits_processor"] = LogitsProcessorList([ConstraintProcessor(constraints, ends)])
-    return arguments
+        processors.append(ConstraintProcessor(constraints, ends))
+    if decoding.temperature > 0 and decoding.beams == 1:
+        told |= dict.fromkeys(SAMPLING) | {"do_sample": False}
+        processors.append(Chooser(decoding, model.device, rows))
+    return told | {"logits_processor": processors}
 
 
 def _seeded(model: PreTrainedModel, decoding: Decoding) -> AbstractContextManager[Any]:
-    """With a seed, random numbers of its own, which leave the program's alone."""
-    if decoding.seed is None:
+    """With a seed and several beams, random numbers of their own, which leave the program's alone."""
+    if decoding.seed is None or decoding.beams == 1:
         return nullcontext()
     fork = torch.random.fork_rng([model.device] if model.device.type == "cuda" else [])
     return _Seeded(fork, decoding.seed)
@@ -124,11 +136,19 @@ class _Seeded(AbstractContextManager):
         self.fork.__exit__(*error)
 
 
-class _Pieces(BaseStreamer):
-    """What `generate` hands over: the prompt first, then a token at a time; as text in a queue, None at the end."""
+class _Pieces(BaseStreamer, StoppingCriteria):
+    """What `generate` hands over: the prompt first, then a token at a time; as text in a queue, None at the end.
+
+    Attributes:
+        left: whether nobody listens any more, so that decoding may stop.
+    """
 
     def __init__(self, text: TextStream) -> None:
         self.text, self.queue, self.started = text, SimpleQueue[str | None](), False
+        self.left = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.left, device=input_ids.device)
 
     def put(self, value: torch.Tensor) -> None:
         if self.started:
@@ -147,23 +167,30 @@ def stream(
     images: list[Any],
     decoding: Decoding,
 ) -> Iterator[str]:
-    """Pieces of one answer as they are decoded; an error in decoding is raised here."""
+    """Pieces of one answer as they are decoded; an error in decoding is raised here.
+
+    Who leaves before the end stops the decoding after the token that is being made.
+    """
     inputs = prepare(model, processor, [messages], [images], decoding.max_new_tokens)
-    arguments = _arguments(model, processor, decoding, 1)
+    told = arguments(model, processor, decoding, inputs)
     streamer = _Pieces(TextStream(processor.tokenizer, decoding.stop))
+    told["stopping_criteria"] = StoppingCriteriaList([*told.get("stopping_criteria", ()), streamer])
     failure: list[BaseException] = []
 
     def decode() -> None:
         try:
-            with torch.inference_mode(), _seeded(model, decoding):
-                model.generate(**inputs, streamer=streamer, **arguments)
+            with torch.inference_mode():
+                model.generate(**inputs, streamer=streamer, **told)
         except BaseException as error:
             failure.append(error)
             streamer.end()
 
     thread = Thread(target=decode, daemon=True)
     thread.start()
-    yield from filter(None, map(Trim(), iter(streamer.queue.get, None)))
+    try:
+        yield from filter(None, map(Trim(), iter(streamer.queue.get, None)))
+    finally:
+        streamer.left = True
     thread.join()
     if failure:
         raise failure[0]

@@ -12,11 +12,12 @@ from chiasm.fusion.base import FusionModel
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.fusion.packed import PackedFusionModel
+from chiasm.fusion.tiled import TiledFusionModel
 from chiasm.fusion.unified import UnifiedModel
 from chiasm.generation.batched import BatchedDecoder
-from chiasm.generation.lean import lean_model, release
+from chiasm.generation.lean import ROTATIONS, lean_model, release, rotations
 from chiasm.generation.lean_decoder import LeanDecoder
-from chiasm.generation.native.build import library
+from chiasm.generation.native.build import absence, library
 from chiasm.generation.native.step import NativeStep
 from chiasm.generation.packed import WEIGHTS
 from chiasm.generation.packed_linear import PackedLinear
@@ -31,8 +32,10 @@ SHORT = 48
 """Tokens of a prompt that are read faster by the compiled step than by the model."""
 SIMILAR = {"float32": 0.99999, "int8": 0.99, "int4": 0.9}
 """How similar (cosine) a lean step's logits must be to the model's own."""
-SHARING = (EarlyFusionModel, IntermediateFusionModel, UnifiedModel, PackedFusionModel)
+SHARING = (EarlyFusionModel, IntermediateFusionModel, TiledFusionModel, UnifiedModel, PackedFusionModel)
 """Fusions whose requests can share a step; encoder-decoders cannot."""
+STEADY = {*ROTATIONS, "proportional", "none"}
+"""Rotary embeddings with which requests can share a step; the frequencies of others depend on the longest of them."""
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 """What a forward raises that is not made for rows of different lengths."""
 
@@ -62,12 +65,15 @@ def make_decoder(
         raise ValueError("release=True leaves packed weights only, but weights='float32'; take 'int8' or 'int4'")
     if (left := next((m for m in model.language.modules() if isinstance(m, PackedLinear)), None)) is not None:
         left.of_kind(weights)
-    made = _made(model, count, pictures, prefixes, weights)
-    if releases and isinstance(made, LeanDecoder):
+    lacking = weights != "float32" and model.device.type == "cpu" and library() is None
+    made = _made(model, count, pictures, prefixes, "float32" if lacking and left is None else weights)
+    packs = isinstance(made, LeanDecoder) and not lacking
+    if releases and packs:
         release(model.language, made.lean_step.lean)
-    if weights != "float32" and not isinstance(made, LeanDecoder):
+    if weights != "float32" and not packs:
+        reason = f"need the compiled step, and {absence()}" if lacking else "are for Llama-shaped models on a CPU"
         kind = type(model.language).__name__
-        warnings.warn(f"weights={weights!r} are for Llama-shaped models on a CPU; {kind} keeps its own", stacklevel=3)
+        warnings.warn(f"weights={weights!r} {reason}; {kind} keeps its own", stacklevel=3)
     return made
 
 
@@ -89,10 +95,12 @@ def _made(model: FusionModel, count: int, pictures: PictureCache, prefixes: Pref
 
 
 def _lean_step(model: FusionModel, weights: str, dtype: torch.dtype) -> NativeStep | TorchStep | None:
-    """A step on bare tensors, where the model has such a shape; in full precision only if it is float32 already."""
-    if model.device.type != "cpu" or (weights == "float32" and dtype != torch.float32):
+    """A step on bare tensors, where the model has such a shape; in full precision only if it is float32 already, and
+    with packed weights only where it is compiled."""
+    compiled, packed = library(), weights != "float32"
+    if model.device.type != "cpu" or (compiled is None if packed else dtype != torch.float32):
         return None
-    compiled, lean = library(), lean_model(model.language, weights)
+    lean = lean_model(model.language, weights)
     if lean is None:
         return None
     return TorchStep(lean) if compiled is None else NativeStep(lean, compiled)
@@ -102,6 +110,8 @@ def _cache_shape(model: FusionModel) -> CacheShape | None:
     """The shape of the language model's cache; None where slots cannot hold it."""
     language = model.language
     if type(model) not in SHARING or language.config._attn_implementation not in ("sdpa", "eager"):
+        return None
+    if not rotations(language.config.get_text_config()) <= STEADY:
         return None
     if isinstance(model, IntermediateFusionModel) and not model.cross_attention.settings.mask_attention:
         return None

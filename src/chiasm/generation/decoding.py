@@ -5,6 +5,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from chiasm.language.generation_settings import SAMPLING
+
+COLDEST = 1e-30
+"""The lowest temperature that sampled beams can be divided by."""
+UNREAD = (
+    "guidance_scale",
+    "watermarking_config",
+    "stop_strings",
+    "max_time",
+    "prompt_lookup_num_tokens",
+    "dola_layers",
+)
+"""Settings of a checkpoint that no answer follows: other ways of decoding, and what is said for each request."""
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -18,7 +32,7 @@ class Decoding:
         repetition_penalty: above 1, tokens of the prompt and the answer become less likely.
         beams: hypotheses that are followed at once; 1 is none beside the answer.
         stop: strings that end the answer and are not part of it.
-        seed: of the sampling; None takes a new one each time.
+        seed: of the sampling, of each answer of a batch by itself; None takes a new one each time.
         logprobs: log-probabilities of so many likeliest tokens beside the chosen one; None tells none.
         choices: the answer is one of these texts.
         json_schema: the answer is JSON of this schema.
@@ -65,18 +79,17 @@ class Decoding:
         return bool(self.choices) or self.json_schema is not None
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `transformers.generate`."""
+        """Arguments of `transformers.generate`, in place of what a checkpoint's own settings say of the same."""
         self.check()
-        chosen: dict[str, Any] = {
+        chosen: dict[str, Any] = dict.fromkeys((*SAMPLING, *UNREAD)) | {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.temperature > 0,
-            "repetition_penalty": self.repetition_penalty,
+            "repetition_penalty": float(self.repetition_penalty),
             "num_beams": self.beams,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
+            "num_return_sequences": 1,
+            "return_dict_in_generate": False,
         }
         if self.temperature > 0:
-            chosen |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-            chosen |= {"min_p": self.min_p} if self.min_p else {}
+            chosen |= {"temperature": max(float(self.temperature), COLDEST), "top_p": float(self.top_p)}
+            chosen |= {"top_k": self.top_k, "min_p": float(self.min_p) or None}
         return chosen

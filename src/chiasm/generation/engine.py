@@ -15,12 +15,14 @@ import torch
 from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
+from chiasm.generation.choose import generator
 from chiasm.generation.constraint import Constraint, token_reader
 from chiasm.generation.decode import Decoding, end_tokens, never_tokens, prepare
 from chiasm.generation.decoders import make_decoder
 from chiasm.generation.pictures import PictureCache
 from chiasm.generation.prefix_cache import PrefixCache
 from chiasm.generation.prompt import Prompt, read_prompt
+from chiasm.generation.published import published
 from chiasm.generation.request import Request
 from chiasm.generation.text import TextStream
 from chiasm.generation.ticket import Piece, Ticket
@@ -91,7 +93,7 @@ class Engine:
         processor: ChiasmProcessor,
         *,
         max_batch: int = 8,
-        max_waiting: int = 64,
+        max_waiting: int = 128,
         image_cache_bytes: int = 256 << 20,
         prefix_cache_bytes: int = 512 << 20,
         parked_bytes: int = 512 << 20,
@@ -126,14 +128,11 @@ class Engine:
 
     def submit_all(self, messages: list[Message], images: list[Any], decodings: Sequence[Decoding]) -> list[Ticket]:
         """The same for several answers to one prompt, which is prepared once: all of them are in line, or none."""
-        if len(decodings) > (most := self.max_batch + self.max_waiting):
-            raise ValueError(f"{len(decodings)} answers to one prompt, expected at most the {most} that the line holds")
         for decoding in decodings:
             decoding.check()
             if decoding.beams > 1:
                 raise ValueError(f"beams={decoding.beams}: the engine follows one; use VLM.generate for more")
-        with self._changed:
-            self._admit(len(decodings))
+        self.check_room(len(decodings))
         with self._picturing if images else self._preparing:  # words alone do not wait for pictures
             longest = max(decoding.max_new_tokens for decoding in decodings)
             prompt = read_prompt(prepare(self.model, self.processor, [messages], [images], longest))
@@ -145,6 +144,13 @@ class Engine:
             self._counts["requests"] += len(requests)
             self._changed.notify_all()
         return [request.ticket for request in requests]
+
+    def check_room(self, count: int = 1) -> None:
+        """Refuses as `submit_all` would at this moment, before anything is prepared for so many answers."""
+        if count > (most := self.max_batch + self.max_waiting):
+            raise ValueError(f"{count} answers to one prompt, expected at most the {most} that the line holds")
+        with self._changed:
+            self._admit(count)
 
     def _constraints(self, decodings: Sequence[Decoding]) -> list[Constraint | None]:
         """What binds each answer; a form that several have is compiled once."""
@@ -162,14 +168,13 @@ class Engine:
         return made
 
     def _request(self, prompt: Prompt, decoding: Decoding, constraint: Constraint | None) -> Request:
-        generator = None
-        if decoding.seed is not None:
-            generator = torch.Generator(self.model.device).manual_seed(decoding.seed)
         tokens = prompt.tokens
         if self.model.config.is_encoder_decoder:
             tokens = [self.model.language.generation_config.decoder_start_token_id]
         ticket, text = Ticket(len(prompt.tokens)), TextStream(self.processor.tokenizer, decoding.stop)
-        return Request(ticket, prompt, decoding, text, generator, constraint, tokens)
+        habits = published(self.model, decoding, len(tokens), prompt.inputs["input_ids"])
+        own = generator(decoding, self.model.device)
+        return Request(ticket, prompt, decoding, text, own, constraint, tokens, published=habits)
 
     def _admit(self, count: int) -> None:
         if self._closed:
@@ -222,10 +227,12 @@ class Engine:
 
     @torch.inference_mode()
     def _serve(self) -> None:
+        """Pieces of the prompt with the fewest unread tokens and of the one that came first are read in turns."""
+        shortest = False
         while self._arrange():
-            reading = next((request for request in self._running if request.reading), None)
-            if reading is not None:
-                self._read(reading)
+            if reading := [request for request in self._running if request.reading]:
+                shortest = not shortest
+                self._read(min(reading, key=lambda request: request.unread) if shortest else reading[0])
             decoding = [request for request in self._running if not request.reading]
             for group in [decoding] if self.decoder.together else [[one] for one in decoding]:
                 if group:

@@ -112,7 +112,7 @@ def lean_model(language: PreTrainedModel, weights: str = "float32") -> LeanModel
     config, body = language.config.get_text_config(), decoder(language)
     family, activation = FAMILIES.get(config.model_type), getattr(config, "hidden_act", None)
     activation = getattr(config, "hidden_activation", None) or activation
-    if family is None or activation not in ACTIVATIONS or not _rotations(config) <= set(ROTATIONS):
+    if family is None or activation not in ACTIVATIONS or not rotations(config) <= set(ROTATIONS):
         return None
     if getattr(config, "attn_logit_softcapping", None) or getattr(config, "final_logit_softcapping", None):
         return None
@@ -203,7 +203,7 @@ def _norm(norm: Any, family: Family) -> Tensor:
     return (norm.weight.detach().float() + family.norm_offset).contiguous()
 
 
-def _rotations(config: PreTrainedConfig) -> set[str]:
+def rotations(config: PreTrainedConfig) -> set[str]:
     """The types of a model's rotary embeddings; `none` where it has none."""
     known = getattr(config, "rope_parameters", None) or {}
     settings = [known] if "rope_type" in known else [one for one in known.values() if isinstance(one, dict)]

@@ -1,7 +1,9 @@
 """A request's prompt as decoders read it: tokens, pictures, and what both are known by."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -29,13 +31,14 @@ class Prompt:
     def tokens(self) -> list[int]:
         return self.inputs["input_ids"][0].tolist()
 
-    def keys(self, image_token_id: int) -> list[bytes]:
-        """What each place of the sequence is known by: a word by its id, a placeholder by its picture."""
-        tokens = self.tokens
-        places = [index for index, token in enumerate(tokens) if token == image_token_id]
-        each = len(places) // len(self.pictures) if self.pictures else 1
-        number = {place: self.pictures[index // each] for index, place in enumerate(places) if self.pictures}
-        return [number.get(place) or word(token) for place, token in enumerate(tokens)]
+    def keys(self, image_token_id: int, lengths: Sequence[int]) -> list[bytes]:
+        """What each place of the sequence is known by: a word by its id, a placeholder by its picture.
+
+        Args:
+            lengths: placeholders of each picture.
+        """
+        shown = chain.from_iterable(repeat(*one) for one in zip(self.pictures, lengths, strict=True))
+        return [next(shown, word(token)) if token == image_token_id else word(token) for token in self.tokens]
 
     def packed_keys(self, marks: list[int]) -> list[bytes]:
         """The same where pictures are packed into rows of patches: each of these tokens by all pictures and grids."""
@@ -51,13 +54,20 @@ def word(token: int) -> bytes:
 
 def read_prompt(inputs: Inputs) -> Prompt:
     """A prompt with its pictures one after the other, and their hashes."""
-    if "pixel_values" in inputs:
+    if "pixel_values" in inputs and "image_sizes" not in inputs:
         pictures, masks = real_pictures(inputs["pixel_values"], inputs.get("pixel_attention_mask"))
         inputs = inputs | {"pixel_values": pictures, "pixel_attention_mask": masks}
         inputs = {name: value for name, value in inputs.items() if value is not None}
     rows = [inputs[name] for name in PICTURE_INPUTS if name in inputs]
     count = rows[0].shape[0] if rows else 0
-    return Prompt(inputs, tuple(_digest([row[index] for row in rows]) for index in range(count)))
+    return Prompt(inputs, tuple(_digest([_filled(row[index]) for row in rows]) for index in range(count)))
+
+
+def _filled(part: Tensor) -> Tensor:
+    """A picture without the tiles of zeros that fill it up to the largest of its prompt."""
+    if part.ndim != 4:
+        return part
+    return part[: max(part.flatten(1).ne(0).any(dim=1).nonzero().flatten().tolist(), default=-1) + 1]
 
 
 def _digest(parts: list[Tensor]) -> bytes:

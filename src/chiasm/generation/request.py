@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from chiasm.generation.choose import adjusted, choose, logprobs
 from chiasm.generation.constraint import Constraint
@@ -28,6 +29,7 @@ class Request:
         turn: tokens since it got its place.
         held: pieces of which nothing is shown yet, and where their text begins; a stop string may still cut them out.
         untold: text that waits for them.
+        published: what the model's own settings do to logits, with the repetition penalty; None is nothing.
     """
 
     ticket: Ticket
@@ -45,6 +47,7 @@ class Request:
     held: list[tuple[int, Piece]] = field(default_factory=list)
     untold: str = ""
     started: float = field(default_factory=time.monotonic)
+    published: LogitsProcessorList | None = None
 
     @property
     def room(self) -> int:
@@ -60,14 +63,22 @@ class Request:
     def plain(self) -> bool:
         """Whether its token is just the likeliest one."""
         decoding = self.decoding
-        untouched = decoding.temperature == 0 and decoding.repetition_penalty == 1
+        untouched = decoding.temperature == 0 and decoding.repetition_penalty == 1 and self.published is None
         return untouched and self.constraint is None and decoding.logprobs is None
+
+    @property
+    def unread(self) -> int:
+        """Tokens that are still to be read; of a prompt that was not begun, all."""
+        return len(self.prompt.tokens) + self.answered - (0 if self.sequence is None else self.sequence.length)
 
     def choose(self, logits: Float[Tensor, " V"]) -> tuple[int, tuple[Any, Any]]:
         """The next token, and its log-probabilities where they are asked for."""
-        penalised = self.decoding.repetition_penalty != 1
-        seen = torch.tensor(self.tokens, device=logits.device) if penalised else None
-        logits = adjusted(logits, seen, self.decoding)
+        if self.published is not None:
+            logits = self.published(torch.tensor([self.tokens], device=logits.device), logits[None].float())[0]
+        else:
+            penalised = self.decoding.repetition_penalty != 1
+            seen = torch.tensor(self.tokens, device=logits.device) if penalised else None
+            logits = adjusted(logits, seen, self.decoding)
         if self.constraint is not None:
             logits = self.constraint.allowed(logits)
         token = choose(logits, self.decoding, self.generator)

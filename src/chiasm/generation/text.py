@@ -1,8 +1,13 @@
 """Tokens become text piece by piece: whole characters only, and nothing of a stop string."""
 
 import re
+from copy import copy
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 UNFINISHED = "\ufffd"
 SETTLED = re.compile(r".*(?:[^ ]{3}|[^ '](?= ))", re.DOTALL)
@@ -58,6 +63,12 @@ class TextStream:
         self.shown, self._held = self.shown + len(self._held), ""
         return shown
 
+    def fork(self) -> "TextStream":
+        """The same text so far, which may go on otherwise."""
+        other = copy(self)
+        other._tokens = list(self._tokens)
+        return other
+
     def _decode(self) -> str:
         return self.tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -81,6 +92,34 @@ class TextStream:
         shown = before[: len(before) - kept]
         self.shown, self._held = self.shown + len(shown), before[len(shown) :]
         return shown
+
+
+class StopStrings(StoppingCriteria):
+    """Ends rows of `transformers.generate` whose answer a stop string is in, wherever it is in the prompt.
+
+    Args:
+        prompt: tokens in front of the answers.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], prompt: int) -> None:
+        self.prompt, self._empty = prompt, TextStream(tokenizer, stop)
+        self._streams: dict[tuple[int, ...], TextStream] = {}
+
+    def __call__(self, input_ids: Int[Tensor, "B S"], scores: Any, **kwargs: Any) -> Bool[Tensor, " B"]:
+        known, self._streams = self._streams, {}
+        for answer in map(tuple, input_ids[:, self.prompt :].tolist()):
+            if answer not in self._streams:
+                self._streams[answer] = self._read(known, answer)
+        ended = [self._streams[tuple(row)].stopped for row in input_ids[:, self.prompt :].tolist()]
+        return torch.tensor(ended, device=input_ids.device)
+
+    def _read(self, known: dict[tuple[int, ...], TextStream], answer: tuple[int, ...]) -> TextStream:
+        """The text of an answer, which goes on where the same one was before its last token."""
+        begun = known.get(answer[:-1])
+        text = (begun or self._empty).fork()
+        for token in answer if begun is None else answer[-1:]:
+            text.push(token)
+        return text
 
 
 class Trim:

@@ -1,6 +1,7 @@
-"""A lean model's step in PyTorch alone, for machines without a C++ compiler.
+"""A lean model's step in PyTorch alone, for machines without a C++ compiler; only for weights in float32.
 
-Packed weights are unpacked once: PyTorch's own kernel for int8 is slower than float32 on a processor without AVX-512.
+Packed ones would be unpacked beside themselves, since PyTorch's own kernel for int8 is slower than float32 on a
+processor without AVX-512.
 """
 
 import torch

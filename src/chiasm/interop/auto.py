@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMul
 from chiasm.data.captions import CaptionProcessor
 from chiasm.data.instruction import InstructionProcessor
 from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.tiles import TiledProcessor
 from chiasm.data.unified import UnifiedProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
@@ -19,9 +20,10 @@ from chiasm.fusion.early_seq2seq import EarlySeq2SeqModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
+from chiasm.fusion.tiled import TiledFusionModel
 from chiasm.fusion.unified import UnifiedModel
 
-GENERATIVE: Any = (EarlyFusionModel, EarlySeq2SeqModel, IntermediateFusionModel, UnifiedModel)
+GENERATIVE: Any = (EarlyFusionModel, EarlySeq2SeqModel, IntermediateFusionModel, TiledFusionModel, UnifiedModel)
 """One of these is taken by the name in the configuration's `architectures`."""
 
 RETRIEVAL: tuple[Any, ...] = (LateFusionModel, QFormerRetrieval)
@@ -29,7 +31,7 @@ RETRIEVAL: tuple[Any, ...] = (LateFusionModel, QFormerRetrieval)
 for _auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto.register(ChiasmConfig, GENERATIVE, exist_ok=True)
 AutoProcessor.register(ChiasmConfig, ChiasmProcessor, exist_ok=True)
-for _kind in (InstructionProcessor, UnifiedProcessor):  # found by the name in the folder, under whichever configuration
+for _kind in (InstructionProcessor, TiledProcessor, UnifiedProcessor):  # found by the name in the folder
     AutoProcessor.register(type(f"{_kind.__name__}Config", (ChiasmConfig,), {}), _kind, exist_ok=True)
 for _kind in RETRIEVAL:
     AutoModel.register(_kind.config_class, _kind, exist_ok=True)

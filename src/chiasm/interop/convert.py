@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.connectors import connector_settings
 from chiasm.fusion.base import FusionModel
+from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.late import LateFusionModel
 from chiasm.interop.clip import export_late
 from chiasm.interop.export.blip2 import export_blip2
@@ -25,6 +26,7 @@ from chiasm.interop.export.idefics2 import export_idefics2
 from chiasm.interop.export.idefics3 import export_idefics3
 from chiasm.interop.export.internvl import export_internvl
 from chiasm.interop.export.llava import export_llava
+from chiasm.interop.export.llava_next import export_llava_next
 from chiasm.interop.export.paligemma import export_paligemma
 from chiasm.interop.export.parts import Exported, merged, resampled
 from chiasm.sources.writing import new_folder
@@ -49,6 +51,11 @@ KINDS = {
     "llava": Kind(
         export_llava,
         "an encoder whose hidden states LLaVA reads (CLIP, SigLIP, ViT, ...); `mlp` with 2 layers, `linear`",
+        "CLIP and SigLIP encoders with `mlp`",
+    ),
+    "llava_next": Kind(
+        export_llava_next,
+        "the same with square pictures, no class token, and `tiles`",
         "CLIP and SigLIP encoders with `mlp`",
     ),
     "paligemma": Kind(export_paligemma, "SigLIP; `linear` with a bias; `attention: prefix`", "Gemma language models"),
@@ -77,6 +84,8 @@ KINDS = {
 ROUTES = {
     ("early", "causal", "mlp"): "llava",
     ("early", "causal", "linear"): "llava",
+    ("early", "causal", "mlp: tiles"): "llava_next",
+    ("early", "causal", "linear: tiles"): "llava_next",
     ("early", "prefix", "linear"): "paligemma",
     ("early", "causal", "pixel_shuffle: mlp"): "internvl",
     ("early", "causal", "pixel_shuffle: linear"): "idefics3",
@@ -87,7 +96,7 @@ ROUTES = {
     ("unified", "causal", "vq"): "chameleon",
     ("unified", "causal", "patches"): "fuyu",
 }
-"""(fusion, attention, connector and its `WORD`, or unified fusion's image input) → kind."""
+"""(fusion, attention, connector with its `WORD` or `tiles`, or unified fusion's image input) → kind."""
 
 WORD = {"pixel_shuffle": "projection"}
 """Connector → an option by which its kind differs."""
@@ -156,7 +165,7 @@ def route(model: PreTrainedModel) -> str:
     config = model.config
     unified = config.fusion == "unified"
     word = "image input" if unified else "connector"
-    key = (config.fusion, config.attention, model.vision.kind if unified else _connector(config.connector))
+    key = (config.fusion, config.attention, model.vision.kind if unified else _connector(config))
     if key not in ROUTES:
         fitting = sorted({connector for fusion, _, connector in ROUTES if fusion == config.fusion})
         raise ValueError(
@@ -167,9 +176,12 @@ def route(model: PreTrainedModel) -> str:
     return ROUTES[key]
 
 
-def _connector(settings: dict[str, Any]) -> str:
+def _connector(config: ChiasmConfig) -> str:
     """A connector as `ROUTES` names it."""
+    settings = config.connector
     name = settings["name"]
+    if config.tiles is not None:
+        return f"{name}: tiles"
     return f"{name}: {connector_settings(settings)[WORD[name]]}" if name in WORD else name
 
 

@@ -3,12 +3,12 @@
 import torch
 from transformers import LlavaConfig
 
-from chiasm.data.chat import IMAGE_TOKEN
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.interop.parts import (
     describe_features,
+    image_token,
     language_table,
     load_headed,
     load_processor,
@@ -16,7 +16,6 @@ from chiasm.interop.parts import (
     without_first,
 )
 from chiasm.interop.weights import Table
-from chiasm.sources.files import read_json
 from chiasm.vision.features import VisionFeatures
 from chiasm.vision.towers import model_class, without_pooler
 
@@ -36,8 +35,7 @@ def load_llava(source: str, dtype: torch.dtype | str = "auto") -> tuple[EarlyFus
         ValueError: a setting or a weight is of a kind that Chiasm does not have; the message names it.
     """
     model = load_headed(source, chiasm_config, table, dtype)
-    token = (read_json(source, "processor_config.json") or {}).get("image_token") or IMAGE_TOKEN
-    return model, load_processor(source, model, add_special_tokens=True, image_token=token)
+    return model, load_processor(source, model, add_special_tokens=True, image_token=image_token(source))
 
 
 def chiasm_config(config: LlavaConfig) -> ChiasmConfig:

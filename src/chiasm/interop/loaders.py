@@ -8,6 +8,7 @@ import chiasm.interop.auto  # noqa: F401  (registers our classes with transforme
 from chiasm.data.captions import CaptionProcessor
 from chiasm.data.instruction import InstructionProcessor
 from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.tiles import TiledProcessor
 from chiasm.data.unified import UnifiedProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.build import fusion_class
@@ -15,6 +16,7 @@ from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
 from chiasm.fusion.sequence import PositionedModel
+from chiasm.fusion.tiled import TiledFusionModel
 from chiasm.interop.blip2 import load_blip2
 from chiasm.interop.blip2_retrieval import load_blip2_retrieval
 from chiasm.interop.chameleon import load_chameleon
@@ -25,6 +27,7 @@ from chiasm.interop.idefics2 import load_idefics2
 from chiasm.interop.idefics3 import load_idefics3
 from chiasm.interop.internvl import load_internvl
 from chiasm.interop.llava import load_llava
+from chiasm.interop.llava_next import load_llava_next
 from chiasm.interop.paligemma import load_paligemma
 from chiasm.interop.parts import has_processor
 from chiasm.interop.qwen2_vl import load_qwen2_vl
@@ -35,6 +38,7 @@ def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[FusionModel, Ch
     model = complete(family, source, dtype)
     kind: Any = InstructionProcessor if model.reads_instruction else ChiasmProcessor
     kind = UnifiedProcessor if isinstance(model, PositionedModel) else kind
+    kind = TiledProcessor if isinstance(model, TiledFusionModel) else kind
     if not has_processor(source):
         return model, None
     processor = kind.from_pretrained(source)
@@ -72,6 +76,7 @@ LOADERS = {
     "instructblip": load_blip2,
     "internvl": load_internvl,
     "llava": load_llava,
+    "llava_next": load_llava_next,
     "paligemma": load_paligemma,
     "qwen2_vl": load_qwen2_vl,
     "smolvlm": load_idefics3,

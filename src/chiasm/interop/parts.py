@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, G
 from chiasm.data.chat import IMAGE_TOKEN
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
+from chiasm.fusion.build import fusion_class
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.interop.weights import Table, assemble, read_weights
@@ -66,7 +67,8 @@ def load_headed(
     its weights."""
     config = AutoConfig.from_pretrained(source)
     weights = _headed_weights(source, config.text_config)
-    model = assemble(EarlyFusionModel, describe(config), weights, table(config), dtype=dtype)
+    described = describe(config)
+    model: Any = assemble(fusion_class(described), described, weights, table(config), dtype=dtype)
     finish(model, source)
     _require_direct_head(model)
     return model
@@ -147,14 +149,20 @@ def _has_image_settings(source: str) -> bool:
 
 
 def load_processor(
-    source: str, model: FusionModel, template: str | None = None, own_images: bool = False, **options: Any
+    source: str,
+    model: FusionModel,
+    template: str | None = None,
+    own_images: bool = False,
+    kind: type[ChiasmProcessor] = ChiasmProcessor,
+    **options: Any,
 ) -> ChiasmProcessor | None:
     """The processor beside a model, with the chat template of its reference; None where its files are missing.
 
     Args:
         template: a chat template, where the files hold none.
         own_images: whether the reference's image processor is kept, because Chiasm's has not what it does.
-        **options: of `ChiasmProcessor`.
+        kind: class of the processor.
+        **options: of that class.
     """
     tokenizer = load_tokenizer(source) if _has_image_settings(source) else None
     if tokenizer is None:
@@ -163,7 +171,12 @@ def load_processor(
     template = unwrapped(settings.get("chat_template") or tokenizer.chat_template) or template
     tokenizer.chat_template = _with_placeholder(template, options.get("image_token", IMAGE_TOKEN))
     images = AutoImageProcessor.from_pretrained(source) if own_images else image_processor_for(source, model.vision)
-    return ChiasmProcessor(images, tokenizer, num_image_tokens=model.num_image_tokens, **options)
+    return kind(images, tokenizer, num_image_tokens=model.num_image_tokens, **options)
+
+
+def image_token(source: str) -> str:
+    """The placeholder that a checkpoint's processor writes."""
+    return (read_json(source, "processor_config.json") or {}).get("image_token") or IMAGE_TOKEN
 
 
 def _with_placeholder(template: Any, token: str) -> Any:

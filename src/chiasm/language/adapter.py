@@ -32,6 +32,9 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 
+LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
+"""Fields of configurations that say something of every layer."""
+
 
 class ContextError(ValueError):
     """A sequence that is longer than the language model's context."""
@@ -170,6 +173,19 @@ def layers(language: PreTrainedModel) -> nn.ModuleList:
     if len(found) != 1:
         raise ValueError(f"{type(language).__name__} has {len(found)} lists of {count} layers, expected exactly one")
     return found[0]
+
+
+def keep_first_layers(language: PreTrainedModel, count: int) -> None:
+    """Takes all decoder layers but the first `count` away; an encoder–decoder stays as it is."""
+    config = language.config.get_text_config()
+    whole = config.num_hidden_layers
+    if language.config.is_encoder_decoder or whole <= count:
+        return
+    del layers(language)[count:]
+    for name in LAYER_LISTS:
+        if len(getattr(config, name, None) or []) == whole:
+            setattr(config, name, getattr(config, name)[:count])
+    config.num_hidden_layers = count
 
 
 def last_hidden_state(language: PreTrainedModel, **inputs: Any) -> Float[Tensor, "B S D_l"]:

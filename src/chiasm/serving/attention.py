@@ -14,7 +14,7 @@ from chiasm.serving.answers import AttentionAnswer
 from chiasm.serving.body import Lease, lease_of, limited_route
 from chiasm.serving.chat import GONE
 from chiasm.serving.errors import RESPONSES, ApiError, of_exception
-from chiasm.serving.prompt import Prompt, plain_of, read_prompt
+from chiasm.serving.prompt import Prompt, read_prompt
 from chiasm.serving.schema import AttentionRequest
 from chiasm.serving.served import ChatModel, Shared
 from chiasm.serving.stream import Gone, while_there
@@ -49,7 +49,7 @@ async def _explain(shared: Shared, body: AttentionRequest, lease: Lease) -> dict
         raise ApiError(400, f"image {body.image}, but the conversation has {len(prompt.images)}", param="image")
     most = shared.settings.limits.attention_bytes
     try:
-        words = plain_of(model.processor)(answer.content)
+        words = model.plain(answer.content)
         return await shared.in_turn(shared.looking, _look, model, prompt, words, body.image, most)
     except NoAttention as error:
         raise ApiError(400, f"{error}", param="model", code="no_attention") from None

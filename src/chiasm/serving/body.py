@@ -7,16 +7,17 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
-from chiasm.serving.errors import ApiError, overloaded
+from chiasm.serving.errors import ApiError, brief, of_validation, overloaded
 from chiasm.serving.settings import Limits
 
 MORE_TO_DRAIN = 4
 """A body that is too large is read to its end up to so many times the limit, so that its client hears the answer."""
 
-AT_ONCE = 65_536
-"""Bytes of a body that are parsed at once; others do not wait for a larger one."""
+AT_ONCE = 16_384
+"""Bytes of a body that are parsed and checked at once; others do not wait for a larger one."""
 
 
 class Budget:
@@ -48,6 +49,13 @@ class Lease:
             self._budget.used += size
             self._held += size
 
+    def give(self, size: int) -> None:
+        """Returns a part before the request is over."""
+        with self._budget.lock:
+            size = min(size, self._held)
+            self._budget.used -= size
+            self._held -= size
+
     def release(self) -> None:
         with self._budget.lock:
             self._budget.used -= self._held
@@ -55,10 +63,15 @@ class Lease:
 
 
 class LimitedRequest(Request):
-    """A request whose body is read and parsed within the limits."""
+    """A request whose body is read and parsed within the limits.
+
+    Attributes:
+        kind: what FastAPI checks the body with.
+    """
 
     limits: Limits
     lease: Lease
+    kind: Any
 
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
@@ -79,11 +92,15 @@ class LimitedRequest(Request):
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(
-                415, f"content-type {kind!r} is not read here; send application/json", code="unsupported_media_type"
+                415,
+                f"content-type {brief(kind)!r} is not read here; send application/json",
+                code="unsupported_media_type",
             )
         if (coding := self.headers.get("content-encoding", "identity").lower()) != "identity":
             raise ApiError(
-                415, f"content-encoding {coding!r} is not read here; send plain JSON", code="unsupported_media_type"
+                415,
+                f"content-encoding {brief(coding)!r} is not read here; send plain JSON",
+                code="unsupported_media_type",
             )
 
     async def _read(self) -> bytes:
@@ -111,8 +128,15 @@ class LimitedRequest(Request):
         if not hasattr(self, "_json"):
             body = await self.body()
             large = len(body) > AT_ONCE
-            self._json = await asyncio.to_thread(parse, body, self.limits) if large else parse(body, self.limits)
+            self._json = await asyncio.to_thread(self._checked, body) if large else parse(body, self.limits)
         return self._json
+
+    def _checked(self, body: bytes) -> Any:
+        """A large body is checked here, beside the event loop; FastAPI takes what comes out of it as it is."""
+        value, mistakes = self.kind.validate(parse(body, self.limits), loc=("body",))
+        if mistakes:
+            raise of_validation(RequestValidationError(mistakes))
+        return value
 
 
 def limited_route(limits: Limits) -> type[APIRoute]:
@@ -129,7 +153,7 @@ def limited_route(limits: Limits) -> type[APIRoute]:
 
             async def limited(request: Request) -> Response:
                 reader = Reader(request.scope, request.receive)
-                reader.lease = lease_of(request)
+                reader.lease, reader.kind = lease_of(request), self.body_field
                 return await handle(reader)
 
             return limited

@@ -69,6 +69,10 @@ class Answering:
 
     async def response(self, lease: Lease) -> Response:
         """The whole answer, or its stream from the first piece on, so that what fails before has its own status."""
+        try:
+            self.model.engine.check_room(self.count)
+        except Exception as error:
+            raise _refusal(error) from None
         prompt = await read_prompt(self.shared, self.model, self.body.messages, lease)
         tickets = await self._submit(prompt)
         seconds = self.shared.settings.limits.request_seconds
@@ -97,12 +101,8 @@ class Answering:
 
         try:
             return await self.shared.prepared(self._turn(prompt), submit, abandoned=cancel)
-        except QueueFull as error:
-            raise overloaded(f"{error}", error.retry_after) from None
-        except Closed:
-            raise ApiError(503, "the server is stopping", code="stopping") from None
         except Exception as error:
-            raise of_exception(error) from error
+            raise _refusal(error) from error
 
     def _turn(self, prompt: Prompt) -> Turn:
         """The line for what takes longest in it."""
@@ -128,8 +128,6 @@ class Answering:
                 got[event[0]].append(event[1])
         choices = []
         for number, (ticket, answer) in enumerate(zip(tickets, got, strict=True)):
-            if not answer and ticket.finish_reason == "cancelled":
-                raise _too_late()
             text = "".join(piece.text for piece in answer).strip()
             choices.append(
                 {
@@ -242,6 +240,15 @@ def _room(model: ChatModel, prompt: Prompt) -> int:
     return (context or 0) - (0 if model.model.config.is_encoder_decoder else len(asked))
 
 
+def _refusal(error: Exception) -> ApiError:
+    """What an engine does not take, as the client is told."""
+    if isinstance(error, QueueFull):
+        return overloaded(f"{error}", error.retry_after)
+    if isinstance(error, Closed):
+        return ApiError(503, "the server is stopping", code="stopping")
+    return of_exception(error)
+
+
 def _reason(ticket: Ticket) -> str:
     """An answer that the server cut off for its time is one that was too long."""
     return "stop" if ticket.finish_reason == "stop" else "length"
@@ -255,10 +262,6 @@ def _usage(tickets: list[Ticket]) -> dict[str, Any]:
         "total_tokens": prompt + answered,
         "prompt_tokens_details": {"cached_tokens": tickets[0].cached_tokens},
     }
-
-
-def _too_late() -> ApiError:
-    return ApiError(503, "no answer began in time; try again later", code="timeout", headers={"Retry-After": "5"})
 
 
 def _sse(value: dict[str, Any]) -> str:

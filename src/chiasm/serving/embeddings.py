@@ -12,7 +12,6 @@ from chiasm.serving.body import Lease, lease_of, limited_route
 from chiasm.serving.chat import GONE
 from chiasm.serving.errors import RESPONSES, ApiError, of_exception
 from chiasm.serving.messages import ImagePart, Part, WordPart
-from chiasm.serving.plain import PlainTexts
 from chiasm.serving.prompt import read_pictures
 from chiasm.serving.schema import EmbeddingRequest
 from chiasm.serving.served import EmbeddingModel, Shared
@@ -82,7 +81,7 @@ def _text(model: EmbeddingModel, item: str | list[int] | WordPart) -> str:
 
 def _run(model: EmbeddingModel, texts: list[str], pictures: list[Any]) -> tuple[list[torch.Tensor], int]:
     """Vectors of the texts and then of the pictures, and how many tokens the texts have."""
-    encoder, plain = model.encoder, PlainTexts(model.encoder.processor)
+    encoder, plain = model.encoder, model.plain
     texts = [plain(text) for text in texts]
     rows: list[torch.Tensor] = []
     tokens = 0

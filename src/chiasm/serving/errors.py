@@ -11,6 +11,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 log = logging.getLogger("chiasm.serving")
+ECHO = 100
+"""Letters of what a client sent that an error repeats."""
 
 
 class ErrorDetail(BaseModel):
@@ -47,6 +49,12 @@ class ApiError(HTTPException):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status_code, self.headers)
+
+
+def brief(value: str) -> str:
+    """What a client sent as an error repeats it: on one line, and only its beginning where it is long."""
+    line = " ".join(value[: ECHO + 1].split())
+    return line if len(value) <= ECHO else f"{line[:ECHO]}…"
 
 
 TYPES = {429: "rate_limit_error", 503: "server_error"}
@@ -88,7 +96,7 @@ def of_validation(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a request, as OpenAI tells it."""
     first = error.errors()[0]
     kind, context = first["type"], first.get("ctx", {})
-    param = _parameter((*first["loc"], *KIND_FIELDS.get(kind, ())))
+    param = brief(_parameter((*first["loc"], *KIND_FIELDS.get(kind, ()))))
     detail = context.get("error", first["msg"]) if kind == "json_invalid" else first["msg"]
     template = MESSAGES.get(kind, "Invalid value for '{param}': {detail}.")
     code = KINDS.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
@@ -119,8 +127,8 @@ def install(app: FastAPI) -> None:
         if isinstance(error, ApiError):
             return error.response()
         codes = {404: "unknown_url", 405: "method_not_supported"}
-        message = f"{error.detail}: {request.method} {request.url.path}" if error.status_code in codes else error.detail
-        known = ApiError(error.status_code, str(message), code=codes.get(error.status_code))
+        asked = f": {request.method} {brief(request.url.path)}" if error.status_code in codes else ""
+        known = ApiError(error.status_code, f"{error.detail}{asked}", code=codes.get(error.status_code))
         known.headers = dict(error.headers or {})
         return known.response()
 

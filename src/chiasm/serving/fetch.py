@@ -10,7 +10,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 import h11
 
-from chiasm.serving.errors import ApiError
+from chiasm.serving.errors import ApiError, brief
 from chiasm.serving.pictures import invalid
 
 PORTS = {"http": 80, "https": 443}
@@ -75,11 +75,11 @@ class Fetcher:
                 else:
                     raise invalid(f"more than {REDIRECTS} redirects", param)
         except TimeoutError:
-            raise invalid(f"{url!r} did not answer within {self.seconds:g} s", param) from None
+            raise invalid(f"{brief(url)!r} did not answer within {self.seconds:g} s", param) from None
         except (OSError, h11.ProtocolError, ValueError) as error:
-            raise invalid(f"{url!r} cannot be fetched: {error}", param) from None
+            raise invalid(f"{brief(url)!r} cannot be fetched: {brief(str(error))}", param) from None
         if status != 200:
-            raise invalid(f"{url!r} answered with status {status}", param)
+            raise invalid(f"{brief(url)!r} answered with status {status}", param)
         return body
 
     async def _get(self, url: str, param: str, take: Take) -> tuple[int, dict[str, str], bytes]:
@@ -109,7 +109,7 @@ class Fetcher:
         if not addresses or not all(self.allowed(address) for address in addresses):
             raise ApiError(
                 400,
-                f"Invalid image: {host!r} is not on the public Internet, so it is not fetched.",
+                f"Invalid image: {brief(host)!r} is not on the public Internet, so it is not fetched.",
                 param=param,
                 code="address_not_allowed",
             )

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chiasm.serving.errors import ApiError
+from chiasm.serving.errors import ApiError, brief
 from chiasm.serving.served import Shared
 
 GUARDED = ("/v1/", "/api/", "/metrics")
@@ -59,6 +59,7 @@ class Gate:
         headers = dict(scope["headers"])
         hosts = self.shared.settings.hosts
         if hosts is not None and (host := _host(headers.get(b"host", b""))) not in hosts:
+            host = brief(host)
             return ApiError(
                 403,
                 f"this server does not answer to the name {host!r}; start it with --allowed-host {host or 'NAME'}",

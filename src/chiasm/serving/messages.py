@@ -103,11 +103,15 @@ class UserMessage(Message):
 
 
 class AssistantMessage(Message):
-    """Its content may be missing, as clients leave it out where it called tools or refused."""
+    """Its content may be missing, as clients leave it out where it called tools or refused; what they read out of an
+    earlier answer comes back with it."""
 
     role: Literal["assistant"]
     content: Words | None = None
     refusal: str | None = Field(None, description="what it said in place of content")
+    parsed: Ignored = None
+    reasoning: Ignored = None
+    reasoning_content: Ignored = None
 
 
 ChatMessage = Annotated[

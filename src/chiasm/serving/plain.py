@@ -1,7 +1,7 @@
 """Words of clients as words: what a model's special tokens are spelled like does nothing special."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,8 @@ ROUNDS = 4
 class Plain:
     """Texts in which a model's special tokens are words like others: a space parts their first letter from the rest.
 
-    So nobody's words end a turn, take another role or stand for a picture.
+    So nobody's words end a turn, take another role or stand for a picture. A model may have thousands of them: a text
+    is gone through once, and looked up only where two of its letters begin one.
 
     Args:
         marks: that mean something beside the tokenizer's own.
@@ -24,12 +25,34 @@ class Plain:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *marks: str) -> None:
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        known = {*added, *tokenizer.all_special_tokens, *marks}
-        self.marks = sorted((mark for mark in known if len(mark) > 1), key=len, reverse=True)
-        self._found = re.compile("|".join(map(re.escape, self.marks)) or "(?!)")
+        self.marks = [mark for mark in {*added, *tokenizer.all_special_tokens, *marks} if len(mark) > 1]
+        self._known = set(self.marks)
+        lengths: dict[str, set[int]] = {}
+        for mark in self.marks:
+            lengths.setdefault(mark[:2], set()).add(len(mark))
+        self._lengths = {begin: sorted(found, reverse=True) for begin, found in lengths.items()}
+        first, second = (re.escape("".join(sorted({begin[place] for begin in lengths}))) for place in (0, 1))
+        self._begin = re.compile(f"[{first}](?=[{second}])" if lengths else "(?!)")
 
     def __call__(self, text: str) -> str:
-        return self._found.sub(lambda mark: f"{mark[0][0]} {mark[0][1:]}", text)
+        pieces, end = list[str](), 0
+        for start, stop in self._spans(text):
+            pieces += [text[end : start + 1], " ", text[start + 1 : stop]]
+            end = stop
+        return "".join([*pieces, text[end:]])
+
+    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where special tokens stand: from left to right the longest one, none inside of another."""
+        end = 0
+        for found in self._begin.finditer(text):
+            start = found.start()
+            if start < end:
+                continue
+            lengths = self._lengths.get(text[start : start + 2], ())
+            length = next((one for one in lengths if text[start : start + one] in self._known), 0)
+            if length:
+                end = start + length
+                yield start, end
 
     def check(self, texts: Sequence[str], param: str) -> None:
         """Refuses texts that spell a special token together: some templates show all pictures before the words."""

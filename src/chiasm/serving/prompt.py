@@ -1,5 +1,6 @@
 """A request's messages → Chiasm's: words without special tokens, and pictures fetched, checked and decoded."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -7,8 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from chiasm.data.chat import IMAGE_TOKEN, Message
-from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.chat import Message
 from chiasm.serving import pictures
 from chiasm.serving.body import Lease
 from chiasm.serving.errors import ApiError
@@ -18,6 +18,8 @@ from chiasm.serving.plain import Plain
 from chiasm.serving.served import ChatModel, Shared
 
 ROLES = {"developer": "system"}
+AT_ONCE = 16_384
+"""Letters and parts of a conversation that are read at once; others do not wait for a longer one."""
 
 
 @dataclass(frozen=True)
@@ -32,29 +34,30 @@ async def read_prompt(shared: Shared, model: ChatModel, given: Sequence[Given], 
     Raises:
         ApiError: too long a text, too many pictures, or one that cannot be had.
     """
-    _check_length(given, model.characters)
-    plain = plain_of(model.processor)
+    large = _check_length(given, model.characters) > AT_ONCE
+    messages, urls = await asyncio.to_thread(_read, given, model.plain) if large else _read(given, model.plain)
+    return Prompt(messages, await read_pictures(shared, urls, lease))
+
+
+def _check_length(given: Sequence[Given], most: int) -> int:
+    """Refuses what no context holds before anything goes through its letters; how much there is to go through."""
+    said = [message.said for message in given]
+    texts = [[one] if isinstance(one, str) else [part.words for part in one] for one in said]
+    if (length := sum(len(text) for several in texts for text in several)) > most:
+        message = f"a conversation of {length:,} characters is longer than the model's context; {most:,} could fit"
+        raise ApiError(400, message, param="messages", code="context_length_exceeded")
+    return length + sum(map(len, texts))
+
+
+def _read(given: Sequence[Given], plain: Plain) -> tuple[list[Message], list[tuple[str, str]]]:
+    """The conversation, and its pictures' addresses with their places in the request."""
     messages: list[Message] = []
     urls: list[tuple[str, str]] = []
     for number, message in enumerate(given):
         parts, found = _parts(message, f"messages[{number}].content", plain)
         urls += found
         messages.append({"role": ROLES.get(message.role, message.role), "content": parts})
-    return Prompt(messages, await read_pictures(shared, urls, lease))
-
-
-def plain_of(processor: ChiasmProcessor) -> Plain:
-    """Words without the special tokens of a chat and its pictures."""
-    return Plain(processor.tokenizer, IMAGE_TOKEN, processor.image_token)
-
-
-def _check_length(given: Sequence[Given], most: int) -> None:
-    """Refuses what no context holds before anything goes through its letters."""
-    said = [message.said for message in given]
-    texts = [[one] if isinstance(one, str) else [part.words for part in one] for one in said]
-    if (length := sum(len(text) for several in texts for text in several)) > most:
-        message = f"a conversation of {length:,} characters is longer than the model's context; {most:,} could fit"
-        raise ApiError(400, message, param="messages", code="context_length_exceeded")
+    return messages, urls
 
 
 def _parts(message: Given, param: str, plain: Plain) -> tuple[Any, list[tuple[str, str]]]:
@@ -94,7 +97,7 @@ async def read_pictures(shared: Shared, urls: list[tuple[str, str]], lease: Leas
     found = []
     for data, (url, param) in zip(fetched, urls, strict=True):
         source = url if data is None else data
-        found.append(await shared.prepared(shared.pictured, pictures.load, source, limits, param, lease.take))
+        found.append(await shared.prepared(shared.pictured, pictures.load, source, limits, param, lease))
     return found
 
 

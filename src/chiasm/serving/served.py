@@ -5,20 +5,22 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
-from chiasm.data.chat import Message
+from chiasm.data.chat import IMAGE_TOKEN, Message
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.generation.decode import Decoding
 from chiasm.generation.engine import EngineStats, Ticket
 from chiasm.language.adapter import context_length
 from chiasm.serving.body import Budget
-from chiasm.serving.errors import ApiError
+from chiasm.serving.errors import ApiError, brief
 from chiasm.serving.fetch import Fetcher
 from chiasm.serving.metrics import Metrics
 from chiasm.serving.names import Lookups
+from chiasm.serving.plain import Plain, PlainTexts
 from chiasm.serving.settings import Settings
 from chiasm.serving.turn import Turn
 
@@ -33,6 +35,7 @@ class Answering(Protocol):
 
     @property
     def alive(self) -> bool: ...
+    def check_room(self, count: int = 1) -> None: ...
     def submit_all(self, messages: list[Message], images: list[Any], decodings: Sequence[Decoding]) -> list[Ticket]: ...
     def stats(self) -> EngineStats: ...
     def close(self, finish: bool = True) -> None: ...
@@ -66,6 +69,11 @@ class ChatModel:
         """More than these fit into no prompt."""
         return CHARACTERS_PER_TOKEN * (context_length(self.model.config) or UNBOUNDED_CONTEXT)
 
+    @cached_property
+    def plain(self) -> Plain:
+        """Words without the special tokens of its chat and its pictures."""
+        return Plain(self.processor.tokenizer, IMAGE_TOKEN, self.processor.image_token)
+
     @property
     def fingerprint(self) -> str:
         return "fp_" + hashlib.sha256(self.model.config.to_json_string().encode()).hexdigest()[:10]
@@ -85,6 +93,11 @@ class EmbeddingModel:
     turn: Turn = field(default_factory=Turn)
 
     kind: ClassVar[Literal["embedding"]] = "embedding"
+
+    @cached_property
+    def plain(self) -> PlainTexts:
+        """Texts without the special tokens of its tokenizer."""
+        return PlainTexts(self.encoder.processor)
 
     def describe(self) -> dict[str, Any]:
         return {"fusion": "late"}
@@ -122,7 +135,10 @@ class Shared:
         model = self.named(name)
         if not isinstance(model, ChatModel):
             raise ApiError(
-                404, f"The model '{name}' gives embeddings and no answers.", param="model", code="unsupported_model"
+                404,
+                f"The model '{brief(name)}' gives embeddings and no answers.",
+                param="model",
+                code="unsupported_model",
             )
         return model
 
@@ -130,7 +146,10 @@ class Shared:
         model = self.named(name)
         if not isinstance(model, EmbeddingModel):
             raise ApiError(
-                404, f"The model '{name}' gives answers and no embeddings.", param="model", code="unsupported_model"
+                404,
+                f"The model '{brief(name)}' gives answers and no embeddings.",
+                param="model",
+                code="unsupported_model",
             )
         return model
 
@@ -138,7 +157,10 @@ class Shared:
         if name not in self.models:
             known = ", ".join(repr(known) for known in self.models)
             raise ApiError(
-                404, f"The model '{name}' does not exist; there is {known}.", param="model", code="model_not_found"
+                404,
+                f"The model '{brief(name)}' does not exist; there is {known}.",
+                param="model",
+                code="model_not_found",
             )
         return self.models[name]
 

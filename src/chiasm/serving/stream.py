@@ -11,9 +11,11 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from chiasm.generation.engine import Piece, Ticket
+from chiasm.serving.errors import ApiError
 
 T = TypeVar("T")
 PING_SECONDS = 15.0
+LATE = "no answer began in time; try again later"
 
 
 class Gone(Exception):
@@ -48,6 +50,9 @@ async def pieces(tickets: Sequence[Ticket], seconds: float) -> AsyncIterator[tup
     """Pieces of all answers as they come, each with the number of its answer; no piece is an answer's end.
 
     None comes where nothing else did for a while. After so many seconds the answers are cut off.
+
+    Raises:
+        ApiError: one was cut off that had not begun.
     """
     queue: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
 
@@ -61,21 +66,25 @@ async def pieces(tickets: Sequence[Ticket], seconds: float) -> AsyncIterator[tup
 
     tasks = [asyncio.create_task(forward(*numbered)) for numbered in enumerate(tickets)]
     deadline = time.monotonic() + seconds
-    left = len(tickets)
+    left, begun = len(tickets), set[int]()
     try:
         while left:
             rest = deadline - time.monotonic()
             if rest <= 0:
                 cancel(tickets)
             try:
-                number, piece = await asyncio.wait_for(
-                    queue.get(), min(PING_SECONDS, rest) if rest > 0 else PING_SECONDS
-                )
+                async with asyncio.timeout(min(PING_SECONDS, rest) if rest > 0 else PING_SECONDS):
+                    number, piece = await queue.get()  # `wait_for` may swallow a cancellation that comes with a piece
             except TimeoutError:
-                yield None
+                if not 0 < rest <= PING_SECONDS:  # then it is the end of their time
+                    yield None
                 continue
             if isinstance(piece, BaseException):
                 raise piece
+            if piece is not None:
+                begun.add(number)
+            elif number not in begun and tickets[number].finish_reason == "cancelled":
+                raise ApiError(503, LATE, code="timeout", headers={"Retry-After": "5"})
             left -= piece is None
             yield number, piece
     finally:

@@ -185,6 +185,8 @@ def can_cache(model: PreTrainedModel, stage: Stage, plan: FreezePlan) -> bool:
     reason = None
     if not hasattr(model.vision, "fast_encoder"):
         reason = f"stage {stage.name!r}: cache_features needs a vision encoder, this model has none"
+    elif getattr(model.config, "tiles", None):
+        reason = f"stage {stage.name!r}: cache_features keeps one picture's features, this model reads it in tiles"
     elif "vision" not in plan.frozen_parts():
         reason = f"stage {stage.name!r} tunes the vision part, so its features cannot be cached"
     if reason is not None and stage.cache_features is True:

@@ -16,6 +16,8 @@ from chiasm.data.schema import ByteRange, ImageRef, Sample
 from chiasm.training.sharding import local
 
 THREADS, TOGETHER = 8, 64
+CHUNK, IN_CACHE = 1 << 22, 1 << 16
+"""Elements whose sums are kept in 64 bits, and as many of them as a CPU's cache holds."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -27,13 +29,23 @@ def digest(tensor: Tensor) -> tuple[int, int]:
     tensor this process's part counts.
     """
     bits = local(tensor.detach()).contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    size = min(bits.numel(), IN_CACHE if bits.device.type == "cpu" else CHUNK)
+    places = torch.arange(1, size + 1, device=bits.device)
     plain = weighted = 0
-    for start in range(0, bits.numel(), 1 << 22):
-        chunk = bits[start : start + (1 << 22)].long()
-        place = torch.arange(start + 1, start + 1 + chunk.numel(), device=chunk.device)
-        plain += int(chunk.sum())
-        weighted += int((chunk * place).sum())
+    for start in range(0, bits.numel(), CHUNK):
+        sums = [0, 0]
+        for first in range(start, min(start + CHUNK, bits.numel()), size):
+            block = bits[first : min(first + size, start + CHUNK)].long()
+            total = int(block.sum())
+            sums[0] += total
+            sums[1] += int((block * places[: block.numel()]).sum()) + first * total
+        plain, weighted = plain + _signed(sums[0]), weighted + _signed(sums[1])
     return plain, weighted
+
+
+def _signed(number: int) -> int:
+    """A sum as 64 bits keep it."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from chiasm.data.collation import load_pixels
+from chiasm.data.collation import load_pixels, whole_pictures
 from chiasm.data.held_out import HELD_OUT_TEXTS
 from chiasm.data.pixels import tells_grids
 from chiasm.data.schema import ImageError, SampleError, Samples
@@ -137,7 +137,8 @@ def _distinct_pictures(samples: Samples, processor: ProcessorMixin, at_most: int
         try:
             sample = samples[index]
             pixels = load_pixels(sample, processor)
-            found |= {} if pixels is None else dict(zip((ref.key() for ref in sample.images), pixels, strict=True))
+            if pixels is not None:
+                found |= zip((ref.key() for ref in sample.images), whole_pictures(pixels), strict=True)
         except (SampleError, ImageError):
             continue
     return torch.stack(list(found.values())[:at_most]) if min(len(found), at_most) >= FEWEST_PICTURES else None

@@ -60,6 +60,7 @@ class Run:
     resumed: Saved | None
     team: Team = field(default_factory=Team)
     facts_of: FactsOf = lambda model: {}
+    keeps_models: bool = True
 
     def is_done(self, stage: str) -> bool:
         """Whether the stage's weights are final in the checkpoint that the run goes on from."""

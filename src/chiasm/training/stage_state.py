@@ -48,10 +48,10 @@ class StageState:
         self.context.run.save(self.stage.name, done, False, weights, optimizer.state_dict(), keep)
 
     def finish(self, num_steps: int) -> None:
-        """Merges adapters, and writes the stage's last checkpoint and its model folder.
+        """Merges adapters, and writes the stage's last checkpoint and, where models are kept, its model folder.
 
         The checkpoint holds what later stages need. The model of a stage that reads captions has more than that (the
-        text branch and the heads), so its folder is written first.
+        text branch and the heads), so its folder is written in any case, and first.
         """
         run, model, trained = self.context.run, self.learner.model, self.context.trained
         changed = set(self.plan.trainable) | set(merge_adapters(model))
@@ -63,6 +63,8 @@ class StageState:
             run.save_stage(self.stage.name, model, self.learner.processor)
         final = {name: p.data for name, p in self.context.model.named_parameters() if plain_name(name) in trained}
         run.save(self.stage.name, num_steps, True, final, {}, self.stage.keep_checkpoints)
+        if not run.keeps_models:
+            return
         if not self.stage.reads_captions:
             run.save_stage(self.stage.name, model, self.learner.processor)
         run.save_result(self.stage.name, self.context.model, self.context.processor)

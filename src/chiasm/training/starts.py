@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chiasm.connectors.closed_form import NothingToLearn
-from chiasm.data.collation import load_pixels
+from chiasm.data.collation import load_pixels, whole_pictures
 from chiasm.data.schema import Sample
 from chiasm.data.splits import Subset
 from chiasm.training.closed_form import cannot_start, caption_indices, is_slow, require_closed_form
@@ -122,4 +122,4 @@ class Start:
         pixels = load_pixels(sample, self.context.processor)
         if pixels is None:
             raise ValueError(f"sample {sample.id!r} has no picture to encode")
-        return self.model.encode_images(pixels.to(self.model.device))
+        return self.model.encode_images(whole_pictures(pixels).to(self.model.device))

@@ -67,6 +67,7 @@ def train(
     quiet: bool = False,
     cache_root: Path | None = None,
     facts_of: FactsOf | None = None,
+    keep_models: bool = True,
 ) -> TrainResult:
     """Trains a model in place by a recipe; a run that was stopped goes on where its last checkpoint stands.
 
@@ -82,6 +83,7 @@ def train(
         resume: False starts anew and removes the checkpoints of an earlier run in the folder.
         cache_root: where encoded pictures are kept; by default the user's cache.
         facts_of: a model's rows in its card beside those that are known here, such as its cost.
+        keep_models: False leaves the model trained in memory, and on disk no more than a run needs that goes on.
 
     Raises:
         RuntimeError: an engine with `release=True` has taken the model's weights.
@@ -104,7 +106,7 @@ def train(
         _require_one_mind(team, seen)
         environment = _environment(model, team)
         with open_run(output, loaded, seen, environment, resume, reporter, team) as run:
-            run.facts_of = facts_of or run.facts_of
+            run.facts_of, run.keeps_models = facts_of or run.facts_of, keep_models
             context = Context(
                 model,
                 processor,
@@ -154,6 +156,8 @@ def _begin(context: Context, recipe: Recipe, environment: dict[str, Any]) -> Non
         give_answer_head(model, taught, context.samples, context.survey.usable)
     if position.finished:
         restore(dict(model.named_parameters()), run.resumed, {})
+        if not run.keeps_models:
+            return
         if not next(stage for stage in recipe.stages if stage.name == position.stage).reads_captions:
             run.save_stage(position.stage, model, context.processor)
         run.save_result(position.stage, model, context.processor)

@@ -155,15 +155,14 @@ class VisionEncoder(nn.Module):
                 that fails, it stays uncompiled.
             note: told in one line where it failed; by default a warning says it.
         """
-        return FastEncoder(self, dtype or self._fastest_dtype(), compile, note)
-
-    def _fastest_dtype(self) -> torch.dtype:
-        if self.model.dtype != torch.float32 or not _multiplies_bfloat16(self.model.device):
-            return self.model.dtype
+        if dtype is not None or self.model.dtype != torch.float32 or not _multiplies_bfloat16(self.model.device):
+            return FastEncoder(self, dtype or self.model.dtype, compile, note)
+        exact, fast = (FastEncoder(self, one) for one in (torch.float32, torch.bfloat16))
         noise = torch.randn(1, 3, *self.image_size, generator=torch.Generator().manual_seed(0))
-        exact = FastEncoder(self, self.model.dtype)(noise).float()
-        close = torch.linalg.norm(FastEncoder(self, torch.bfloat16)(noise).float() - exact) <= 0.0075 * exact.norm()
-        return torch.bfloat16 if close else self.model.dtype
+        expected = exact(noise).float()
+        close = torch.linalg.norm(fast(noise).float() - expected) <= 0.0075 * expected.norm()
+        fastest = fast if close else exact
+        return FastEncoder(self, fastest.dtype, True, note) if compile else fastest
 
     def _check_size(self, pixel_values: Tensor) -> None:
         if self.features.resolution == "fixed" and tuple(pixel_values.shape[-2:]) != self.image_size:

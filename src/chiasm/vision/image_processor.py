@@ -21,6 +21,8 @@ from chiasm.vision.pictures import to_rgb
 from chiasm.vision.published import PUBLISHED, read_published
 
 RESIZE_MODES = ("crop", "squash", "pad")
+KEPT = ("image_mean", "image_std", "resample", "do_rescale", "rescale_factor", "do_normalize")
+"""Settings that image processors of transformers have too."""
 MACHINERY_KEYS = ("image_processor_type", "processor_class", "auto_map")
 Box = tuple[float, float, float, float]
 

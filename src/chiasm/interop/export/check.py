@@ -13,6 +13,7 @@ from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.late import LateFusionModel
 from chiasm.fusion.part_dtypes import PartDtypes, part_dtypes
+from chiasm.fusion.tiled import TiledFusionModel
 from chiasm.interop.export.parts import Exported
 from chiasm.language.adapter import vocabulary
 from chiasm.vision.patches import PatchEmbedding
@@ -135,8 +136,13 @@ def blank_inputs(model: FusionModel) -> dict[str, Tensor]:
     if isinstance(model.vision, PatchEmbedding):
         count = model.vision.grid[0] * model.vision.grid[1]
         pixels = torch.randn(1, count, model.vision.projection.in_features, generator=generator)
+    more = {}
+    if isinstance(model, TiledFusionModel):
+        size = probe_picture(model).size[::-1]
+        count, more = model.tiling.length(*size), {"image_sizes": torch.tensor([size])}
+        pixels = torch.randn(1, model.tiling.tiles(*size), 3, *model.vision.image_size, generator=generator)
     ids = torch.cat([torch.full((count,), model.config.image_token_id), words])[None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels} | more
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 

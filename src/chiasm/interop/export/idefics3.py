@@ -17,10 +17,9 @@ from chiasm.interop.export.parts import (
     require_same,
     text_settings,
 )
-from chiasm.interop.export.pictures import KEPT
 from chiasm.interop.export.prompts import name_tokens, portable_template, portable_tokenizer
 from chiasm.interop.idefics3 import BOUNDARY, WHOLE, chiasm_config, positions, table
-from chiasm.vision.image_processor import ChiasmImageProcessor
+from chiasm.vision.image_processor import KEPT, ChiasmImageProcessor
 
 TOWERS = ("idefics3_vision", "smolvlm_vision", "siglip_vision_model")
 """Encoders that compute what Idefics3's computes, and name their weights alike."""

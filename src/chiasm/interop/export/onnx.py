@@ -99,12 +99,12 @@ def export_onnx(model: FusionModel, processor: ChiasmProcessor | None, folder: P
         ValueError: the model is of a kind that has no such graphs.
     """
     config = model.config
-    plain = config.fusion == "early" and not config.is_encoder_decoder and not model.reads_instruction
+    plain = config.fusion == "early" and not (config.is_encoder_decoder or model.reads_instruction or config.tiles)
     require(
         plain and config.attention == "causal" and model.vision.features.resolution == "fixed",
         "ONNX graphs are for early fusion with a causal decoder, pictures of one size and connectors that read no "
         f"instruction; this is fusion {config.fusion!r}, attention {config.attention!r}, connector "
-        f"{(config.connector or {}).get('name')!r}",
+        f"{(config.connector or {}).get('name')!r}{', pictures in tiles' if config.tiles else ''}",
         "use Chiasm's own server",
     )
     folder.mkdir(parents=True, exist_ok=True)

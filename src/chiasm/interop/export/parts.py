@@ -214,13 +214,21 @@ def require(condition: bool, problem: str, fit: str) -> None:
         raise ValueError(f"{problem}; {fit}")
 
 
-def require_plain(model: FusionModel, kind: str, attention: str = "causal", own_head: bool = True) -> None:
+def require_plain(
+    model: FusionModel, kind: str, attention: str = "causal", own_head: bool = True, tiles: bool = False
+) -> None:
     """Refuses what no image-text model of transformers has: coordinates, an encoder of Chiasm's own.
 
     Args:
         own_head: whether the image-text model has a head in place of the language model's.
+        tiles: whether it reads pictures in tiles.
     """
     config = model.config
+    require(
+        config.tiles is None or tiles,
+        f"this model reads pictures in tiles ({_grids(config.tiles)}), which a {kind} checkpoint cannot hold",
+        "connect without tiles, or with mlp or linear, which --to transformers writes as LLaVA-NeXT",
+    )
     require(
         config.regions is None,
         f"this model writes the names of {config.regions} regions between its visual tokens, which a {kind} checkpoint "
@@ -263,6 +271,10 @@ def _names(model: FusionModel, *tables: Any) -> list[str]:
     """Every name of the tables' weights and biases."""
     wanted = {id(parameter) for module in tables for parameter in module.parameters()}
     return [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in wanted]
+
+
+def _grids(tiles: list[list[int]] | None) -> str:
+    return ", ".join(f"{rows}×{columns}" for rows, columns in tiles or [])
 
 
 def _widened(table: Tensor, count: int) -> Tensor:

@@ -7,9 +7,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from chiasm.vision.image_processor import ChiasmImageProcessor
-
-KEPT = ("image_mean", "image_std", "resample", "do_rescale", "rescale_factor", "do_normalize")
+from chiasm.vision.image_processor import KEPT, ChiasmImageProcessor
 
 
 def published_images(images: Any) -> BaseImageProcessor:

@@ -157,7 +157,7 @@ def _said(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _expected(processor: ChiasmProcessor, messages: list[dict[str, Any]]) -> str:
-    text = render(processor.tokenizer, messages, add_generation_prompt=True).text
+    text = render(processor.tokenizer, messages, add_generation_prompt=True, find=False).text
     return text.replace(IMAGE_TOKEN, processor.image_token)
 
 

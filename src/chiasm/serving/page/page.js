@@ -36,19 +36,19 @@ async function send() {
   turns.append(turn);
   question.value = "";
   state.pictures = [];
-  state.stop = new AbortController();
+  const { histories } = state, stop = state.stop = new AbortController();
   grow();
   showPictures();
   showBusy(true);
   const content = [...pictures.map((picture) => ({ type: "image_url", image_url: { url: picture.url } })), { type: "text", text }];
   const places = state.comparing ? [0, 1] : [0];
-  await Promise.all(places.map((place) => answer(turn.querySelector(".answers"), place, content)));
-  state.stop = null;
-  showBusy(false);
+  await Promise.all(places.map((place) => answer(turn.querySelector(".answers"), place, content, histories, stop.signal)));
+  if (state.stop === stop) rest();
 }
 
-async function answer(row, place, content) {
-  const model = picks[place].value, messages = [...state.histories[place], { role: "user", content }];
+// The histories are those of the turn: by its end, there may be a new conversation.
+async function answer(row, place, content, histories, signal) {
+  const model = picks[place].value, messages = [...histories[place], { role: "user", content }];
   const card = copy("answer"), text = card.querySelector(".text"), note = card.querySelector(".note");
   card.querySelector("h3").textContent = model;
   row.append(card);
@@ -59,7 +59,7 @@ async function answer(row, place, content) {
   const paint = () => { drawn ||= requestAnimationFrame(finish); };   // a frame is enough, however fast words come
   const options = { temperature: number("temperature", 0), max_tokens: number("length", 256) };
   try {
-    for await (const chunk of ask({ model, messages, ...options }, key(), state.stop.signal)) {
+    for await (const chunk of ask({ model, messages, ...options }, key(), signal)) {
       const choice = chunk.choices[0];
       said += choice?.delta.content ?? "";
       reason = choice?.finish_reason ?? reason;
@@ -79,7 +79,7 @@ async function answer(row, place, content) {
   card.setAttribute("aria-busy", "false");
   if (said.trim()) {
     messages.push({ role: "assistant", content: said });
-    state.histories[place] = messages;
+    histories[place] = messages;
     offerLook(card, model, messages);
   }
 }
@@ -201,8 +201,14 @@ function showBusy(busy) {
   find("stop").hidden = !busy;
 }
 
+function rest() {
+  state.stop = null;
+  showBusy(false);
+}
+
 function restart() {
   state.stop?.abort();
+  rest();
   state.histories = [[], []];
   turns.replaceChildren();
   document.body.classList.add("fresh");
