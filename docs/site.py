@@ -11,7 +11,7 @@ CHAPTERS: list[tuple[str, list[str]]] = [
     ("Connectors", ["connectors/token_packer.md", "connectors/idefics2_resampler.md"]),
     ("Fusion", ["early_fusion.md", "intermediate_fusion.md", "late_fusion.md", "retrieval.md", "unified.md"]),
     ("Training", ["training.md", "recipes.md", "scale.md"]),
-    ("Which is best?", ["comparison.md", "claims.md"]),
+    ("Which is best?", ["comparison.md", "plan.md", "claims.md"]),
     ("Answering", ["decoding.md", "serving.md"]),
     ("How to", ["howto.md", "howto.ko.md", "convert.md", "new_connector.md"]),
     ("Reference", ["reference.md", "papers.md", "glossary.md"]),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from chiasm.comparison.account import account, repeated
-from chiasm.comparison.choices import Choice, expand, regions_of
+from chiasm.comparison.choices import Choice, expand
 from chiasm.comparison.plan import load_plan
 from chiasm.connectors import CONNECTORS
 from chiasm.connectors.own import own_connectors
@@ -33,7 +33,7 @@ def test_data_strategies_and_rates_are_told_in_words() -> None:
 
 def test_ways_whose_tokens_have_places_have_names() -> None:
     plan = PLAN | {"base": {"regions": [2, 2]}, "cells": [{"fusion": "intermediate"}]}
-    named = {choice.way for choice in choices(plan) if regions_of(load_plan(plan), choice)}
+    named = {choice.way for choice in choices(plan) if choice.regions(load_plan(plan).base)}
     assert named == {"mlp-early", "mlp-early-frozen"}
 
 

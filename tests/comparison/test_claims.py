@@ -7,7 +7,7 @@ import pytest
 from test_report import answers, result
 
 from chiasm.comparison.choices import expand
-from chiasm.comparison.claims import AGAINST, EQUAL, OPEN, SUPPORTED, judge, to_markdown
+from chiasm.comparison.claims import AGAINST, BLIND, EQUAL, ONCE, OPEN, SUPPORTED, judge, to_markdown
 from chiasm.comparison.plan import Claim, load_plan
 
 PLANS = sorted((Path(__file__).parents[2] / "recipes/claims").glob("*.yaml"))
@@ -98,7 +98,14 @@ def test_seconds_of_several_seeds_have_an_interval() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gates", "verdict"), [([0.0, 0.04], SUPPORTED), ([0.5, 0.6], AGAINST), ([0.0, 0.0], AGAINST), ([], OPEN)]
+    ("gates", "verdict"),
+    [
+        ([0.0, 0.04], SUPPORTED),
+        ([0.0, 0.001], AGAINST),
+        ([0.5, 0.6], AGAINST),
+        ([0.0, 0.0], AGAINST),
+        ([], OPEN),
+    ],
 )
 def test_gates_must_start_closed_and_open(gates: list[float], verdict: str) -> None:
     one = result("mlp-intermediate", 9, 16)
@@ -106,6 +113,34 @@ def test_gates_must_start_closed_and_open(gates: list[float], verdict: str) -> N
     claim = Claim(text="Gates open", better="mlp-intermediate", measure="gates")
     (found,) = judge([claim], [one], {one["name"]: answers(9)})
     assert found.verdict == verdict
+
+
+def test_gates_that_open_to_nothing_are_no_support() -> None:
+    one = result("mlp-intermediate", 4, 16)
+    one["training"]["gates"] = [0.0, 0.04]
+    rows = answers(4)
+    for row in rows:
+        row["control_score"] = row["score"]
+    claim = Claim(text="Gates open", better="mlp-intermediate", measure="gates")
+    (judged,) = judge([claim], [one], {one["name"]: rows})
+    assert judged.verdict == BLIND
+    assert judged.numbers.endswith("mlp-intermediate is not measurably better than with another picture (40.0 %)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [((0.0, 3.1), SUPPORTED), ((3.1, 0.0), AGAINST), ((1.2, 3.1), ONCE), ((3.1, 1.2), ONCE), ((0.0, 0.0), EQUAL)],
+)
+def test_one_run_decides_forgetting_only_where_nothing_can_be_forgotten(
+    changes: tuple[float, float], verdict: str
+) -> None:
+    results = [result(way, 9, 16) for way in ("mlp-early-frozen", "mlp-early")]
+    for one, change in zip(results, changes, strict=True):
+        one["forgetting"] = {"perplexity_change": {"text": change}}
+    told = {one["name"]: answers(9) for one in results}
+    claim = Claim(text="Forgets less", better="mlp-early-frozen", than="mlp-early", measure="perplexity_change")
+    (judged,) = judge([claim], results, told)
+    assert judged.verdict == verdict
 
 
 def test_a_claim_names_as_many_ways_as_its_measure_takes() -> None:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 import chiasm
 import tiny
@@ -37,6 +38,10 @@ class Lines(LinearProjector):
     @property
     def num_tokens(self) -> int:
         return sum(self.grid)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        cells = features.unflatten(1, self.grid)
+        return super().forward(torch.cat([cells.mean(dim=2), cells.mean(dim=1)], dim=1))
 
 
 SMALL = {"every": 2, "heads": 3, "head_dim": 8}

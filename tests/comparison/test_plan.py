@@ -9,7 +9,9 @@ import pytest
 from chiasm.comparison.cell import identity
 from chiasm.comparison.choices import expand
 from chiasm.comparison.compare import places, quickened
-from chiasm.comparison.plan import load_plan
+from chiasm.comparison.plan import SECTIONS, load_plan
+from chiasm.comparison.reference import SECTIONS as PAGE
+from chiasm.comparison.reference import markdown
 from chiasm.comparison.strategies import recipe_of
 from chiasm.training.recipe import RecipeError, load_recipe
 
@@ -89,6 +91,30 @@ def test_impossible_combinations_are_skipped_with_a_reason() -> None:
 def test_an_explicit_cell_that_is_impossible_is_an_error() -> None:
     with pytest.raises(ValueError, match="cell 'qformer-early-regions' is impossible: qformer's tokens have no places"):
         ways(cells=[{"connector": "qformer", "positions": "regions"}])
+
+
+def test_regions_are_named_where_they_divide_a_cells_tokens() -> None:
+    grid = {"connector": ["mlp", "avg_pool", "qformer"], "tokens": [None, 1, 9]}
+    named = load_plan(LEAST | {"base": {"regions": [2, 2]}, "grid": grid})
+    choices, _ = expand(named, lambda: (6, 6))
+    found = {choice.way: choice.regions(named.base) for choice in choices}
+    assert found == {
+        "mlp-early": (2, 2),
+        "avg_pool-early": None,
+        "avg_pool-early-1-tokens": None,
+        "avg_pool-early-9-tokens": None,
+        "qformer-early": None,
+        "qformer-early-1-tokens": None,
+        "qformer-early-9-tokens": None,
+    }
+    assert ["named" in choice.to_dict() for choice in choices[:2]] == [False, True]  # older cells stay finished
+
+
+def test_cells_about_regions_are_skipped_where_there_can_be_none() -> None:
+    grid = {"connector": ["mlp", "avg_pool"], "positions": ["regions"]}
+    choices, skipped = expand(load_plan(LEAST | {"grid": grid}), lambda: (6, 6))
+    assert [choice.way for choice in choices] == ["mlp-early-regions"]
+    assert [one.reason for one in skipped] == ["regions 2×2 do not divide avg_pool's tokens on a grid of 3×3"]
 
 
 def test_unified_fusion_starts_from_nothing_too() -> None:
@@ -208,3 +234,13 @@ def test_several_plans_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.Mo
     assert code == 0 and " -o out/gates --here --only " in listed and " -o out/one --here --only " in listed
     code, _, told = run("compare", "claims", "-o", "out", "--only", "mlp-early")
     assert code == 2 and "--only names cells of one plan, and here are 9; choose one" in " ".join(told.split())
+
+
+def test_the_page_of_keys_is_current_and_whole() -> None:
+    page = Path(__file__).parents[2] / "docs" / "plan.md"
+    assert page.read_text(encoding="utf-8") == markdown(), "chiasm recipe plan"
+    models = [model for _, _, model in PAGE]
+    assert {model for name, model in SECTIONS.items() if name != "strategies"} <= set(models)
+    for model in models:
+        silent = [name for name, field in model.model_fields.items() if not field.description]
+        assert not silent, f"{model.__name__} does not say what {', '.join(silent)} are"

@@ -23,6 +23,33 @@ GUIDE = Path(__file__).parents[2] / "docs"
 EXAMPLE = GUIDE / "window.py"
 
 
+SLOTS = """
+import torch
+from torch import nn
+
+from chiasm.connectors import Connector
+
+
+class Slots(Connector):
+    num_tokens = {num_tokens}
+    output = None
+
+    def __init__(self, vision_width, language_width, grid):
+        super().__init__(vision_width, language_width, grid)
+        D = vision_width
+        self.queries, self.last = nn.Parameter(torch.randn(3, D)), {last}
+
+    def flops(self):
+        return 1
+
+    def forward(self, features):
+        return self.last((self.queries @ features.mT).softmax(-1) @ features) * {scale}
+
+
+CONNECTORS = {{"slots": Slots}}
+"""
+
+
 @pytest.fixture
 def window(monkeypatch: pytest.MonkeyPatch) -> type[Connector]:
     """The guide's connector, in the table."""
@@ -52,6 +79,32 @@ def test_a_connector_of_ones_own_is_used_by_its_name(window: type[Connector], tm
     environment = os.environ | {"CHIASM_CONNECTORS": str(EXAMPLE)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "3"
+
+
+WRONG = {
+    "another number": (
+        "num_tokens = 4",
+        r"connector 'slots' makes \(2, 3, 36\) of features \(2, 9, 24\), expected \(2, 4",
+    ),
+    "another width": ("last = nn.Linear(D, 5)", r"makes \(2, 3, 5\) of features"),
+    "no numbers": ("scale = float('nan')", "makes visual tokens of .* that are not finite"),
+    "an error": ("scale = None", "fails on features .*: TypeError: "),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_connector_says_of_itself_is_tried_when_it_is_connected(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, said = WRONG[name]
+    settings = {"num_tokens": "3", "scale": "1.0", "last": "nn.Linear(D, language_width)"}
+    key, _, value = change.partition(" = ")
+    settings[key] = value
+    path = tmp_path / "slots.py"
+    path.write_text(SLOTS.format(**settings))
+    monkeypatch.setitem(CONNECTORS, "slots", own_connectors(str(path), {})["slots"])
+    with pytest.raises(ValueError, match=said):
+        chiasm.connect(tiny.vision(), tiny.language(), "slots", tokenizer=tiny.tokenizer())
 
 
 def test_the_guide_shows_the_file_that_is_tested() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 import chiasm
 import tiny
@@ -165,6 +167,17 @@ def test_a_template_that_reads_only_parts_gets_parts() -> None:
 def test_a_chat_template_may_be_one_of_ours_by_name() -> None:
     vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer(), chat_template="lean")
     assert vlm.processor.tokenizer.chat_template == LEAN_TEMPLATE
+
+
+def test_the_lean_template_ends_answers_with_the_tokenizers_own_end() -> None:
+    backend = tiny.tokenizer().backend_tokenizer.to_str().replace("<|im_end|>", "</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(backend), bos_token="<|bos|>", eos_token="</s>", pad_token="<|pad|>"
+    )
+    vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tokenizer, chat_template="lean")
+    made = vlm.processor.encode(conversation("What is it?", "An apple."), 1, supervise=True)
+    assert [token for token in made["labels"] if token >= 0][-1] == tokenizer.eos_token_id
+    assert "im_end" not in tokenizer.decode(made["input_ids"])
 
 
 def test_a_template_that_is_given_renders_and_is_stored(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """CLIP and SigLIP checkpoints of transformers: embeddings and logits equal, and back without a difference."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
+    AutoProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -149,6 +151,41 @@ def test_files_of_both_processors_agree(kind: str, tmp_path: Path) -> None:
         reference = CLIPImageProcessor.from_pretrained(tmp_path / "back")
         pixels = reference(tiny.picture(), return_tensors="pt")["pixel_values"]
         torch.testing.assert_close(pixels, given["pixel_values"], rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("how", ["loaded", "anew"])
+@pytest.mark.parametrize(("kind", "fraction"), [("clip", 0.9), ("clip", 1.0), ("siglip", 0.9)])
+def test_their_processor_gives_our_inputs(kind: str, fraction: float, how: str, tmp_path: Path) -> None:
+    make(kind, tmp_path / "theirs")
+    tiny.tokenizer(None).save_pretrained(tmp_path / "theirs")
+    ChiasmImageProcessor(35, [0.5] * 3, [0.5] * 3, crop_fraction=fraction).save_pretrained(tmp_path / "theirs")
+    folder = str(tmp_path / "theirs")
+    connector = {"clip": {"name": "linear", "space": 9}, "siglip": {"name": "none", "logit_bias": -10.0}}[kind]
+    ours = chiasm.load(folder) if how == "loaded" else chiasm.connect(folder, folder, connector, fusion="late")
+    assert isinstance(ours, chiasm.DualEncoder)
+    chiasm.api.convert(ours, "transformers", tmp_path / "out")
+    picture, texts = tiny.picture(2).resize((171, 90)), ["A Cat", "two Dogs and more " * 3]
+    theirs, filled = AutoProcessor.from_pretrained(tmp_path / "out"), True if kind == "clip" else "max_length"
+    given = theirs(images=[picture], text=texts, padding=filled, truncation=True, return_tensors="pt")
+    wanted = ours.processor(images=[picture], text=texts)
+    assert given.keys() == wanted.keys() and torch.equal(given["input_ids"], wanted["input_ids"])
+    torch.testing.assert_close(given["pixel_values"], wanted["pixel_values"], rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json"])
+def test_another_processor_does_not_pass_the_check(name: str, tmp_path: Path) -> None:
+    make("clip", tmp_path / "theirs")
+    tiny.tokenizer(None).save_pretrained(tmp_path / "theirs")
+    ChiasmImageProcessor(35, [0.5] * 3, [0.5] * 3, crop_fraction=0.9).save_pretrained(tmp_path / "theirs")
+    ours = chiasm.load(tmp_path / "theirs")
+    export_late(ours.model, ours.processor, tmp_path / "out")
+    assert check_late(tmp_path / "out", ours.model, ours.processor) < 1e-4
+    path = tmp_path / "out" / name
+    settings = json.loads(path.read_text())
+    settings |= {"model_max_length": 9} if name.startswith("token") else {"size": {"shortest_edge": 39}}
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="the processor that was written gives other"):
+        check_late(tmp_path / "out", ours.model, ours.processor)
 
 
 def test_a_tokenizer_without_words_is_none(tmp_path: Path) -> None:

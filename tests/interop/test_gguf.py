@@ -133,6 +133,51 @@ def test_llama_cpp_gives_the_same_text(
             assert text.startswith(expected.rstrip("\ufffd"))
 
 
+def smooth(seed: int) -> Image.Image:
+    """A picture of soft colours, as photographs have them."""
+    colours = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    pixels = torch.nn.functional.interpolate(colours, size=(64, 64), mode="bicubic").clamp(0, 1)[0]
+    return Image.fromarray((pixels.permute(1, 2, 0) * 255).to(torch.uint8).numpy())
+
+
+def greedy_to_say_image(tied: bool) -> chiasm.VLM:
+    """A model whose placeholder, which has a row of its own, would win every step that does not suppress it."""
+    vlm = model(tied=tied)
+    head = vlm.model.get_output_embeddings().weight.data
+    token = vlm.model.config.image_token_id
+    assert token < len(head)
+    head[token] = 3 * head[:token].abs().amax() * torch.sign(head[token])
+    return vlm
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_placeholder_is_never_the_likeliest(tied: bool, tmp_path: Path) -> None:
+    vlm = greedy_to_say_image(tied)
+    convert(vlm.model, vlm.processor, "gguf", tmp_path)
+    tensors = {one.name: one.data for one in GGUFReader(tmp_path / "model.gguf").tensors}
+    token = vlm.model.config.image_token_id
+    head = torch.tensor(tensors["token_embd.weight" if tied else "output.weight"])
+    others = torch.cat([head[:token], head[token + 1 :]])
+    assert torch.allclose(head[token], others.mean(0), atol=1e-6)
+    own = vlm.model.get_output_embeddings().weight
+    assert torch.equal(others, torch.cat([own[:token], own[token + 1 :]]))
+    assert not torch.allclose(own[token], head[token], atol=1e-3)
+
+
+def test_llama_cpp_says_no_placeholder_of_smooth_pictures(tmp_path: Path) -> None:
+    vlm = greedy_to_say_image(tied=False)
+    convert(vlm.model, vlm.processor, "gguf", tmp_path)
+    pictures = [smooth(seed) for seed in range(6)]
+    found = answers(tmp_path, pictures, "What is it?", 8)  # type: ignore[arg-type]
+    lengths = [sure(vlm, picture) for picture in pictures]
+    assert sum(lengths) >= 8
+    for picture, text, length in zip(pictures, found, lengths, strict=True):
+        assert "<image>" not in text
+        if length:
+            expected = vlm.chat(picture, "What is it?", max_new_tokens=length)
+            assert text.startswith(expected.rstrip("\ufffd"))
+
+
 def idefics3(folder: Path, longest: int = 96, words: Any = None) -> chiasm.VLM:
     """Tiles of 32 pixels, four visual tokens each, at most 3 × 3."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -250,3 +295,38 @@ def test_clip_is_written_for_a_repaired_llama_cpp_only_on_request(tmp_path: Path
     assert any("class token" in note and "wrong" in note for note in notes)
     names = {tensor.name for tensor in GGUFReader(tmp_path / "mmproj.gguf").tensors}
     assert "v.class_embd" in names
+
+
+@pytest.mark.parametrize(
+    ("change", "mean", "std"),
+    [
+        ({"rescale_factor": 1 / 127.5}, 0.25, 0.125),
+        ({"do_normalize": False}, 0.0, 1.0),
+        ({"do_normalize": False, "do_rescale": False}, 0.0, 1 / 255),
+    ],
+)
+def test_another_scale_of_pixels_is_in_mean_and_deviation(
+    change: dict[str, Any], mean: float, std: float, tmp_path: Path
+) -> None:
+    vlm = model()
+    images = vlm.processor.image_processor
+    images.image_mean, images.image_std = [0.5] * 3, [0.25] * 3
+    for name, value in change.items():
+        setattr(images, name, value)
+    convert(vlm.model, vlm.processor, "gguf", tmp_path)
+    fields = GGUFReader(tmp_path / "mmproj.gguf").fields
+    found = [fields[f"clip.vision.image_{name}"].contents() for name in ("mean", "std")]
+    assert found == [pytest.approx([mean] * 3), pytest.approx([std] * 3)]
+
+
+def test_every_end_of_an_answer_is_written_or_said(tmp_path: Path) -> None:
+    vlm = model()
+    vlm.model.generation_config.eos_token_id = [257, 65, 66, 67]
+    vlm.model.generation_config.repetition_penalty = 1.3
+    vlm.processor.image_processor.resample = 2
+    notes = convert(vlm.model, vlm.processor, "gguf", tmp_path).notes
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    found = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot", "eom")]
+    assert found == [257, 65, 66]
+    for said in ("stop at [67] too", "repetition_penalty 1.3 is not in GGUF files", "by resample 2"):
+        assert any(said in note for note in notes), notes

@@ -19,7 +19,7 @@ import chiasm.vision  # noqa: F401
 from chiasm.vision.encoder import VisionEncoder, load_vision
 from chiasm.vision.image_processor import ChiasmImageProcessor, image_processor_for
 from chiasm.vision.pictures import to_rgb
-from chiasm.vision.published import PUBLISHED
+from chiasm.vision.published import PUBLISHED, read_published
 from chiasm.vision.towers import build_tower
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -310,3 +310,19 @@ def test_unknown_types_must_be_told(tmp_path: Path) -> None:
     assert image_processor_for(None, tower, image_mean=[0.5] * 3, image_std=[0.5] * 3).image_mean == [0.5] * 3
     with pytest.raises(ValueError, match="do_flip_channel_order"):
         image_processor_for(written(tmp_path, do_flip_channel_order=True, size=224), tower)
+
+
+@pytest.mark.parametrize(("kept", "shortest"), [(384, 450), (336, 463), (448, 491), (224, 400), (224, 256)])
+def test_a_published_shorter_side_stays_a_whole_number(kept: int, shortest: int, tmp_path: Path) -> None:
+    geometry = {"do_center_crop": True, "size": {"shortest_edge": shortest}, "crop_size": kept}
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "CLIPImageProcessor"} | geometry)
+    )
+    fields = read_published(tmp_path)
+    made = ChiasmImageProcessor(kept, [0.5] * 3, [0.5] * 3, **fields)
+    assert made.shortest(kept) == shortest
+
+
+def test_a_published_share_is_rounded_down() -> None:
+    made = ChiasmImageProcessor(224, [0.5] * 3, [0.5] * 3, crop_fraction=0.9)
+    assert made.shortest(224) == 248

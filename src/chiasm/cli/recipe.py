@@ -1,4 +1,4 @@
-"""`recipe schema` and `recipe docs`: the keys of a recipe for editors and for people."""
+"""`recipe schema`, `recipe docs` and `recipe plan`: the keys of a recipe, and of a plan, for editors and for people."""
 
 import sys
 
@@ -22,5 +22,13 @@ def schema() -> None:
 def docs() -> None:
     """Print every key of a recipe with its meaning, as Markdown."""
     from chiasm.training.reference import markdown
+
+    sys.stdout.write(markdown())
+
+
+@recipe_app.command("plan", epilog=example("chiasm recipe plan > docs/plan.md"))
+def plan() -> None:
+    """Print every key of a comparison's plan with its meaning, as Markdown."""
+    from chiasm.comparison.reference import markdown
 
     sys.stdout.write(markdown())

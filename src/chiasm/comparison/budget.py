@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.comparison.cost import encode_flops, language_flops
 from chiasm.comparison.plan import Budget
+from chiasm.comparison.seq2seq_cost import seq2seq_cost
 from chiasm.data.schema import Sample
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
@@ -39,24 +40,34 @@ def samples_within(
     if not isinstance(model, FusionModel):
         raise ValueError(f"budget {budget.kind} is not counted for late fusion, which has no sequence; take samples")
     learner = learner_of(model, processor, stage, len(recipe.stages) - 1, shown)
-    lengths = [len(learner.encode(sample)["input_ids"]) for sample in shown]
+    encoded = [learner.encode(sample) for sample in shown]
+    lengths = [len(tokens["input_ids"]) for tokens in encoded]
     if budget.tokens is not None:
         return max(stage.batch_size, int(budget.tokens / fmean(lengths)))
     pictures = fmean(len(sample.images) for sample in shown)
-    each = training_flops(model, fmean(lengths), pictures, {name: plan.tune for name, plan in stage.parts.items()})
+    tuned = {name: plan.tune for name, plan in stage.parts.items()}
+    answer = fmean(len(tokens["labels"]) for tokens in encoded)
+    each = training_flops(model, fmean(lengths), pictures, tuned, answer)
     return max(stage.batch_size, int(budget.amount / each))
 
 
-def training_flops(model: FusionModel, places: float, pictures: float, tuned: Mapping[str, str]) -> int:
+def training_flops(
+    model: FusionModel, places: float, pictures: float, tuned: Mapping[str, str], answer: float = 1
+) -> int:
     """FLOPs of one sample of training: a forward, the gradients of what comes behind the first thing that learns, and
     those of weights that learn themselves. A frozen encoder is not counted: it runs once for all cells.
 
     Args:
         places: of the sample in the sequence.
         tuned: part -> how it is tuned.
+        answer: tokens of the answer where a decoder of its own reads them.
     """
     length = round(places)
-    language = language_flops(model, new=length, context=length, logits=length)
+    if model.config.is_encoder_decoder:
+        once = seq2seq_cost(model.language, length)
+        language = once.prefill_flops + max(0, round(answer) - 1) * once.decode_flops
+    else:
+        language = language_flops(model, new=length, context=length, logits=length)
     total = language * (3 if tuned.get("language") == "full" else 2)
     if hasattr(model, "connector"):
         total += round(3 * pictures * model.connector.flops())

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from chiasm import api, vlm
+from chiasm.comparison.answer_length import LEAST, answer_length
 from chiasm.comparison.budget import samples_within
-from chiasm.comparison.choices import Choice, regions_of
+from chiasm.comparison.choices import Choice
 from chiasm.comparison.diagnostics import diagnose
 from chiasm.comparison.finding import find_pictures
+from chiasm.comparison.inputs import INPUTS, inputs_of, require_same
 from chiasm.comparison.measure import measure
 from chiasm.comparison.peak_memory import peak_memory
 from chiasm.comparison.plan import Plan, Source
@@ -67,13 +69,14 @@ def run_cell(
         quiet: whether training draws no bar.
 
     Raises:
-        ValueError: the folder holds the cell of another plan.
+        ValueError: the folder holds the cell of another plan, or data has changed since.
     """
     folder = output / CELLS / choice.name
     if (done := finished(plan, choice, output)) is not None:
         return done
     folder.mkdir(parents=True, exist_ok=True)
-    _forget_other_code(folder, choice)
+    inputs = inputs_of(plan, choice, output)
+    _forget_another(folder, choice, inputs)
     seconds: dict[str, float] = {}
     started = time.monotonic()
     say(f"{choice.name}: connect")
@@ -90,7 +93,8 @@ def run_cell(
     seconds["train"] = sum(event["seconds"] for event in log if event["event"] == "stage_end")
     say(f"{choice.name}: ask and measure")
     started = time.monotonic()
-    answers = _evaluate(plan, model, test, folder / EVALUATION)
+    notes = [] if choice.named else [f"{choice.way}: base.regions do not divide its tokens, and have no names there"]
+    answers = _evaluate(plan, model, test, folder / EVALUATION, notes)
     seconds["evaluate"] = time.monotonic() - started
     model.model.eval()
     found = None
@@ -106,6 +110,7 @@ def run_cell(
         "choice": choice.to_dict(),
         "identity": identity(plan, choice),
         "code": code_of(choice),
+        "inputs": inputs,
         "samples": recipe.stages[-1].samples,
         "seconds": seconds,
         **measure(model.model, model.processor, shown, asked.repeats),
@@ -113,9 +118,12 @@ def run_cell(
         "summary": answers.summary,
         "forgetting": next((event for event in reversed(log) if event["event"] == "forgetting"), None),
         "diagnostics": diagnose(model.model, model.processor, test, asked.pictures),
-        "attention": _look(model, shown, folder),
+        "attention": _look(model, shown, folder, choice.way, notes),
         "retrieval": found,
+        "notes": notes,
     }
+    for note in notes:
+        say(f"{choice.name}: {note}")
     whole_file(folder / RESULT, json.dumps(result, ensure_ascii=False, indent=1))
     (folder / ERROR).unlink(missing_ok=True)
     _tidy(folder / RUN, plan.keep_models)
@@ -134,6 +142,7 @@ def finished(plan: Plan, choice: Choice, output: Path) -> dict[str, Any] | None:
             f"{path.parent} holds this cell under another plan (data, budget, base or training differ); "
             "choose another folder with -o, or remove that one"
         )
+    require_same(path.parent, result.get("inputs"), inputs_of(plan, choice, output))
     return result if result.get("code", "") == code_of(choice) else None
 
 
@@ -143,6 +152,7 @@ def identity(plan: Plan, choice: Choice) -> str:
     for section, key in NEWER:
         if kept[section][key] is None:
             del kept[section][key]
+    kept["evaluation"]["max_new_tokens"] = plan.evaluation.max_new_tokens or LEAST
     strategy = {name: part.model_dump(mode="json") for name, part in plan.strategies.get(choice.tune, {}).items()}
     return _digest(json.dumps([kept, strategy, choice.to_dict()], sort_keys=True, default=str))
 
@@ -157,13 +167,16 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _forget_other_code(folder: Path, choice: Choice) -> None:
-    """A run that was begun with another file of the connector is no beginning of this one."""
-    code, noted = code_of(choice), folder / CODE
-    if (noted.read_text(encoding="utf-8") if noted.is_file() else "") != code:
-        shutil.rmtree(folder / RUN, ignore_errors=True)
-        (folder / BUDGET).unlink(missing_ok=True)
-        whole_file(noted, code)
+def _forget_another(folder: Path, choice: Choice, inputs: dict[str, str]) -> None:
+    """A run that was begun with another file of the connector, or on other data, is no beginning of this one."""
+    for name, now, before in ((CODE, code_of(choice), ""), (INPUTS, json.dumps(inputs), None)):
+        noted = folder / name
+        then = noted.read_text(encoding="utf-8") if noted.is_file() else before
+        if then is not None and then != now:
+            shutil.rmtree(folder / RUN, ignore_errors=True)
+            (folder / BUDGET).unlink(missing_ok=True)
+        if then != now:
+            whole_file(noted, now)
 
 
 def connect_cell(plan: Plan, choice: Choice) -> Any:
@@ -180,7 +193,7 @@ def connect_cell(plan: Plan, choice: Choice) -> Any:
     options |= {"features": base.features, "image_size": base.image_size}
     if choice.fusion == "late":
         return connect(base.vision, base.text, choice.connector, "late", **options).to(device)
-    options |= {"regions": regions_of(plan, choice), "chat_template": base.chat_template}
+    options |= {"regions": choice.regions(base), "chat_template": base.chat_template}
     options |= {"patch_positions": choice.positions if choice.positions in ("none", "grid") else "auto"}
     if choice.fusion == "intermediate":
         options["cross_attention"] = base.cross_attention
@@ -256,17 +269,20 @@ def _questions(plan: Plan, train: Samples) -> Samples:
     return train if plan.data.captions is None else train.sources[-1]  # type: ignore[attr-defined]
 
 
-def _evaluate(plan: Plan, model: Any, test: Samples, folder: Path) -> EvalResult:
-    how = plan.evaluation
-    told: dict[str, Any] = {"batch_size": how.batch_size, "max_new_tokens": how.max_new_tokens}
+def _evaluate(plan: Plan, model: Any, test: Samples, folder: Path, notes: list[str]) -> EvalResult:
+    """The answers; what is cut of them is added to the notes."""
+    how, late = plan.evaluation, isinstance(model, DualEncoder)
+    length, cut = (LEAST, []) if late else answer_length(how.max_new_tokens, test, model.processor.tokenizer)
+    told: dict[str, Any] = {"batch_size": how.batch_size, "max_new_tokens": length}
     told |= {"control": how.control, "metric": how.metric}
-    late = isinstance(model, DualEncoder)
     result = api.evaluate(model, test, task="answers" if late else None, **told)
     if how.shots and not late:
         shown = api.evaluate(model, test, shots=how.shots, shots_from=_read(plan.data.train), **told)
         again = [row | {"id": f"{row['id']} ({FEW_SHOT})", "skill": FEW_SHOT} for row in shown.rows]
         rows = [*result.rows, *again]
         result = EvalResult(rows, summarise(rows), list(dict.fromkeys([*result.notes, *shown.notes])))
+    result.notes += cut
+    notes += cut
     result.save(folder)
     return result
 
@@ -297,14 +313,18 @@ def openness(gates: dict[str, list[float]]) -> float:
     return fmean(values)
 
 
-def _look(model: Any, sample: Sample, folder: Path) -> dict[str, Any] | None:
-    """What the answer to one question looked at, as a picture in the cell's folder; None where it cannot be told."""
+def _look(model: Any, sample: Sample, folder: Path, way: str, notes: list[str]) -> dict[str, Any] | None:
+    """What the answer to one question looked at, as a picture in the cell's folder; None where it cannot be told. What
+    goes wrong is added to the notes: a map is not worth a trained cell."""
     inner = model.model
     if isinstance(model, DualEncoder) or inner.config.fusion not in WEIGHTS or inner.config.is_encoder_decoder:
         return None
     try:
         seen = model.attention(sample.images[0].load(), sample.question.strip(), max_new_tokens=8)
     except NotImplementedError:  # of a connector that does not say where its tokens look
+        return None
+    except Exception as error:
+        notes.append(f"{way}: no attention map: {type(error).__name__}: {error}")
         return None
     seen.overlay().save(folder / ATTENTION)
     return {"sample": sample.id, "question": sample.question.strip(), "answer": seen.answer}

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from chiasm.comparison.plan import CellSpec, Plan, Source, check_connector
+import torch
+
+from chiasm.comparison.plan import Base, CellSpec, Plan, Source, check_connector
 from chiasm.comparison.strategies import STRATEGIES
 from chiasm.connectors import CONNECTORS, Connector, connector_settings
 from chiasm.positions.sequence import POSITIONS as UNIFIED_POSITIONS
@@ -13,6 +15,10 @@ from chiasm.positions.sequence import POSITIONS as UNIFIED_POSITIONS
 Grid = tuple[int, int]
 
 LATE = ("linear", "mlp", "none")
+REGIONS = (2, 2)
+"""What the positions `regions` name where `base.regions` says nothing."""
+STAND_IN = 768
+"""A width on both sides of a connector that is built for its grid of tokens alone."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Choice:
     train: Source | None = None
     weights: str = "pretrained"
     seed: int = 0
+    named: bool = True
 
     @property
     def way(self) -> str:
@@ -45,12 +52,18 @@ class Choice:
         return f"{self.way}-seed{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For a result and its identity; what the language model starts from stands there only where it is chosen, so
-        that older cells stay finished."""
+        """For a result and its identity; what the language model starts from, and that regions have no names, stand
+        there only where it is so, so that older cells stay finished."""
         fields = asdict(self)
-        if self.weights == "pretrained":
-            del fields["weights"]
-        return fields
+        usual = {"weights": "pretrained", "named": True}
+        return {name: value for name, value in fields.items() if name not in usual or value != usual[name]}
+
+    def regions(self, base: Base) -> tuple[int, int] | None:
+        """Rows and columns of regions whose names stand in front of their tokens, None where the cell has none."""
+        places = self.fusion == "early" and self.connector is not None and keeps_places(self.connector["name"])
+        if not places or not self.named or self.positions not in ("auto", "regions"):
+            return None
+        return base.regions or (REGIONS if self.positions == "regions" else None)
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,8 @@ def expand(plan: Plan, grid_of: Callable[[], Grid]) -> tuple[list[Choice], list[
     """The cells of a plan in order, and the combinations of its grid that are impossible.
 
     Args:
-        grid_of: rows and columns of the encoder's patches; asked only where a cell wants a number of tokens.
+        grid_of: rows and columns of the encoder's patches; asked only where a cell wants a number of tokens, or names
+            of regions.
 
     Raises:
         ValueError: an explicit cell is impossible, or two connectors have one name.
@@ -74,6 +88,7 @@ def expand(plan: Plan, grid_of: Callable[[], Grid]) -> tuple[list[Choice], list[
     skipped: dict[str, Skipped] = {}
     for choice, explicit in _all(plan):
         made = _resolved(choice, plan, grid_of)
+        made = made if isinstance(made, str) else _named(made, plan, grid_of)
         if isinstance(made, str):
             if explicit:
                 raise ValueError(f"cell {choice.way!r} is impossible: {made}")
@@ -146,6 +161,26 @@ def _resolved(choice: Choice, plan: Plan, grid_of: Callable[[], Grid]) -> Choice
     return replace(choice, connector=settings)
 
 
+def _named(choice: Choice, plan: Plan, grid_of: Callable[[], Grid]) -> Choice | str:
+    """The choice without names where regions do not divide its tokens, or why it cannot be where it is about them."""
+    regions = choice.regions(plan.base)
+    if regions is None or choice.connector is None:
+        return choice
+    options, patches = dict(choice.connector), grid_of()
+    name = options.pop("name")
+    try:
+        with torch.device("meta"):
+            tokens = CONNECTORS[name](STAND_IN, STAND_IN, patches, **options).token_grid
+    except Exception:  # of anybody's class, which the cell itself says in words of its own
+        return choice
+    if tokens is not None and not any(side % parts for side, parts in zip(tokens, regions, strict=True)):
+        return choice
+    if choice.positions == "auto":
+        return replace(choice, named=False)
+    grid = "without a grid" if tokens is None else f"on a grid of {tokens[0]}×{tokens[1]}"
+    return f"regions {regions[0]}×{regions[1]} do not divide {name}'s tokens {grid}"
+
+
 def _learns(tune: str, part: str, plan: Plan) -> bool:
     """Whether a strategy trains all weights of a part."""
     if tune in plan.strategies:
@@ -156,11 +191,3 @@ def _learns(tune: str, part: str, plan: Plan) -> bool:
 def keeps_places(connector: str) -> bool:
     """Whether a connector's visual tokens stand on a grid."""
     return CONNECTORS[connector].token_grid is not Connector.token_grid
-
-
-def regions_of(plan: Plan, choice: Choice) -> tuple[int, int] | None:
-    """Rows and columns of regions whose names stand in front of a cell's visual tokens; None where there are none."""
-    name = (choice.connector or {}).get("name", "none")
-    if choice.fusion != "early" or choice.positions not in ("auto", "regions") or not keeps_places(name):
-        return None
-    return plan.base.regions or ((2, 2) if choice.positions == "regions" else None)

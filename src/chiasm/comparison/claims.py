@@ -11,6 +11,9 @@ from chiasm.comparison.ways import Row, by_way, interval, mean_of
 from chiasm.evaluation.format import latency, percent
 
 SUPPORTED, AGAINST, EQUAL, OPEN = "supported", "not supported", "no difference at this scale", "not measured"
+BLIND, ONCE = "opened, but does not look yet", "one run: not decided"
+OPENED = 0.005
+"""How far gates are open that count as opened: more than a few steps of an optimizer move any parameter."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def judge(claims: Sequence[Claim], results: Sequence[Row], answers: Mapping[str,
         if missing:
             verdicts.append(Verdict(claim.text, OPEN, f"{missing[0]} is not among the finished cells"))
         elif claim.than is None:
-            verdicts.append(_by_gates(claim, cells[claim.better]))
+            verdicts.append(_by_gates(claim, cells[claim.better], answers))
         elif claim.measure == "accuracy":
             verdicts.append(_by_answers(claim, ways, cells, answers))
         else:
@@ -106,15 +109,19 @@ def _mean(way: Way, questions: Sequence[str]) -> float:
     return fmean(answers[question] for answers in way.scores.values() for question in questions)
 
 
-def _by_gates(claim: Claim, cells: Sequence[Row]) -> Verdict:
-    """Whether gates were closed before training, so that the model was the language model alone, and are open after."""
+def _by_gates(claim: Claim, cells: Sequence[Row], answers: Mapping[str, Sequence[Row]]) -> Verdict:
+    """Whether gates were closed before training, so that the model was the language model alone, and are open after,
+    and what comes through them is of use."""
     gates = [cell["training"].get("gates") for cell in cells]
     if not all(gates):
         return Verdict(claim.text, OPEN, f"{claim.better} has no gates")
     first, last = [one[0] for one in gates], [one[-1] for one in gates]
-    verdict = SUPPORTED if not any(first) and all(last) else AGAINST
+    opened = not any(first) and min(last) >= OPENED
+    blind = _not_looking(cells, answers, {row["id"] for cell in cells for row in answers[cell["name"]]})
+    verdict = AGAINST if not opened else SUPPORTED if blind is None else BLIND
     seeds = f"{len(gates)} seed{'s' * (len(gates) > 1)}"
-    return Verdict(claim.text, verdict, f"open by {fmean(first):.3f} before training, {fmean(last):.3f} after; {seeds}")
+    told = f"open by {fmean(first):.3f} before training, {fmean(last):.3f} after ({OPENED} counts as open); {seeds}"
+    return Verdict(claim.text, verdict, "; ".join([told, *([blind] if blind else [])]))
 
 
 def _by_cache(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> Verdict:
@@ -132,14 +139,16 @@ def _by_forgetting(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> 
         [next(iter(((cell["forgetting"] or {}).get("perplexity_change") or {}).values()), None) for cell in cells]
         for cells in (better, than)
     ]
-    return _by_less(claim, sides, "text was not read before and after", "perplexity {} against {}", "{:+.2f}".format)
+    return _by_less(
+        claim, sides, "text was not read before and after", "perplexity {} against {}", "{:+.2f}".format, lucky=True
+    )
 
 
 def _by_seconds(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> Verdict:
     """By the time that one more caption takes against all pictures."""
     sides = [[(cell.get("retrieval") or {}).get(claim.measure) for cell in cells] for cells in (better, than)]
     missing = "one of them was not asked to find pictures"
-    return _by_less(claim, sides, missing, "{} a caption against {}", latency)
+    return _by_less(claim, sides, missing, "{} a caption against {}", latency, lucky=False)
 
 
 _BY = {
@@ -151,9 +160,19 @@ _BY = {
 
 
 def _by_less(
-    claim: Claim, sides: Sequence[Sequence[float | None]], missing: str, told: str, words: Callable[[float], str]
+    claim: Claim,
+    sides: Sequence[Sequence[float | None]],
+    missing: str,
+    told: str,
+    words: Callable[[float], str],
+    lucky: bool,
 ) -> Verdict:
-    """By measured numbers of every seed, of which less is better, with an interval where there are several."""
+    """By measured numbers of every seed, of which less is better, with an interval where there are several.
+
+    Args:
+        lucky: whether training's luck is in a number, so that one run decides nothing, unless a side is exactly 0 as
+            a frozen language model's forgetting is.
+    """
     known = [[value for value in side if value is not None] for side in sides]
     if not all(known):
         return Verdict(claim.text, OPEN, missing)
@@ -162,7 +181,8 @@ def _by_less(
     said = told.format(*map(words, means))
     if min(map(len, known)) < 2:
         verdict = SUPPORTED if means[0] < means[1] else EQUAL if means[0] == means[1] else AGAINST
-        return Verdict(claim.text, verdict, f"{said}; one seed, so without an interval")
+        decided = verdict == EQUAL or 0 in means or not lucky
+        return Verdict(claim.text, verdict if decided else ONCE, f"{said}; one seed, so without an interval")
     verdict = SUPPORTED if high < other_low else AGAINST if low > other_high else EQUAL
     between = f"{words(low)} to {words(high)} and {words(other_low)} to {words(other_high)}"
     return Verdict(claim.text, verdict, f"{said}; over seeds {between}")

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +19,7 @@ import yaml
 from chiasm.comparison.account import account, repeated
 from chiasm.comparison.cell import (
     ATTENTION,
+    BUDGET,
     CELLS,
     ERROR,
     EVALUATION,
@@ -27,7 +29,7 @@ from chiasm.comparison.cell import (
     run_cell,
     test_captions,
 )
-from chiasm.comparison.choices import Choice, Grid, Skipped, expand, regions_of
+from chiasm.comparison.choices import Choice, Grid, Skipped, expand
 from chiasm.comparison.claims import judge
 from chiasm.comparison.plan import Plan, load_plan
 from chiasm.comparison.report import write_report
@@ -95,6 +97,8 @@ def compare(
     for one in skipped:
         say(f"skipped {one.way}: {one.reason}")
     waiting = [choice for choice in chosen if finished(plan, choice, output) is None]
+    if jobs > 1:
+        _require_pace(plan, waiting, output)
     failed: dict[str, str] = {}
     if waiting:  # what is wrong for all cells is told before the first
         data_of(plan)
@@ -106,13 +110,25 @@ def compare(
             try:
                 run_cell(plan, choice, output, say, quiet)
             except Exception:
+                said = _noted(output, choice.name, traceback.format_exc())
                 if only:
                     raise
-                failed[choice.name] = _failed(output, choice.name, traceback.format_exc(), say)
+                failed[choice.name] = _failed(output, choice.name, said, say)
     results = [result for choice in choices if (result := finished(plan, choice, output)) is not None]
     if results and not (only and jobs == 0):
         write_all(output, plan, choices, results, skipped, failed)
     return Comparison(output, results, skipped, failed)
+
+
+def _require_pace(plan: Plan, waiting: Sequence[Choice], output: Path) -> None:
+    """Refuses to measure paces while cells slow each other down."""
+    unmeasured = [choice.name for choice in waiting if not (output / CELLS / choice.name / BUDGET).is_file()]
+    if plan.budget.minutes is not None and unmeasured:
+        raise ValueError(
+            f"budget minutes: {plan.budget.minutes:g} is counted by the pace of a few steps, and cells that run beside "
+            f"each other slow each other down, so {unmeasured[0]} would get too few samples; leave out --jobs, or take "
+            "a budget of samples, tokens or flops"
+        )
 
 
 def write_all(
@@ -131,6 +147,7 @@ def write_all(
     rows = {name: EvalResult.load(folder / EVALUATION).rows for name, folder in folders.items()}
     finished_cells = f"{len(results)} of {len(choices)} cells"
     facts = [finished_cells, f"budget: {in_words(plan)}", f"{platform.machine()}, {os.cpu_count()} cores"]
+    facts += dict.fromkeys(note for result in results for note in result.get("notes", ()))
     base = f"{plan.base.vision} + {plan.base.language}"
     write_report(
         output / REPORT,
@@ -145,7 +162,7 @@ def write_all(
             "command": repeated(choices, output / PLAN, output),
             "done": account(plan, choices, results, rows, train),
             "unfinished": [c.name for c in choices if c.name not in folders and c.name not in failed],
-            "named": {c.way: "×".join(map(str, r)) for c in choices if (r := regions_of(plan, c)) is not None},
+            "named": {c.way: "×".join(map(str, r)) for c in choices if (r := c.regions(plan.base)) is not None},
         },
         lambda sample: pictures[sample].load() if sample in pictures else None,
         {name: folder / ATTENTION for name, folder in folders.items()},
@@ -154,13 +171,19 @@ def write_all(
     )
 
 
+def _operations(number: float) -> str:
+    scales = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+    scale, unit = next(((scale, unit) for scale, unit in scales if number >= scale), (1e3, "k"))
+    return f"{number / scale:,.1f} {unit}FLOP"
+
+
 def in_words(plan: Plan) -> str:
     """The budget as the report says it."""
     kind, amount = plan.budget.kind, plan.budget.amount
     words = {
         "samples": f"{amount:,.0f} training samples",
         "tokens": f"{amount:,.0f} training tokens",
-        "flops": f"{amount / 1e12:,.1f} TFLOP of training",
+        "flops": f"{_operations(amount)} of training",
         "minutes": f"{amount:g} minutes of training steps",
     }
     return f"{words[kind]} for every cell"
@@ -193,7 +216,7 @@ def places(plans: Sequence[str], output: Path) -> list[tuple[str, Path]]:
 
 def cells_of(plan: Plan) -> tuple[list[Choice], list[Skipped]]:
     """The plan's cells, and what was skipped."""
-    return expand(plan, lambda: encoder_grid(plan))
+    return expand(plan, cache(lambda: encoder_grid(plan)))
 
 
 def select(choices: Sequence[Choice], only: Sequence[str]) -> list[Choice]:
@@ -246,13 +269,17 @@ def encoder_grid(plan: Plan) -> Grid:
     return load_vision(resolve(plan.base.vision), features=features or None, image_size=plan.base.image_size).grid
 
 
-def _failed(output: Path, name: str, everything: str, say: Say) -> str:
-    """The last line of what a cell said when it failed; all of it is left in the cell's folder."""
+def _noted(output: Path, name: str, everything: str) -> str:
+    """Leaves all that a cell said when it failed in the cell's folder, and gives its last line."""
+    everything = everything.strip()
     told = output / CELLS / name / ERROR
     told.parent.mkdir(parents=True, exist_ok=True)
-    told.write_text(everything.strip() + "\n", encoding="utf-8")
-    said = everything.strip().splitlines()[-1]
-    say(f"{name}: failed: {said}; all of it: {told}")
+    told.write_text(everything + "\n", encoding="utf-8")
+    return everything.splitlines()[-1]
+
+
+def _failed(output: Path, name: str, said: str, say: Say) -> str:
+    say(f"{name}: failed: {said}; all of it: {output / CELLS / name / ERROR}")
     return said
 
 
@@ -264,12 +291,17 @@ def _in_processes(choices: Sequence[Choice], plan: Path, output: Path, jobs: int
 
     def run(choice: Choice) -> str | None:
         say(f"{choice.name}: started")
+        told = output / CELLS / choice.name / ERROR
+        told.unlink(missing_ok=True)
         command = [sys.executable, "-m", "chiasm", "compare", str(plan), "-o", str(output), "--only", choice.name]
         done = subprocess.run([*command, "--here"], env=environment, capture_output=True, text=True)
         if done.returncode == 0:
             say(f"{choice.name}: finished")
             return None
-        return _failed(output, choice.name, done.stderr.strip() or done.stdout.strip() or "no message", say)
+        if told.is_file():  # which has more than a user is told in one line
+            return _failed(output, choice.name, told.read_text(encoding="utf-8").strip().splitlines()[-1], say)
+        everything = done.stderr.strip() or done.stdout.strip() or "no message"
+        return _failed(output, choice.name, _noted(output, choice.name, everything), say)
 
     with ThreadPoolExecutor(jobs) as pool:
         ended = dict(zip((choice.name for choice in choices), pool.map(run, choices), strict=True))

@@ -96,11 +96,11 @@ class Axes(Strict):
 class CellSpec(Strict):
     """One combination, written out. With questions of its own to learn from, its connector wants a label of its own."""
 
-    connector: Connector = "mlp"
-    fusion: str = "early"
-    tokens: PositiveInt | None = None
-    tune: str = "lora"
-    positions: str = "auto"
+    connector: Connector = Field("mlp", description="name or settings of a connector")
+    fusion: str = Field("early", description="early, intermediate, late or unified")
+    tokens: PositiveInt | None = Field(None, description="visual tokens of a picture; null leaves it to the connector")
+    tune: str = Field("lora", description="name of a freeze strategy")
+    positions: str = Field("auto", description="how the place of a token is told")
     weights: Literal["pretrained", "random"] = Field(
         "pretrained", description="unified fusion: `random` has the language model's sizes and words alone"
     )
@@ -141,11 +141,11 @@ class Training(Strict):
     solved_lr: PositiveFloat = Field(1e-4, description="of connectors that start in closed form")
     init: Literal["auto", "keep"] = Field("auto", description="`auto` starts connectors in closed form")
     gates: Literal["open", "keep"] = Field("open", description="intermediate fusion: `keep` starts with closed gates")
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    warmup: Annotated[float, Field(ge=0, le=1)] = Field(0.05, description="share of the steps in which `lr` rises")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the computation")
     validations: PositiveInt = Field(6, description="points of the learning curve")
-    validation_samples: NonNegativeInt = 64
+    validation_samples: NonNegativeInt = Field(64, description="held-out samples that a point is measured on")
     forgetting: bool | None = Field(None, description="`false` leaves out what texts lose by training")
 
 
@@ -153,9 +153,11 @@ class Evaluation(Strict):
     """How every cell is asked."""
 
     limit: PositiveInt | None = Field(None, description="at most so many samples")
-    batch_size: PositiveInt = 50
-    max_new_tokens: PositiveInt = 8
-    metric: str | None = None
+    batch_size: PositiveInt = Field(50, description="questions that are asked at once")
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="tokens of an answer; by default what the longest expected one takes, from 8 to 128"
+    )
+    metric: str | None = Field(None, description="of all skills; by default each has the one that fits its answers")
     control: bool = Field(True, description="ask again with another sample's picture")
     shots: NonNegativeInt = Field(
         0, description="ask again behind so many solved examples: the skill `few-shot`, where the model has a prompt"
@@ -199,11 +201,11 @@ class Claim(Strict):
 class Plan(Strict):
     """What `chiasm compare` runs."""
 
-    title: str = "Connections compared"
-    base: Base = Field(default_factory=lambda: Base.model_validate({}))
-    data: Data
-    budget: Budget
-    grid: Axes | None = None
+    title: str = Field("Connections compared", description="of the report")
+    base: Base = Field(default_factory=lambda: Base.model_validate({}), description="what all cells have in common")
+    data: Data = Field(description="what all cells learn from and are asked")
+    budget: Budget = Field(description="what every cell may spend on questions")
+    grid: Axes | None = Field(None, description="axes of which every combination is a cell")
     cells: list[CellSpec] = Field(default_factory=list, description="more cells; one that is impossible is an error")
     seeds: list[int] = Field(
         default_factory=lambda: [0], min_length=1, description="every cell is trained once for each"
@@ -211,8 +213,12 @@ class Plan(Strict):
     strategies: dict[str, dict[str, PartPlan]] = Field(
         default_factory=dict, description="freeze strategies beside the built-in ones: part -> what happens to it"
     )
-    training: Training = Field(default_factory=lambda: Training.model_validate({}))
-    evaluation: Evaluation = Field(default_factory=lambda: Evaluation.model_validate({}))
+    training: Training = Field(
+        default_factory=lambda: Training.model_validate({}), description="how every cell is trained"
+    )
+    evaluation: Evaluation = Field(
+        default_factory=lambda: Evaluation.model_validate({}), description="how every cell is asked"
+    )
     claims: list[Claim] = Field(default_factory=list, description="what the report judges by the numbers")
     keep_models: bool = Field(False, description="leave every cell's trained model in its folder")
 

@@ -43,6 +43,7 @@ CONNECTORS |= own_connectors(os.environ.get(VARIABLE, ""), CONNECTORS)
 
 __all__ = [
     "CONNECTORS",
+    "PACKAGED",
     "AffineConnector",
     "Connector",
     "GridConnector",

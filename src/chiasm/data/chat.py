@@ -25,10 +25,12 @@ PLAIN_TEMPLATE = (
 
 LEAN_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ ' ' + message['content'] + '<|im_end|>\n' if message['role'] == 'assistant' else message['content'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] }}{{ eos_token }}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '\n' }}"
     "{% endfor %}"
 )
-"""A question, a line break, an answer. The language model's own marks are about half of every short turn."""
+"""A question, a line break, an answer, the end of text. The language model's own marks are about half of every short
+turn."""
 
 ENCODER_DECODER_TEMPLATE = (
     "{% for message in messages %}{{ ('' if loop.first else '\n') + message['content'] }}{% endfor %}{{ eos_token }}"

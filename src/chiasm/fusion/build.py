@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chiasm.connectors import Connector, connector_settings
+from chiasm.connectors import PACKAGED, Connector, connector_settings
+from chiasm.connectors.trial import try_out
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.cross_attention_settings import cross_attention_settings
@@ -105,6 +106,8 @@ def build_fusion(
     if initialise is not None:
         initialise(model.connector)
     model.connector.to(device=language.device, dtype=language.dtype)
+    if config.connector["name"] not in PACKAGED:
+        try_out(config.connector["name"], model.connector)
     scale_connector(model, samples)
     if isinstance(model, TiledFusionModel):
         model.image_newline.data *= embedding_scale(language) / root_mean_square(model.image_newline)

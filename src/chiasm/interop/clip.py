@@ -1,13 +1,24 @@
 """CLIP (arXiv 2103.00020), SigLIP (arXiv 2303.15343) and fixed-resolution SigLIP 2 (arXiv 2502.14786) of transformers ↔
 Chiasm's late fusion, exactly in both directions."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import normalizers
 from torch import Tensor
-from transformers import AutoConfig, CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel, SiglipConfig, SiglipModel
+from transformers import (
+    AutoConfig,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from chiasm.data.captions import CaptionProcessor
 from chiasm.fusion.late import LateFusionModel
@@ -98,7 +109,7 @@ def export_late(model: LateFusionModel, processor: CaptionProcessor | None, fold
     theirs = assemble(kind, config, renamed, {}, vectors)
     theirs.save_pretrained(folder)
     if processor is not None:
-        processor.tokenizer.save_pretrained(folder)
+        _tokenizer(processor).save_pretrained(folder)
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n", encoding="utf-8")
     return theirs
 
@@ -151,6 +162,23 @@ def _vector(scalar: Tensor) -> Tensor:
     return scalar.reshape(1)
 
 
+def _tokenizer(processor: CaptionProcessor) -> PreTrainedTokenizerBase:
+    """The tokenizer that gives by itself what the processor makes of a text."""
+    words: Any = copy.deepcopy(processor.tokenizer)
+    told: dict[str, Any] = {"model_max_length": processor.text_length, "padding_side": "right"}
+    told |= {"model_input_names": ["input_ids"]} if processor.fixed_length else {}
+    if words.pad_token is None:
+        words.pad_token = words.convert_ids_to_tokens(0)
+    for name, value in told.items():
+        setattr(words, name, value)
+        words.init_kwargs[name] = value  # which is what is saved
+    if processor.lowercase and words("A").input_ids != words("a").input_ids:
+        backend = words.backend_tokenizer
+        given = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *given])
+    return words
+
+
 def _preprocessing(images: ChiasmImageProcessor, kind: str) -> dict[str, Any]:
     """What `preprocessor_config.json` says to transformers' own image processor.
 
@@ -175,7 +203,6 @@ def _preprocessing(images: ChiasmImageProcessor, kind: str) -> dict[str, Any]:
         "do_center_crop": False,
     }
     if images.resize_mode == "crop":
-        shortest = round(height / images.crop_fraction)
         crop = {"height": height, "width": width}
-        plain |= {"size": {"shortest_edge": shortest}, "do_center_crop": True, "crop_size": crop}
+        plain |= {"size": {"shortest_edge": images.shortest(height)}, "do_center_crop": True, "crop_size": crop}
     return plain

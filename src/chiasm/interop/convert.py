@@ -209,7 +209,7 @@ def to_transformers(model: PreTrainedModel, processor: Any, folder: Path, check:
 def to_late(model: LateFusionModel, processor: Any, folder: Path, check: bool = True) -> Converted:
     """A CLIP or SigLIP folder of transformers."""
     theirs = export_late(resampled(model), processor, folder)
-    difference = check_late(folder, model) if check else None
+    difference = check_late(folder, model, processor) if check else None
     return Converted(theirs.config.model_type, folder, _files(folder), difference)
 
 

@@ -1,6 +1,7 @@
 """The recipe's keys, written down from the code that reads them: a JSON schema for editors, and docs/recipes.md."""
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -66,13 +67,17 @@ def markdown() -> str:
     for title, words, model, inherited in SECTIONS:
         known = inherited.model_fields if inherited is not None else {}
         fields = {name: field for name, field in model.model_fields.items() if name not in known}
-        rows = [
-            f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(field)} |"
-            for name, field in fields.items()
-        ]
-        head = "| key | value | default | what it is |\n|---|---|---|---|\n"
-        parts.append(f"\n## {title}\n\n{words}{chr(10) * 2 if words else ''}{head}" + "\n".join(rows) + "\n")
+        parts.append(f"\n## {title}\n\n{words}{chr(10) * 2 if words else ''}{key_table(fields)}")
     return "".join(parts)
+
+
+def key_table(fields: Mapping[str, FieldInfo]) -> str:
+    """A row for every key: its kind of value, its default, and what it is."""
+    rows = [
+        f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(field)} |"
+        for name, field in fields.items()
+    ]
+    return "| key | value | default | what it is |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def _cell(field: FieldInfo) -> str:
@@ -92,6 +97,8 @@ def _type(kind: Any) -> str:
     """An annotation in the words of a file."""
     if get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(kind))
+    if kind is PartPlan:
+        return "[plans](#of-a-part-or-pattern)"
     if isinstance(kind, type) and get_origin(kind) is None:
         if issubclass(kind, BaseModel):
             return "its own keys"
@@ -100,7 +107,7 @@ def _type(kind: Any) -> str:
     if get_origin(kind) is list:
         return "list of " + ("[stages](#of-a-stage)" if arguments == [Stage] else _type(arguments[0]))
     if get_origin(kind) is dict:
-        return "names → [plans](#of-a-part-or-pattern)"
+        return f"names → {_type(arguments[-1])}" if arguments[-1] is not Any else "its own keys"
     if get_origin(kind) is tuple:
         return f"{len(arguments)} numbers"
     if hasattr(kind, "__metadata__"):

@@ -130,10 +130,10 @@ class ChiasmImageProcessor(BaseImageProcessor):
     def _crop(self, picture: Image.Image, size: Grid) -> Image.Image:
         (height, width), (rows, columns) = size, (picture.height, picture.width)
         if rows * width <= columns * height:
-            scaled_height = int(height / self.crop_fraction)
+            scaled_height = self.shortest(height)
             scaled_width = max(int(scaled_height * columns / rows), width)
         else:
-            scaled_width = int(width / self.crop_fraction)
+            scaled_width = self.shortest(width)
             scaled_height = max(int(scaled_width * rows / columns), height)
         top, left = (scaled_height - height) // 2, (scaled_width - width) // 2
         if scaled_height * scaled_width > EXTREME * height * width:
@@ -142,6 +142,11 @@ class ChiasmImageProcessor(BaseImageProcessor):
             return self._scale(picture, size, (left * x, top * y, right, bottom))
         scaled = self._scale(picture, (scaled_height, scaled_width))
         return scaled.crop((left, top, left + width, top + height))
+
+    def shortest(self, side: int) -> int:
+        """Pixels of the scaled picture's shorter side, of which a crop keeps `side`: rounded down, but for a quotient
+        that is a whole number except for rounding (384 / (384 / 450))."""
+        return int(round(side / self.crop_fraction, 6))
 
     @property
     def margin(self) -> tuple[int, int, int]:

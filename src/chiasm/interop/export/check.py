@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from chiasm.data.captions import CaptionProcessor
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.late import LateFusionModel
@@ -19,6 +20,9 @@ from chiasm.vision.patches import PatchEmbedding
 
 CLOSE, CLOSE_IN_HALF = 1e-4, 0.05
 """Share of the logits' spread by which any may differ in float32, and by which they may differ on average in less."""
+
+LEVELS = 3
+"""Of 255, by which two libraries may scale a picture apart."""
 
 PAIRS = 4
 """Pictures and texts of noise whose scores are compared."""
@@ -49,12 +53,14 @@ def check_folder(folder: Path, model: FusionModel, processor: ChiasmProcessor | 
     return _difference(model, ours, found)
 
 
-def check_late(folder: Path, model: LateFusionModel) -> float:
+def check_late(folder: Path, model: LateFusionModel, processor: CaptionProcessor | None = None) -> float:
     """The same for two towers, of pictures and texts of noise.
 
     Raises:
-        ValueError: the scores are not the same.
+        ValueError: the scores, or the processors' inputs, are not the same.
     """
+    if processor is not None:
+        _compare_captions(folder, model, processor)
     theirs = AutoModel.from_pretrained(folder, dtype="auto").eval().to(model.device)
     text: Any = model.config.text_config
     generator = torch.Generator().manual_seed(0)
@@ -148,7 +154,26 @@ def _compare_inputs(folder: Path, model: FusionModel, exported: Exported, inputs
         if given is not None and given.numel() == wanted.numel():
             given = given.reshape(wanted.shape)  # some count a row's pictures apart
         if given is None or given.shape != wanted.shape or not torch.allclose(given, wanted, rtol=1e-4, atol=1e-4):
-            raise ValueError(
-                f"the processor that was written gives other {name} than the model's own; "
-                "this is a fault of the conversion: report it with the model's processor files"
-            )
+            raise _others(name)
+
+
+def _compare_captions(folder: Path, model: LateFusionModel, processor: CaptionProcessor) -> None:
+    """Of a short text and one that is cut, and of a picture, up to a few of 255 levels, which libraries round apart."""
+    theirs, images = AutoProcessor.from_pretrained(folder), processor.image_processor
+    texts, picture = ["A red cat", "two Dogs and more " * processor.text_length], probe_picture(model)
+    filled = "max_length" if processor.fixed_length else True
+    found = theirs(text=texts, images=[picture], padding=filled, truncation=True, return_tensors="pt")
+    wanted = processor(text=texts, images=[picture])
+    scale = images.rescale_factor if images.do_rescale else 1.0
+    level = scale / (min(images.image_std) if images.do_normalize else 1.0)
+    for name in dict.fromkeys([*wanted, *found]):
+        same = name in found and name in wanted and found[name].shape == wanted[name].shape
+        if not same or not torch.allclose(found[name], wanted[name], rtol=0, atol=LEVELS * level):
+            raise _others(name)
+
+
+def _others(name: str) -> ValueError:
+    return ValueError(
+        f"the processor that was written gives other {name} than the model's own; "
+        "this is a fault of the conversion: report it with the model's processor files"
+    )

@@ -5,6 +5,7 @@ from typing import Any
 
 import gguf
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter
+from PIL import Image
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
@@ -18,9 +19,9 @@ from chiasm.interop.export.gguf_language import (
     write_language,
 )
 from chiasm.interop.export.gguf_tiles import NOTE, TILED, longest_side, require_tokens
-from chiasm.interop.export.gguf_tokenizer import write_tokenizer
+from chiasm.interop.export.gguf_tokenizer import more_ends, write_tokenizer
 from chiasm.interop.export.gguf_vision import CLASS_TOKEN, ELSEWHERE, depth, projector, write_vision
-from chiasm.interop.export.parts import require, require_plain, rows, weights
+from chiasm.interop.export.parts import ends, require, require_plain, rows, unchosen, unheld
 from chiasm.interop.export.prompts import marked_template
 from chiasm.vision.image_processor import ChiasmImageProcessor
 
@@ -91,8 +92,8 @@ def _write_language(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     words, count = processor.tokenizer, rows(model)
     adds = processor.add_special_tokens and words("a")["input_ids"][:1] == [words.bos_token_id]
-    write_tokenizer(writer, words, count, adds, template)
-    state = weights(model)
+    write_tokenizer(writer, words, count, adds, template, ends(model))
+    state = unchosen(model)
     parts = {name.removeprefix("language."): tensor for name, tensor in state.items() if name.startswith("language.")}
     write_language(writer, config, parts, count, quantization)
     _close(writer)
@@ -118,7 +119,9 @@ LLAMA_CPPS_MARGIN = (122, 116, 104)
 
 
 def _notes(model: FusionModel, processor: ChiasmProcessor) -> list[str]:
-    notes = []
+    notes = unheld(model, "GGUF")
+    if len(unknown := more_ends(processor.tokenizer, ends(model))[2:]):
+        notes.append(f"llama.cpp knows three tokens that end an answer, this model has more: stop at {unknown} too")
     if model.config.vision_config.model_type in CLASS_TOKEN:
         notes.append(
             "llama.cpp misplaces the class token of this encoder (its issue 25814, still so in a build of 2026-10): "
@@ -127,6 +130,11 @@ def _notes(model: FusionModel, processor: ChiasmProcessor) -> list[str]:
     if (near := window(model.config.text_config)) is not None:
         notes.append(f"llama.cpp has no sliding window for this model: keep texts and answers below {near} tokens")
     images = processor.image_processor
+    if isinstance(images, ChiasmImageProcessor) and images.resample != Image.Resampling.BICUBIC:
+        notes.append(
+            f"llama.cpp scales pictures by a filter of its own, this model's processor by resample {images.resample}: "
+            f"pictures that are not {images.size['height']}×{images.size['width']} look a little different to it"
+        )
     if isinstance(images, ChiasmImageProcessor) and images.resize_mode != "pad":
         notes.append(
             f"llama.cpp pads pictures to a square, this model's processor has resize_mode {images.resize_mode!r}: "

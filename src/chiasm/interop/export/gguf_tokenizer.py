@@ -1,6 +1,7 @@
 """A byte-level BPE tokenizer → the fields of a GGUF file that llama.cpp tokenizes with."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
@@ -29,9 +30,17 @@ NO_MERGE = "\u00ad \u00ad"
 
 
 def write_tokenizer(
-    writer: GGUFWriter, words: PreTrainedTokenizerBase, rows: int, add_bos: bool, template: str
+    writer: GGUFWriter,
+    words: PreTrainedTokenizerBase,
+    rows: int,
+    add_bos: bool,
+    template: str,
+    ends: Sequence[int] = (),
 ) -> None:
     """Writes a tokenizer for an embedding table of so many rows.
+
+    Args:
+        ends: tokens that end an answer, of which llama.cpp knows two beside the end of text.
 
     Raises:
         ValueError: llama.cpp has no tokenizer that cuts texts like this one.
@@ -53,8 +62,15 @@ def write_tokenizer(
     for field, token in (("bos", words.bos_token_id), ("eos", words.eos_token_id), ("pad", words.pad_token_id)):
         if token is not None:
             getattr(writer, f"add_{field}_token_id")(token)
+    for field, token in zip(("eot", "eom"), more_ends(words, ends), strict=False):
+        getattr(writer, f"add_{field}_token_id")(token)
     writer.add_add_bos_token(add_bos)
     writer.add_chat_template(template)
+
+
+def more_ends(words: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[int]:
+    """Tokens that end an answer beside the tokenizer's own end of text."""
+    return [token for token in dict.fromkeys(ends) if token != words.eos_token_id]
 
 
 def _steps(pre: dict[str, Any] | None) -> tuple[str, ...]:

@@ -184,8 +184,9 @@ def write_vision(writer: GGUFWriter, model: FusionModel, images: Any, quantizati
     writer.add_vision_block_count(layers)
     writer.add_vision_head_count(tower.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(tower.layer_norm_eps)
-    writer.add_vision_image_mean(list(images.image_mean))
-    writer.add_vision_image_std(list(images.image_std))
+    mean, std = normalisation(images)
+    writer.add_vision_image_mean(mean)
+    writer.add_vision_image_std(std)
     writer.add_array("clip.vision.feature_layer", [layers])
     if (switch := ACTIVATIONS[tower.hidden_act]) is not None:
         getattr(writer, f"add_vision_{switch}")(True)
@@ -200,6 +201,14 @@ def write_vision(writer: GGUFWriter, model: FusionModel, images: Any, quantizati
         add_tensor(writer, theirs, tensor, "f32" if "embeddings." in name else quantization)
     for name, tensor in tensors.items():
         add_tensor(writer, name, tensor, quantization)
+
+
+def normalisation(images: Any) -> tuple[list[float], list[float]]:
+    """Means and deviations of values from 0 to 1, all that llama.cpp knows: another scale of pixels, or none, and no
+    normalisation are in them."""
+    scale = 255 * (images.rescale_factor if images.do_rescale else 1.0)
+    mean, std = (images.image_mean, images.image_std) if images.do_normalize else ([0.0] * 3, [1.0] * 3)
+    return [value / scale for value in mean], [value / scale for value in std]
 
 
 def _runs(name: str, layers: int, normalised: bool) -> bool:

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
-from chiasm.interop.export.parts import require
+from chiasm.interop.export.parts import ends, require, unheld
 from chiasm.language.adapter import accepts
 
 VISION, EMBEDDING, DECODER, SETTINGS = "vision.onnx", "embedding.onnx", "decoder.onnx", "chiasm_onnx.json"
@@ -115,14 +115,15 @@ def export_onnx(model: FusionModel, processor: ChiasmProcessor | None, folder: P
     settings = {
         "image_token_id": config.image_token_id,
         "layers": config.text_config.num_hidden_layers,
-        "end_tokens": _end_tokens(model),
+        "end_tokens": ends(model),
         "cache": list(_cache_shape(model.language)),
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
-    return ["run it with chiasm.interop.onnx_model.OnnxModel, or read docs/convert.md for the graphs' inputs"]
+    how = "run it with chiasm.interop.onnx_model.OnnxModel, or read docs/convert.md for the graphs' inputs"
+    return [how, *unheld(model, "ONNX")]
 
 
 @contextmanager
@@ -213,8 +214,3 @@ def _cache_shape(language: PreTrainedModel) -> tuple[int, int]:
     shapes = {tuple(layer.keys.shape) for layer in cache.layers} | {tuple(layer.values.shape) for layer in cache.layers}
     require(len(shapes) == 1, "the layers' keys and values have different shapes", "use Chiasm's own server")
     return shapes.pop()[1], cache.layers[0].keys.shape[3]
-
-
-def _end_tokens(model: FusionModel) -> list[int]:
-    end = model.generation_config.eos_token_id
-    return [] if end is None else [end] if isinstance(end, int) else list(end)

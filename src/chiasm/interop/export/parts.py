@@ -85,11 +85,20 @@ def weights(model: FusionModel, count: int | None = None) -> dict[str, Tensor]:
     count = rows(model) if count is None else count
     if count == vocabulary(model.language):
         return state
-    tables = {id(module.weight) for module in _tables(model)}
-    biases = {id(module.bias) for module in _tables(model) if getattr(module, "bias", None) is not None}
-    names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in tables]
-    names += [name for name, parameter in model.named_parameters() if id(parameter) in biases]
+    names = _names(model, model.get_input_embeddings(), model.get_output_embeddings())
     return state | {name: _widened(state[name], count) for name in names}
+
+
+def unchosen(model: FusionModel) -> dict[str, Tensor]:
+    """`weights` for a reader that suppresses no token: of the head, and of a table tied to it, the placeholder's row
+    is the mean of the others even where the model has one of its own."""
+    state, token = weights(model), model.config.image_token_id
+    for name in _names(model, model.get_output_embeddings()):
+        table = state[name].clone()
+        others = torch.arange(len(table), device=table.device) != token
+        table[token] = table[others].float().mean(dim=0).to(table.dtype)
+        state[name] = table
+    return state
 
 
 def headed(model: FusionModel, count: int | None = None) -> dict[str, Tensor]:
@@ -177,6 +186,23 @@ def generation(model: FusionModel) -> GenerationConfig:
     return settings
 
 
+def ends(model: FusionModel) -> list[int]:
+    """Tokens that end an answer."""
+    end = model.generation_config.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def unheld(model: FusionModel, kind: str) -> list[str]:
+    """In words, the model's own settings of `generate` that change greedy answers and that files have no place for."""
+    penalty = model.generation_config.repetition_penalty
+    if penalty in (None, 1.0):
+        return []
+    return [
+        f"the model's own repetition_penalty {penalty} is not in {kind} files: pass it to what runs them, or answers "
+        "are others"
+    ]
+
+
 def require(condition: bool, problem: str, fit: str) -> None:
     """Refuses a model that a kind of checkpoint cannot hold.
 
@@ -241,12 +267,14 @@ def require_plain(
     )
 
 
+def _names(model: FusionModel, *tables: Any) -> list[str]:
+    """Every name of the tables' weights and biases."""
+    wanted = {id(parameter) for module in tables for parameter in module.parameters()}
+    return [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in wanted]
+
+
 def _grids(tiles: list[list[int]] | None) -> str:
     return ", ".join(f"{rows}×{columns}" for rows, columns in tiles or [])
-
-
-def _tables(model: FusionModel) -> list[Any]:
-    return [model.get_input_embeddings(), model.get_output_embeddings()]
 
 
 def _widened(table: Tensor, count: int) -> Tensor:
