@@ -1,5 +1,6 @@
 """Cost curves: what is said of a model agrees with the cost model, and crossings are where the formulas say."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from chiasm.comparison.curves import (
     LARGE,
     MEASURES,
     MOST_IMAGES,
+    PATCHES,
     TEXT,
     Shape,
     cache_bytes,
@@ -18,8 +20,24 @@ from chiasm.comparison.curves import (
     decode_flops,
     prefill_flops,
     shape_of,
+    unknown,
 )
 from chiasm.comparison.tables import crossing_table
+from chiasm.connectors import CONNECTORS
+from chiasm.connectors.linear import LinearProjector
+
+
+class Lines(LinearProjector):
+    """A token for every row and every column of patches; made for no grid of more than 1,000."""
+
+    def __init__(self, vision_width: int, language_width: int, grid: tuple[int, int], *, most: int = 10**6) -> None:
+        super().__init__(vision_width, language_width, grid)
+        assert grid[0] * grid[1] <= most
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.grid)
+
 
 SMALL = {"every": 2, "heads": 3, "head_dim": 8}
 
@@ -64,3 +82,27 @@ def test_cross_attention_overtakes_the_sequence_behind_so_many_pictures() -> Non
 )
 def test_tokens_grow_where_a_finer_grid_gives_more(connector: str | dict, grows: bool) -> None:
     assert shape_of(chiasm.connect(tiny.vision(), tiny.language(), connector).model).grows == grows
+
+
+def test_tokens_are_those_that_the_connector_gives_on_every_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONNECTORS, "lines", Lines)
+    shape = shape_of(chiasm.connect(tiny.vision(), tiny.language(), "lines").model)
+    assert [shape.visual_tokens(patches) for patches in (9, 49, 2304)] == [6, 14, 96]
+    assert 48 < (shape.visual_tokens(600) or 0) < 56, "between two grids, on a line"
+    assert shape.grows and not unknown({"lines": shape})
+    again = Shape(**json.loads(json.dumps(shape.to_dict())))
+    assert [again.visual_tokens(patches) for patches in PATCHES] == [2 * round(n**0.5) for n in PATCHES]
+
+
+@pytest.mark.parametrize(("most", "grows"), [(9, None), (1000, True)])
+def test_a_connector_that_refuses_a_grid_is_unknown_there(
+    most: int, grows: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONNECTORS, "lines", Lines)
+    model = chiasm.connect(tiny.vision(), tiny.language(), {"name": "lines", "most": most}).model
+    shapes = {"lines": shape_of(model), "mlp": shape_of(chiasm.connect(tiny.vision(), tiny.language(), "mlp").model)}
+    shape = shapes["lines"]
+    assert shape.grows is grows and (shape.visual_tokens(9), shape.visual_tokens(2304)) == (6, None)
+    assert prefill_flops(shape, 2304) is decode_flops(shape, 2304) is cache_bytes(shape, 2304) is None
+    assert unknown(shapes) == ["lines"]
+    assert not [one for one in crossings(shapes) if "lines" in (one.dear, one.cheap)]

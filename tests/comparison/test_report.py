@@ -5,8 +5,11 @@ from typing import Any
 
 from PIL import Image
 
+from chiasm.comparison.curves import Crossing
 from chiasm.comparison.report import write_report
 from chiasm.comparison.results import to_markdown, write_results
+from chiasm.comparison.tables import crossing_table
+from chiasm.comparison.timing import incomparable
 from chiasm.evaluation.skills import summarise
 
 SHAPE = {"patches": 16, "in_sequence": True, "matrices": 1000, "head": 10, "pair": 4, "kv_bytes": 8}
@@ -116,3 +119,39 @@ def test_tables_are_written_beside_it(tmp_path: Path) -> None:
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
     assert "recall" not in (tmp_path / "results.csv").read_text() + to_markdown(results)
     assert "| mlp-early-seed0 | 16 | 1,000 |" in to_markdown(results)
+
+
+def page_of(results: list[dict[str, Any]], folder: Path, **more: Any) -> str:
+    told = {one["name"]: answers(9) for one in results}
+    return write_report(folder / "report.html", results, told, INFO | more).read_text(encoding="utf-8")
+
+
+def test_the_page_tells_what_was_done_what_is_missing_and_which_ways_have_names(tmp_path: Path) -> None:
+    done = [("asked", "300 questions"), ("seeds", "0, 1")]
+    results = [result("mlp-early", 9, 16), result("qformer-early", 9, 8)]
+    page = page_of(results, tmp_path, done=done, unfinished=["late-seed0"], named={"mlp-early": "2×2"})
+    for part in ("What was done", "300 questions", "What is not finished", "late-seed0", "region names", "2×2"):
+        assert part in page, part
+    assert "ways with names are compared with ways without" in page
+    assert "not in this plan" in page and "Fuyu, Chameleon" in page
+    assert "fixed ones and cross-attention do not" not in page
+
+
+def test_ways_that_cross_alike_share_a_row() -> None:
+    found = [Crossing("prefill", dear, cheap, "patches", 9) for dear in ("linear", "mlp") for cheap in ("qformer", "p")]
+    assert [row[1:3] for row in crossing_table([*found, Crossing("prefill", "linear", "q", "patches", 4)])["rows"]] == [
+        ["linear, mlp", "qformer, p"],
+        ["linear", "q"],
+    ]
+
+
+def test_times_that_cannot_be_compared_are_said(tmp_path: Path) -> None:
+    steady, busy, jumping = (result(f"{label}-early", 9, 16) for label in ("mlp", "linear", "ldp"))
+    for cell, load, high in ((steady, 0.0, 1.7), (busy, 1.2, 1.7), (jumping, 0.0, 3.0)):
+        cell["measured"] |= {"first_token_seconds_low": 1.6, "first_token_seconds_high": high, "foreign_cores": load}
+    assert incomparable({"mlp-early": [steady]}) == []
+    page = page_of([steady, busy, jumping], tmp_path)
+    assert page.count("(cores that they took): linear-early (1.2).") == 2
+    assert page.count("spread by more than 20% between repeats: ldp-early.") == 2
+    assert "1600 ms (1600–1700)" in page.replace("\u2060", "").replace("\u00a0", " ")
+    assert "spread was not kept" in page_of([result("mlp-early", 9, 16)], tmp_path)

@@ -18,7 +18,7 @@ import torch
 from chiasm import api, vlm
 from chiasm.comparison.answer_length import LEAST, answer_length
 from chiasm.comparison.budget import samples_within
-from chiasm.comparison.choices import Choice
+from chiasm.comparison.choices import Choice, regions_of
 from chiasm.comparison.diagnostics import diagnose
 from chiasm.comparison.finding import find_pictures
 from chiasm.comparison.inputs import INPUTS, inputs_of, require_same
@@ -193,7 +193,7 @@ def connect_cell(plan: Plan, choice: Choice) -> Any:
     options |= {"features": base.features, "image_size": base.image_size}
     if choice.fusion == "late":
         return connect(base.vision, base.text, choice.connector, "late", **options).to(device)
-    options |= {"regions": choice.regions(base), "chat_template": base.chat_template}
+    options |= {"regions": regions_of(plan, choice), "chat_template": base.chat_template}
     options |= {"patch_positions": choice.positions if choice.positions in ("none", "grid") else "auto"}
     if choice.fusion == "intermediate":
         options["cross_attention"] = base.cross_attention

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from chiasm.comparison.plan import Base, CellSpec, Plan, Source, check_connector
+from chiasm.comparison.plan import CellSpec, Plan, Source, check_connector
 from chiasm.comparison.strategies import STRATEGIES
 from chiasm.connectors import CONNECTORS, Connector, connector_settings
 from chiasm.positions.sequence import POSITIONS as UNIFIED_POSITIONS
@@ -57,13 +57,6 @@ class Choice:
         fields = asdict(self)
         usual = {"weights": "pretrained", "named": True}
         return {name: value for name, value in fields.items() if name not in usual or value != usual[name]}
-
-    def regions(self, base: Base) -> tuple[int, int] | None:
-        """Rows and columns of regions whose names stand in front of their tokens, None where the cell has none."""
-        places = self.fusion == "early" and self.connector is not None and keeps_places(self.connector["name"])
-        if not places or not self.named or self.positions not in ("auto", "regions"):
-            return None
-        return base.regions or (REGIONS if self.positions == "regions" else None)
 
 
 @dataclass(frozen=True)
@@ -163,7 +156,7 @@ def _resolved(choice: Choice, plan: Plan, grid_of: Callable[[], Grid]) -> Choice
 
 def _named(choice: Choice, plan: Plan, grid_of: Callable[[], Grid]) -> Choice | str:
     """The choice without names where regions do not divide its tokens, or why it cannot be where it is about them."""
-    regions = choice.regions(plan.base)
+    regions = regions_of(plan, choice)
     if regions is None or choice.connector is None:
         return choice
     options, patches = dict(choice.connector), grid_of()
@@ -191,3 +184,12 @@ def _learns(tune: str, part: str, plan: Plan) -> bool:
 def keeps_places(connector: str) -> bool:
     """Whether a connector's visual tokens stand on a grid."""
     return CONNECTORS[connector].token_grid is not Connector.token_grid
+
+
+def regions_of(plan: Plan, choice: Choice) -> tuple[int, int] | None:
+    """Rows and columns of regions whose names stand in front of a cell's visual tokens; None where there are none."""
+    name = (choice.connector or {}).get("name", "none")
+    places = choice.fusion == "early" and choice.positions in ("auto", "regions") and keeps_places(name)
+    if not places or not choice.named:
+        return None
+    return plan.base.regions or (REGIONS if choice.positions == "regions" else None)

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from chiasm.comparison.account import account, repeated
 from chiasm.comparison.cell import (
     ATTENTION,
     BUDGET,
@@ -28,7 +29,7 @@ from chiasm.comparison.cell import (
     run_cell,
     test_captions,
 )
-from chiasm.comparison.choices import Choice, Grid, Skipped, expand
+from chiasm.comparison.choices import Choice, Grid, Skipped, expand, regions_of
 from chiasm.comparison.claims import judge
 from chiasm.comparison.plan import Plan, load_plan
 from chiasm.comparison.report import write_report
@@ -115,7 +116,7 @@ def compare(
                 failed[choice.name] = _failed(output, choice.name, said, say)
     results = [result for choice in choices if (result := finished(plan, choice, output)) is not None]
     if results and not (only and jobs == 0):
-        write_all(output, plan, results, skipped, failed)
+        write_all(output, plan, choices, results, skipped, failed)
     return Comparison(output, results, skipped, failed)
 
 
@@ -133,17 +134,19 @@ def _require_pace(plan: Plan, waiting: Sequence[Choice], output: Path) -> None:
 def write_all(
     output: Path,
     plan: Plan,
+    choices: Sequence[Choice],
     results: list[dict[str, Any]],
     skipped: list[Skipped],
     failed: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """The tables and the report of what is finished."""
+    """The tables and the report of what is finished of all cells, the `choices`."""
     write_results(output, results)
-    _, _, test = data_of(plan)
+    train, _, test = data_of(plan)
     pictures = {sample.id: sample.images[0] for sample in test if sample.images}
     folders = {result["name"]: output / CELLS / result["name"] for result in results}
     rows = {name: EvalResult.load(folder / EVALUATION).rows for name, folder in folders.items()}
-    facts = [f"{len(results)} cells", f"budget: {in_words(plan)}", f"{platform.machine()}, {os.cpu_count()} cores"]
+    finished_cells = f"{len(results)} of {len(choices)} cells"
+    facts = [finished_cells, f"budget: {in_words(plan)}", f"{platform.machine()}, {os.cpu_count()} cores"]
     facts += dict.fromkeys(note for result in results for note in result.get("notes", ()))
     base = f"{plan.base.vision} + {plan.base.language}"
     write_report(
@@ -156,7 +159,10 @@ def write_all(
             "warning": warning_of(plan),
             "facts": [base, *facts],
             "claims": judge(plan.claims, results, rows),
-            "command": f"chiasm compare {shlex.quote(str(output / PLAN))} -o {shlex.quote(str(output))}",
+            "command": repeated(choices, output / PLAN, output),
+            "done": account(plan, choices, results, rows, train),
+            "unfinished": [c.name for c in choices if c.name not in folders and c.name not in failed],
+            "named": {c.way: "×".join(map(str, r)) for c in choices if (r := regions_of(plan, c)) is not None},
         },
         lambda sample: pictures[sample].load() if sample in pictures else None,
         {name: folder / ATTENTION for name, folder in folders.items()},

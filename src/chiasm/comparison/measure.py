@@ -1,9 +1,7 @@
 """What a picture costs a model, in closed form and measured: parameters, FLOPs, first token, decoding, KV cache."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from statistics import median
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chiasm.comparison.cost import cost, encode_flops, parts
 from chiasm.comparison.curves import shape_of
+from chiasm.comparison.timing import timed
 from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Sample
 from chiasm.fusion.base import FusionModel
@@ -28,33 +27,36 @@ ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 def measure(model: Any, processor: Any, sample: Sample, repeats: int) -> dict[str, Any]:
     """`closed_form`, `measured` and `shape` of one question about one picture.
 
+    A picture's cache is what the prompt keeps beyond the same question without a picture: names of regions are its too.
+
     Args:
         model: in evaluation mode.
         sample: its first picture and question are asked.
-        repeats: times that each latency is taken after once that does not count, whose median is given; with 0 that
-            once counts.
+        repeats: rounds in which all times are taken, after one that does not count; with 0 that one counts.
     """
     if isinstance(model, LateFusionModel):
         return _late(model, processor, sample, repeats)
     picture = sample.images[0].load()
-    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question.strip()}]}]
-    inputs = decode.prepare(model, processor, [question], [[picture]], NEW_TOKENS)
-    words = _text_tokens(model, inputs["input_ids"])
+    text = {"type": "text", "text": sample.question.strip()}
+    asked, blind = ([{"role": "user", "content": content}] for content in ([{"type": "image"}, text], [text]))
+    inputs = decode.prepare(model, processor, [asked], [[picture]], NEW_TOKENS)
+    alone_inputs = decode.prepare(model, processor, [blind], [[]], NEW_TOKENS)
+    words, alone_words = _text_tokens(model, inputs["input_ids"]), alone_inputs["input_ids"].shape[1]
     shown = inputs.get("image_grid_thw") if isinstance(model, UnifiedModel) else None
     grid = None if shown is None else (int(shown[0, 1]), int(shown[0, 2]))
     closed = cost(model, text_tokens=words, grid=grid).to_dict()
-    alone = cost(model, images=0, text_tokens=words)
+    alone = cost(model, images=0, text_tokens=alone_words)
     closed["kv_cache_bytes_per_image"] = closed["kv_cache_bytes"] - alone.kv_cache_bytes
     closed["connect_and_prefill_flops"] = closed["connect_flops"] + closed["prefill_flops"]
     return {
         "closed_form": closed,
-        "measured": _generative(model, inputs, words, repeats),
-        "shape": shape_of(model).to_dict() if not model.config.is_encoder_decoder else None,
+        "measured": _generative(model, inputs, alone_inputs, repeats),
+        "shape": shape_of(model, names=words - alone_words).to_dict() if not model.config.is_encoder_decoder else None,
     }
 
 
 def _text_tokens(model: FusionModel, ids: Tensor) -> int:
-    """Tokens that are neither places of the picture nor marks around them; names of regions are text."""
+    """Tokens beside those that the closed form counts as a picture's; names of its regions are among them."""
     marks = [model.config.image_token_id]
     if isinstance(model, UnifiedModel):
         settings = model.settings
@@ -64,29 +66,32 @@ def _text_tokens(model: FusionModel, ids: Tensor) -> int:
 
 
 @torch.no_grad()
-def _generative(model: FusionModel, inputs: dict[str, Tensor], words: int, repeats: int) -> dict[str, Any]:
-    told: dict[str, Any] = {"pad_token_id": 0, "do_sample": False}
+def _generative(
+    model: FusionModel, inputs: dict[str, Tensor], blind: dict[str, Tensor], repeats: int
+) -> dict[str, Any]:
+    """`blind`: the same question without its picture, whose cache is not the picture's."""
+    told: dict[str, Any] = {"pad_token_id": 0, "do_sample": False, "num_beams": 1}
 
-    def generate(tokens: int) -> Callable[[], Any]:
-        return lambda: model.generate(**inputs, **told, min_new_tokens=tokens, max_new_tokens=tokens)
+    def generate(tokens: int) -> Callable[..., Any]:
+        exactly = told | {"min_new_tokens": tokens, "max_new_tokens": tokens}
+        return lambda streamer=None: model.generate(**inputs, **exactly, streamer=streamer)
 
-    first, whole = _seconds(generate(1), repeats), _seconds(generate(NEW_TOKENS), repeats)
     pixels = {name: inputs[name] for name in inputs if name.startswith("pixel")}
-    measured: dict[str, Any] = {
-        "first_token_seconds": first,
-        "decode_tokens_per_second": (NEW_TOKENS - 1) / max(whole - first, 1e-9),
-    }
-    measured["encode_seconds"] = _seconds(lambda: model.encode_images(**pixels), repeats)
+    measured: dict[str, Any] = timed(
+        lambda: model.encode_images(**pixels),
+        generate(NEW_TOKENS),
+        NEW_TOKENS,
+        repeats,
+    )
     measured["encode_flops"] = encoding = _counted(lambda: model.encode_images(**pixels))
     measured["decode_flops"] = _counted(generate(2)) - _counted(generate(1))
     if model.config.is_encoder_decoder:
         return measured
     with _flops() as reading:
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-    ids = inputs["input_ids"][:, -1:].expand(1, words)
-    blind = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+    alone = model(**blind, use_cache=True, logits_to_keep=1)
     measured["connect_and_prefill_flops"] = reading[0] - encoding
-    measured["kv_cache_bytes_per_image"] = _cache_bytes(output) - _cache_bytes(blind)
+    measured["kv_cache_bytes_per_image"] = _cache_bytes(output) - _cache_bytes(alone)
     return measured
 
 
@@ -96,27 +101,15 @@ def _late(model: LateFusionModel, processor: Any, sample: Sample, repeats: int) 
     pixels = torch.as_tensor(load_pixels(sample, processor)).to(model.device, model.vision.model.dtype)
     parameters = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in parts(model)}
     with torch.no_grad():
-        seconds = _seconds(lambda: model.encode_images(pixels), repeats)
+        measured = timed(lambda: model.encode_images(pixels), None, NEW_TOKENS, repeats)
     closed = {"parameters": parameters, "visual_tokens": 1, "encode_flops": encode_flops(model.vision)}
-    measured = {"encode_seconds": seconds, "encode_flops": _counted(lambda: model.encode_images(pixels))}
+    measured["encode_flops"] = _counted(lambda: model.encode_images(pixels))
     if model.config.answer_head is not None:
         widths = model.config.image_width, model.config.text_width
         image, text = (torch.zeros(1, width, device=model.device) for width in widths)
         closed["decode_flops"] = model.answer_head.flops()
         measured["decode_flops"] = _counted(lambda: model.answer_head(image, text))
     return {"closed_form": closed, "measured": measured, "shape": None}
-
-
-def _seconds(run: Callable[[], Any], repeats: int) -> float:
-    """The median of some runs after one that does not count; with none, that one."""
-    taken = []
-    for _ in range(1 + repeats):
-        started = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - started)
-    return median(taken[1:] or taken)
 
 
 def _counted(run: Callable[[], Any]) -> int:

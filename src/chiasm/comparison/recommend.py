@@ -1,74 +1,31 @@
 """A recommendation in words: which way of connecting to take here, why, and what the numbers do not tell.
 
-Ways are compared on the same questions. Answers of all seeds are averaged per question, and the difference of two ways
-gets an interval by resampling pictures and seeds together, wide enough for as many comparisons as are made.
+Only ways that look are chosen of: those that answer measurably better than beside another sample's picture.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-from chiasm.comparison.ways import by_way
+from chiasm.comparison.differences import Difference, Way, beyond_control, from_best
+from chiasm.comparison.ways import by_way, mean_of
 from chiasm.evaluation.format import operations, percent
 
 Row = Mapping[str, Any]
-RESAMPLES = 4000
-LEVEL = 0.05
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way of connecting, over its seeds.
-
-    Args:
-        scores: seed -> question's id -> score.
-        groups: question's id -> the sample that it is about.
-        control: mean score beside another sample's picture; None without a control.
-        cost: what it costs, smaller is better: by that, ways that answer alike are told apart.
-        cost_words: the same for people.
-    """
-
-    name: str
-    scores: Mapping[int, Mapping[str, float]]
-    groups: Mapping[str, str]
-    control: float | None = None
-    cost: float = 0.0
-    cost_words: str = ""
-
-    @property
-    def accuracy(self) -> float:
-        return fmean(fmean(answers.values()) for answers in self.scores.values())
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much better one way answers than another: the mean and an interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def measurable(self) -> bool:
-        return self.low > 0 or self.high < 0
-
-    @property
-    def words(self) -> str:
-        low, high = (f"{100 * value:+.1f}" for value in (self.low, self.high))
-        return f"{100 * self.mean:+.1f} points ({low} to {high})".replace("-", "−")
+MARGIN = 0.1
+"""A way that costs less by no more than this share is not cheaper."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """`way` is None where the numbers allow none. `alike`: ways without a measurable difference from the best."""
+    """`way` is None where the numbers allow none. `best`: the most accurate way that looks. `alike`, `worse`: others,
+    without a measurable difference from it and measurably worse; `blind`: those that nothing shows to look."""
 
     way: str | None
     best: str
     alike: list[str]
     worse: list[str]
+    blind: list[str]
     sentences: list[str]
 
 
@@ -81,116 +38,177 @@ def ways_of(results: Sequence[Row], answers: Mapping[str, Sequence[Row]]) -> lis
     made = []
     for name, group in by_way(results).items():
         rows = {result["choice"]["seed"]: answers[result["name"]] for result in group}
-        scores = {seed: {row["id"]: float(row["score"]) for row in asked} for seed, asked in rows.items()}
-        controls = [
-            row["control_score"] for asked in rows.values() for row in asked if row["control_score"] is not None
-        ]
+        first = next(iter(rows.values()))
+        scores, controls = (
+            {
+                seed: {row["id"]: float(row[key]) for row in asked if row[key] is not None}
+                for seed, asked in rows.items()
+            }
+            for key in ("score", "control_score")
+        )
         cost, words = _cost(group[0])
-        groups = {row["id"]: row["sample"] for row in next(iter(rows.values()))}
-        made.append(Way(name, scores, groups, fmean(controls) if controls else None, cost, words))
+        made.append(
+            Way(
+                name,
+                scores,
+                {row["id"]: row["sample"] for row in first},
+                controls if all(controls.values()) else {},
+                cost,
+                words,
+                {row["id"]: row["skill"] for row in first},
+                _perplexity(group),
+            )
+        )
     return made
 
 
+def to_first_token(closed: Mapping[str, Any]) -> int | None:
+    """FLOPs from a picture and its question to the first token of the answer; None of what makes no token."""
+    parts = [closed.get(f"{part}_flops") for part in ("encode", "connect", "prefill")]
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
 def _cost(result: Row) -> tuple[float, str]:
-    """KV-cache bytes and prefill FLOPs of a picture decide; what has no cache of its own costs its vector alone."""
+    """FLOPs to the first token decide, encoding included; of late fusion, those of the picture's vector."""
     closed = result["closed_form"]
-    kept = closed.get("kv_cache_bytes_per_image")
-    if kept is None:
-        return 0.0, "no place in a language model's context"
-    flops = closed["connect_flops"] + closed["prefill_flops"]
+    flops, kept = to_first_token(closed), closed.get("kv_cache_bytes_per_image")
+    if flops is None or kept is None:
+        encoding = closed.get("encode_flops") or 0
+        return float(encoding), f"{operations(encoding)} to a picture's vector, no place in a language model's context"
     return float(flops), f"{operations(flops)} to the first token and {kept / 1024:,.0f} KiB of KV cache a picture"
 
 
-def difference(
-    one: Way, other: Way, comparisons: int = 1, seed: int = 0, among: Callable[[str], bool] = lambda question: True
-) -> Difference:
-    """How much better `one` answers; questions about one picture are resampled together, and seeds with them.
-
-    Args:
-        comparisons: that are made at once; more of them make wider intervals.
-        among: whether a question, by its id, counts.
-
-    Raises:
-        ValueError: no question counts.
-    """
-    questions = [question for question in one.groups if question in other.groups and among(question)]
-    if not questions:
-        raise ValueError(f"{one.name} and {other.name} have no question in common that counts")
-    places = {name: place for place, name in enumerate(dict.fromkeys(one.groups[q] for q in questions))}
-    group = np.asarray([places[one.groups[q]] for q in questions])
-    counts = np.bincount(group, minlength=len(places))
-    sums = [
-        np.stack([np.bincount(group, [answers[q] for q in questions], len(places)) for answers in way.scores.values()])
-        for way in (one, other)
-    ]
-    draw = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        pictures = draw.integers(0, len(places), len(places))
-        here, there = (side[draw.integers(0, len(side), len(side))].mean(0)[pictures].sum() for side in sums)
-        means[index] = (here - there) / counts[pictures].sum()
-    tail = LEVEL / (2 * max(1, comparisons))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    here, there = (side.mean(0).sum() for side in sums)
-    return Difference(float(here - there) / len(questions), float(low), float(high))
+def _perplexity(cells: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """Of every text, after training and before, over seeds."""
+    found = {}
+    for text in (cells[0]["forgetting"] or {}).get("perplexity", {}):
+        now, change = (mean_of(cells, "forgetting", key, text) for key in ("perplexity", "perplexity_change"))
+        if now is not None:
+            found[text] = (now, now - (change or 0.0))
+    return found
 
 
-def recommend(ways: Sequence[Way], budget: str) -> Recommendation:
+def recommend(ways: Sequence[Way], budget: str, named: Collection[str] = ()) -> Recommendation:
     """What to take of ways that were asked the same questions.
 
     Args:
         budget: the budget in words.
+        named: ways that have names of regions in front of their visual tokens.
     """
-    best = max(ways, key=lambda way: (way.accuracy, -way.cost))
-    others = [way for way in ways if way is not best]
-    found = {way.name: difference(best, way, len(others)) for way in others}
-    alike = [way for way in others if not found[way.name].measurable]
-    worse = sorted((way for way in others if found[way.name].measurable), key=lambda way: -way.accuracy)
-    said: list[str] = []
-    names = [way.name for way in alike], [way.name for way in worse]
-    blind = best.control is not None and best.accuracy - best.control <= _doubt(best)
-    if blind:
-        said.append(
+    gains = {way.name: beyond_control(way, len(ways)) for way in ways}
+    looking = [way for way in ways if (gain := gains[way.name]) is None or gain.low > 0]
+    blind = [way for way in ways if way not in looking]
+    best = max(looking or ways, key=lambda way: (way.accuracy, -way.cost))
+    found = from_best(best, ways)
+    alike = [way for way in looking if way is not best and not found[way.name].measurable]
+    worse = sorted((way for way in ways if way is not best and found[way.name].low > 0), key=lambda way: -way.accuracy)
+    lists = [way.name for way in alike], [way.name for way in worse], [way.name for way in blind]
+    doubts = [*_names(ways, named), *_doubts(ways)]
+    if not looking:
+        none = (
             f"No way can be recommended: the best one, {best.name}, is right in {percent(best.accuracy)} of the "
             f"answers and in {percent(best.control)} with another sample's picture, which is no measurable difference. "
             f"Nothing shows that it looks; {budget} is too little here."
         )
-        return Recommendation(None, best.name, *names, said + _doubts(ways))
-    chosen = min([best, *alike], key=lambda way: (way.cost, -way.accuracy))
-    said.append(
-        f"Take {chosen.name} for this data and {budget}: {percent(chosen.accuracy)} right, {chosen.cost_words}."
-    )
+        return Recommendation(None, best.name, *lists, [none, *doubts])
+    least = min(way.cost for way in [best, *alike])
+    chosen = max((way for way in [best, *alike] if way.cost <= (1 + MARGIN) * least), key=lambda way: way.accuracy)
+    said = [
+        f"Take {chosen.name} for this data and {budget}: {percent(chosen.accuracy)} right, {chosen.cost_words}.",
+        *_why(best, chosen, alike, worse, found, everyone=len(worse) == len(ways) - 1),
+        *_not_looking(blind),
+        *_skills(ways),
+        *_forgetting(chosen),
+    ]
+    return Recommendation(chosen.name, best.name, *lists, said + doubts)
+
+
+def _why(
+    best: Way,
+    chosen: Way,
+    alike: Sequence[Way],
+    worse: Sequence[Way],
+    found: Mapping[str, Difference],
+    everyone: bool,
+) -> list[str]:
+    """How the chosen way stands to the others."""
+    said = []
     if chosen is not best:
         said.append(
             f"{best.name} has the highest score, {percent(best.accuracy)}, but there is no measurable difference "
             f"between the two here ({found[chosen.name].words}), and {chosen.name} is cheaper."
         )
-    rest = [way for way in alike if way is not chosen]
-    if rest:
-        listed = _listed([way.name for way in rest])
-        said.append(f"No measurable difference between {best.name} and {listed} here; {chosen.name} costs the least.")
-    elif not alike and others:
+    if rest := [way.name for way in alike if way is not chosen]:
+        most = f"{chosen.name} is the most accurate of those that cost least"
+        cheap = "none of them is cheaper by more than a tenth" if chosen is best else most
+        said.append(f"No measurable difference between {best.name} and {listed(rest)} here; {cheap}.")
+    if everyone and worse:
         said.append("It is measurably better than every other way.")
     if worse:
         told = "; ".join(f"{way.name} by {found[way.name].words}" for way in worse)
         said.append(f"{best.name} beats these measurably: {told}.")
-    return Recommendation(chosen.name, best.name, *names, said + _doubts(ways))
+    return said
 
 
-def _doubt(way: Way) -> float:
-    """Half a 95 % interval of the difference from the control, as if every picture were one question."""
-    pictures = max(1, len(set(way.groups.values())))
-    spread = way.accuracy * (1 - way.accuracy) + (way.control or 0) * (1 - (way.control or 0))
-    return 1.96 * float(np.sqrt(spread / pictures))
+def _not_looking(blind: Sequence[Way]) -> list[str]:
+    if not blind:
+        return []
+    told = listed([f"{way.name} ({percent(way.accuracy)}; {percent(way.control)})" for way in blind])
+    return [
+        f"Not to be chosen, because nothing shows that it looks: {told}. Beside another sample's picture, the second "
+        "number, there is no measurable difference."
+    ]
+
+
+def _skills(ways: Sequence[Way]) -> list[str]:
+    """Skills in which no way is better than beside another picture."""
+    skills = list(dict.fromkeys(skill for way in ways for skill in way.skills.values()))
+    if len(skills) < 2:
+        return []
+    blind = []
+    for skill in skills:
+        questions = {q for way in ways for q, kind in way.skills.items() if kind == skill}
+        gains = (beyond_control(way, len(ways), among=questions.__contains__) for way in ways)
+        known = [gain for gain in gains if gain is not None]
+        if known and not any(gain.low > 0 for gain in known):
+            blind.append(skill)
+    if not blind:
+        return []
+    return [f"In {listed(blind)} no way is measurably better than beside another picture: none learned it."]
+
+
+def _forgetting(chosen: Way) -> list[str]:
+    """What training cost the chosen way's language model."""
+    if not chosen.perplexity:
+        return []
+    moved = [f"{text} from {old:.2f} to {now:.2f}" for text, (now, old) in chosen.perplexity.items() if now != old]
+    if not moved:
+        return [f"{chosen.name} reads texts without pictures as it did before training."]
+    return [f"Training changed how {chosen.name} reads texts without pictures: perplexity of {listed(moved)}."]
+
+
+def _names(ways: Sequence[Way], named: Collection[str]) -> list[str]:
+    with_names = [way.name for way in ways if way.name in named]
+    without = [way.name for way in ways if way.name not in named]
+    if not with_names or not without:
+        return []
+    return [
+        f"Names of a picture's regions stand in front of the visual tokens of {listed(with_names)}, and not of "
+        f"{listed(without)}, which can have none. So ways with names are compared with ways without: "
+        "a difference between the two kinds is one of the names too."
+    ]
 
 
 def _doubts(ways: Sequence[Way]) -> list[str]:
     """What the reader must not take from the numbers."""
     seeds, pictures = min(len(way.scores) for way in ways), len(set(ways[0].groups.values()))
     said = [
-        f"Intervals come from {pictures} pictures, resampled, and are widened for the number of comparisons "
-        f"({len(ways) - 1})."
+        f"Intervals come from {pictures} pictures, resampled, and hold for all {len(ways) * (len(ways) - 1) // 2} "
+        "pairs of ways at once, because the same answers picked the best."
     ]
+    if any(not way.controls for way in ways):
+        said.append("Nothing was asked beside another picture, so nothing shows which ways look.")
     if seeds == 1:
         said.append(
             "Every way was trained with one seed only: how much luck there is in a training run is not in the "
@@ -201,5 +219,5 @@ def _doubts(ways: Sequence[Way]) -> list[str]:
     return said
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

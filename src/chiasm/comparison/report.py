@@ -11,8 +11,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from chiasm.comparison import plots, tables
-from chiasm.comparison.curves import IMAGES, LARGE, MEASURES, PATCHES, TEXT, Shape, crossings
+from chiasm.comparison.curves import IMAGES, LARGE, MEASURES, PATCHES, TEXT, Shape, crossings, unknown
 from chiasm.comparison.recommend import recommend, ways_of
+from chiasm.comparison.timing import incomparable
 from chiasm.comparison.ways import Row, by_way, mean_of, score, skills_of
 from chiasm.evaluation import plots as run_plots
 from chiasm.evaluation.format import clip, count, duration, percent
@@ -40,14 +41,16 @@ def write_report(
         results: finished cells.
         answers: name of a cell -> the rows of its evaluation.
         info: `title`, `budget` in words, `facts` (short texts), judged `claims`, `command`, which repeats it all, and
-            a `warning` of numbers that mean nothing, or none.
+            a `warning` of numbers that mean nothing, or none; perhaps `done`, pairs of what was done and how;
+            `unfinished` cells; and `named`, ways with names of regions -> how many.
         images: a test sample's id -> its picture.
         attention: name of a cell -> its attention map.
         skipped: combinations that cannot be, and why.
         failed: cells that stopped, and the last that they said.
     """
     ways, names = by_way(results), skills_of(results)
-    advice = recommend(ways_of(results, answers), info["budget"])
+    named = info.get("named", {})
+    advice = recommend(ways_of(results, answers), info["budget"], named)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -59,7 +62,11 @@ def write_report(
         info=info,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         advice=advice,
-        adjectives=tables.adjectives(ways),
+        adjectives=tables.adjectives(ways, named),
+        done=info.get("done", ()),
+        unfinished=info.get("unfinished", ()),
+        incomparable=incomparable(ways),
+        unknown=unknown(shapes),
         planes=[Markup(plot) for plot in _planes(ways) if plot],
         bars=[(name, Markup(_bars(ways, name))) for name in names],
         skills=tables.skills(ways, names),
@@ -132,7 +139,8 @@ def _curves(shapes: Mapping[str, Shape]) -> list[str | None]:
     for measure, cost in MEASURES.items():
         scale, unit = (2**20, "MiB") if measure == "KV cache" else (10**9, "GFLOP")
         for name, (x, values, prompt) in along.items():
-            series = {way: [(n, cost(shape, *prompt(n)) / scale) for n in values] for way, shape in shapes.items()}
+            told = {way: [(n, cost(shape, *prompt(n))) for n in values] for way, shape in shapes.items()}
+            series = {way: [(n, at / scale) for n, at in points if at is not None] for way, points in told.items()}
             plot = f"curve-{measure.replace(' ', '')}-{name}"
             drawn.append(plots.lines(series, x, f"{measure}, {unit}", plot, logarithmic=True))
     return drawn

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from chiasm.comparison.curves import LARGE, MOST_IMAGES, PATCHES, TEXT, Crossing
+from chiasm.comparison.recommend import to_first_token
 from chiasm.comparison.ways import Row, interval, mean_of, score
 from chiasm.evaluation.format import amount, count, duration, latency, operations, percent, percent_range
 
@@ -27,9 +29,16 @@ KNOWN_FROM = {
 KNOWN_FUSIONS = {"intermediate": "Flamingo", "late": "CLIP, SigLIP", "unified": "Fuyu, Chameleon"}
 
 
-def adjectives(ways: Mapping[str, Sequence[Row]]) -> Table:
-    """What a textbook says of connectors in words (tokens, expressiveness, cost, who uses it), as numbers."""
-    heads = ["connection", "output tokens", "expressiveness: right", "patches lost", "cost: connector"]
+ABSENT = "not in this plan"
+
+
+def adjectives(ways: Mapping[str, Sequence[Row]], named: Mapping[str, str] = MappingProxyType({})) -> Table:
+    """What a textbook says of connectors in words (tokens, expressiveness, cost, who uses it), as numbers.
+
+    Args:
+        named: ways with names of regions in front of their tokens -> how many, such as "2×2".
+    """
+    heads = ["connection", "output tokens", "region names", "expressiveness: right", "patches lost", "cost: connector"]
     heads += ["to first token", "KV cache a picture", "known from"]
     rows = []
     for way, cells in ways.items():
@@ -38,7 +47,6 @@ def adjectives(ways: Mapping[str, Sequence[Row]]) -> Table:
         fusion, settings = first["choice"]["fusion"], first["choice"]["connector"]
         lost, flops = mean_of(cells, "diagnostics", "reconstruction_error"), closed.get("connect_flops")
         size = closed["parameters"].get("connector")
-        total = None if flops is None else closed["connect_flops"] + closed["prefill_flops"]
         connector = "–" if size is None else f"{count(size)} parameters"
         connector += f", {operations(flops)}" if flops else ""
         known = KNOWN_FUSIONS.get(fusion) or KNOWN_FROM.get(settings["name"] if settings else "", "–")
@@ -46,7 +54,10 @@ def adjectives(ways: Mapping[str, Sequence[Row]]) -> Table:
             "–" if answered is None else f"{percent(answered.accuracy)} ({percent_range(answered.low, answered.high)})"
         )
         tokens = _tokens(first)
-        rows.append([way, tokens, right, percent(lost), connector, operations(total), _kib(closed), known])
+        costs = [connector, operations(to_first_token(closed)), _kib(closed)]
+        rows.append([way, tokens, named.get(way, "none"), right, percent(lost), *costs, known])
+    if all(cells[0]["choice"]["fusion"] != "unified" for cells in ways.values()):
+        rows.append(["unified", *[ABSENT] * (len(heads) - 2), KNOWN_FUSIONS["unified"]])
     return {"heads": heads, "rows": rows}
 
 
@@ -57,7 +68,7 @@ def _tokens(result: Row) -> str:
         return "1 vector"
     if shape is None:
         return f"{tokens}"
-    kind = "grows with the patches" if shape["grows"] else "fixed"
+    kind = {True: "grows with the patches", False: "fixed", None: "on other grids unknown"}[shape["grows"]]
     return f"{tokens} ({kind})" if shape["in_sequence"] else f"{tokens} beside the sequence ({kind})"
 
 
@@ -82,8 +93,8 @@ def costs(ways: Mapping[str, Sequence[Row]]) -> Table:
                 ),
                 _both(operations(closed.get("decode_flops")), operations(measured.get("decode_flops"))),
                 _both(_kib(closed), "–" if kept is None else f"{kept / 1024:,.0f} KiB"),
-                "–" if first is None else f"{1e3 * first:.0f} ms",
-                "–" if rate is None else f"{rate:.1f} tokens/s",
+                "–" if first is None else f"{1e3 * first:.0f} ms" + _quartiles(cells, "first_token_seconds", 1e3, 0),
+                "–" if rate is None else f"{rate:.1f} tokens/s" + _quartiles(cells, "decode_tokens_per_second", 1, 1),
                 f"{amount(speed, 1)} samples/s",
                 "–" if peak is None else f"{peak / 1e9:.2f} GB",
                 duration(sum(sum(cell["seconds"].values()) for cell in cells)),
@@ -154,9 +165,20 @@ def to_markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _quartiles(cells: Sequence[Row], name: str, scale: float, digits: int) -> str:
+    low, high = (mean_of(cells, "measured", f"{name}_{end}") for end in ("low", "high"))
+    return "" if low is None or high is None else f" ({scale * low:.{digits}f}–{scale * high:.{digits}f})"
+
+
 def crossing_table(found: Sequence[Crossing]) -> Table:
-    """Where one way overtakes another, as sentences would say it."""
-    rows = [[c.measure, c.dear, c.cheap, _from(c)] for c in found]
+    """Where one way overtakes another, as sentences would say it; ways that do so alike share a row."""
+    dear: dict[tuple[str, str, str], list[str]] = {}
+    for c in found:
+        dear.setdefault((c.measure, c.cheap, _from(c)), []).append(c.dear)
+    cheap: dict[tuple[str, str, str], list[str]] = {}
+    for (measure, than, told), names in dear.items():
+        cheap.setdefault((measure, ", ".join(names), told), []).append(than)
+    rows = [[measure, names, ", ".join(than), told] for (measure, names, told), than in cheap.items()]
     return {
         "heads": ["measure", "this costs more", "than this", f"with {TEXT} text tokens"],
         "rows": rows,
