@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from chiasm.comparison.cell import identity
-from chiasm.comparison.choices import expand, regions_of
+from chiasm.comparison.choices import expand
 from chiasm.comparison.compare import places, quickened
 from chiasm.comparison.plan import SECTIONS, load_plan
 from chiasm.comparison.reference import SECTIONS as PAGE
@@ -97,7 +97,7 @@ def test_regions_are_named_where_they_divide_a_cells_tokens() -> None:
     grid = {"connector": ["mlp", "avg_pool", "qformer"], "tokens": [None, 1, 9]}
     named = load_plan(LEAST | {"base": {"regions": [2, 2]}, "grid": grid})
     choices, _ = expand(named, lambda: (6, 6))
-    found = {choice.way: regions_of(named, choice) for choice in choices}
+    found = {choice.way: choice.regions(named.base) for choice in choices}
     assert found == {
         "mlp-early": (2, 2),
         "avg_pool-early": None,
