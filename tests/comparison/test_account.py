@@ -46,6 +46,8 @@ def test_the_command_writes_into_a_new_folder_and_names_own_connectors(
     monkeypatch.setenv("CHIASM_CONNECTORS", str(file))
     told = repeated(choices(PLAN), Path("runs/a/plan.yaml"), Path("runs/a"))
     assert told == "chiasm compare runs/a/plan.yaml -o runs/a-again"
+    monkeypatch.chdir(tmp_path)
+    assert repeated(choices(PLAN), Path("plan.yaml"), Path(".")).endswith(f" -o {tmp_path}-again")
     for name, kind in own_connectors(str(file), {}).items():
         monkeypatch.setitem(CONNECTORS, name, kind)
     own = choices(PLAN | {"grid": {"connector": ["mine"]}})

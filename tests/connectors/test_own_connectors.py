@@ -17,6 +17,7 @@ from chiasm.comparison.choices import Choice, expand
 from chiasm.comparison.plan import load_plan
 from chiasm.connectors import CONNECTORS, Connector, connector_settings
 from chiasm.connectors.own import own_connectors
+from chiasm.connectors.trial import try_out
 from contracts import check_connector
 
 GUIDE = Path(__file__).parents[2] / "docs"
@@ -206,3 +207,14 @@ def test_a_changed_file_is_another_cell(tmp_path: Path, monkeypatch: pytest.Monk
     file.write_text(file.read_text() + "# changed\n")
     after = [code_of(choice) for choice in choices]
     assert after[0] != before[0] and after[1] == before[1] == ""
+
+
+def test_a_trial_leaves_a_connector_and_random_numbers_as_they_were() -> None:
+    """Also parts that their author keeps in evaluation mode."""
+    connector: Any = CONNECTORS["mlp"](24, 36, (3, 3))
+    connector.layers[0].eval()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    try_out("mlp", connector)
+    assert connector.training and not connector.layers[0].training and torch.equal(torch.rand(3), expected)

@@ -156,6 +156,17 @@ def test_published_settings_count_alike(settings: dict[str, Any], decoding: dict
         assert said == plain
 
 
+def test_published_settings_see_no_placeholder() -> None:
+    """A picture's placeholders are neither n-grams nor words that were said."""
+    vlm = connect()
+    vlm.model.generation_config.no_repeat_ngram_size = 2
+    options: dict[str, Any] = {"max_new_tokens": 12, "repetition_penalty": 1.4}
+    engine = Engine(vlm.model, vlm.processor)
+    found = engine.submit(ask("What?", 2), [tiny.picture(1), tiny.picture(2)], Decoding(**options)).text().strip()
+    engine.close()
+    assert found == vlm.chat([tiny.picture(1), tiny.picture(2)], "What?", **options)
+
+
 def test_published_words_that_never_come_and_encoder_decoders() -> None:
     vlm = endless()
     vlm.model.generation_config.bad_words_ids = [[token] for token in ids("abcnopqrstuvwxyz")]

@@ -1,5 +1,6 @@
 """What a comparison did, in words: data, numbers of questions, strategies, budget, seeds, versions, machine."""
 
+import json
 import os
 import platform
 import shlex
@@ -11,7 +12,7 @@ from typing import Any
 from chiasm.comparison.choices import Choice
 from chiasm.comparison.plan import Plan, Source
 from chiasm.comparison.strategies import STRATEGIES, new_parts
-from chiasm.comparison.ways import Row
+from chiasm.comparison.ways import FEW_SHOT, Row
 from chiasm.connectors import own_code
 from chiasm.connectors.own import VARIABLE
 from chiasm.data.schema import Samples
@@ -31,13 +32,15 @@ def account(
         train: samples that the plan has to learn from, captions first.
     """
     questions = len(train if plan.data.captions is None else train.sources[-1])  # type: ignore[attr-defined]
-    asked = max(rows.values(), key=len)
+    asked = max(([row for row in one if row.get("skill") != FEW_SHOT] for one in rows.values()), key=len)
+    own = {json.dumps(choice.train, sort_keys=True): choice.train for choice in choices if choice.train is not None}
     used = sorted({result["samples"] for result in results})
     learned = f"{used[0]:,}" if len(used) == 1 else f"{used[0]:,} to {used[-1]:,}"
     data, how = plan.data, plan.training
     told = [
         ("models", f"{plan.base.vision} + {plan.base.language}"),
         ("learned from", f"{_source(data.train)}: {learned} of its {questions:,} samples in each cell"),
+        *(("or, in cells of its own", _source(train)) for train in own.values()),
     ]
     if data.captions is not None:
         told.append(("captions first", f"{_source(data.captions)}: {plan.training.caption_samples:,} samples"))
@@ -64,7 +67,8 @@ def repeated(choices: Sequence[Choice], file: Path, output: Path) -> str:
     own = any(own_code((choice.connector or {}).get("name", "")) for choice in choices)
     places = os.environ.get(VARIABLE, "")
     before = f"{VARIABLE}={shlex.quote(places)} " if own and places else ""
-    again = output.with_name(f"{output.resolve().name}-again")
+    whole = output.resolve()
+    again = (output if output.name == whole.name else whole).with_name(f"{whole.name}-again")
     return f"{before}chiasm compare {shlex.quote(str(file))} -o {shlex.quote(str(again))}"
 
 

@@ -26,6 +26,7 @@ from chiasm.comparison.measure import measure
 from chiasm.comparison.peak_memory import peak_memory
 from chiasm.comparison.plan import Plan, Source
 from chiasm.comparison.strategies import STRATEGIES, recipe_of
+from chiasm.comparison.ways import FEW_SHOT
 from chiasm.connecting.connect import connect
 from chiasm.connectors import own_code
 from chiasm.data.readers import Mixture, read
@@ -46,7 +47,6 @@ from chiasm.training.run import LOG, RECIPE
 from chiasm.training.schema import Recipe
 
 CELLS, RESULT, ERROR, ATTENTION = "cells", "result.json", "error.txt", "attention.png"
-FEW_SHOT = "few-shot"
 EVALUATION, RUN, BUDGET, CODE = "evaluation", "run", "samples.json", "connector.sha256"
 NEWER = (
     ("base", "language_layers"),
@@ -76,7 +76,7 @@ def run_cell(
         return done
     folder.mkdir(parents=True, exist_ok=True)
     inputs = inputs_of(plan, choice, output)
-    _forget_another(folder, choice, inputs)
+    _forget_another(folder, choice, inputs, say)
     seconds: dict[str, float] = {}
     started = time.monotonic()
     say(f"{choice.name}: connect")
@@ -167,12 +167,14 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _forget_another(folder: Path, choice: Choice, inputs: dict[str, str]) -> None:
+def _forget_another(folder: Path, choice: Choice, inputs: dict[str, str], say: Say) -> None:
     """A run that was begun with another file of the connector, or on other data, is no beginning of this one."""
     for name, now, before in ((CODE, code_of(choice), ""), (INPUTS, json.dumps(inputs), None)):
         noted = folder / name
         then = noted.read_text(encoding="utf-8") if noted.is_file() else before
-        if then is not None and then != now:
+        if then is not None and then != now and (folder / RUN).exists():
+            what = "its connector's file" if name == CODE else "its data"
+            say(f"{choice.name}: begins anew, since {what} has changed")
             shutil.rmtree(folder / RUN, ignore_errors=True)
             (folder / BUDGET).unlink(missing_ok=True)
         if then != now:

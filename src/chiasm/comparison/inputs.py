@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ def inputs_of(plan: Plan, choice: Choice, output: Path) -> dict[str, str]:
     base, data = plan.base, plan.data
     train = data.train if choice.train is None else choice.train
     sources: list[Any] = [data.captions, train, data.validation, data.test, data.test_captions]
+    sources += [data.train] if plan.evaluation.shots else []
     named = [source.get("path") if isinstance(source, dict) else source for source in sources]
-    named += [] if choice.fusion == "unified" else [base.vision]
+    named += [base.decoder] if choice.fusion == "unified" else [base.vision]
     named += [base.text if choice.fusion == "late" else base.language]
     found: dict[Path, None] = {}
     for name in named:
@@ -76,7 +77,7 @@ def _digest(file: Path) -> str:
     return _content(file, status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=4096)
+@cache
 def _content(path: Path, size: int, changed: int) -> str:
     """By its time, so that a file is read once for all cells."""
     found = hashlib.sha256(str(size).encode())

@@ -10,6 +10,8 @@ from typing import Any
 from chiasm.evaluation.skills import ALL
 
 Row = Mapping[str, Any]
+FEW_SHOT = "few-shot"
+"""The skill of questions that were asked once more behind solved examples."""
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """Student's t of a 95 % interval, for two seeds and more."""
 

@@ -24,13 +24,15 @@ def try_out(name: str, connector: Connector) -> None:
     if connector.reads_instruction:
         words = torch.ones(PICTURES, 1, dtype=torch.long, device=parameter.device)
         inputs |= {"instruction_ids": words, "instruction_mask": words}
-    given, training = f"features {tuple(noise.shape)}", connector.training
+    given, modes = f"features {tuple(noise.shape)}", {module: module.training for module in connector.modules()}
     try:
-        tokens = connector.eval()(**inputs)
+        with torch.random.fork_rng():
+            tokens = connector.eval()(**inputs)
     except Exception as error:
         raise ValueError(f"connector {name!r} fails on {given}: {type(error).__name__}: {error}") from error
     finally:
-        connector.train(training)
+        for module, training in modes.items():
+            module.training = training
     wanted = (PICTURES, connector.num_tokens, connector.width)
     found = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
     if found != wanted:

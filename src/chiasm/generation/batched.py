@@ -127,7 +127,7 @@ class BatchedDecoder:
             sequence.visible = visible[:, sequence.length :]
 
     def _place(self, model: PositionedModel, sequence: Row, prompt: Prompt, ids: Int[Tensor, "1 S"]) -> None:
-        """Embeddings and coordinates of what is unread; pictures that the prefix cache has are not encoded again."""
+        """Embeddings and coordinates of what is unread; where no picture is, none is encoded."""
         start, asked, total = sequence.length, sequence.prompt, ids.shape[1]
         rest, answer = ids[:, start:asked], ids[:, max(start, asked) :]
         seen = torch.isin(rest, torch.tensor(model.picture_marks, device=rest.device)).any()

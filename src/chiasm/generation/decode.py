@@ -108,7 +108,8 @@ def arguments(
     if decoding.constrained:
         ends, size = end_tokens(model), model.get_output_embeddings().out_features
         reader = token_reader(processor.tokenizer, size)
-        constraints = [Constraint(reader, decoding, ends) for _ in range(rows)]
+        first = Constraint(reader, decoding, ends)
+        constraints = [first, *(first.again() for _ in range(1, rows))]
         processors.append(ConstraintProcessor(constraints, ends))
     if decoding.temperature > 0 and decoding.beams == 1:
         told |= dict.fromkeys(SAMPLING) | {"do_sample": False}

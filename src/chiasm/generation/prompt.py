@@ -53,13 +53,14 @@ def word(token: int) -> bytes:
 
 
 def read_prompt(inputs: Inputs) -> Prompt:
-    """A prompt with its pictures one after the other, and their hashes."""
+    """A prompt with its pictures one after the other, and their hashes; packed patches are none by themselves."""
     if "pixel_values" in inputs and "image_sizes" not in inputs:
         pictures, masks = real_pictures(inputs["pixel_values"], inputs.get("pixel_attention_mask"))
         inputs = inputs | {"pixel_values": pictures, "pixel_attention_mask": masks}
         inputs = {name: value for name, value in inputs.items() if value is not None}
     rows = [inputs[name] for name in PICTURE_INPUTS if name in inputs]
-    count = rows[0].shape[0] if rows else 0
+    packed = any(inputs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw"))
+    count = rows[0].shape[0] if rows and not packed else 0
     return Prompt(inputs, tuple(_digest([_filled(row[index]) for row in rows]) for index in range(count)))
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor
 
+from chiasm.fusion.generation_inputs import without_placeholders
 from chiasm.generation.decoding import Decoding
 
 
@@ -32,4 +33,6 @@ def _processors(model: Any, chosen: dict[str, Any], tokens: int, encoded: Tensor
     settings.max_length = tokens + chosen["max_new_tokens"]
     model._prepare_special_tokens(settings, device=model.device)
     found = model._get_logits_processor(settings, tokens, encoded, device=model.device)
-    return LogitsProcessorList(one for one in found if not isinstance(one, SuppressTokensLogitsProcessor))
+    kept = LogitsProcessorList(one for one in found if not isinstance(one, SuppressTokensLogitsProcessor))
+    image = model.config.image_token_id
+    return kept if image is None else without_placeholders(kept, image)

@@ -451,7 +451,7 @@ struct Step {
             multiply(w, [&](int64_t r, int64_t i, float v) { hidden[r * m.width + i] += v; });
         } else {
             multiply(w, [&](int64_t r, int64_t i, float v) { shared.change[r * m.width + i] = v; });
-        meet();
+            meet();
             const Share share(m.width, thread, threads);
             for (int64_t r = 0; r < count; r++) {
                 const float* change = shared.change.data() + r * m.width;
