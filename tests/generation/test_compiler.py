@@ -13,6 +13,7 @@ import tiny
 from chiasm.generation.engine import Engine
 from chiasm.generation.lean_decoder import LeanDecoder
 from chiasm.generation.native import build
+from chiasm.generation.native.build import library
 from chiasm.generation.packed_linear import PackedLinear
 from chiasm.generation.torch_step import TorchStep
 
@@ -41,21 +42,21 @@ def test_a_folder_that_cannot_be_written_is_not_needed(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("CHIASM_CACHE", str(tmp_path / "file" / "below"))
-    assert build.library() is not None and [command[:2] for command in compiler] == [["env", "c++"]] * 2
+    assert library() is not None and [command[:2] for command in compiler] == [["env", "c++"]] * 2
 
 
 def test_what_does_not_load_is_made_again(
     compiler: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CHIASM_CACHE", str(tmp_path / "one"))
-    assert build.library() is not None and len(compiler) == 2
+    assert library() is not None and len(compiler) == 2
     (made,) = (tmp_path / "one" / "native").iterdir()
     damaged = tmp_path / "two" / "native" / made.name
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(b"of another machine")
     monkeypatch.setenv("CHIASM_CACHE", str(tmp_path / "two"))
     build._compiled.cache_clear()
-    assert build.library() is not None and len(compiler) == 4 and damaged.stat().st_size > 1000
+    assert library() is not None and len(compiler) == 4 and damaged.stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_what_does_not_load_is_made_again(
 def test_a_compiler_that_fails_is_named(command: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", command)
     build._compiled.cache_clear()
-    assert build.library() is None and build.absence().startswith(reason)
+    assert library() is None and build.absence().startswith(reason)
     build._compiled.cache_clear()
 
 
@@ -87,7 +88,7 @@ def test_without_a_compiled_step_the_models_own_weights_stay(weights: str, monke
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_half_precision_is_packed_too(weights: str) -> None:
-    if build.library() is None:
+    if library() is None:
         pytest.skip("no C++ compiler")
     vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer()).to(torch.bfloat16)
     engine = Engine(vlm.model, vlm.processor, weights=weights)
