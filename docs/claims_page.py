@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.comparison import claims, tables
-from chiasm.comparison.cell import CELLS, EVALUATION
+from chiasm.comparison.cell import EVALUATION
 from chiasm.comparison.compare import PLAN, in_words
 from chiasm.comparison.plan import load_plan
 from chiasm.comparison.recommend import recommend, ways_of
 from chiasm.comparison.results import JSONL, Result, by_skill, read_results, total
+from chiasm.comparison.same_cell import CELLS
 from chiasm.comparison.ways import skills_of
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.format import count, percent, percent_range

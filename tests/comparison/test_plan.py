@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from chiasm.comparison.cell import identity
 from chiasm.comparison.choices import expand
 from chiasm.comparison.compare import places, quickened
 from chiasm.comparison.plan import SECTIONS, load_plan
 from chiasm.comparison.reference import SECTIONS as PAGE
 from chiasm.comparison.reference import markdown
+from chiasm.comparison.same_cell import identity
 from chiasm.comparison.strategies import recipe_of
 from chiasm.training.recipe import RecipeError, load_recipe
 

@@ -12,9 +12,9 @@ import torch
 
 import chiasm
 import tiny
-from chiasm.comparison.cell import code_of
 from chiasm.comparison.choices import Choice, expand
 from chiasm.comparison.plan import load_plan
+from chiasm.comparison.same_cell import code_of
 from chiasm.connectors import CONNECTORS, Connector, connector_settings
 from chiasm.connectors.own import own_connectors
 from chiasm.connectors.trial import try_out

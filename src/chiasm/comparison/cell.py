@@ -4,11 +4,10 @@ RUN/cells/NAME/run (a training run)   evaluation/   attention.png   result.json
 A cell that was stopped goes on: the training run from its last checkpoint, the rest from its beginning.
 """
 
-import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,14 +20,14 @@ from chiasm.comparison.budget import samples_within
 from chiasm.comparison.choices import Choice
 from chiasm.comparison.diagnostics import diagnose
 from chiasm.comparison.finding import find_pictures
-from chiasm.comparison.inputs import INPUTS, inputs_of, require_same
+from chiasm.comparison.inputs import inputs_of
 from chiasm.comparison.measure import measure
 from chiasm.comparison.peak_memory import peak_memory
 from chiasm.comparison.plan import Plan, Source
+from chiasm.comparison.same_cell import BUDGET, CELLS, RESULT, RUN, Say, code_of, finished, forget_another, identity
 from chiasm.comparison.strategies import STRATEGIES, recipe_of
 from chiasm.comparison.ways import FEW_SHOT
 from chiasm.connecting.connect import connect
-from chiasm.connectors import own_code
 from chiasm.data.readers import Mixture, read
 from chiasm.data.schema import Sample, Samples
 from chiasm.data.splits import hold_out
@@ -46,16 +45,7 @@ from chiasm.training.recipe import load_recipe
 from chiasm.training.run import LOG, RECIPE
 from chiasm.training.schema import Recipe
 
-CELLS, RESULT, ERROR, ATTENTION = "cells", "result.json", "error.txt", "attention.png"
-EVALUATION, RUN, BUDGET, CODE = "evaluation", "run", "samples.json", "connector.sha256"
-NEWER = (
-    ("base", "language_layers"),
-    ("data", "test_captions"),
-    ("evaluation", "retrieval"),
-    ("training", "forgetting"),
-)
-"""Keys that older plans have not: where they say nothing, cells that were finished without them stay finished."""
-Say = Callable[[str], None]
+ERROR, ATTENTION, EVALUATION = "error.txt", "attention.png", "evaluation"
 
 
 def run_cell(
@@ -76,7 +66,7 @@ def run_cell(
         return done
     folder.mkdir(parents=True, exist_ok=True)
     inputs = inputs_of(plan, choice, output)
-    _forget_another(folder, choice, inputs, say)
+    forget_another(folder, choice, inputs, say)
     seconds: dict[str, float] = {}
     started = time.monotonic()
     say(f"{choice.name}: connect")
@@ -128,57 +118,6 @@ def run_cell(
     (folder / ERROR).unlink(missing_ok=True)
     _tidy(folder / RUN, plan.keep_models)
     return result
-
-
-def finished(plan: Plan, choice: Choice, output: Path) -> dict[str, Any] | None:
-    """The result of a cell that is done; None for one that is not, or whose connector is another since its file was
-    changed."""
-    path = output / CELLS / choice.name / RESULT
-    if not path.is_file():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if result["identity"] != identity(plan, choice):
-        raise ValueError(
-            f"{path.parent} holds this cell under another plan (data, budget, base or training differ); "
-            "choose another folder with -o, or remove that one"
-        )
-    require_same(path.parent, result.get("inputs"), inputs_of(plan, choice, output))
-    return result if result.get("code", "") == code_of(choice) else None
-
-
-def identity(plan: Plan, choice: Choice) -> str:
-    """A digest of everything in the plan that a cell's result follows from."""
-    kept = plan.model_dump(mode="json", include={"base", "data", "budget", "training", "evaluation"})
-    for section, key in NEWER:
-        if kept[section][key] is None:
-            del kept[section][key]
-    kept["evaluation"]["max_new_tokens"] = plan.evaluation.max_new_tokens or LEAST
-    strategy = {name: part.model_dump(mode="json") for name, part in plan.strategies.get(choice.tune, {}).items()}
-    return _digest(json.dumps([kept, strategy, choice.to_dict()], sort_keys=True, default=str))
-
-
-def code_of(choice: Choice) -> str:
-    """A digest of the file of a connector from outside the package; empty for others."""
-    code = own_code((choice.connector or {}).get("name", ""))
-    return _digest(code) if code else ""
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _forget_another(folder: Path, choice: Choice, inputs: dict[str, str], say: Say) -> None:
-    """A run that was begun with another file of the connector, or on other data, is no beginning of this one."""
-    for name, now, before in ((CODE, code_of(choice), ""), (INPUTS, json.dumps(inputs), None)):
-        noted = folder / name
-        then = noted.read_text(encoding="utf-8") if noted.is_file() else before
-        if then is not None and then != now and (folder / RUN).exists():
-            what = "its connector's file" if name == CODE else "its data"
-            say(f"{choice.name}: begins anew, since {what} has changed")
-            shutil.rmtree(folder / RUN, ignore_errors=True)
-            (folder / BUDGET).unlink(missing_ok=True)
-        if then != now:
-            whole_file(noted, now)
 
 
 def connect_cell(plan: Plan, choice: Choice) -> Any:

@@ -17,23 +17,13 @@ from typing import Any
 import yaml
 
 from chiasm.comparison.account import account, repeated
-from chiasm.comparison.cell import (
-    ATTENTION,
-    BUDGET,
-    CELLS,
-    ERROR,
-    EVALUATION,
-    Say,
-    data_of,
-    finished,
-    run_cell,
-    test_captions,
-)
+from chiasm.comparison.cell import ATTENTION, ERROR, EVALUATION, data_of, run_cell, test_captions
 from chiasm.comparison.choices import Choice, Grid, Skipped, expand
 from chiasm.comparison.claims import judge
 from chiasm.comparison.plan import Plan, load_plan
 from chiasm.comparison.report import write_report
 from chiasm.comparison.results import write_results
+from chiasm.comparison.same_cell import BUDGET, CELLS, Say, finished
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.sources import resolve
 from chiasm.sources.writing import whole_file
