@@ -1,5 +1,6 @@
 """Which checkpoints `chiasm.load` reads: Chiasm's own, and transformers' by exact name."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -82,7 +83,7 @@ LOADERS = {
     "smolvlm": load_idefics3,
 }
 
-RETRIEVAL_LOADERS = {
+RETRIEVAL_LOADERS: dict[str, Callable[..., Any]] = {
     "Blip2ForImageTextRetrieval": load_blip2_retrieval,
     "chiasm_late": partial(_load_retrieval, LateFusionModel),
     "chiasm_qformer_retrieval": partial(_load_retrieval, QFormerRetrieval),
