@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 import tarfile
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -392,6 +393,14 @@ def test_emoji_scenes_by_name(tmp_path: Path) -> None:
             read(source, artwork=artwork, **options)
     with pytest.raises(ValueError, match="names the split 'test', but 'train' was asked for"):
         read("emoji-scenes:test", "train", artwork=artwork)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_letters_of_a_name_may_be_taken_apart(form: Any, folder: Path) -> None:
+    """macOS names files with Hangul in parts, keyboards write it whole."""
+    (folder / "red.png").rename(folder / unicodedata.normalize(form, "고양이.png"))
+    named = unicodedata.normalize({"NFC": "NFD", "NFD": "NFC"}[form], "고양이.png")
+    assert colour_of(read(save(folder / "d.json", [{"image": named, "caption": "a"}]))[0]) == (255, 0, 0)
 
 
 def test_byte_order_mark_and_unicode_names(folder: Path) -> None:

@@ -310,6 +310,8 @@ def test_unknown_types_must_be_told(tmp_path: Path) -> None:
     assert image_processor_for(None, tower, image_mean=[0.5] * 3, image_std=[0.5] * 3).image_mean == [0.5] * 3
     with pytest.raises(ValueError, match="do_flip_channel_order"):
         image_processor_for(written(tmp_path, do_flip_channel_order=True, size=224), tower)
+    with pytest.raises(ValueError, match="wants do_resize: false in its image processing"):
+        image_processor_for(written(tmp_path, do_resize=False, size=224), tower)
 
 
 @pytest.mark.parametrize(("kept", "shortest"), [(384, 450), (336, 463), (448, 491), (224, 400), (224, 256)])

@@ -1,5 +1,6 @@
 """The verbs of the command line. Exit code 0; 2 for the user's mistake, with one clear line; 1 for a fault."""
 
+import io
 import os
 import sys
 import warnings
@@ -34,6 +35,8 @@ def main() -> None:
     from chiasm.sources import SourceError
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as the standard error is: a file's name may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")  # is an error of ours
     try:
         sys.exit(app(standalone_mode=False) or 0)

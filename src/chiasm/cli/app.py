@@ -75,7 +75,11 @@ def require_picture_name(path: Path, option: str) -> None:
 
 
 def require_words(text: str, option: str, fix: str) -> None:
-    """Refuses a text without words, before a model is loaded for it."""
+    """Refuses a text without words, or of bytes that are no letters, before a model is loaded for it."""
+    from chiasm.data.rows import half_character
+
+    if (fault := half_character(text)) is not None:
+        raise ValueError(f"{option} {text!r} is no text: {fault}; type it in a terminal of UTF-8")
     if not text.strip():
         raise ValueError(f"{option} is {text!r}, expected words; {fix}")
 

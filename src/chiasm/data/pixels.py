@@ -58,27 +58,22 @@ def read_pixels(image_processor: Any, flat: list[Any], counts: list[int], tiles:
                 f"{type(image_processor).__name__} reads pictures, and a video was given: show its frames as pictures, "
                 "or give the model pixel_values_videos and video_grid_thw"
             )
-        made = image_processor([opened(item) for item in flat], return_tensors="pt")
+        made = image_processor([upright(item) for item in flat], return_tensors="pt")
         named = {name: torch.as_tensor(made[name]) for name in ("pixel_values", "image_grid_thw")}
         return Pixels(named, [tuple(grid) for grid in named["image_grid_thw"].tolist()])
     if tiles is not None:
         return Pixels({"pixel_values": image_processor(flat, return_tensors="pt")["pixel_values"]}, [tiles] * len(flat))
-    made = image_processor([opened(item) for item in flat], crop_to_patches=True, return_tensors="pt")
+    made = image_processor([upright(item) for item in flat], crop_to_patches=True, return_tensors="pt")
     return Pixels({"pixel_values": made["pixel_values"]}, [int(number) for number in made["num_patches"]])
 
 
-def opened(item: Any) -> Any:
-    """A picture's file as a picture, for image processors that read no files."""
-    return ImageRef.of(item).load() if isinstance(item, str | Path) else item
-
-
 def upright(item: Any) -> Any:
-    """A picture's file, or a picture of any mode, as upright RGB, for image processors that count its pixels."""
+    """A picture's file, or a picture of any mode, as upright RGB, for image processors that are not ours."""
     return ImageRef.of(item).load() if isinstance(item, str | Path | Image.Image) else item
 
 
 def _rows(image_processor: Any, flat: list[Any], counts: list[int], tiles: int | None) -> Pixels:
-    groups = in_groups([opened(item) for item in flat], counts)
+    groups = in_groups([upright(item) for item in flat], counts)
     told = {"return_row_col_info": True} if tiles is None else {}
     made = image_processor([group for group in groups if group], return_tensors="pt", **told)
     cut: list[Any] = [tiles] * len(flat)

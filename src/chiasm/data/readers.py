@@ -6,6 +6,7 @@ from itertools import accumulate, chain
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
+from unicodedata import normalize
 
 from chiasm.data import containers
 from chiasm.data.base64_pictures import DATA_URL, decoded, picture_in
@@ -135,7 +136,8 @@ class RowSamples(Samples):
         return self._find_file(value)
 
     def _find_file(self, value: str) -> ImageRef:
-        candidates, fault = [root / value for root in self.roots], half_character(value)
+        spellings = dict.fromkeys([value, *(normalize(form, value) for form in ("NFC", "NFD"))])
+        candidates, fault = [root / spelling for spelling in spellings for root in self.roots], half_character(value)
         for path in candidates:
             try:
                 if S_ISREG(path.stat().st_mode):

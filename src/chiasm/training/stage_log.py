@@ -19,6 +19,7 @@ class StageLog:
     def __init__(self, log: RunLog, reporter: Reporter, stage: Stage, model: PreTrainedModel) -> None:
         self.log, self.reporter, self.stage, self.model = log, reporter, stage, model
         self.left_out: set[str] = set()
+        self.unanswered = ""
 
     def plan(self, plan: FreezePlan, first_step: int, num_steps: int, dtype: torch.dtype) -> None:
         self.reporter.plan(plan)
@@ -58,8 +59,9 @@ class StageLog:
         task.advance(1, f"loss {loss:.4f}, {taken.samples / seconds:.1f} samples/s")
 
     def validation(self, done: int, result: dict[str, Any], seconds: float) -> None:
-        if "unanswered" in result:
-            self.warn(done, f"no answers: {result['unanswered']}")
+        if (reason := result.get("unanswered", "")) not in ("", self.unanswered):
+            self.unanswered = reason
+            self.warn(done, f"no answers: {reason}")
         fields = {**result, **gate_fields(self.model), "seconds": round(seconds, 3)}
         self.log.write("validation", self.stage.name, done, **fields)
         right, wrong = result["loss"], result["shuffled_loss"]

@@ -103,12 +103,22 @@ def read_published(source: str | os.PathLike | PreTrainedModel | None) -> dict[s
         return {}
     if config.get("image_processor_type") == "ChiasmImageProcessor":
         return {key: config[key] for key in OWN if key in config}
-    for switch in FOREIGN:
-        if config.get(switch):
-            raise ValueError(
-                f"{name} wants {switch} in its image processing, which Chiasm does not have; "
-                "make a ChiasmImageProcessor yourself and pass it as image_processor="
-            )
+    return fields_of(config, name)
+
+
+def fields_of(config: dict[str, Any], name: str | os.PathLike) -> dict[str, Any]:
+    """Fields of `ChiasmImageProcessor` that the settings of an image processor of transformers stand for.
+
+    Raises:
+        ValueError: they ask for processing that Chiasm does not have.
+    """
+    foreign = [switch for switch in FOREIGN if config.get(switch)]
+    foreign += ["do_resize: false"] if config.get("do_resize") is False else []
+    if foreign:
+        raise ValueError(
+            f"{name} wants {foreign[0]} in its image processing, which Chiasm does not have; "
+            "make a ChiasmImageProcessor yourself and pass it as image_processor="
+        )
     return {key: config[key] for key in COPIED if config.get(key) is not None} | _geometry(config)
 
 
