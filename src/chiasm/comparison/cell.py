@@ -24,7 +24,19 @@ from chiasm.comparison.inputs import inputs_of
 from chiasm.comparison.measure import measure
 from chiasm.comparison.peak_memory import peak_memory
 from chiasm.comparison.plan import Plan, Source
-from chiasm.comparison.same_cell import BUDGET, CELLS, RESULT, RUN, Say, code_of, finished, forget_another, identity
+from chiasm.comparison.same_cell import (
+    BUDGET,
+    CELLS,
+    LENGTH,
+    RESULT,
+    RUN,
+    Say,
+    code_of,
+    finished,
+    forget_another,
+    identity,
+    taken,
+)
 from chiasm.comparison.strategies import STRATEGIES, recipe_of
 from chiasm.comparison.ways import FEW_SHOT
 from chiasm.connecting.connect import connect
@@ -59,14 +71,20 @@ def run_cell(
         quiet: whether training draws no bar.
 
     Raises:
-        ValueError: the folder holds the cell of another plan, or data has changed since.
+        ValueError: the folder holds the cell of another plan, data has changed since, or another process is at work
+            on the cell.
     """
     folder = output / CELLS / choice.name
-    if (done := finished(plan, choice, output)) is not None:
-        return done
     folder.mkdir(parents=True, exist_ok=True)
+    with taken(folder):
+        done = finished(plan, choice, output)
+        return _run(plan, choice, output, say, quiet) if done is None else done
+
+
+def _run(plan: Plan, choice: Choice, output: Path, say: Say, quiet: bool) -> dict[str, Any]:
+    folder = output / CELLS / choice.name
     inputs = inputs_of(plan, choice, output)
-    forget_another(folder, choice, inputs, say)
+    forget_another(folder, plan, choice, inputs, say)
     seconds: dict[str, float] = {}
     started = time.monotonic()
     say(f"{choice.name}: connect")
@@ -80,11 +98,12 @@ def run_cell(
         told: dict[str, Any] = {"validation_data": held_out, "quiet": quiet, "keep_models": plan.keep_models}
         api.train(recipe, model, train, folder / RUN, **told)
     log = read_log(folder / RUN / LOG)
-    seconds["train"] = sum(event["seconds"] for event in log if event["event"] == "stage_end")
+    training = _training(log, peak.bytes)
+    seconds["train"] = max(training["seconds"], sum(event["seconds"] for event in log if event["event"] == "stage_end"))
     say(f"{choice.name}: ask and measure")
     started = time.monotonic()
     notes = [] if choice.named else [f"{choice.way}: base.regions do not divide its tokens, and have no names there"]
-    answers = _evaluate(plan, model, test, folder / EVALUATION, notes)
+    answers, length = _evaluate(plan, model, test, folder / EVALUATION, notes)
     seconds["evaluate"] = time.monotonic() - started
     model.model.eval()
     found = None
@@ -101,10 +120,11 @@ def run_cell(
         "identity": identity(plan, choice),
         "code": code_of(choice),
         "inputs": inputs,
+        LENGTH: length,
         "samples": recipe.stages[-1].samples,
         "seconds": seconds,
         **measure(model.model, model.processor, shown, asked.repeats),
-        "training": _training(log, peak.bytes),
+        "training": training,
         "summary": answers.summary,
         "forgetting": next((event for event in reversed(log) if event["event"] == "forgetting"), None),
         "diagnostics": diagnose(model.model, model.processor, test, asked.pictures),
@@ -210,8 +230,8 @@ def _questions(plan: Plan, train: Samples) -> Samples:
     return train if plan.data.captions is None else train.sources[-1]  # type: ignore[attr-defined]
 
 
-def _evaluate(plan: Plan, model: Any, test: Samples, folder: Path, notes: list[str]) -> EvalResult:
-    """The answers; what is cut of them is added to the notes."""
+def _evaluate(plan: Plan, model: Any, test: Samples, folder: Path, notes: list[str]) -> tuple[EvalResult, int]:
+    """The answers, and the tokens that one could have; what is cut of them is added to the notes."""
     how, late = plan.evaluation, isinstance(model, DualEncoder)
     length, cut = (LEAST, []) if late else answer_length(how.max_new_tokens, test, model.processor.tokenizer)
     told: dict[str, Any] = {"batch_size": how.batch_size, "max_new_tokens": length}
@@ -220,12 +240,13 @@ def _evaluate(plan: Plan, model: Any, test: Samples, folder: Path, notes: list[s
     if how.shots and not late:
         shown = api.evaluate(model, test, shots=how.shots, shots_from=_read(plan.data.train), **told)
         again = [row | {"id": f"{row['id']} ({FEW_SHOT})", "skill": FEW_SHOT} for row in shown.rows]
-        rows = [*result.rows, *again]
-        result = EvalResult(rows, summarise(rows), list(dict.fromkeys([*result.notes, *shown.notes])))
+        *skills, whole = result.summary
+        summary, said = [*skills, *summarise(again), whole], list(dict.fromkeys([*result.notes, *shown.notes]))
+        result = EvalResult([*result.rows, *again], summary, said)
     result.notes += cut
     notes += cut
     result.save(folder)
-    return result
+    return result, length
 
 
 def _training(log: Sequence[dict[str, Any]], peak: int | None) -> dict[str, Any]:
@@ -236,6 +257,7 @@ def _training(log: Sequence[dict[str, Any]], peak: int | None) -> dict[str, Any]
     plan = next(event for event in reversed(log) if event["event"] == "plan" and "table" in event)
     return {
         "steps": max(event["step"] for event in steps),
+        "seconds": _seconds(log),
         "samples_per_second": rates[len(rates) // 2],
         "peak_memory_bytes": peak,
         "trainable": {row["part"]: row["trainable"] for row in plan["table"]},
@@ -246,6 +268,14 @@ def _training(log: Sequence[dict[str, Any]], peak: int | None) -> dict[str, Any]
         ],
         "gates": [openness(event["gates"]) for event in log if event["event"] == "validation" and "gates" in event],
     }
+
+
+def _seconds(log: Sequence[dict[str, Any]]) -> float:
+    """Of all steps and of a start in closed form, also of a run that went on after a stop; without what all cells share,
+    such as encoded pictures."""
+    steps = [event for event in log if event["event"] == "step" and event["samples"]]
+    solved = sum(event["seconds"] for event in log if event["event"] == "closed_form")
+    return float(solved + sum(event["samples"] / event["samples_per_second"] for event in steps))
 
 
 def openness(gates: dict[str, list[float]]) -> float:

@@ -23,7 +23,7 @@ from chiasm.comparison.claims import judge
 from chiasm.comparison.plan import Plan, load_plan
 from chiasm.comparison.report import write_report
 from chiasm.comparison.results import write_results
-from chiasm.comparison.same_cell import BUDGET, CELLS, Say, finished
+from chiasm.comparison.same_cell import BUDGET, CELLS, RESULT, CellTakenError, Say, finished
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.sources import resolve
 from chiasm.sources.writing import whole_file
@@ -78,6 +78,8 @@ def compare(
     plan = quickened(plan) if quick else plan
     choices, skipped = cells_of(plan)
     chosen = select(choices, only)
+    done = {choice.name for choice in choices if finished(plan, choice, output) is not None}
+    waiting = [choice for choice in chosen if choice.name not in done]
     output.mkdir(parents=True, exist_ok=True)
     saved, text = output / PLAN, yaml.safe_dump(plan.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     if not saved.is_file() or saved.read_text(encoding="utf-8") != text:
@@ -86,7 +88,6 @@ def compare(
         say(warning)
     for one in skipped:
         say(f"skipped {one.way}: {one.reason}")
-    waiting = [choice for choice in chosen if finished(plan, choice, output) is None]
     if jobs > 1:
         _require_pace(plan, waiting, output)
     failed: dict[str, str] = {}
@@ -99,6 +100,8 @@ def compare(
         for choice in waiting:
             try:
                 run_cell(plan, choice, output, say, quiet)
+            except CellTakenError as error:
+                say(f"{choice.name}: {error}")
             except Exception:
                 said = _noted(output, choice.name, traceback.format_exc())
                 if only:
@@ -286,7 +289,8 @@ def _in_processes(choices: Sequence[Choice], plan: Path, output: Path, jobs: int
         command = [sys.executable, "-m", "chiasm", "compare", str(plan), "-o", str(output), "--only", choice.name]
         done = subprocess.run([*command, "--here"], env=environment, capture_output=True, text=True)
         if done.returncode == 0:
-            say(f"{choice.name}: finished")
+            here = (output / CELLS / choice.name / RESULT).is_file()
+            say(f"{choice.name}: {'finished' if here else 'another process is at work on it'}")
             return None
         if told.is_file():  # which has more than a user is told in one line
             return _failed(output, choice.name, told.read_text(encoding="utf-8").strip().splitlines()[-1], say)

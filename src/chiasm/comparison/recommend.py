@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chiasm.comparison.differences import Difference, Way, beyond_control, from_best
-from chiasm.comparison.ways import by_way, mean_of
+from chiasm.comparison.ways import FEW_SHOT, by_way, mean_of
 from chiasm.evaluation.format import operations, percent
 
 Row = Mapping[str, Any]
@@ -90,12 +90,14 @@ def _perplexity(cells: Sequence[Row]) -> dict[str, tuple[float, float]]:
 
 
 def recommend(ways: Sequence[Way], budget: str, named: Collection[str] = ()) -> Recommendation:
-    """What to take of ways that were asked the same questions.
+    """What to take of ways that were asked the same questions; those that were asked again behind solved examples, as
+    late fusion cannot be, do not count.
 
     Args:
         budget: the budget in words.
         named: ways that have names of regions in front of their visual tokens.
     """
+    said_of_skills, ways = _skills(ways), [way.without(FEW_SHOT) for way in ways]
     gains = {way.name: beyond_control(way, len(ways)) for way in ways}
     looking = [way for way in ways if (gain := gains[way.name]) is None or gain.low > 0]
     blind = [way for way in ways if way not in looking]
@@ -118,7 +120,7 @@ def recommend(ways: Sequence[Way], budget: str, named: Collection[str] = ()) -> 
         f"Take {chosen.name} for this data and {budget}: {percent(chosen.accuracy)} right, {chosen.cost_words}.",
         *_why(best, chosen, alike, worse, found, everyone=len(worse) == len(ways) - 1),
         *_not_looking(blind),
-        *_skills(ways),
+        *said_of_skills,
         *_forgetting(chosen),
     ]
     return Recommendation(chosen.name, best.name, *lists, said + doubts)

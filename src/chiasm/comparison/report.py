@@ -1,7 +1,7 @@
 """`report.html` of a comparison: the recommendation first, then the numbers it stands on; no script, no network."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def write_report(
     )
     environment.lstrip_blocks = True
     environment.filters |= {"count": count, "duration": duration, "percent": percent, "clip": clip, "whole": _whole}
+    looks = _looks(results, attention or {})
     shapes = {way: Shape(**cells[0]["shape"]) for way, cells in ways.items() if cells[0]["shape"]}
     page = environment.get_template("compare.html.j2").render(
         css=Markup(STYLE.read_text(encoding="utf-8")),
@@ -68,15 +69,18 @@ def write_report(
         incomparable=incomparable(ways),
         unknown=unknown(shapes),
         planes=[Markup(plot) for plot in _planes(ways) if plot],
+        silent=[way for way, cells in ways.items() if mean_of(cells, "measured", "first_token_seconds") is None],
+        late=[way for way, cells in ways.items() if cells[0]["choice"]["fusion"] == "late"],
         bars=[(name, Markup(_bars(ways, name))) for name in names],
         skills=tables.skills(ways, names),
         learning=[Markup(plot) for plot in _learning(ways) if plot],
         costs=tables.costs(ways),
         kept=tables.kept(ways),
         finding=tables.finding(ways),
-        curves=[Markup(plot) for plot in _curves(shapes) if plot],
+        curves=[Markup(plot) for plot in _curves(ways, shapes) if plot],
         crossings=tables.crossing_table(crossings(shapes)),
-        looks=_looks(results, attention or {}),
+        looks=looks,
+        unseen=[way for way in ways if way not in {look["way"] for look in looks}],
         questions=_questions(results, answers, images),
         skipped=skipped,
         failed=failed,
@@ -87,10 +91,13 @@ def write_report(
 
 def _planes(ways: Mapping[str, Sequence[Row]]) -> list[str | None]:
     """Accuracy against tokens and against time."""
+    spent = ("training", "seconds")
+    if any(mean_of(cells, *spent) is None for cells in ways.values()):  # older cells have the whole stages' time alone
+        spent = ("seconds", "train")
     axes: list[tuple[str, str, tuple[str, ...], float]] = [
         ("tokens", "visual tokens of a picture", ("closed_form", "visual_tokens"), 1),
         ("first", "milliseconds to the first token", ("measured", "first_token_seconds"), 1e3),
-        ("training", "seconds of training", ("seconds", "train"), 1),
+        ("training", "seconds of training", spent, 1),
     ]
     return [
         plots.pareto(_points(ways, path, scale), label, f"pareto-{name}", logarithmic=True)
@@ -100,10 +107,10 @@ def _planes(ways: Mapping[str, Sequence[Row]]) -> list[str | None]:
 
 def _points(ways: Mapping[str, Sequence[Row]], path: tuple[str, ...], scale: float) -> list[plots.Point]:
     points = []
-    for way, cells in ways.items():
+    for index, (way, cells) in enumerate(ways.items()):
         x, y = mean_of(cells, *path), score(cells)
         if y is not None:
-            points.append(plots.Point(way, 0.0 if x is None else scale * x, y.accuracy, y.low, y.high))
+            points.append(plots.Point(way, 0.0 if x is None else scale * x, y.accuracy, y.low, y.high, index))
     return points
 
 
@@ -127,8 +134,8 @@ def _learning(ways: Mapping[str, Sequence[Row]]) -> list[str | None]:
     ]
 
 
-def _curves(shapes: Mapping[str, Shape]) -> list[str | None]:
-    """Cost in closed form as patches, pictures and text grow."""
+def _curves(ways: Collection[str], shapes: Mapping[str, Shape]) -> list[str | None]:
+    """Cost in closed form as patches, pictures and text grow, of those ways that have a shape."""
     patches = next((shape.patches for shape in shapes.values()), PATCHES[0])
     along: dict[str, tuple[str, Sequence[int], Callable[[int], tuple[int, int, int]]]] = {
         "patches": ("patches of a picture", PATCHES, lambda n: (n, 1, TEXT)),
@@ -140,7 +147,7 @@ def _curves(shapes: Mapping[str, Shape]) -> list[str | None]:
         scale, unit = (2**20, "MiB") if measure == "KV cache" else (10**9, "GFLOP")
         for name, (x, values, prompt) in along.items():
             told = {way: [(n, cost(shape, *prompt(n))) for n in values] for way, shape in shapes.items()}
-            series = {way: [(n, at / scale) for n, at in points if at is not None] for way, points in told.items()}
+            series = {way: [(n, at / scale) for n, at in told.get(way, ()) if at is not None] for way in ways}
             plot = f"curve-{measure.replace(' ', '')}-{name}"
             drawn.append(plots.lines(series, x, f"{measure}, {unit}", plot, logarithmic=True))
     return drawn

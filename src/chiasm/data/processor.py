@@ -268,6 +268,11 @@ class ChiasmProcessor(ProcessorMixin):
         *words, end = (tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
         return Placeholders(self.image_token_id, self.num_image_tokens, ids, tuple(words), end)
 
+    @property
+    def region_tokens(self) -> int:
+        """Tokens of the names of a picture's regions, which stand in the sequence beside its visual tokens."""
+        return 0 if self.regions is None else len(self.placeholders.of(1, False)) - self.num_image_tokens
+
     def _has_bos(self, text: str) -> bool:
         return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
 
