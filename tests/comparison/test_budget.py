@@ -52,7 +52,9 @@ def test_flops_of_a_sample_are_those_of_its_forward_and_of_every_gradient(tune: 
     matrices = language_flops(vlm.model, new=length, context=0, logits=0)
     attention = language_flops(vlm.model, new=length, context=length, logits=0) - matrices
     head = language_flops(vlm.model, new=0, context=0, logits=learned)
-    low_rank = sum(16 * sum(vlm.model.language.get_submodule(path).weight.shape) for path in linear_layers(vlm.model, "language"))
+    low_rank = sum(
+        16 * sum(vlm.model.language.get_submodule(path).weight.shape) for path in linear_layers(vlm.model, "language")
+    )
     expected = 2 * (matrices + head) + 3 * attention + 3 * vlm.model.connector.flops()
     expected += {"frozen": 0, "lora": 6 * length * low_rank, "full": matrices + head}[tune]
     found = training_flops(vlm.model, vlm.processor, recipe("early", tune).stages[0], shown)
@@ -79,7 +81,8 @@ def asked(fusion: str, tune: str = "frozen") -> Recipe:
 def test_an_encoder_that_learns_costs_flops() -> None:
     vlm = connect("early")
     frozen, tuned = (
-        training_flops(vlm.model, vlm.processor, recipe("early", tune).stages[0], samples(2)) for tune in ("lora", "vision")
+        training_flops(vlm.model, vlm.processor, recipe("early", tune).stages[0], samples(2))
+        for tune in ("lora", "vision")
     )
     encoding = encode_flops(vlm.model.vision)
     assert 2 * encoding < tuned - frozen < 3 * encoding, "its pixels need no gradient"

@@ -243,6 +243,21 @@ def test_a_quick_comparison_is_of_the_first_layers(
         chiasm.compare(plan, tmp_path / "run")
 
 
+def test_a_quick_comparison_reads_the_language_model_once_and_shares_no_weights(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one cell trains is not what the next one begins with."""
+    monkeypatch.setitem(comparing.QUICK, "layers", 2)
+    read, load = list[str](), cell.load_language
+    monkeypatch.setattr(cell, "load_language", lambda *given, **told: read.append(given[0]) or load(*given, **told))
+    cells = [{"connector": "mlp", "tune": "full"}, {"connector": "linear", "tune": "full"}]
+    both = chiasm.compare(plan | {"grid": None, "cells": cells}, tmp_path / "both", quick=True)
+    assert len(both.results) == 2 and len(read) == 1
+    alone = chiasm.compare(plan | {"grid": None, "cells": cells[1:]}, tmp_path / "alone", quick=True)
+    assert alone.results[0]["training"]["curve"] == both.results[1]["training"]["curve"]
+    assert alone.results[0]["summary"] == both.results[1]["summary"]
+
+
 LEAST = """
 import torch
 from torch import nn

@@ -28,6 +28,7 @@ def test_a_clear_winner_is_named_with_its_reasons() -> None:
     assert (told.way, told.alike, told.worse) == ("good", [], ["bad"])
     assert told.sentences[0].startswith("Take good for this data and 1,000 samples: ")
     assert "measurably better than every other way" in " ".join(told.sentences)
+    assert "Intervals come from 400 pictures, resampled." in told.sentences, "one pair is no family of comparisons"
     assert "one seed only" in told.sentences[-1]
 
 

@@ -161,7 +161,9 @@ def test_times_that_cannot_be_compared_are_said(tmp_path: Path) -> None:
 def test_a_way_looks_the_same_in_every_figure() -> None:
     series = {"late": [], "early": [(1.0, 2.0), (2.0, 3.0)]}
     drawn = plots.lines(series, "x", "y", "lines")
-    plane = plots.pareto([plots.Point("late", 0, 0.5, 0.4, 0.6, 0), plots.Point("early", 9, 0.5, 0.4, 0.6, 1)], "x", "p")
+    plane = plots.pareto(
+        [plots.Point("late", 0, 0.5, 0.4, 0.6, 0), plots.Point("early", 9, 0.5, 0.4, 0.6, 1)], "x", "p"
+    )
     assert drawn is not None and plane is not None
     for figure in (drawn, plane):
         assert "var(--control)" in figure and "var(--own)" not in figure
@@ -178,3 +180,23 @@ def test_what_has_no_place_in_a_figure_is_named(tmp_path: Path) -> None:
     for part in ("an answer is chosen and not written", "Without a map", "nats an answer"):
         assert part in page and "mlp-late" in page.partition(part)[2][:200], part
     assert "A name is that of the connector and of the fusion" in page
+
+
+def test_ways_that_took_other_numbers_of_steps_learn_over_shares_of_their_budget(tmp_path: Path) -> None:
+    one, other = result("mlp-early", 9, 16), result("ldp-early", 9, 8)
+    assert "% of the training on questions" not in page_of([one, other], tmp_path)
+    other["training"] |= {"steps": 900, "curve": [[0, 3.0, 3.1], [900, 1.0, 2.0]]}
+    assert page_of([one, other], tmp_path).count("% of the training on questions") >= 2
+
+
+def test_lists_of_many_ways_are_not_cut(tmp_path: Path) -> None:
+    many = [f"a-connector-of-a-long-name-{number}-early-seed0" for number in range(20)]
+    assert ", ".join(many) in page_of([result("mlp-early", 9, 16)], tmp_path, unfinished=many)
+
+
+def test_training_time_is_that_of_steps_where_all_cells_tell_it(tmp_path: Path) -> None:
+    one, other = result("mlp-early", 9, 16), result("ldp-early", 9, 8)
+    one["training"]["seconds"] = 7.0
+    assert "without the encoding of pictures" not in page_of([one, other], tmp_path)
+    other["training"]["seconds"] = 5.0
+    assert "without the encoding of pictures" in page_of([one, other], tmp_path)

@@ -4,6 +4,7 @@ RUN/cells/NAME/run (a training run)   evaluation/   attention.png   result.json
 A cell that was stopped goes on: the training run from its last checkpoint, the rest from its beginning.
 """
 
+import copy
 import json
 import shutil
 import time
@@ -61,7 +62,12 @@ ERROR, ATTENTION, EVALUATION = "error.txt", "attention.png", "evaluation"
 
 
 def run_cell(
-    plan: Plan, choice: Choice, output: Path, say: Say = lambda text: None, quiet: bool = True
+    plan: Plan,
+    choice: Choice,
+    output: Path,
+    say: Say = lambda text: None,
+    quiet: bool = True,
+    known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Runs a cell, or reads its result where it is finished.
 
@@ -69,6 +75,7 @@ def run_cell(
         output: the comparison's folder.
         say: takes a line on what is being done.
         quiet: whether training draws no bar.
+        known: what the cells of one process read from disk once, of which each takes a copy.
 
     Raises:
         ValueError: the folder holds the cell of another plan, data has changed since, or another process is at work
@@ -78,17 +85,17 @@ def run_cell(
     folder.mkdir(parents=True, exist_ok=True)
     with taken(folder):
         done = finished(plan, choice, output)
-        return _run(plan, choice, output, say, quiet) if done is None else done
+        return _run(plan, choice, output, say, quiet, {} if known is None else known) if done is None else done
 
 
-def _run(plan: Plan, choice: Choice, output: Path, say: Say, quiet: bool) -> dict[str, Any]:
+def _run(plan: Plan, choice: Choice, output: Path, say: Say, quiet: bool, known: dict[str, Any]) -> dict[str, Any]:
     folder = output / CELLS / choice.name
     inputs = inputs_of(plan, choice, output)
     forget_another(folder, plan, choice, inputs, say)
     seconds: dict[str, float] = {}
     started = time.monotonic()
     say(f"{choice.name}: connect")
-    model = connect_cell(plan, choice)
+    model = connect_cell(plan, choice, known)
     train, held_out, test = data_of(plan, choice)
     captions = test_captions(plan)
     seconds["connect"] = time.monotonic() - started
@@ -140,13 +147,13 @@ def _run(plan: Plan, choice: Choice, output: Path, say: Say, quiet: bool) -> dic
     return result
 
 
-def connect_cell(plan: Plan, choice: Choice) -> Any:
+def connect_cell(plan: Plan, choice: Choice, known: dict[str, Any]) -> Any:
     """The cell's model as it is before training, on the best device."""
     base, device = plan.base, vlm.best_device()
     dtype: Any = torch.float32 if choose_dtype("auto", device) == torch.float32 else "auto"
     options: dict[str, Any] = {"dtype": dtype, "seed": choice.seed}
     if choice.fusion == "unified":
-        language = base.decoder or _language(plan, dtype)
+        language = base.decoder or _language(plan, dtype, known)
         options |= {"image_input": base.image_input or "patches", "chat_template": base.chat_template}
         options |= {"positions": None if choice.positions == "auto" else choice.positions}
         options |= {"unified": None if choice.weights == "pretrained" else {"weights": choice.weights}}
@@ -158,17 +165,18 @@ def connect_cell(plan: Plan, choice: Choice) -> Any:
     options |= {"patch_positions": choice.positions if choice.positions in ("none", "grid") else "auto"}
     if choice.fusion == "intermediate":
         options["cross_attention"] = base.cross_attention
-    return connect(base.vision, _language(plan, dtype), choice.connector, choice.fusion, **options).to(device)
+    return connect(base.vision, _language(plan, dtype, known), choice.connector, choice.fusion, **options).to(device)
 
 
-def _language(plan: Plan, dtype: Any) -> Any:
-    """The language model's name; the model itself where only its first layers are wanted."""
+def _language(plan: Plan, dtype: Any, known: dict[str, Any]) -> Any:
+    """The language model's name; a copy of the model itself where only its first layers are wanted."""
     name, count = plan.base.language, plan.base.language_layers
     if count is None:
         return name
-    model = load_language(resolve(name), dtype=dtype)
-    keep_first_layers(model, count)
-    return model
+    if name not in known:
+        known[name] = load_language(resolve(name), dtype=dtype)
+        keep_first_layers(known[name], count)
+    return copy.deepcopy(known[name])
 
 
 def data_of(plan: Plan, choice: Choice | None = None) -> tuple[Samples, Samples, Samples]:

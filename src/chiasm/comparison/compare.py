@@ -66,7 +66,8 @@ def compare(
         plan: a YAML file, the name of one that ships (`compare`), a dictionary, or a loaded plan.
         output: folder of the comparison; one that was stopped goes on.
         quick: a few samples of every cell, and the first layers of the language model.
-        jobs: processes, each with one cell at a time; 0 runs the cells here, one after the other.
+        jobs: processes, each with one cell at a time; 0 runs the cells here, one after the other. Where `torchrun`
+            started several of this one, every one has its share of the cells.
         only: names of cells, or of ways (a cell without its seed); by default all.
         say: takes a line on what is being done.
         quiet: whether training draws no bar.
@@ -88,18 +89,20 @@ def compare(
         say(warning)
     for one in skipped:
         say(f"skipped {one.way}: {one.reason}")
-    if jobs > 1:
+    if jobs > 1 or (jobs and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1):
         _require_pace(plan, waiting, output)
     failed: dict[str, str] = {}
     if waiting:  # what is wrong for all cells is told before the first
         data_of(plan)
         test_captions(plan)
     if jobs:
-        failed = _in_processes(waiting, saved, output, jobs, say)
+        place, number = (int(os.environ.get(name, usual)) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        failed = _in_processes(waiting[place::number], saved, output, jobs, say)
     else:
+        known: dict[str, Any] = {}
         for choice in waiting:
             try:
-                run_cell(plan, choice, output, say, quiet)
+                run_cell(plan, choice, output, say, quiet, known)
             except CellTakenError as error:
                 say(f"{choice.name}: {error}")
             except Exception:
@@ -280,7 +283,8 @@ def _in_processes(choices: Sequence[Choice], plan: Path, output: Path, jobs: int
     """Runs every cell in a process of its own, `jobs` at once; of those that failed it gives the last line and leaves
     all that they said in the cell's folder."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    together = ("RANK", "WORLD_SIZE")  # a cell's process is no part of a team, and keeps its own device by LOCAL_RANK
+    environment = {"OMP_NUM_THREADS": threads, **{k: v for k, v in os.environ.items() if k not in together}}
 
     def run(choice: Choice) -> str | None:
         say(f"{choice.name}: started")

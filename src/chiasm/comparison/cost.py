@@ -40,9 +40,7 @@ class Cost:
         return asdict(self)
 
 
-def cost(
-    model: FusionModel, images: int = 1, text_tokens: int = 64, grid: Grid | None = None, names: int = 0
-) -> Cost:
+def cost(model: FusionModel, images: int = 1, text_tokens: int = 64, grid: Grid | None = None, names: int = 0) -> Cost:
     """The cost of a prompt with `images` pictures and `text_tokens` words: prefill, then each decoded token.
 
     Args:

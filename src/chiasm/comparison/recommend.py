@@ -205,10 +205,9 @@ def _names(ways: Sequence[Way], named: Collection[str]) -> list[str]:
 def _doubts(ways: Sequence[Way]) -> list[str]:
     """What the reader must not take from the numbers."""
     seeds, pictures = min(len(way.scores) for way in ways), len(set(ways[0].groups.values()))
-    said = [
-        f"Intervals come from {pictures} pictures, resampled, and hold for all {len(ways) * (len(ways) - 1) // 2} "
-        "pairs of ways at once, because the same answers picked the best."
-    ]
+    pairs = len(ways) * (len(ways) - 1) // 2
+    at_once = f", and hold for all {pairs} pairs of ways at once, because the same answers picked the best"
+    said = [f"Intervals come from {pictures} pictures, resampled{at_once if pairs > 1 else ''}."]
     if any(not way.controls for way in ways):
         said.append("Nothing was asked beside another picture, so nothing shows which ways look.")
     if seeds == 1:

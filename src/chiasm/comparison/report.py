@@ -18,6 +18,7 @@ from chiasm.comparison.ways import Row, by_way, mean_of, score, skills_of
 from chiasm.evaluation import plots as run_plots
 from chiasm.evaluation.format import clip, count, duration, percent
 from chiasm.evaluation.plots import Pictures, thumbnail
+from chiasm.sources.writing import whole_file
 
 QUESTIONS = 12
 """Questions that are shown with every way's answer."""
@@ -68,6 +69,7 @@ def write_report(
         unfinished=info.get("unfinished", ()),
         incomparable=incomparable(ways),
         unknown=unknown(shapes),
+        steps_alone=_knows_steps(ways),
         planes=[Markup(plot) for plot in _planes(ways) if plot],
         silent=[way for way, cells in ways.items() if mean_of(cells, "measured", "first_token_seconds") is None],
         late=[way for way, cells in ways.items() if cells[0]["choice"]["fusion"] == "late"],
@@ -85,15 +87,13 @@ def write_report(
         skipped=skipped,
         failed=failed,
     )
-    path.write_bytes(page.encode("utf-8", "replace"))
+    whole_file(path, page.encode("utf-8", "replace").decode("utf-8"))
     return path
 
 
 def _planes(ways: Mapping[str, Sequence[Row]]) -> list[str | None]:
     """Accuracy against tokens and against time."""
-    spent = ("training", "seconds")
-    if any(mean_of(cells, *spent) is None for cells in ways.values()):  # older cells have the whole stages' time alone
-        spent = ("seconds", "train")
+    spent = ("training", "seconds") if _knows_steps(ways) else ("seconds", "train")
     axes: list[tuple[str, str, tuple[str, ...], float]] = [
         ("tokens", "visual tokens of a picture", ("closed_form", "visual_tokens"), 1),
         ("first", "milliseconds to the first token", ("measured", "first_token_seconds"), 1e3),
@@ -103,6 +103,11 @@ def _planes(ways: Mapping[str, Sequence[Row]]) -> list[str | None]:
         plots.pareto(_points(ways, path, scale), label, f"pareto-{name}", logarithmic=True)
         for name, label, path, scale in axes
     ]
+
+
+def _knows_steps(ways: Mapping[str, Sequence[Row]]) -> bool:
+    """Whether the cells tell the time of steps by itself; older ones tell that of whole stages."""
+    return all(mean_of(cells, "training", "seconds") is not None for cells in ways.values())
 
 
 def _points(ways: Mapping[str, Sequence[Row]], path: tuple[str, ...], scale: float) -> list[plots.Point]:
@@ -122,15 +127,22 @@ def _bars(ways: Mapping[str, Sequence[Row]], skill: str) -> str:
 
 
 def _learning(ways: Mapping[str, Sequence[Row]]) -> list[str | None]:
-    """Validation loss over steps, of the first seed; and what the right picture is worth."""
-    curves = {way: cells[0]["training"]["curve"] for way, cells in ways.items()}
+    """Validation loss over training, of the first seed; and what the right picture is worth. Where a budget gives ways
+    different numbers of steps, they are told as shares of it."""
+    ends = {way: cells[0]["training"]["steps"] for way, cells in ways.items()}
+    shares = len(set(ends.values())) > 1
+    curves = {
+        way: [(100 * step / ends[way] if shares else step, *losses) for step, *losses in cells[0]["training"]["curve"]]
+        for way, cells in ways.items()
+    }
+    over = "% of the training on questions" if shares else "step"
     loss = {way: [(step, own) for step, own, _ in curve] for way, curve in curves.items()}
     worth = {
         way: [(step, other - own) for step, own, other in curve if other is not None] for way, curve in curves.items()
     }
     return [
-        plots.lines(loss, "step", "validation loss", "learning-loss"),
-        plots.lines(worth, "step", "loss another picture adds", "learning-worth"),
+        plots.lines(loss, over, "validation loss", "learning-loss"),
+        plots.lines(worth, over, "loss another picture adds", "learning-worth"),
     ]
 
 
