@@ -1,4 +1,4 @@
-"""One budget for all: FLOPs as they are computed, the pace of what a step does, no tokens where there is no sequence."""
+"""One budget for all: FLOPs as they are computed, the pace of a step, no tokens where there is no sequence."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ CROSS = {"every": 2, "heads": 4, "head_dim": 10}
 
 
 def samples(count: int) -> list[Sample]:
-    told = [tiny.ask("What is it?") + [{"role": "assistant", "content": f"thing {n}"}] for n in range(count)]
+    told = [[*tiny.ask("What is it?"), {"role": "assistant", "content": f"thing {n}"}] for n in range(count)]
     return [Sample(str(n), one, [ImageRef.of(tiny.picture(n))]) for n, one in enumerate(told)]
 
 

@@ -93,3 +93,18 @@ def test_processes_of_torchrun_have_a_share_of_the_cells_each(
     assert started == [f"{name}-early-frozen-seed0" for name in names]
     with pytest.raises(ValueError, match="leave out --jobs"):
         comparing.compare(plan | {"budget": {"minutes": 1}}, tmp_path / "other", jobs=1)
+
+
+def test_jobs_know_where_connectors_of_ones_own_are(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of other cells, for the plan names them all."""
+    file = tmp_path / "my slots.py"
+    file.write_text(LEAST)
+    monkeypatch.setitem(CONNECTORS, "slots", own_connectors(str(file), {})["slots"])
+    monkeypatch.setenv("CHIASM_CONNECTORS", str(file))
+    plan |= {"grid": plan["grid"] | {"connector": ["linear", "slots"]}}
+    choices, _ = comparing.cells_of(load_plan(plan))
+    (job,) = comparing.job_list("plan.yaml", choices, tmp_path, only=["linear-early-frozen"])
+    assert job.startswith(f"CHIASM_CONNECTORS='{file}' chiasm compare plan.yaml -o ")
+    assert "CHIASM_CONNECTORS" not in comparing.job_list("plan.yaml", choices[:1], tmp_path)[0]

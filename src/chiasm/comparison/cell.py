@@ -279,7 +279,7 @@ def _training(log: Sequence[dict[str, Any]], peak: int | None) -> dict[str, Any]
 
 
 def _seconds(log: Sequence[dict[str, Any]]) -> float:
-    """Of all steps and of a start in closed form, also of a run that went on after a stop; without what all cells share,
+    """Of all steps and of a start in closed form, also of a run that went on after a stop; not of what all cells share,
     such as encoded pictures."""
     steps = [event for event in log if event["event"] == "step" and event["samples"]]
     solved = sum(event["seconds"] for event in log if event["event"] == "closed_form")

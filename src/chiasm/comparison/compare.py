@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from chiasm.comparison.account import account, repeated
+from chiasm.comparison.account import account, own_places, repeated
 from chiasm.comparison.cell import ATTENTION, ERROR, EVALUATION, data_of, run_cell, test_captions
 from chiasm.comparison.choices import Choice, Grid, Skipped, expand
 from chiasm.comparison.claims import judge
@@ -250,11 +250,14 @@ def _enough_layers(plan: Plan) -> int:
     return min(enough, plan.base.language_layers or enough)
 
 
-def job_list(plan_file: str, choices: Sequence[Choice], output: Path, quick: bool = False) -> list[str]:
-    """One command for every cell, for any scheduler; the plan's own command then writes the report."""
+def job_list(
+    plan_file: str, choices: Sequence[Choice], output: Path, quick: bool = False, only: Sequence[str] = ()
+) -> list[str]:
+    """One command for every cell, or those that are named, for any scheduler; the plan's own command then writes the
+    report."""
     more = " --quick" if quick else ""
-    base = f"chiasm compare {shlex.quote(plan_file)} -o {shlex.quote(str(output))}{more}"
-    return [f"{base} --here --only {shlex.quote(choice.name)}" for choice in choices]
+    base = f"{own_places(choices)}chiasm compare {shlex.quote(plan_file)} -o {shlex.quote(str(output))}{more}"
+    return [f"{base} --here --only {shlex.quote(choice.name)}" for choice in select(choices, only)]
 
 
 def encoder_grid(plan: Plan) -> Grid:

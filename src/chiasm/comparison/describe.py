@@ -56,7 +56,7 @@ def _tokens_per_image(model: FusionModel) -> int:
 
 
 def cost_facts(model: Any, names: int = 0) -> dict[str, str]:
-    """Rows of a model card: what a picture costs a generative model, with the `names` of its regions; nothing where that
+    """Rows of a model card: what a picture costs a generative model, with the `names` of its regions; nothing where it
     is not known."""
     told = _cost(model, 1, 64, names) if isinstance(model, FusionModel) else None
     if told is None:

@@ -1,4 +1,4 @@
-"""FLOPs counted while code runs, forward and backward: PyTorch's counter, and what it does not know or counts wrongly."""
+"""FLOPs counted while code runs, forward and backward: by PyTorch's counter, and what it does not count or wrongly."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
