@@ -1,14 +1,14 @@
 """One budget for every cell, as a number of samples: what a sample takes is counted, or measured."""
 
 import copy
-from collections.abc import Sequence
 from statistics import fmean
 
 from transformers import PreTrainedModel, ProcessorMixin
 
+from chiasm.api import spread
 from chiasm.comparison.flops import counted
 from chiasm.comparison.plan import Budget
-from chiasm.data.schema import Sample
+from chiasm.data.schema import Samples
 from chiasm.fusion.late import LateFusionModel
 from chiasm.training.learner import learner_of
 from chiasm.training.log import Reporter
@@ -21,7 +21,7 @@ LENGTHS, STEPS = 64, 8
 
 
 def samples_within(
-    budget: Budget, model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe, samples: Sequence[Sample]
+    budget: Budget, model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe, samples: Samples
 ) -> int:
     """Samples of the recipe's last stage that the budget pays for, at least one batch.
 
@@ -44,14 +44,8 @@ def samples_within(
     return max(stage.batch_size, int(budget.amount / each))
 
 
-def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """So many samples, evenly spread; all of fewer."""
-    step = max(1, len(samples) // count)
-    return [samples[index] for index in range(0, len(samples), step)][:count]
-
-
 def training_flops(
-    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, samples: Sequence[Sample], number: int = 0
+    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, samples: Samples, number: int = 0
 ) -> float:
     """FLOPs of one sample of a stage, forward and backward: the mean of some that go through a copy of the model one by
     one. What runs once before the first step is not counted: a frozen encoder, and late fusion's frozen text tower.
