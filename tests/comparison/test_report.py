@@ -155,6 +155,12 @@ def test_times_that_cannot_be_compared_are_said(tmp_path: Path) -> None:
     assert page.count("(cores that they took): linear-early (1.2).") == 2
     assert page.count("spread by more than 20% between repeats: ldp-early.") == 2
     assert "1600 ms (1600–1700)" in page.replace("\u2060", "").replace("\u00a0", " ")
+    every = " ".join(
+        incomparable(
+            {"linear-early": [busy], "ldp-early": [busy | {"measured": jumping["measured"] | {"foreign_cores": 0.4}}]}
+        )
+    )
+    assert "while all of these were timed, on 0.4 to 1.2 cores" in every and "linear-early" not in every
     assert "spread was not kept" in page_of([result("mlp-early", 9, 16)], tmp_path)
 
 
