@@ -3,6 +3,7 @@
 import copy
 from statistics import fmean
 
+import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.api import spread
@@ -63,7 +64,7 @@ def training_flops(
         inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
         with counted() as flops:
             losses = learner.losses(inputs, len(batch.ids), batch.supervised)
-            sum(losses.values()).backward()
+            torch.stack(list(losses.values())).sum().backward()
         found.append(flops.total)
         model.zero_grad()
     return fmean(found)
