@@ -12,7 +12,8 @@ from chiasm.comparison.budget import samples_within, training_flops
 from chiasm.comparison.choices import expand
 from chiasm.comparison.cost import encode_flops, language_flops
 from chiasm.comparison.flops import counted
-from chiasm.comparison.plan import Budget, load_plan
+from chiasm.comparison.plan import load_plan
+from chiasm.comparison.schema import Budget
 from chiasm.comparison.strategies import STRATEGIES, new_parts
 from chiasm.data.schema import ImageRef, Sample
 from chiasm.fusion.adapters import linear_layers

@@ -10,8 +10,9 @@ import chiasm
 from chiasm.comparison import cell
 from chiasm.comparison import compare as comparing
 from chiasm.comparison.choices import expand
-from chiasm.comparison.plan import Plan, load_plan
+from chiasm.comparison.plan import load_plan
 from chiasm.comparison.same_cell import LENGTH, finished, identity, older_identity, taken
+from chiasm.comparison.schema import Plan
 
 NAMES = [f"{name}-early-frozen-seed0" for name in ("linear", "perceiver_resampler")]
 

@@ -6,14 +6,14 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from chiasm.api import spread
 from chiasm.comparison.flops import counted
-from chiasm.comparison.plan import Budget
+from chiasm.comparison.schema import Budget
 from chiasm.data.schema import Samples
+from chiasm.data.splits import spread
 from chiasm.fusion.late import LateFusionModel
 from chiasm.training.learner import learner_of
-from chiasm.training.log import Reporter
 from chiasm.training.pace import BATCHES, frozen_encoder, measure, one_item
+from chiasm.training.reporter import Reporter
 from chiasm.training.schema import Recipe, Stage
 from chiasm.training.stages import enter
 

@@ -2,11 +2,9 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -15,15 +13,13 @@ from chiasm.comparison.curves import IMAGES, LARGE, MEASURES, PATCHES, TEXT, Sha
 from chiasm.comparison.recommend import recommend, ways_of
 from chiasm.comparison.timing import incomparable
 from chiasm.comparison.ways import Row, by_way, mean_of, score, skills_of
-from chiasm.evaluation import plots as run_plots
-from chiasm.evaluation.format import clip, count, duration, percent
+from chiasm.evaluation.page import write_page
 from chiasm.evaluation.plots import Pictures, thumbnail
-from chiasm.sources.writing import whole_file
 
 QUESTIONS = 12
 """Questions that are shown with every way's answer."""
 TEXTS = (16, 64, 256, 1024, 4096)
-STYLE = Path(run_plots.__file__).parent / "report.css"
+TEMPLATE = Path(__file__).parent / "compare.html.j2"
 
 
 def write_report(
@@ -52,43 +48,35 @@ def write_report(
     ways, names = by_way(results), skills_of(results)
     named = info.get("named", {})
     advice = recommend(ways_of(results, answers), info["budget"], named)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.lstrip_blocks = True
-    environment.filters |= {"count": count, "duration": duration, "percent": percent, "clip": clip, "whole": _whole}
     looks = _looks(results, attention or {})
     shapes = {way: Shape(**cells[0]["shape"]) for way, cells in ways.items() if cells[0]["shape"]}
-    page = environment.get_template("compare.html.j2").render(
-        css=Markup(STYLE.read_text(encoding="utf-8")),
-        info=info,
-        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        advice=advice,
-        adjectives=tables.adjectives(ways, named),
-        done=info.get("done", ()),
-        unfinished=info.get("unfinished", ()),
-        incomparable=incomparable(ways),
-        unknown=unknown(shapes),
-        steps_alone=_knows_steps(ways),
-        planes=[Markup(plot) for plot in _planes(ways) if plot],
-        silent=[way for way, cells in ways.items() if mean_of(cells, "measured", "first_token_seconds") is None],
-        late=[way for way, cells in ways.items() if cells[0]["choice"]["fusion"] == "late"],
-        bars=[(name, Markup(_bars(ways, name))) for name in names],
-        skills=tables.skills(ways, names),
-        learning=[Markup(plot) for plot in _learning(ways) if plot],
-        costs=tables.costs(ways),
-        kept=tables.kept(ways),
-        finding=tables.finding(ways),
-        curves=[Markup(plot) for plot in _curves(ways, shapes) if plot],
-        crossings=tables.crossing_table(crossings(shapes)),
-        looks=looks,
-        unseen=[way for way in ways if way not in {look["way"] for look in looks}],
-        questions=_questions(results, answers, images),
-        skipped=skipped,
-        failed=failed,
-    )
-    whole_file(path, page.encode("utf-8", "replace").decode("utf-8"))
-    return path
+    fields = {
+        "info": info,
+        "advice": advice,
+        "adjectives": tables.adjectives(ways, named),
+        "done": info.get("done", ()),
+        "unfinished": info.get("unfinished", ()),
+        "incomparable": incomparable(ways),
+        "unknown": unknown(shapes),
+        "steps_alone": _knows_steps(ways),
+        "planes": [Markup(plot) for plot in _planes(ways) if plot],
+        "silent": [way for way, cells in ways.items() if mean_of(cells, "measured", "first_token_seconds") is None],
+        "late": [way for way, cells in ways.items() if cells[0]["choice"]["fusion"] == "late"],
+        "bars": [(name, Markup(_bars(ways, name))) for name in names],
+        "skills": tables.skills(ways, names),
+        "learning": [Markup(plot) for plot in _learning(ways) if plot],
+        "costs": tables.costs(ways),
+        "kept": tables.kept(ways),
+        "finding": tables.finding(ways),
+        "curves": [Markup(plot) for plot in _curves(ways, shapes) if plot],
+        "crossings": tables.crossing_table(crossings(shapes)),
+        "looks": looks,
+        "unseen": [way for way in ways if way not in {look["way"] for look in looks}],
+        "questions": _questions(results, answers, images),
+        "skipped": skipped,
+        "failed": failed,
+    }
+    return write_page(path, TEMPLATE, fields, whole=_whole)
 
 
 def _planes(ways: Mapping[str, Sequence[Row]]) -> list[str | None]:

@@ -18,9 +18,9 @@ from chiasm.training.features import with_hint
 from chiasm.training.four_bit import four_bit_layers
 from chiasm.training.gradient_checkpointing import checkpointed_layers
 from chiasm.training.learner import learner_of
-from chiasm.training.log import Reporter
 from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.precision import autocast, choose_dtype, stage_precision
+from chiasm.training.reporter import Reporter
 from chiasm.training.schema import Stage
 from chiasm.training.stage_model import StageModel
 from chiasm.training.stages import FreezePlan, enter, require_reached
