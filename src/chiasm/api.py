@@ -111,7 +111,7 @@ def train(
         score_drawings=score_drawings if can_draw(vlm.model) else None,
         resume=resume,
         quiet=quiet,
-        facts_of=cost_facts,
+        facts_of=partial(cost_facts, names=vlm.region_tokens if isinstance(vlm, VLM) else 0),
         keep_models=keep_models,
     )
 

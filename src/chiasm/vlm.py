@@ -125,8 +125,17 @@ class VLM:
         return draw(self.model, self.processor, [prompt], Brush(**brush))[0]
 
     def cost(self, images: int = 1, text_tokens: int = 64) -> Cost:
-        """Parameters by part, visual tokens, FLOPs and KV-cache bytes in closed form."""
-        return cost(self.model, images=images, text_tokens=text_tokens)
+        """Parameters by part, visual tokens, FLOPs and KV-cache bytes in closed form.
+
+        Args:
+            text_tokens: of the prompt; names of a picture's regions are counted as the picture's.
+        """
+        return cost(self.model, images=images, text_tokens=text_tokens, names=self.region_tokens)
+
+    @property
+    def region_tokens(self) -> int:
+        """Tokens of the names of a picture's regions."""
+        return 0 if self._processor is None else self._processor.region_tokens
 
     def to(self, *args: Any, **kwargs: Any) -> "VLM":
         """Moves the model to a device or dtype."""
@@ -140,7 +149,7 @@ class VLM:
         """
 
         def card(place: Path) -> None:
-            write_card(place, self.model, facts=cost_facts(self.model))
+            write_card(place, self.model, facts=cost_facts(self.model, self.region_tokens))
 
         save_whole(folder, self.model, self._processor, card, **kwargs)
 

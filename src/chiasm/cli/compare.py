@@ -64,7 +64,7 @@ def _listed(plan: str, folder: Path, only: list[str], quick: bool) -> list[str]:
     choices, skipped = comparing.cells_of(quickened(loaded) if quick else loaded)
     for one in skipped:
         _say(f"skipped {one.way}: {one.reason}")
-    return comparing.job_list(plan, comparing.select(choices, only), folder, quick)
+    return comparing.job_list(plan, choices, folder, quick, only)
 
 
 def _say(text: str) -> None:

@@ -164,7 +164,8 @@ def _grid(text: str, option: str) -> tuple[int, int]:
 def _show(vlm: Any, as_json: bool, images: int = 1, text_tokens: int = 64) -> None:
     from chiasm.comparison.describe import describe, print_description
 
-    description = describe(vlm.model, images=images, text_tokens=text_tokens)
+    names = getattr(vlm, "region_tokens", 0)
+    description = describe(vlm.model, images=images, text_tokens=text_tokens, names=names)
     if as_json:
         emit(description)
     else:

@@ -79,7 +79,8 @@ class StageLog:
 
     def forgetting(self, done: int, fields: dict[str, Any]) -> None:
         self.log.write("forgetting", self.stage.name, done, **fields)
-        self.reporter.note(f"stage {self.stage.name}, since the run's start: {in_words(fields)}")
+        if words := in_words(fields):
+            self.reporter.note(f"stage {self.stage.name}, since the run's start: {words}")
 
     def end(self, num_steps: int, seconds: float) -> None:
         took = {"seconds": round(seconds, 3)}
