@@ -335,6 +335,8 @@ def test_an_answer_that_never_began_is_an_error(
     [
         {"model": "m\n" * 50_000},
         {"k\n" * 50_000: 1},
+        {"max_tokens": 10**4000},
+        {"n": 10**4000},
         {"messages": [{"role": "user", "content": "a", "k" * 90_000: 1}]},
     ],
 )
