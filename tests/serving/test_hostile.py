@@ -393,6 +393,7 @@ def test_a_page_on_an_allowed_origin_reads_refusals(client: Callable[..., TestCl
     assert "access-control-allow-origin" not in stranger.headers
 
 
-def test_health_is_told_without_a_body(client: Callable[..., TestClient]) -> None:
-    told = client().head("/health")
+@pytest.mark.parametrize("path", ["/health", "/", "/page.js"])
+def test_who_watches_over_a_server_may_ask_for_no_body(client: Callable[..., TestClient], path: str) -> None:
+    told = client().head(path)
     assert told.status_code == 200 and told.content == b""
