@@ -412,6 +412,45 @@ def test_bfloat16_in_software_is_left_to_others(monkeypatch: pytest.MonkeyPatch)
         assert isinstance(ready.chat(tiny.picture(), "What?", max_new_tokens=2), str)
 
 
+@pytest.mark.parametrize(
+    ("verb", "option", "value"),
+    [
+        ("serve", "--max-batch", 0),
+        ("serve", "--max-waiting", -1),
+        ("serve", "--max-tokens", 0),
+        ("serve", "--max-images", -1),
+        ("serve", "--max-pixels", 0),
+        ("serve", "--max-body", 0),
+        ("serve", "--request-seconds", 0),
+        ("serve", "--port", 70_000),
+        ("serve", "--temperature", "nan"),
+        ("serve", "--temperature", -1),
+        ("chat", "--max-new-tokens", 0),
+        ("chat", "--temperature", "inf"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(
+    run: Any, model: Path, monkeypatch: pytest.MonkeyPatch, verb: str, option: str, value: Any
+) -> None:
+    """Before a model is loaded, and not by every answer."""
+    monkeypatch.setattr("chiasm.vlm.load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("chiasm.load", lambda *_: pytest.fail("loaded"))
+    code, _, err = run(verb, model, option, value)
+    assert code == 2 and option.removeprefix("--") in err, err
+
+
+def test_one_answer_on_a_cpu_is_in_float32_too(
+    run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chiasm.load(model).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    monkeypatch.setattr(chiasm.vlm, "best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(chiasm.vlm, "choose_dtype", lambda wanted, device: torch.bfloat16)
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(chiasm.VLM, "stream", lambda self, *_, **__: iter([str(seen.append(self.model.dtype))]))
+    code, _, err = run("chat", tmp_path / "half", "-p", "Hi")
+    assert code == 0 and seen == [torch.float32], err
+
+
 def test_an_engine_on_a_cpu_steps_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half precision has no compiled step, whatever the processor multiplies; packed weights need no conversion."""
     monkeypatch.setattr(chiasm.vlm, "best_device", lambda: torch.device("cpu"))

@@ -166,6 +166,34 @@ def test_the_engine_answers_as_they_do(tmp_path: Path) -> None:
     contracts.check_engine_equals_generate(chiasm.load(tmp_path / "chameleon"), kind=BatchedDecoder)
     _qwen2_vl_with_processor(tmp_path / "qwen2_vl")
     contracts.check_engine_equals_generate(chiasm.load(tmp_path / "qwen2_vl"), kind=LeanDecoder)
+    contracts.check_a_new_picture(chiasm.load(tmp_path / "qwen2_vl"), "encode_pictures")
+
+
+def test_pictures_beyond_the_context_are_refused_by_their_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The patches of some large pictures would take gigabytes before anything counts their tokens."""
+    _qwen2_vl_with_processor(tmp_path)
+    vlm, picture = chiasm.load(tmp_path), tiny.picture().resize((120, 90))
+    asked = [{"role": "user", "content": [{"type": "image"}] * 6 + [{"type": "text", "text": "What?"}]}]
+    tokens = vlm.processor(messages=asked, images=[picture] * 6)["input_ids"][0].tolist()
+    monkeypatch.setattr(vlm.processor, "image_processor", Sized(vlm.processor.image_processor))
+    expected = rf"pictures alone are {tokens.count(vlm.processor.image_token_id)} tokens, .* context is 600; show fewer"
+    with pytest.raises(ValueError, match=expected):
+        vlm.generate([asked], [[picture] * 6])
+
+
+class Sized:
+    """An image processor that tells sizes and makes nothing."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        pytest.fail("made")
 
 
 def test_chameleon_without_a_code(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Pictures → pixels by an image processor: of one size, in rows with a mask where they keep their own, or in tiles."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ def tells_grids(image_processor: Any) -> bool:
 def tells_sizes(image_processor: Any) -> bool:
     """Whether pictures come in tiles of a grid that their size decides on (LLaVA-NeXT)."""
     return "image_sizes" in image_processor.model_input_names
+
+
+def least_tokens(image_processor: Any, pictures: Sequence[Any]) -> int:
+    """Tokens that pictures of their own resolution will have, told by their sizes before a pixel is read; 0 of others,
+    and where it cannot be told."""
+    count = getattr(image_processor, "get_number_of_image_patches", None)
+    if count is None or not tells_grids(image_processor):
+        return 0
+    sizes = [picture.size for picture in pictures if isinstance(picture, Image.Image)]
+    return sum(count(height, width) for width, height in sizes) // image_processor.merge_size**2
 
 
 def read_pixels(image_processor: Any, flat: list[Any], counts: list[int], tiles: int | None) -> Pixels:
