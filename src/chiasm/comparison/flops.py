@@ -36,7 +36,7 @@ def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape,
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-def _convolution_backward(gradient: Shape, features: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+def _convolution_backward(gradient: Shape, features: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
     """As many as forward for the features' gradient, and again for the weights'; PyTorch forgets the groups."""
     *_, transposed, _, _, (of_features, of_weight, _) = rest
     places = prod((features if transposed else gradient)[2:])
