@@ -1,6 +1,7 @@
 """The verbs, end to end on tiny models: what they print, and how they fail."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ import chiasm
 import chiasm.vlm
 import tiny
 from chiasm.cli import app
+from chiasm.cli.app import ORDER
+from chiasm.connectors import PACKAGED
 from chiasm.generation.engine import Engine, Piece
 from chiasm.training.reporter import Reporter, Task, progress_bar
 
@@ -240,7 +243,17 @@ def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
         (["chat", "NOWHERE", "PICTURE", "-p", ""], "-p is '', expected words; write a question, or leave -p out"),
         (["search", "NOWHERE", " "], "the text is ' ', expected words; say what to look for"),
         (["draw", "NOWHERE", "", "-o", "a.png"], "the prompt is '', expected words; say what to draw"),
-        (["frobnicate"], "No such command"),
+        (["frobnicate"], "No such command 'frobnicate' (see chiasm --help)"),
+        (["train"], "Missing argument 'recipe' (see chiasm train --help)"),
+        (["train", "llavaa", "--model", "MODEL", "--data", "DATA", "-o", "OUT"], "did you mean llava?"),
+        (["train", "compare", "--model", "MODEL", "--data", "DATA", "-o", "OUT"], "compare.yaml"),
+        (["train", "llava", "--model", "MODEL", "--data", "DATA", "-o", "DATA"], "is a file; name a folder"),
+        (["demo", "-o", "DATA"], "is a file; name a folder"),
+        (["eval", "MODEL", "--data", "DATA", "--against", "nowhere"], "source 'nowhere' is no alias"),
+        (["serve", "MODEL", "--port", "99999"], "Invalid value for '--port'"),
+        (["serve", "MODEL", "--api-key-file", "no.txt"], "error: no.txt: No such file"),
+        (["pull", "smollm"], "did you mean smollm2-135m-instruct?"),
+        (["connect", "--conector", "mlp", "-o", "OUT"], "No such option: --conector"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
@@ -249,7 +262,7 @@ def test_mistakes_are_one_line_and_exit_2(
     places = {"OUT": tmp_path / "out", "MODEL": model, "DATA": data}
     code, _, err = run(*(places.get(argument, argument) for argument in arguments))
     assert code == 2
-    assert message in err
+    assert message in err and err[err.index("error:") :].count("\n") == 1
     assert "Traceback" not in err
 
 
@@ -286,7 +299,7 @@ RECIPE = ["train", "RECIPE", "--model", "MODEL", "--data", "DATA", "-o", "OUT"]
         (["chat", "MODEL", "-p", "Hi", "--temperature", "nan"], "temperature=nan, expected 0 (greedy) or a finite"),
         (["chat", "MODEL", "-p", "Hi", "--temperature", "inf", "--json"], "temperature=inf, expected 0 (greedy)"),
         (["eval", "MODEL", "--data", "EMPTY"], "holds no data file"),
-        (["eval", "MODEL", "--data", "EMPTY", "-o", "RECIPE"], "recipe is a file; name a folder for the results"),
+        (["eval", "MODEL", "--data", "EMPTY", "-o", "RECIPE"], "recipe' is a file; name a folder"),
         (["data", "check", "DATA", "--max-pixels", "-1"], "max_pixels is -1, expected a whole number above 0"),
         (["data", "check", "DATA", "--max-bytes", "0"], "max_bytes is 0, expected a whole number above 0"),
         (["inspect", "DAMAGED"], "processor_config.json is damaged, it is not JSON"),
@@ -334,6 +347,22 @@ def test_every_verb_has_an_example(run: Any, verb: str) -> None:
     code, out, _ = run(verb, "--help")
     assert code == 0
     assert f"chiasm {verb}" in out
+
+
+def test_the_version_is_told(run: Any) -> None:
+    assert run("--version") == (0, f"{chiasm.__version__}\n", "")
+
+
+def test_verbs_are_listed_as_a_model_comes_about(run: Any) -> None:
+    listed = re.findall(r"^│ (\w+) ", run("--help")[1], re.MULTILINE)
+    assert listed == list(ORDER)
+
+
+def test_help_names_what_there_is_to_choose(run: Any) -> None:
+    recipes = {path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml")} - {"compare", "demo"}
+    for verb, names in (("connect", PACKAGED), ("train", recipes)):
+        words = set(re.findall(r"\w+", run(verb, "--help")[1]))
+        assert names <= words, names - words
 
 
 def test_a_conversation_remembers(run: Any, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,13 @@ class VLM:
     def generate(
         self, messages: list[list[Message]], images: list[list[Any]] | None = None, **decoding: Any
     ) -> list[str]:
-        """One answer for each conversation of a batch, each with its own list of pictures."""
+        """One answer for each conversation of a batch.
+
+        Args:
+            messages: conversations, each a list of chat messages (`{"role": ..., "content": text or parts}`).
+            images: for each conversation the list of its pictures, in the order of its image parts; none if left out.
+            decoding: fields of `Decoding`.
+        """
         images = images if images is not None else [[] for _ in messages]
         return decode.generate(self.model, self.processor, messages, images, Decoding(**decoding))
 
@@ -128,6 +134,7 @@ class VLM:
         """Parameters by part, visual tokens, FLOPs and KV-cache bytes in closed form.
 
         Args:
+            images: pictures in the prompt.
             text_tokens: of the prompt; names of a picture's regions are counted as the picture's.
         """
         return cost(self.model, images=images, text_tokens=text_tokens, names=self.region_tokens)
@@ -170,7 +177,15 @@ class VLM:
 
 def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM | DualEncoder:
     """A Chiasm checkpoint, or a transformers one of a kind in `LOADERS` or `RETRIEVAL_LOADERS`: a `VLM`, or the
-    `DualEncoder` of a retrieval model, told by `model_type` and `architectures` in its configuration."""
+    `DualEncoder` of a retrieval model, told by `model_type` and `architectures` in its configuration.
+
+    Args:
+        source: a folder or a hub id.
+        dtype: of the weights; `auto` keeps the checkpoint's own.
+
+    Raises:
+        ValueError: no model, or one of a kind that is not read; the message lists those that are.
+    """
     source = sources.resolve(source)
     config = read_config(source)
     model_type, kind = config["model_type"], _retrieval_kind(config)

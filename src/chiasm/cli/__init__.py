@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import warnings
+from typing import Any
 
 import typer
 
@@ -44,10 +45,22 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
-            error.show()  # type: ignore[attr-defined]
+            _say_misuse(error)
             sys.exit(2)
         known = isinstance(error, ValueError | OSError | SourceError)
         if not known and type(error).__name__ not in FAULTS:
             raise
-        err.print(f"[red]error:[/red] {one_line(error)}", soft_wrap=True, highlight=False)
+        named = isinstance(error, OSError) and error.filename and error.strerror
+        said = f"{error.filename}: {error.strerror}" if named else error  # type: ignore[attr-defined]
+        err.print(f"[red]error:[/red] {one_line(said)}", soft_wrap=True, highlight=False)
         sys.exit(2 if known else 1)
+
+
+def _say_misuse(error: Any) -> None:
+    """Of a line that is no command: the help where no verb was given, else one line."""
+    context = getattr(error, "ctx", None)
+    if context is None or type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return
+    said = one_line(error.format_message()).rstrip(".")
+    err.print(f"[red]error:[/red] {said} (see {context.command_path} --help)", soft_wrap=True, highlight=False)

@@ -58,7 +58,12 @@ def connect(
         ),
     ] = None,
     connector: Annotated[
-        str | None, typer.Option(help='Connector: a name, or JSON such as \'{"name": "mlp", "depth": 3}\'; else mlp.')
+        str | None,
+        typer.Option(
+            help="Connector: linear, mlp, avg_pool, pixel_shuffle, patch_merger, ldp, c_abstractor, token_packer, "
+            "qformer, perceiver_resampler, idefics2_resampler or one of yours; with options as JSON, such as "
+            '\'{"name": "mlp", "depth": 3}\'; else mlp.'
+        ),
     ] = None,
     fusion: Annotated[
         str | None, typer.Option(help="Where the two meet: early, intermediate, late or unified; else early.")

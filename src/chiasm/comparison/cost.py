@@ -24,7 +24,19 @@ PARTS = ("vision", "connector", "language", "cross_attention")
 
 @dataclass(frozen=True)
 class Cost:
-    """Costs of one prompt; FLOPs count two for each multiply-add of matrix products and convolutions."""
+    """Costs of one prompt; FLOPs count two for each multiply-add of matrix products and convolutions.
+
+    Args:
+        parameters: of each part.
+        visual_tokens: of all its pictures.
+        sequence: places in the language model's sequence.
+        encode_flops: of the vision encoder.
+        connect_flops: of the connector.
+        prefill_flops: of the language model, to read the prompt.
+        decode_flops: of one more token.
+        kv_cache_bytes: of the whole prompt.
+        kv_cache_bytes_per_token: of one place.
+    """
 
     parameters: dict[str, int]
     visual_tokens: int
