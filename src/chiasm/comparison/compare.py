@@ -67,7 +67,7 @@ def compare(
         output: folder of the comparison; one that was stopped goes on.
         quick: a few samples of every cell, and the first layers of the language model.
         jobs: processes, each with one cell at a time; 0 runs the cells here, one after the other. Where `torchrun`
-            started several of this one, every one has its share of the cells.
+            started several of this one, every one has its share of the cells, and a process for each of them.
         only: names of cells, or of ways (a cell without its seed); by default all.
         say: takes a line on what is being done.
         quiet: whether training draws no bar.
@@ -80,7 +80,10 @@ def compare(
     choices, skipped = cells_of(plan)
     chosen = select(choices, only)
     done = {choice.name for choice in choices if finished(plan, choice, output) is not None}
-    waiting = [choice for choice in chosen if choice.name not in done]
+    place, number = (int(os.environ.get(name, usual)) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    jobs = max(jobs, int(number > 1))
+    # a share is one of all cells, not of those that wait: a process that starts late finds fewer of them
+    waiting = [choice for choice in chosen[place::number] if choice.name not in done]
     output.mkdir(parents=True, exist_ok=True)
     saved, text = output / PLAN, yaml.safe_dump(plan.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     if not saved.is_file() or saved.read_text(encoding="utf-8") != text:
@@ -96,8 +99,7 @@ def compare(
         data_of(plan)
         captions_to_find(plan)
     if jobs:
-        place, number = (int(os.environ.get(name, usual)) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
-        failed = _in_processes(waiting[place::number], saved, output, jobs, say)
+        failed = _in_processes(waiting, saved, output, jobs, say)
     else:
         known: dict[str, Any] = {}
         for choice in waiting:
