@@ -27,6 +27,7 @@ from chiasm.comparison.report import write_report
 from chiasm.comparison.results import write_results
 from chiasm.comparison.same_cell import BUDGET, CELLS, RESULT, CellTakenError, Say, finished
 from chiasm.comparison.schema import Plan
+from chiasm.comparison.ways import without_few_shot
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.sources import resolve
 from chiasm.sources.writing import whole_file
@@ -138,11 +139,12 @@ def write_all(
     failed: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """The tables and the report of what is finished of all cells, the `choices`."""
+    folders = {result["name"]: output / CELLS / result["name"] for result in results}
+    rows = {name: EvalResult.load(folder / EVALUATION).rows for name, folder in folders.items()}
+    results = [dict(without_few_shot(result, rows[result["name"]])) for result in results]
     write_results(output, results)
     train, _, test = data_of(plan)
     pictures = {sample.id: sample.images[0] for sample in test if sample.images}
-    folders = {result["name"]: output / CELLS / result["name"] for result in results}
-    rows = {name: EvalResult.load(folder / EVALUATION).rows for name, folder in folders.items()}
     finished_cells = f"{len(results)} of {len(choices)} cells"
     facts = [finished_cells, f"budget: {in_words(plan)}", f"{platform.machine()}, {os.cpu_count()} cores"]
     facts += dict.fromkeys(note for result in results for note in result.get("notes", ()))
