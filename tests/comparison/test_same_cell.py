@@ -1,6 +1,7 @@
 """Which finished and begun cells a plan goes on with, and what two processes do with one cell."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,24 @@ def test_what_another_process_has_is_left_to_it(plan: dict[str, Any], tmp_path: 
     page = done.report.read_text(encoding="utf-8")
     assert "What is not finished" in page and NAMES[0] in page and "What failed" not in page
     assert len(comparing.compare(plan, run).results) == 2
+
+
+def test_a_report_has_what_another_process_ended_while_it_was_written(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, write, other = tmp_path / "run", comparing.write_all, ExitStack()
+
+    def slowly(*given: Any) -> None:
+        other.close()
+        chiasm.compare(plan, run, only=NAMES[1:])
+        write(*given)
+
+    monkeypatch.setattr(comparing, "write_all", slowly)
+    folder = run / "cells" / NAMES[1]
+    folder.mkdir(parents=True)
+    other.enter_context(taken(folder))
+    done = comparing.compare(plan, run)
+    assert [result["name"] for result in done.results] == NAMES == [one["name"] for one in read_results(run)]
 
 
 def lengths(plan: dict[str, Any], *values: int | None) -> list[Plan]:

@@ -113,10 +113,16 @@ def compare(
                 if only:
                     raise
                 failed[choice.name] = _failed(output, choice.name, said, say)
-    results = [result for choice in choices if (result := finished(plan, choice, output)) is not None]
-    if results and not (only and jobs == 0):
+    results, told = _finished(plan, choices, output), 0
+    while len(results) > told and not (only and jobs == 0):  # again where another process ended a cell meanwhile
+        told = len(results)
         write_all(output, plan, choices, results, skipped, failed)
+        results = _finished(plan, choices, output)
     return Comparison(output, results, skipped, failed)
+
+
+def _finished(plan: Plan, choices: Sequence[Choice], output: Path) -> list[dict[str, Any]]:
+    return [result for choice in choices if (result := finished(plan, choice, output)) is not None]
 
 
 def _require_pace(plan: Plan, waiting: Sequence[Choice], output: Path) -> None:
