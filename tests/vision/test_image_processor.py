@@ -291,7 +291,7 @@ def test_a_sources_own_processing_is_read(config: dict, expected: dict, tmp_path
 @pytest.mark.parametrize("size", [{"height": 40, "width": 40}, {"shortest_edge": 20}, 20])
 def test_crops_of_other_shapes_are_refused(size: object, tmp_path: Path) -> None:
     written(tmp_path, **MEAN_STD, do_center_crop=True, size=size, crop_size=SQUARE)
-    with pytest.raises(ValueError, match="wants crop_size .* of pictures of size"):
+    with pytest.raises(ValueError, match=r"wants crop_size .* of pictures of size"):
         image_processor_for(tmp_path, encoder("clip_vision_model", image_size=30, patch_size=10))
 
 
