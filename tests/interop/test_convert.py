@@ -61,6 +61,8 @@ REFERENCES: dict[str, Any] = {
         swin_norm=True, attention_bias=True, mlp_bias=True
     ).save_pretrained(folder),
     "fuyu": lambda folder: test_unified_loaders.fuyu().save_pretrained(folder),
+    "qwen2-vl": lambda folder: test_unified_loaders.qwen2_vl().save_pretrained(folder),
+    "qwen2-vl tied": lambda folder: test_unified_loaders.qwen2_vl(tie_word_embeddings=True).save_pretrained(folder),
 }
 
 
@@ -316,6 +318,23 @@ def test_internvl_may_be_told_of_videos(tmp_path: Path) -> None:
     processor = KINDS["internvl"].export(vlm.model, vlm.processor).processor
     with pytest.raises(ValueError, match="Found 1 <video> tokens in the text but no videos were passed"):
         processor(text="Is <video> a token?")
+
+
+def test_qwen2_vl_keeps_its_processor(tmp_path: Path) -> None:
+    """Pictures of any shape; its class for videos needs torchvision too."""
+    test_unified_loaders.qwen2_vl_with_processor(tmp_path / "first")
+    vlm = chiasm.load(tmp_path / "first")
+    done = convert(vlm.model, vlm.processor, "transformers", tmp_path / "out")
+    assert done.kind == "qwen2_vl" and done.difference is not None and done.difference < 1e-4
+    assert is_torchvision_available() or any("torchvision" in note for note in done.notes)
+    exported, again = KINDS["qwen2_vl"].export(vlm.model, vlm.processor), chiasm.load(tmp_path / "out")
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    for picture in (tiny.picture(), tiny.picture(1).resize((70, 33))):
+        inputs = exported.ask(exported.processor, QUESTION, picture)
+        tokens = theirs.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        text = vlm.chat(picture, "What is it?", max_new_tokens=5)
+        assert exported.processor.decode(tokens, skip_special_tokens=True).strip() == text
+        assert again.chat(picture, "What is it?", max_new_tokens=5) == text
 
 
 @pytest.mark.parametrize("tied", [True, False])

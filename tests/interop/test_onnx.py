@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_unified_loaders
 import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 import chiasm
+import chiasm.api
 import tiny
 from chiasm.connectors import CONNECTORS
 from chiasm.interop.convert import convert
@@ -50,6 +52,30 @@ def test_logits_and_tokens_of_a_padded_batch(vision: str, language: str, connect
         assert torch.equal(ours[:length], theirs[:length])
 
 
+@pytest.mark.slow
+def test_half_precision_and_a_repetition_penalty(tmp_path: Path) -> None:
+    """Graphs of bfloat16 weights compute in float32, and the model's own penalty is theirs."""
+    from chiasm.interop.onnx_model import OnnxModel
+
+    vlm = chiasm.connect(tiny.vision("siglip"), tiny.language("qwen2"), "linear", tokenizer=tiny.tokenizer())
+    vlm.model.to(torch.bfloat16)
+    vlm.model.generation_config.repetition_penalty = 1.7
+    done = chiasm.api.convert(vlm, "onnx", tmp_path / "out")
+    assert done.difference is not None and done.difference < 1e-3 and vlm.model.dtype == torch.bfloat16
+    assert any("the weights are bfloat16; the graphs compute in float32" in note for note in done.notes)
+    asked = [tiny.ask("What?"), tiny.ask("Is this one of those that are red?")]
+    inputs = vlm.processor(messages=asked, images=[[tiny.picture(1)], [tiny.picture(2)]])
+    arrays, model = {name: tensor.numpy() for name, tensor in inputs.items()}, vlm.model.float()
+    graphs, start = OnnxModel(tmp_path / "out"), inputs["input_ids"].shape[1]
+    found = []
+    for told in ({}, {"repetition_penalty": 1.0}):
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, **told)[:, start:]
+        graphs.settings["end_tokens"] = []
+        found.append(torch.from_numpy(graphs.generate(arrays, 8, **told)))
+        assert torch.equal(found[-1], tokens)
+    assert not torch.equal(*found)
+
+
 def test_a_window_of_all_layers_is_kept() -> None:
     """Mistral's configuration tells no layers' kinds."""
     from chiasm.interop.export.onnx import Decoder
@@ -71,6 +97,9 @@ def test_what_has_no_graphs_is_refused(tmp_path: Path) -> None:
     vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer(), **options)
     with pytest.raises(ValueError, match=r"ONNX graphs are for early fusion .* this is fusion 'intermediate'"):
         convert(vlm.model, vlm.processor, "onnx", tmp_path / "out")
+    test_unified_loaders.qwen2_vl().save_pretrained(tmp_path / "qwen2_vl")
+    with pytest.raises(ValueError, match="pictures of one size .* connector 'patch_merger'"):
+        convert(chiasm.load(tmp_path / "qwen2_vl").model, None, "onnx", tmp_path / "out")
 
 
 def test_a_connector_that_fixes_the_number_of_pictures_is_refused(

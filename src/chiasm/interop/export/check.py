@@ -12,6 +12,7 @@ from chiasm.data.captions import CaptionProcessor
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.late import LateFusionModel
+from chiasm.fusion.packed import PackedFusionModel
 from chiasm.fusion.part_dtypes import PartDtypes, part_dtypes
 from chiasm.fusion.tiled import TiledFusionModel
 from chiasm.interop.export.parts import Exported
@@ -91,6 +92,8 @@ def _more(model: FusionModel, inputs: dict[str, Tensor], rows: bool) -> dict[str
         more["decoder_input_ids"] = words
     if model.reads_instruction and "qformer_input_ids" not in inputs:
         more |= {"qformer_input_ids": words, "qformer_attention_mask": words}
+    if isinstance(model, PackedFusionModel):
+        more["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
     if model.config.fusion == "intermediate":
         places = inputs["input_ids"] == model.config.image_token_id
         more["image_attention_mask"] = places.cumsum(dim=1).clamp(max=1)[..., None]
@@ -141,6 +144,12 @@ def blank_inputs(model: FusionModel) -> dict[str, Tensor]:
         size = probe_picture(model).size[::-1]
         count, more = model.tiling.length(*size), {"image_sizes": torch.tensor([size])}
         pixels = torch.randn(1, model.tiling.tiles(*size), 3, *model.vision.image_size, generator=generator)
+    if isinstance(model, PackedFusionModel):
+        tower, side = model.vision.config, model.vision.merge
+        count, more = 6, {"image_grid_thw": torch.tensor([[1, 2 * side, 3 * side]])}
+        pixels = torch.randn(
+            count * side**2, tower.in_channels * tower.temporal_patch_size * tower.patch_size**2, generator=generator
+        )
     ids = torch.cat([torch.full((count,), model.config.image_token_id), words])[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels} | more
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
