@@ -34,7 +34,9 @@ from chiasm.cli import app
 from chiasm.fusion.adapters import add_adapter
 from chiasm.interop.convert import KINDS, ROUTES, convert, route
 from chiasm.interop.export.check import QUESTION, probe_picture
+from chiasm.interop.export.pictures import published_images
 from chiasm.interop.export.prompts import portable_template
+from chiasm.vision.image_processor import ChiasmImageProcessor
 
 REFERENCES: dict[str, Any] = {
     "blip2": lambda folder: test_blip2.reference(folder, "blip2", "opt"),
@@ -153,6 +155,12 @@ def test_a_connected_model_becomes_llava(name: str, tmp_path: Path) -> None:
     made = theirs.generate(**batch, max_new_tokens=5, do_sample=False)[:, batch["input_ids"].shape[1] :]
     told = [one.strip() for one in words.batch_decode(made, skip_special_tokens=True)]
     assert told == [vlm.chat(probe_picture(vlm.model), prompt, max_new_tokens=5) for prompt in prompts]
+
+
+def test_a_crop_is_cut_out_of_the_same_size() -> None:
+    """Where 384 / (384 / 450) is a little less than 450."""
+    images = ChiasmImageProcessor(384, [0.5] * 3, [0.5] * 3, "crop", 384 / 450)
+    assert published_images(images).size["shortest_edge"] == 450 == images.shortest(384)
 
 
 TILED: dict[str, dict[str, Any]] = {

@@ -67,10 +67,10 @@ def test_half_precision_and_a_repetition_penalty(tmp_path: Path) -> None:
     inputs = vlm.processor(messages=asked, images=[[tiny.picture(1)], [tiny.picture(2)]])
     arrays, model = {name: tensor.numpy() for name, tensor in inputs.items()}, vlm.model.float()
     graphs, start = OnnxModel(tmp_path / "out"), inputs["input_ids"].shape[1]
+    model.generation_config.eos_token_id, graphs.settings["end_tokens"] = None, []
     found = []
     for told in ({}, {"repetition_penalty": 1.0}):
-        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, **told)[:, start:]
-        graphs.settings["end_tokens"] = []
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False, **told)[:, start:]
         found.append(torch.from_numpy(graphs.generate(arrays, 8, **told)))
         assert torch.equal(found[-1], tokens)
     assert not torch.equal(*found)
@@ -98,7 +98,7 @@ def test_what_has_no_graphs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ONNX graphs are for early fusion .* this is fusion 'intermediate'"):
         convert(vlm.model, vlm.processor, "onnx", tmp_path / "out")
     test_unified_loaders.qwen2_vl().save_pretrained(tmp_path / "qwen2_vl")
-    with pytest.raises(ValueError, match="pictures of one size .* connector 'patch_merger'"):
+    with pytest.raises(ValueError, match=r"pictures of one size .* connector 'patch_merger'"):
         convert(chiasm.load(tmp_path / "qwen2_vl").model, None, "onnx", tmp_path / "out")
 
 

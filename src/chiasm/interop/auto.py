@@ -25,7 +25,12 @@ from chiasm.fusion.tiled import TiledFusionModel
 from chiasm.fusion.unified import UnifiedModel
 
 GENERATIVE: Any = (
-    *(EarlyFusionModel, EarlySeq2SeqModel, IntermediateFusionModel, PackedFusionModel, TiledFusionModel, UnifiedModel),
+    EarlyFusionModel,
+    EarlySeq2SeqModel,
+    IntermediateFusionModel,
+    PackedFusionModel,
+    TiledFusionModel,
+    UnifiedModel,
 )
 """One of these is taken by the name in the configuration's `architectures`."""
 

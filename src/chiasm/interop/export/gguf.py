@@ -145,9 +145,10 @@ def _notes(model: FusionModel, processor: ChiasmProcessor) -> list[str]:
             f"llama.cpp pads pictures to a square, this model's processor has resize_mode {images.resize_mode!r}: "
             "pictures that are not square look different to it"
         )
-    elif isinstance(images, ChiasmImageProcessor) and images.margin != LLAMA_CPPS_MARGIN:
+    elif isinstance(images, ChiasmImageProcessor):
+        colour = "" if images.margin == LLAMA_CPPS_MARGIN else f" with {LLAMA_CPPS_MARGIN}, not {images.margin}"
         notes.append(
-            f"llama.cpp pads pictures with {LLAMA_CPPS_MARGIN}, this model's processor with {images.margin}: "
-            "pictures that are not square look a little different to it"
+            f"llama.cpp pads pictures{colour} once they are scaled, this model's processor before: pictures that are "
+            "not square look a little different to it"
         )
     return notes
