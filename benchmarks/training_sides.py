@@ -26,9 +26,9 @@ from chiasm.fusion.early import EarlyFusionModel
 from chiasm.training import trainer
 from chiasm.training.batches import Order
 from chiasm.training.features import Features
-from chiasm.training.log import Reporter
 from chiasm.training.optimization import Taken
 from chiasm.training.recipe import load_recipe
+from chiasm.training.reporter import Reporter
 from chiasm.training.source import Source, survey
 from chiasm.training.stage_model import AnswerModel
 from chiasm.training.stage_run import StageRun

@@ -16,10 +16,9 @@ from safetensors import SafetensorError
 import chiasm
 import chiasm.vlm
 import tiny
-from chiasm.api import progress_bar
 from chiasm.cli import app
 from chiasm.generation.engine import Engine, Piece
-from chiasm.training.log import Reporter, Task
+from chiasm.training.reporter import Reporter, Task, progress_bar
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
 
@@ -510,7 +509,7 @@ def test_unified_fusion_is_connected_inspected_and_draws(run: Any, tmp_path: Pat
 
 
 def test_long_work_is_told_where_nobody_watches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr("chiasm.training.log.PLAIN_SECONDS", -1.0)
+    monkeypatch.setattr("chiasm.training.reporter.PLAIN_SECONDS", -1.0)
     with progress_bar("answering", Console(stderr=True)) as update:
         for done, total in ((1, 2), (2, 2), (1, 4)):  # the pictures first, then the questions
             update(done, total)
@@ -523,8 +522,8 @@ def test_the_time_left_goes_by_the_pace_since_the_first_units(
 ) -> None:
     """The first step of a run comes after its pictures are encoded."""
     now = [0.0]
-    monkeypatch.setattr("chiasm.training.log.PLAIN_SECONDS", -1.0)
-    monkeypatch.setattr("chiasm.training.log.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("chiasm.training.reporter.PLAIN_SECONDS", -1.0)
+    monkeypatch.setattr("chiasm.training.reporter.time", SimpleNamespace(monotonic=lambda: now[0]))
     task = Task(Reporter("plain", Console(stderr=True)), "step", 10, 0)
     for now[0] in (100.0, 102.0):
         task.advance()

@@ -1,20 +1,15 @@
 """`train` and `evaluate` on a model and data given by name: what the command line and a notebook call."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from chiasm.comparison.describe import cost_facts
 from chiasm.data.few_shot import MOST_CANDIDATES, draw_examples
 from chiasm.data.readers import read, read_train
 from chiasm.data.schema import ImageError, SampleError, Samples
-from chiasm.data.splits import Subset
+from chiasm.data.splits import spread
 from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.drawing import drawing_fields, evaluate_drawings, known_requests, requests
 from chiasm.evaluation.evaluate import EvalResult
@@ -29,10 +24,10 @@ from chiasm.interop.convert import Converted
 from chiasm.interop.convert import convert as convert_model
 from chiasm.sources.writing import refuse_to_overwrite
 from chiasm.training.features import with_hint
-from chiasm.training.log import Reporter, Task
 from chiasm.training.preview import StagePreview
 from chiasm.training.preview import preview as preview_stages
 from chiasm.training.recipe import load_recipe
+from chiasm.training.reporter import Reporter
 from chiasm.training.run import DRAWN
 from chiasm.training.schema import Recipe
 from chiasm.training.team import take_own_device
@@ -41,6 +36,8 @@ from chiasm.training.trainer import train as train_model
 from chiasm.vlm import VLM, best_device, load, ready_to_answer
 
 Progress = Callable[[int, int], None]
+READ = {"answers": ("metric", "shots"), "retrieval": (), "zero-shot": ("templates",), "drawing": ("judge", "not_in")}
+"""Task of `evaluate` → options that it alone reads."""
 
 
 def convert(
@@ -189,11 +186,7 @@ def evaluate(
     task, known = task or _task_of(vlm), _tasks_of(vlm)
     if task not in known:
         raise ValueError(f"task {task!r} is not one of this model; choose of {', '.join(known)}")
-    unread: dict[str, Any] = {"metric": metric, "shots": shots} if task != "answers" else {}
-    unread |= {"templates": templates} if task != "zero-shot" else {}
-    unread |= {"judge": judge, "not_in": not_in} if task != "drawing" else {}
-    if named := next((name for name, value in unread.items() if value), None):
-        raise ValueError(f"{named}={unread[named]!r} is not for task {task!r}, which does not read it; leave it out")
+    _refuse_unread(task, metric=metric, shots=shots, templates=templates, judge=judge, not_in=not_in)
     if shots and isinstance(vlm, DualEncoder):
         raise ValueError(f"shots={shots}: a model of two towers reads one question and no examples; leave shots out")
     samples, asked = read(data, split=split), list[str]()
@@ -230,6 +223,11 @@ def evaluate(
     return result
 
 
+def _refuse_unread(task: str, **given: Any) -> None:
+    if named := next((name for name, value in given.items() if value and name not in READ[task]), None):
+        raise ValueError(f"{named}={given[named]!r} is not for task {task!r}, which does not read it; leave it out")
+
+
 def _examples(data: Any, samples: Samples, shots: int, shots_from: Any, skip_bad: bool) -> Sequence[Samples] | None:
     if not shots:
         return None
@@ -254,35 +252,3 @@ def _judge(model: DualEncoder | str | Path) -> Any:
     if not isinstance(encoder, DualEncoder) or not isinstance(encoder.model, LateFusionModel):
         raise ValueError(f"judge {model} gives no vector a picture; name a model of two towers (fusion late)")
     return encoder.embed_images
-
-
-def spread(samples: Samples, limit: int | None) -> Samples:
-    """At most `limit` samples, evenly spread over the data."""
-    if limit is None or limit >= len(samples):
-        return samples
-    return Subset(samples, [index * len(samples) // limit for index in range(limit)])
-
-
-@contextmanager
-def progress_bar(what: str, console: Console) -> Iterator[Progress]:
-    """A bar for `progress(done, total)` callbacks; where nobody watches, a line now and then."""
-    if not console.is_terminal:
-        yield _Lines(what, console)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-class _Lines:
-    """Progress as plain lines; a smaller `done` than before begins anew."""
-
-    def __init__(self, what: str, console: Console) -> None:
-        self.reporter, self.what = Reporter("plain", console), what
-        self.task = Task(self.reporter, what, 0, 0)
-
-    def __call__(self, done: int, total: int) -> None:
-        if done < self.task.done or total != self.task.total:
-            self.task = Task(self.reporter, self.what, total, 0)
-        self.task.advance(done - self.task.done)

@@ -25,6 +25,7 @@ from chiasm.training.log import read_log
 from chiasm.training.pace import seconds_per_sample
 from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
+from chiasm.training.reporter import progress_bar
 from chiasm.training.run import LOG
 
 FEATURES = {"layers": ["stage5", "head"], "grid": [2, 2], "reduce": "pool"}
@@ -71,7 +72,7 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, console: Console 
             overrides=QUICK if quick else (),
         )
     test = EmojiScenes("test", size=max(12, int(TESTS * share)), seed=seed, weights=SKILLS)
-    with _phase("evaluate", seconds, console), api.progress_bar("answering", console) as update:
+    with _phase("evaluate", seconds, console), progress_bar("answering", console) as update:
         result = api.evaluate(model, test, batch_size=50, max_new_tokens=8, progress=update)
         result.save(output / "evaluation")
     with _phase("report", seconds, console):

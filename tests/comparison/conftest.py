@@ -1,13 +1,16 @@
 """A plan of two cells on tiny models in folders, which takes seconds."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+import chiasm
 import tiny
+from chiasm.comparison import cell
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
 
@@ -45,3 +48,18 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "training": {"dtype": "float32", "validations": 2, "validation_samples": 2},
         "evaluation": {"max_new_tokens": 3, "repeats": 1, "pictures": 12},
     }
+
+
+@pytest.fixture
+def stop_when_trained(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any], Path], None]:
+    """Begins a plan's first cell in a folder, and stops when it is trained and not yet asked."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def begin(plan: dict[str, Any], folder: Path) -> None:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(cell, "_evaluate", stop)
+            chiasm.compare(plan, folder, only=["linear-early-frozen-seed0"])
+
+    return begin

@@ -8,7 +8,8 @@ from test_report import answers, result
 
 from chiasm.comparison.choices import expand
 from chiasm.comparison.claims import AGAINST, BLIND, EQUAL, ONCE, OPEN, SUPPORTED, judge, to_markdown
-from chiasm.comparison.plan import Claim, load_plan
+from chiasm.comparison.plan import load_plan
+from chiasm.comparison.schema import Claim
 
 PLANS = sorted((Path(__file__).parents[2] / "recipes/claims").glob("*.yaml"))
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from chiasm.comparison import cell
 from chiasm.comparison import compare as comparing
 from chiasm.comparison.compare import cells_of, job_list
 from chiasm.comparison.plan import load_plan
+from chiasm.comparison.quick import QUICK
 from chiasm.comparison.results import read_results
 from chiasm.connectors import CONNECTORS
 from chiasm.connectors.own import own_connectors
@@ -51,17 +53,12 @@ def test_a_plan_end_to_end_and_again(plan: dict[str, Any], tmp_path: Path, monke
         chiasm.compare(plan | {"budget": {"samples": 12}}, run)
 
 
-def test_a_stopped_cell_goes_on(plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_cell_goes_on(
+    plan: dict[str, Any], tmp_path: Path, stop_when_trained: Callable[[dict[str, Any], Path], None]
+) -> None:
     whole = chiasm.compare(plan, tmp_path / "whole", only=["linear-early-frozen"])
     assert whole.results[0]["name"] == "linear-early-frozen-seed0"
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(cell, "_evaluate", stop)
-        with pytest.raises(KeyboardInterrupt):
-            chiasm.compare(plan, tmp_path / "run", only=["linear-early-frozen-seed0"])
+    stop_when_trained(plan, tmp_path / "run")
     again = chiasm.compare(plan, tmp_path / "run", only=["linear-early-frozen-seed0"])
     assert again.results[0]["summary"] == whole.results[0]["summary"]
     assert again.results[0]["training"]["curve"] == whole.results[0]["training"]["curve"]
@@ -215,7 +212,7 @@ def test_a_quick_comparison_is_of_the_first_layers(
     plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does all that a whole one does, keeps no model, and is not taken for the whole one."""
-    monkeypatch.setitem(comparing.QUICK, "layers", 2)
+    monkeypatch.setitem(QUICK, "layers", 2)
     plan["base"] |= {"cross_attention": {"heads": 3, "head_dim": 8}}
     cells = [{"connector": "linear", "fusion": fusion} for fusion in ("early", "intermediate", "unified")]
     plan |= {"grid": None, "cells": cells}

@@ -6,22 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-import chiasm
 import tiny
 from chiasm.comparison import finding
 from chiasm.comparison.finding import find_pictures
 from chiasm.data.collation import Item, collate, encode_sample, load_pixels
 from chiasm.evaluation.retrieval import places_of
-from chiasm.vision.image_processor import ChiasmImageProcessor
 from training import helpers
 
 SAMPLES = [helpers.sample(index) for index in range(4)]
-
-
-def late() -> chiasm.DualEncoder:
-    pictures = ChiasmImageProcessor(30, [0.5] * 3, [0.5] * 3)
-    options = {"tokenizer": tiny.tokenizer(), "image_processor": pictures}
-    return chiasm.connect(tiny.vision(), tiny.language(), {"name": "linear", "space": 9}, "late", **options)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +38,7 @@ def test_a_captions_scores_are_the_models_mean_log_likelihoods(
 
 
 def test_pictures_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for model in (helpers.vlm(), late()):
+    for model in (helpers.vlm(), helpers.dual_encoder()):
         seen: list[int] = []
         encode = type(model.model).encode_images
 
@@ -61,7 +53,7 @@ def test_pictures_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_towers_find_by_cosine() -> None:
-    model = late()
+    model = helpers.dual_encoder()
     cosines = model.score([sample.images[0].load() for sample in SAMPLES], [sample.answer for sample in SAMPLES]).T
     found = find_pictures(model.model, model.processor, SAMPLES)
     assert found is not None

@@ -1,12 +1,12 @@
 """A comparison goes on with the data and the models that it began with."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import chiasm
-from chiasm.comparison import cell
 
 
 @pytest.mark.parametrize("changed", ["train/data.json", "language/model.safetensors"])
@@ -21,15 +21,9 @@ def test_a_comparison_does_not_go_on_with_other_data(plan: dict[str, Any], chang
 
 
 def test_a_run_begun_on_other_data_starts_anew(
-    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: dict[str, Any], tmp_path: Path, stop_when_trained: Callable[[dict[str, Any], Path], None]
 ) -> None:
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(cell, "_evaluate", stop)
-        with pytest.raises(KeyboardInterrupt):
-            chiasm.compare(plan, tmp_path / "run", only=["linear-early-frozen"])
+    stop_when_trained(plan, tmp_path / "run")
     data = tmp_path / "train/data.json"
     data.write_text(data.read_text().replace("green", "olive"))
     again = chiasm.compare(plan, tmp_path / "run", only=["linear-early-frozen"]).results[0]

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from chiasm.comparison.choices import expand
-from chiasm.comparison.compare import places, quickened
+from chiasm.comparison.compare import places
 from chiasm.comparison.plan import SECTIONS, load_plan
+from chiasm.comparison.quick import quickened
 from chiasm.comparison.reference import SECTIONS as PAGE
 from chiasm.comparison.reference import markdown
 from chiasm.comparison.same_cell import identity

@@ -19,7 +19,6 @@ from chiasm.evaluation.skills import to_table
 from chiasm.evaluation.usable import of_one_picture
 from chiasm.evaluation.zero_shot import label_vectors
 from chiasm.fusion.qformer_retrieval import build_retrieval
-from chiasm.vision.image_processor import ChiasmImageProcessor
 from training import helpers
 
 
@@ -65,12 +64,6 @@ def test_a_model_is_scored_in_both_directions(rerank: int) -> None:
         assert result.text_to_image == recall(scores.T, right.T, (1, 10))
 
 
-def late() -> chiasm.DualEncoder:
-    pictures = ChiasmImageProcessor(30, [0.5] * 3, [0.5] * 3)
-    options = {"tokenizer": tiny.tokenizer(), "image_processor": pictures}
-    return chiasm.connect(tiny.vision(), tiny.language(), {"name": "linear", "space": 9}, "late", **options)
-
-
 def seeing(encoder: chiasm.DualEncoder) -> chiasm.DualEncoder:
     """The encoder, whose vectors of the four colours' pictures and names are told apart perfectly."""
     colours = list(helpers.COLOURS)
@@ -92,7 +85,7 @@ def seeing(encoder: chiasm.DualEncoder) -> chiasm.DualEncoder:
 
 def test_two_towers_are_scored_beside_the_wrong_picture() -> None:
     samples = [helpers.sample(index) for index in range(12)]
-    encoder = late()
+    encoder = helpers.dual_encoder()
     result = evaluate_retrieval(encoder.model, encoder.processor, samples, ks=(1, 12))
     with torch.no_grad():
         scores = encoder.score([s.images[0].load() for s in samples], [s.answer for s in samples])
@@ -109,12 +102,12 @@ def test_samples_without_exactly_one_picture_are_left_out_and_counted() -> None:
     samples = [helpers.sample(index) for index in range(12)]
     mixed = [*samples[:6], helpers.sample(20, images=0), *samples[6:], helpers.sample(21, images=2)]
     for task in ("retrieval", "zero-shot"):
-        alone = chiasm.api.evaluate(late(), samples, task=task)
-        result = chiasm.api.evaluate(late(), mixed, task=task)
+        alone = chiasm.api.evaluate(helpers.dual_encoder(), samples, task=task)
+        result = chiasm.api.evaluate(helpers.dual_encoder(), mixed, task=task)
         assert result.summary == alone.summary
         assert "samples left out, since they do not have exactly one picture: 2" in result.notes
         with pytest.raises(ValueError, match="none of the 1 samples has exactly one picture"):
-            chiasm.api.evaluate(late(), [helpers.sample(1, images=2)], task=task)
+            chiasm.api.evaluate(helpers.dual_encoder(), [helpers.sample(1, images=2)], task=task)
     kept, _ = of_one_picture(mixed)
     assert isinstance(kept, Subset) and list(kept) == samples
 
@@ -126,13 +119,13 @@ def test_an_error_does_not_advise_what_was_given(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(chiasm.api, "evaluate_retrieval", gone)
     for skip_bad in (False, True):
         with pytest.raises(ValueError, match=r"7\.png") as told:
-            chiasm.api.evaluate(late(), [helpers.sample(0)], task="retrieval", skip_bad=skip_bad)
+            chiasm.api.evaluate(helpers.dual_encoder(), [helpers.sample(0)], task="retrieval", skip_bad=skip_bad)
         assert ("--skip-bad" in str(told.value)) != skip_bad
 
 
 def test_seeing_beats_the_control() -> None:
     samples = [helpers.sample(index) for index in range(12)]
-    found = chiasm.api.evaluate(seeing(late()), samples)
+    found = chiasm.api.evaluate(seeing(helpers.dual_encoder()), samples)
     names = [row["skill"] for row in found.summary]
     assert names == [f"{way}, recall@{k}" for way in ("image → text", "text → image") for k in (1, 5, 10)]
     first = found.summary[0]
@@ -143,7 +136,7 @@ def test_seeing_beats_the_control() -> None:
 
 def test_zero_shot_classification_by_prompts() -> None:
     samples = [helpers.sample(index) for index in range(12)]
-    encoder = seeing(late())
+    encoder = seeing(helpers.dual_encoder())
     found = chiasm.api.evaluate(encoder, samples, task="zero-shot", templates=["{}", "the colour {}"])
     assert [row["skill"] for row in found.summary] == ["accuracy@1", "accuracy@5"]
     assert found.summary[0]["accuracy"] == 1.0 and found.summary[0]["control_accuracy"] < 0.5
@@ -152,7 +145,7 @@ def test_zero_shot_classification_by_prompts() -> None:
 
 
 def test_a_labels_vector_is_the_mean_of_its_prompts() -> None:
-    encoder = late()
+    encoder = helpers.dual_encoder()
     vectors = label_vectors(encoder.model, encoder.processor, ["cat", "dog"], ["{}", "a {}"])
     by_hand = encoder.embed_texts(["cat", "a cat"]).mean(dim=0)
     torch.testing.assert_close(vectors[0], by_hand / by_hand.norm(), rtol=1e-4, atol=1e-5)
@@ -165,7 +158,8 @@ def test_a_labels_vector_is_the_mean_of_its_prompts() -> None:
 @pytest.mark.parametrize(("task", "skills"), [("retrieval", 2), ("zero-shot", 1)])
 def test_two_models_are_compared_query_by_query(task: str, skills: int, tmp_path: Path) -> None:
     samples = [helpers.sample(index) for index in range(12)] * 2
-    here, there = (chiasm.api.evaluate(encoder, samples, task=task) for encoder in (seeing(late()), late()))
+    encoders = (seeing(helpers.dual_encoder()), helpers.dual_encoder())
+    here, there = (chiasm.api.evaluate(encoder, samples, task=task) for encoder in encoders)
     compared = paired.compare(here, EvalResult.load(there.save(tmp_path)))
     assert [row["n"] for row in compared] == [24] * skills + [24 * skills]
     first = {row["skill"]: row["accuracy"] for row in there.summary}
@@ -185,7 +179,7 @@ def test_two_models_are_compared_query_by_query(task: str, skills: int, tmp_path
 )
 def test_what_a_task_does_not_read_is_refused(task: str, given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"is not for task '{task}', which does not read it"):
-        chiasm.api.evaluate(late(), [helpers.sample(index) for index in range(4)], task=task, **given)
+        chiasm.api.evaluate(helpers.dual_encoder(), [helpers.sample(index) for index in range(4)], task=task, **given)
 
 
 def test_tasks_that_a_model_does_not_have_are_refused() -> None:
@@ -193,11 +187,11 @@ def test_tasks_that_a_model_does_not_have_are_refused() -> None:
     with pytest.raises(ValueError, match="task 'retrieval' is not one of this model; choose of answers"):
         chiasm.api.evaluate(helpers.vlm(), samples, task="retrieval")
     with pytest.raises(ValueError, match="this model has no answer head"):
-        chiasm.api.evaluate(late(), samples, task="answers")
+        chiasm.api.evaluate(helpers.dual_encoder(), samples, task="answers")
 
 
 def test_answers_of_two_towers_are_scored_per_skill() -> None:
-    encoder = late()
+    encoder = helpers.dual_encoder()
     encoder.model.add_answer_head(list(helpers.COLOURS), combine="product", hidden=5)
     found = chiasm.api.evaluate(encoder, [helpers.sample(index) for index in range(8)])
     assert found.summary[-1]["n"] == 8 and found.summary[-1]["control_n"] == 8

@@ -19,7 +19,6 @@ import tiny
 from chiasm.data.captions import CaptionProcessor
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval, build_retrieval
 from chiasm.interop.blip2_retrieval import load_blip2_retrieval
-from chiasm.objectives.masks import unimodal_mask
 from chiasm.vlm import load_vlm
 from training import helpers
 
@@ -92,7 +91,8 @@ def test_one_pass_with_the_unimodal_mask_equals_two_passes() -> None:
     model = retrieval()
     connector, (ids, mask) = model.connector, texts()
     patches = model.patches(torch.randn(3, 3, 30, 30))
-    joint = unimodal_mask(connector.num_tokens, mask)
+    apart = torch.block_diag(torch.ones(2 * [connector.num_tokens]), torch.ones(2 * [mask.shape[1]])).bool()
+    joint = apart & torch.nn.functional.pad(mask.bool(), (connector.num_tokens, 0), value=True)[:, None]
     with torch.no_grad():
         queries, words = connector.encode(connector.query_tokens(patches), ids, joint, patches)
         alone, _ = connector.encode(connector.query_tokens(patches), features=patches)

@@ -26,6 +26,7 @@ import chiasm
 import contracts
 import tiny
 from chiasm.fusion.adapters import add_adapter
+from chiasm.generation import constraint as constraint_module
 from chiasm.generation import engine as engine_module
 from chiasm.generation.batched import BatchedDecoder
 from chiasm.generation.decode import Decoding, prepare
@@ -435,14 +436,14 @@ def test_a_slow_schema_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> 
     """Others are prepared and answered while a form is compiled."""
     vlm, compiling, go_on = connect(), threading.Event(), threading.Event()
     engine = Engine(vlm.model, vlm.processor)
-    compiled = engine_module.Constraint
+    compiled = constraint_module.Constraint
 
     def slow(*arguments: Any) -> Any:
         compiling.set()
         assert go_on.wait(30)
         return compiled(*arguments)
 
-    monkeypatch.setattr(engine_module, "Constraint", slow)
+    monkeypatch.setattr(constraint_module, "Constraint", slow)
     tickets: list[Any] = []
     decoding = Decoding(choices=("red", "green"), max_new_tokens=30)
     asking = threading.Thread(target=lambda: tickets.append(engine.submit(ask("What?"), [picture()], decoding)))
@@ -458,8 +459,8 @@ def test_a_slow_schema_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_form_of_several_answers_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them follows it by itself, as if it were alone."""
     vlm, compiled = connect(), []
-    constraint = engine_module.Constraint
-    monkeypatch.setattr(engine_module, "Constraint", lambda *given: compiled.append(1) or constraint(*given))
+    constraint = constraint_module.Constraint
+    monkeypatch.setattr(constraint_module, "Constraint", lambda *given: compiled.append(1) or constraint(*given))
     engine = Engine(vlm.model, vlm.processor)
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
     drawn = [Decoding(max_new_tokens=60, json_schema=schema, temperature=1.0, seed=seed) for seed in range(6)]

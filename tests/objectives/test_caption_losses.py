@@ -1,12 +1,9 @@
 """The three losses of a batch: against the model's own scores, alone, and over two processes."""
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed as dist
 from torch.nn import functional as F
 
 import tiny
@@ -14,6 +11,7 @@ from chiasm.fusion.qformer_retrieval import QFormerRetrieval, build_retrieval
 from chiasm.objectives import CAPTION_OBJECTIVES
 from chiasm.objectives.captions import caption_losses
 from chiasm.objectives.processes import gather
+from objectives.two_processes import joined, results_of
 from training import helpers
 
 
@@ -123,18 +121,8 @@ def test_the_same_picture_or_text_is_never_a_negative() -> None:
         assert len(seen[-1]) == 6 and losses["matching"].item() == pytest.approx(0.6931, abs=1e-3)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def process(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        own = slice(0, 3) if rank == 0 else slice(3, 5)
+    with joined(rank, port) as own:
         rows = torch.arange(10.0).reshape(5, 2)[own].requires_grad_()
         everyone, first = gather(rows)
         assert torch.equal(everyone, torch.arange(10.0).reshape(5, 2)) and first == own.start
@@ -146,13 +134,10 @@ def process(rank: int, port: int, folder: str) -> None:
         sum(losses.values()).backward()
         gradient = retrieval.connector.text_projection.weight.grad
         torch.save([losses["contrastive"].detach(), gradient], Path(folder) / str(rank))
-    finally:
-        dist.destroy_process_group()
 
 
 def test_two_processes_compare_with_each_others_pairs(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(process, (free_port(), str(tmp_path)), nprocs=2)
-    parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    parts = results_of(process, tmp_path)
     whole = caption_losses(model(), batch(5), ["contrastive"])["contrastive"]
     torch.testing.assert_close(parts[0][0] + parts[1][0], whole.detach(), rtol=1e-4, atol=1e-5)
     assert all(gradient.abs().sum() > 0 for _, gradient in parts)

@@ -1,15 +1,12 @@
 """Losses of two towers: by hand, as transformers has them, in chunks, and over two processes as over one."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_caption_losses import free_port
 from torch import Tensor
-from torch import distributed as dist
 
 import chiasm
 import tiny
@@ -18,6 +15,7 @@ from chiasm.language.next_token import IGNORE
 from chiasm.objectives.gradient_cache import in_chunks
 from chiasm.objectives.late import LARGEST_SCALE, answer_loss, pair_losses
 from chiasm.objectives.sigmoid import sigmoid_loss
+from objectives.two_processes import joined, results_of
 
 KINDS = {"contrastive": None, "sigmoid": -3.0}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -123,11 +121,7 @@ def test_answers_beyond_the_list_have_no_loss() -> None:
 
 
 def process(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        own = slice(0, 3) if rank == 0 else slice(3, 5)
+    with joined(rank, port) as own:
         results: dict[str, Any] = {}
         for objective in KINDS:
             made = model(objective)
@@ -136,8 +130,6 @@ def process(rank: int, port: int, folder: str) -> None:
             loss.backward()
             results[objective] = [loss.detach(), gradients(made)]
         torch.save(results, Path(folder) / str(rank))
-    finally:
-        dist.destroy_process_group()
 
 
 def _with_duplicates(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,8 +139,7 @@ def _with_duplicates(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_two_processes_are_one_big_batch(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(process, (free_port(), str(tmp_path)), nprocs=2)
-    parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    parts = results_of(process, tmp_path)
     for objective in KINDS:
         made = model(objective)
         whole = pair_losses(made, _with_duplicates(batch(5)), [objective])[objective]

@@ -18,7 +18,7 @@ import contracts
 import tiny
 from chiasm.data.schema import ImageRef, Sample
 from chiasm.training.log import read_log
-from chiasm.training.stage_run import StageRun
+from chiasm.training.optimization import Optimization
 from chiasm.training.trainer import TrainResult, train
 from chiasm.vision.image_processor import ChiasmImageProcessor
 
@@ -131,7 +131,7 @@ class Killed(BaseException):
 @contextmanager
 def killed_at(step: int) -> Iterator[None]:
     """Kills the run inside before its `step`-th optimizer step, counted over all stages."""
-    optimize, steps = StageRun._optimize, count(1)
+    optimize, steps = Optimization.take, count(1)
 
     def dying(self: Any, *arguments: Any) -> Any:
         if next(steps) == step:
@@ -139,7 +139,7 @@ def killed_at(step: int) -> Iterator[None]:
         return optimize(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(StageRun, "_optimize", dying)
+        patch.setattr(Optimization, "take", dying)
         yield
 
 

@@ -39,16 +39,16 @@ def test_a_run_keeps_four_bits_and_ends_with_full_weights(
 ) -> None:
     import bitsandbytes
 
-    from chiasm.training import stage_run
+    from chiasm.training.optimization import Optimization
 
     seen: list[Any] = []
-    optimize = stage_run.StageRun._optimize
+    optimize = Optimization.take
 
     def watched(self: Any, step: int, batches: Any) -> Any:
-        seen.append(sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in self.model.modules()))
+        seen.append(sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in self.engine.model.modules()))
         return optimize(self, step, batches)
 
-    monkeypatch.setattr(stage_run.StageRun, "_optimize", watched)
+    monkeypatch.setattr(Optimization, "take", watched)
     model = helpers.vlm()
     before = helpers.weights(model)
     stages = [helpers.stage("first", parts=helpers.LORA), helpers.stage("second", parts=QLORA, dtype=dtype)]

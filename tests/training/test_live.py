@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from chiasm.training.live import Dashboard, curve_of
-from chiasm.training.log import Reporter
+from chiasm.training.reporter import Reporter
 
 
 def shown(dashboard: Dashboard, width: int = 100) -> str:

@@ -32,6 +32,7 @@ from chiasm.training.batches import Order
 from chiasm.training.errors import TrainingError
 from chiasm.training.late_stage import PairModel
 from chiasm.training.log import read_log
+from chiasm.training.optimization import Optimization
 from chiasm.training.parallel import Sharded
 from chiasm.training.recipe import load_recipe
 from chiasm.training.schema import Stage
@@ -161,14 +162,14 @@ def stop(folder: Path, strategy: str, **settings: Any) -> None:
 
 def told_to_end(folder: Path, step: int, **settings: Any) -> None:
     """A run whose second process alone gets SIGTERM in a step; both end, and only the first one says why."""
-    optimize, steps = stage_run.StageRun._optimize, count(1)
+    optimize, steps = Optimization.take, count(1)
 
     def terminating(self: Any, *arguments: Any) -> Any:
         if next(steps) == step and self.team.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return optimize(self, *arguments)
 
-    with patch.object(stage_run.StageRun, "_optimize", terminating), pytest.raises(Terminated) as ended:
+    with patch.object(Optimization, "take", terminating), pytest.raises(Terminated) as ended:
         train(folder, "uncached", **settings)
     assert ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -12,9 +12,10 @@ from rich.console import Console
 
 import chiasm.api
 from chiasm.data.schema import ImageRef
-from chiasm.training.log import plan_table, read_log, short
+from chiasm.training.log import read_log
 from chiasm.training.preview import preview, print_preview
 from chiasm.training.recipe import apply_overrides, load_recipe
+from chiasm.training.reporter import plan_table, short
 
 DORA = {"*": "frozen", "language": {"tune": "dora", "lr": 0.1, "rank": 2}}
 RECIPE = load_recipe({"stages": [helpers.stage(), helpers.stage("second", parts=DORA, batch_size=8, steps=6)]})

@@ -200,8 +200,11 @@ def test_pictures_may_move_but_not_change(tmp_path: Path, shard: bool) -> None:
 
 def test_settings_without_effect_on_weights_may_change(tmp_path: Path) -> None:
     recipe = {"stages": [helpers.stage()]}
-    helpers.run(tmp_path / "run", recipe)
-    helpers.run(tmp_path / "run", recipe, overrides=["checkpoint_every=1h", "keep_checkpoints=5", "skip_bad=true"])
+    first = helpers.run(tmp_path / "run", recipe)
+    steps = [event for event in read_log(first.log) if event["event"] == "step"]
+    overrides = ["checkpoint_every=1h", "keep_checkpoints=5", "skip_bad=true"]
+    again = helpers.run(tmp_path / "run", recipe, overrides=overrides)
+    assert [event for event in read_log(again.log) if event["event"] == "step"] == steps, "it was trained again"
 
 
 def test_what_a_fault_recommends_is_taken_by_the_same_run(tmp_path: Path) -> None:

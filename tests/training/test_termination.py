@@ -18,7 +18,7 @@ import torch
 
 import chiasm
 from chiasm.training.log import read_log
-from chiasm.training.stage_run import StageRun
+from chiasm.training.optimization import Optimization
 from chiasm.training.termination import EXIT_CODE, Terminated, hears_sigterm
 
 RECIPE = {"stages": [helpers.stage(checkpoint_every=100), helpers.stage("more", steps=2, parts=helpers.LORA)]}
@@ -27,14 +27,14 @@ LONG = {"stages": [helpers.stage(steps=60, checkpoint_every=1000)], "forgetting"
 
 def signalled(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """SIGTERM comes within these optimizer steps, counted over all stages and runs."""
-    optimize, taken = StageRun._optimize, count(1)
+    optimize, taken = Optimization.take, count(1)
 
     def signalling(self: Any, *arguments: Any) -> Any:
         if next(taken) in steps:
             os.kill(os.getpid(), signal.SIGTERM)
         return optimize(self, *arguments)
 
-    monkeypatch.setattr(StageRun, "_optimize", signalling)
+    monkeypatch.setattr(Optimization, "take", signalling)
 
 
 @pytest.mark.parametrize(("step", "stage"), [(2, "align"), (4, "align"), (5, "more")])

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 import chiasm.vision.fast_inference as fast
-from chiasm.vision.efficientnet_lite import FEATURE_MAPS, ConvNorm, EfficientNetLiteConfig, EfficientNetLiteModel
+from chiasm.vision.efficientnet_lite import (
+    FEATURE_MAPS,
+    STEM_CHANNELS,
+    ConvNorm,
+    EfficientNetLiteConfig,
+    EfficientNetLiteModel,
+)
 from chiasm.vision.fast_inference import fast_inference, fold_batch_norms
 
 VARIANTS = {0: (1.0, 1.0, 224), 1: (1.0, 1.1, 240), 2: (1.1, 1.2, 260)}
@@ -57,10 +63,10 @@ def test_published_sizes(variant: int, parameters: int, grids: tuple[int, ...], 
     assert sum(weight.numel() for weight in model.parameters()) + classifier == parameters
     assert tuple(output.feature_maps) == FEATURE_MAPS
     shapes = {name: tuple(features.shape) for name, features in output.feature_maps.items()}
-    assert shapes == {
-        name: (2, config.feature_channels[name], grid, grid) for name, grid in zip(FEATURE_MAPS, grids, strict=True)
-    }
-    assert config.feature_channels["stage5"] == stage5 and config.feature_channels["head"] == 1280
+    channels = (STEM_CHANNELS, *(stage[-1] for stage in config.stages), 1280)
+    places = zip(FEATURE_MAPS, channels, grids, strict=True)
+    assert shapes == {name: (2, count, grid, grid) for name, count, grid in places}
+    assert shapes["stage5"][1] == stage5
     assert output.last_hidden_state is output.feature_maps["head"]
 
 

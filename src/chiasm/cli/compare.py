@@ -58,9 +58,10 @@ def compare(
 
 def _listed(plan: str, folder: Path, only: list[str], quick: bool) -> list[str]:
     from chiasm.comparison import compare as comparing
+    from chiasm.comparison.quick import quickened
 
     loaded = comparing.load_plan(plan)
-    choices, skipped = comparing.cells_of(comparing.quickened(loaded) if quick else loaded)
+    choices, skipped = comparing.cells_of(quickened(loaded) if quick else loaded)
     for one in skipped:
         _say(f"skipped {one.way}: {one.reason}")
     return comparing.job_list(plan, comparing.select(choices, only), folder, quick)

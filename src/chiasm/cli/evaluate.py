@@ -58,6 +58,7 @@ def evaluate(
     from chiasm.evaluation.evaluate import EvalResult
     from chiasm.evaluation.kept import ANSWERS
     from chiasm.evaluation.skills import caption_lines, to_table
+    from chiasm.training.reporter import progress_bar
 
     if output is not None and output.is_file():
         raise NotADirectoryError(f"-o {output} is a file; name a folder for the results")
@@ -80,14 +81,14 @@ def evaluate(
     }
     other = None
     with _told_where(output):
-        with api.progress_bar("drawing" if task == "drawing" else "answering", err) as update:
+        with progress_bar("drawing" if task == "drawing" else "answering", err) as update:
             result = api.evaluate(model, data, control=control, progress=update, **asked)
         if output is not None:
             result.save(output)
         if against is not None and scored:
             other = EvalResult.load(against)
         elif against is not None:
-            with api.progress_bar("answering, the other model", err) as update:
+            with progress_bar("answering, the other model", err) as update:
                 other = api.evaluate(against, data, control=False, progress=update, **asked)
     compared = {} if other is None else _compare(result, other, model, str(against))
     if as_json:

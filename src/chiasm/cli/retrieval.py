@@ -154,9 +154,9 @@ def search(
 
 
 def _add(opened: Any, items: Any, skip_bad: bool, batch_size: int, as_json: bool) -> None:
-    from chiasm.api import progress_bar
     from chiasm.data.schema import ImageError, SampleError
     from chiasm.retrieval.pictures import in_words
+    from chiasm.training.reporter import progress_bar
 
     with progress_bar("indexing", err) as update:
         done = 0

@@ -94,9 +94,9 @@ def data_check(
     as_json: Json = False,
 ) -> None:
     """Find broken, truncated, huge, missing and mislabelled samples before training."""
-    from chiasm.api import progress_bar
     from chiasm.data.check import check
     from chiasm.data.readers import read
+    from chiasm.training.reporter import progress_bar
 
     with progress_bar("checking", err) as update:
         report = check(read(data), max_pixels=max_pixels, max_bytes=max_bytes, progress=update)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.comparison.choices import Choice
-from chiasm.comparison.plan import Plan, Source
-from chiasm.comparison.strategies import STRATEGIES, new_parts
+from chiasm.comparison.data import questions_of
+from chiasm.comparison.schema import Plan, Source
+from chiasm.comparison.strategies import new_parts
 from chiasm.comparison.ways import FEW_SHOT, Row
 from chiasm.connectors import own_code
 from chiasm.connectors.own import VARIABLE
@@ -31,7 +32,7 @@ def account(
         rows: name of a finished cell -> the rows of its evaluation.
         train: samples that the plan has to learn from, captions first.
     """
-    questions = len(train if plan.data.captions is None else train.sources[-1])  # type: ignore[attr-defined]
+    questions = len(questions_of(plan, train))
     asked = max(([row for row in one if row.get("skill") != FEW_SHOT] for one in rows.values()), key=len)
     own = {json.dumps(choice.train, sort_keys=True): choice.train for choice in choices if choice.train is not None}
     used = sorted({result["samples"] for result in results})
@@ -85,8 +86,7 @@ def _words(value: Any) -> str:
 
 def _strategy(plan: Plan, tune: str) -> str:
     """What happens to the parts that were there before."""
-    named: Mapping[str, Any] = plan.strategies.get(tune) or STRATEGIES[tune]
-    parts = {part: how if isinstance(how, dict) else how.model_dump(exclude_unset=True) for part, how in named.items()}
+    parts = plan.strategy(tune)
     told = [f"{part}: {_tuned(how)}" for part, how in parts.items()]
     frozen = [part for part in ("vision", "language") if part not in parts]
     return "; ".join([*told, *(f"{part}: frozen" for part in frozen)])

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.comparison.cost import encode_flops, language_flops
-from chiasm.comparison.plan import Budget
+from chiasm.comparison.schema import Budget
 from chiasm.comparison.seq2seq_cost import seq2seq_cost
 from chiasm.data.schema import Sample
 from chiasm.fusion.base import FusionModel

@@ -7,7 +7,8 @@ A cell that was stopped goes on: the training run from its last checkpoint, the 
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,19 +19,18 @@ from chiasm import api, vlm
 from chiasm.comparison.answer_length import LEAST, answer_length
 from chiasm.comparison.budget import samples_within
 from chiasm.comparison.choices import Choice
+from chiasm.comparison.data import captions_to_find, data_of, questions_of, read_source
 from chiasm.comparison.diagnostics import diagnose
 from chiasm.comparison.finding import find_pictures
 from chiasm.comparison.inputs import inputs_of
 from chiasm.comparison.measure import measure
 from chiasm.comparison.peak_memory import peak_memory
-from chiasm.comparison.plan import Plan, Source
 from chiasm.comparison.same_cell import BUDGET, CELLS, RESULT, RUN, Say, code_of, finished, forget_another, identity
-from chiasm.comparison.strategies import STRATEGIES, recipe_of
+from chiasm.comparison.schema import Plan
+from chiasm.comparison.strategies import recipe_of
 from chiasm.comparison.ways import FEW_SHOT
 from chiasm.connecting.connect import connect
-from chiasm.data.readers import Mixture, read
 from chiasm.data.schema import Sample, Samples
-from chiasm.data.splits import hold_out
 from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.evaluation.skills import summarise
@@ -68,12 +68,11 @@ def run_cell(
     inputs = inputs_of(plan, choice, output)
     forget_another(folder, choice, inputs, say)
     seconds: dict[str, float] = {}
-    started = time.monotonic()
     say(f"{choice.name}: connect")
-    model = connect_cell(plan, choice)
-    train, held_out, test = data_of(plan, choice)
-    captions = test_captions(plan)
-    seconds["connect"] = time.monotonic() - started
+    with _clocked(seconds, "connect"):
+        model = connect_cell(plan, choice)
+        train, held_out, test = data_of(plan, choice)
+        captions = captions_to_find(plan)
     recipe = _recipe(plan, choice, folder, model, train)
     say(f"{choice.name}: train on {recipe.stages[-1].samples:,} samples")
     with peak_memory(model.model.device) as peak:
@@ -82,16 +81,14 @@ def run_cell(
     log = read_log(folder / RUN / LOG)
     seconds["train"] = sum(event["seconds"] for event in log if event["event"] == "stage_end")
     say(f"{choice.name}: ask and measure")
-    started = time.monotonic()
     notes = [] if choice.named else [f"{choice.way}: base.regions do not divide its tokens, and have no names there"]
-    answers = _evaluate(plan, model, test, folder / EVALUATION, notes)
-    seconds["evaluate"] = time.monotonic() - started
+    with _clocked(seconds, "evaluate"):
+        answers = _evaluate(plan, model, test, folder / EVALUATION, notes)
     model.model.eval()
     found = None
     if captions is not None:
-        started = time.monotonic()
-        found = find_pictures(model.model, model.processor, captions)
-        seconds["retrieval"] = time.monotonic() - started
+        with _clocked(seconds, "retrieval"):
+            found = find_pictures(model.model, model.processor, captions)
     shown = next(sample for sample in test if sample.images)
     asked = plan.evaluation
     result = {
@@ -118,6 +115,14 @@ def run_cell(
     (folder / ERROR).unlink(missing_ok=True)
     _tidy(folder / RUN, plan.keep_models)
     return result
+
+
+@contextmanager
+def _clocked(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Adds how long a phase takes."""
+    started = time.monotonic()
+    yield
+    seconds[phase] = time.monotonic() - started
 
 
 def connect_cell(plan: Plan, choice: Choice) -> Any:
@@ -151,63 +156,21 @@ def _language(plan: Plan, dtype: Any) -> Any:
     return model
 
 
-def data_of(plan: Plan, choice: Choice | None = None) -> tuple[Samples, Samples, Samples]:
-    """Training samples (captions first), held-out and test samples: the same for cells without data of their own."""
-    data = plan.data
-    questions: Samples = _read(choice.train if choice is not None and choice.train is not None else data.train)
-    if data.validation is not None:
-        held_out: Samples = _read(data.validation)
-    else:
-        questions, held_out = hold_out(questions)
-    train = questions if data.captions is None else Mixture([_read(data.captions), questions], [1, 1])
-    return train, held_out, api.spread(_read(data.test), plan.evaluation.limit)
-
-
-def test_captions(plan: Plan) -> Samples | None:
-    """The captions whose pictures are to be found; None where the plan asks for none.
-
-    Raises:
-        ValueError: the data has fewer than the plan asks for.
-    """
-    if plan.data.test_captions is None or plan.evaluation.retrieval is None:
-        return None
-    given, wanted = _read(plan.data.test_captions), plan.evaluation.retrieval
-    if len(given) < wanted:
-        raise ValueError(f"evaluation.retrieval is {wanted}, but data.test_captions has {len(given)}; lower it")
-    return api.spread(given, wanted)
-
-
-def _read(source: Source) -> Samples:
-    if isinstance(source, str):
-        return read(source)
-    options = dict(source)
-    return read(options.pop("path", None), **options)
-
-
 def _recipe(plan: Plan, choice: Choice, folder: Path, model: Any, train: Samples) -> Recipe:
     """The cell's recipe, whose number of samples a resumed cell keeps."""
-    named: Any = plan.strategies.get(choice.tune, STRATEGIES.get(choice.tune))
-    strategy = {
-        part: plan if isinstance(plan, dict) else plan.model_dump(mode="json", exclude_unset=True)
-        for part, plan in named.items()
-    }
     how = plan.training.model_dump()
     starts = how["init"] == "auto" and choice.fusion in ("early", "intermediate") and not cannot_start(model.model)
     how["solved"] = starts and not is_slow(model.model.connector)
     captions, how["finds"] = plan.data.captions is not None, plan.evaluation.retrieval is not None
 
     def make(samples: int) -> Recipe:
-        return load_recipe(recipe_of(choice.fusion, strategy, samples, choice.seed, captions, **how))
+        return load_recipe(recipe_of(choice.fusion, plan.strategy(choice.tune), samples, choice.seed, captions, **how))
 
     path = folder / BUDGET
     if not path.is_file():
-        count = samples_within(plan.budget, model.model, model.processor, make(1), _questions(plan, train))
+        count = samples_within(plan.budget, model.model, model.processor, make(1), questions_of(plan, train))
         whole_file(path, json.dumps({"samples": count}))
     return make(json.loads(path.read_text(encoding="utf-8"))["samples"])
-
-
-def _questions(plan: Plan, train: Samples) -> Samples:
-    return train if plan.data.captions is None else train.sources[-1]  # type: ignore[attr-defined]
 
 
 def _evaluate(plan: Plan, model: Any, test: Samples, folder: Path, notes: list[str]) -> EvalResult:
@@ -218,7 +181,7 @@ def _evaluate(plan: Plan, model: Any, test: Samples, folder: Path, notes: list[s
     told |= {"control": how.control, "metric": how.metric}
     result = api.evaluate(model, test, task="answers" if late else None, **told)
     if how.shots and not late:
-        shown = api.evaluate(model, test, shots=how.shots, shots_from=_read(plan.data.train), **told)
+        shown = api.evaluate(model, test, shots=how.shots, shots_from=read_source(plan.data.train), **told)
         again = [row | {"id": f"{row['id']} ({FEW_SHOT})", "skill": FEW_SHOT} for row in shown.rows]
         rows = [*result.rows, *again]
         result = EvalResult(rows, summarise(rows), list(dict.fromkeys([*result.notes, *shown.notes])))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from chiasm.comparison.plan import Base, CellSpec, Plan, Source, check_connector
+from chiasm.comparison.schema import Base, CellSpec, Plan, Source, check_connector
 from chiasm.comparison.strategies import STRATEGIES
 from chiasm.connectors import CONNECTORS, Connector, connector_settings
 from chiasm.positions.sequence import POSITIONS as UNIFIED_POSITIONS

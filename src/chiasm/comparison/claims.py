@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from chiasm.comparison.differences import Way, difference
-from chiasm.comparison.plan import Claim
 from chiasm.comparison.recommend import ways_of
+from chiasm.comparison.schema import Claim
 from chiasm.comparison.ways import Row, by_way, interval, mean_of
 from chiasm.evaluation.format import latency, percent
 

@@ -17,13 +17,16 @@ from typing import Any
 import yaml
 
 from chiasm.comparison.account import account, repeated
-from chiasm.comparison.cell import ATTENTION, ERROR, EVALUATION, data_of, run_cell, test_captions
+from chiasm.comparison.cell import ATTENTION, ERROR, EVALUATION, run_cell
 from chiasm.comparison.choices import Choice, Grid, Skipped, expand
 from chiasm.comparison.claims import judge
-from chiasm.comparison.plan import Plan, load_plan
+from chiasm.comparison.data import captions_to_find, data_of
+from chiasm.comparison.plan import load_plan
+from chiasm.comparison.quick import quickened, warning_of
 from chiasm.comparison.report import write_report
 from chiasm.comparison.results import write_results
 from chiasm.comparison.same_cell import BUDGET, CELLS, Say, finished
+from chiasm.comparison.schema import Plan
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.sources import resolve
 from chiasm.sources.writing import whole_file
@@ -31,9 +34,6 @@ from chiasm.training.recipe import recipes_in
 from chiasm.vision.encoder import load_vision
 
 PLAN, REPORT = "plan.yaml", "report.html"
-QUICK: dict[str, Any] = {"samples": 4, "captions": 4, "limit": 8, "drawn": 120, "layers": 4}
-"""How little `quick` trains, asks, and keeps of the language model: it shows that everything works, not which way is
-better."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def compare(
     failed: dict[str, str] = {}
     if waiting:  # what is wrong for all cells is told before the first
         data_of(plan)
-        test_captions(plan)
+        captions_to_find(plan)
     if jobs:
         failed = _in_processes(waiting, saved, output, jobs, say)
     else:
@@ -179,15 +179,6 @@ def in_words(plan: Plan) -> str:
     return f"{words[kind]} for every cell"
 
 
-def warning_of(plan: Plan) -> str:
-    """What the report says first where the language model was cut; else nothing."""
-    count = plan.base.language_layers
-    if count is None:
-        return ""
-    kept = "the first layer" if count == 1 else f"the first {count} layers"
-    return f"No more than {kept} of the language model took part: all of it works, and the numbers mean nothing."
-
-
 def places(plans: Sequence[str], output: Path) -> list[tuple[str, Path]]:
     """Every plan with its folder: one plan has the folder itself; of several, or of a folder of plans, each has one of
     its own in it, by the plan's name.
@@ -215,33 +206,6 @@ def select(choices: Sequence[Choice], only: Sequence[str]) -> list[Choice]:
     if unknown:
         raise ValueError(f"no cell is named {unknown[0]!r}; there are {', '.join(choice.name for choice in choices)}")
     return [choice for choice in choices if not only or choice.name in only or choice.way in only]
-
-
-def quickened(plan: Plan) -> Plan:
-    """The plan with so little training and so few questions that a cell takes seconds."""
-    raw = plan.model_dump(mode="json", exclude_unset=True)
-    few = {"caption_samples": QUICK["captions"], "validations": 1, "validation_samples": 4}
-    few |= {"init": "keep", "forgetting": False}
-    asked = {"limit": QUICK["limit"], "repeats": 0, "pictures": 10}
-    if plan.evaluation.retrieval is not None:
-        asked |= {"retrieval": min(QUICK["limit"], plan.evaluation.retrieval)}
-    raw |= {"budget": {"samples": QUICK["samples"]}, "seeds": plan.seeds[:1]}
-    for name, source in raw["data"].items():
-        if isinstance(source, dict) and "size" in source:
-            raw["data"][name] = source | {"size": min(QUICK["drawn"], source["size"])}
-    raw |= {"base": {**raw.get("base", {}), "language_layers": _enough_layers(plan)}}
-    raw |= {"training": {**raw.get("training", {}), **few}, "evaluation": {**raw.get("evaluation", {}), **asked}}
-    return load_plan(raw)
-
-
-def _enough_layers(plan: Plan) -> int:
-    """Layers for a quick comparison: not fewer than the plan itself counts."""
-    blocks = plan.base.cross_attention or {}
-    tuned = [part.from_layer for parts in plan.strategies.values() for part in parts.values()]
-    named = [layer + 1 for layer in (*blocks.get("layers", ()), *tuned) if isinstance(layer, int)]
-    every = blocks.get("every")
-    enough: int = max(QUICK["layers"], *named, every if isinstance(every, int) else 0)
-    return min(enough, plan.base.language_layers or enough)
 
 
 def job_list(plan_file: str, choices: Sequence[Choice], output: Path, quick: bool = False) -> list[str]:

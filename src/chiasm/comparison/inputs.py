@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.comparison.choices import Choice
-from chiasm.comparison.plan import Plan
+from chiasm.comparison.schema import Plan
 from chiasm.data.containers import mixture_entries
 
 INPUTS = "inputs.json"

@@ -1,7 +1,7 @@
 """The comparison's figures as inline SVG, in the style of the run report (`chiasm.evaluation.plots`)."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,10 +125,6 @@ def skill_bars(rows: Sequence[tuple[str, float, float, float, float | None]], ch
     axes.set_xlim(0, 102)
     axes.set_xlabel("% right")
     return svg(figure, name, "Accuracy of every way")
-
-
-def sampled(cost: Callable[[int], float], at: Sequence[int]) -> list[tuple[float, float]]:
-    return [(value, cost(value)) for value in at]
 
 
 def _plain_ticks(axis: Any) -> None:

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel
 
-from chiasm.comparison.plan import Axes, Base, Budget, CellSpec, Claim, Data, Evaluation, Plan, Training
+from chiasm.comparison.schema import Axes, Base, Budget, CellSpec, Claim, Data, Evaluation, Plan, Training
 from chiasm.training.reference import key_table
 
 SECTIONS: list[tuple[str, str, type[BaseModel]]] = [

@@ -2,11 +2,9 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -15,14 +13,13 @@ from chiasm.comparison.curves import IMAGES, LARGE, MEASURES, PATCHES, TEXT, Sha
 from chiasm.comparison.recommend import recommend, ways_of
 from chiasm.comparison.timing import incomparable
 from chiasm.comparison.ways import Row, by_way, mean_of, score, skills_of
-from chiasm.evaluation import plots as run_plots
-from chiasm.evaluation.format import clip, count, duration, percent
+from chiasm.evaluation.page import write_page
 from chiasm.evaluation.plots import Pictures, thumbnail
 
 QUESTIONS = 12
 """Questions that are shown with every way's answer."""
 TEXTS = (16, 64, 256, 1024, 4096)
-STYLE = Path(run_plots.__file__).parent / "report.css"
+TEMPLATE = Path(__file__).parent / "compare.html.j2"
 
 
 def write_report(
@@ -51,38 +48,30 @@ def write_report(
     ways, names = by_way(results), skills_of(results)
     named = info.get("named", {})
     advice = recommend(ways_of(results, answers), info["budget"], named)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.lstrip_blocks = True
-    environment.filters |= {"count": count, "duration": duration, "percent": percent, "clip": clip, "whole": _whole}
     shapes = {way: Shape(**cells[0]["shape"]) for way, cells in ways.items() if cells[0]["shape"]}
-    page = environment.get_template("compare.html.j2").render(
-        css=Markup(STYLE.read_text(encoding="utf-8")),
-        info=info,
-        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        advice=advice,
-        adjectives=tables.adjectives(ways, named),
-        done=info.get("done", ()),
-        unfinished=info.get("unfinished", ()),
-        incomparable=incomparable(ways),
-        unknown=unknown(shapes),
-        planes=[Markup(plot) for plot in _planes(ways) if plot],
-        bars=[(name, Markup(_bars(ways, name))) for name in names],
-        skills=tables.skills(ways, names),
-        learning=[Markup(plot) for plot in _learning(ways) if plot],
-        costs=tables.costs(ways),
-        kept=tables.kept(ways),
-        finding=tables.finding(ways),
-        curves=[Markup(plot) for plot in _curves(shapes) if plot],
-        crossings=tables.crossing_table(crossings(shapes)),
-        looks=_looks(results, attention or {}),
-        questions=_questions(results, answers, images),
-        skipped=skipped,
-        failed=failed,
-    )
-    path.write_bytes(page.encode("utf-8", "replace"))
-    return path
+    fields = {
+        "info": info,
+        "advice": advice,
+        "adjectives": tables.adjectives(ways, named),
+        "done": info.get("done", ()),
+        "unfinished": info.get("unfinished", ()),
+        "incomparable": incomparable(ways),
+        "unknown": unknown(shapes),
+        "planes": [Markup(plot) for plot in _planes(ways) if plot],
+        "bars": [(name, Markup(_bars(ways, name))) for name in names],
+        "skills": tables.skills(ways, names),
+        "learning": [Markup(plot) for plot in _learning(ways) if plot],
+        "costs": tables.costs(ways),
+        "kept": tables.kept(ways),
+        "finding": tables.finding(ways),
+        "curves": [Markup(plot) for plot in _curves(shapes) if plot],
+        "crossings": tables.crossing_table(crossings(shapes)),
+        "looks": _looks(results, attention or {}),
+        "questions": _questions(results, answers, images),
+        "skipped": skipped,
+        "failed": failed,
+    }
+    return write_page(path, TEMPLATE, fields, whole=_whole)
 
 
 def _planes(ways: Mapping[str, Sequence[Row]]) -> list[str | None]:

@@ -10,7 +10,7 @@ from typing import Any
 from chiasm.comparison.answer_length import LEAST
 from chiasm.comparison.choices import Choice
 from chiasm.comparison.inputs import INPUTS, inputs_of, require_same
-from chiasm.comparison.plan import Plan
+from chiasm.comparison.schema import Plan
 from chiasm.connectors import own_code
 from chiasm.sources.writing import whole_file
 

@@ -110,9 +110,7 @@ def connect(
         foreign |= {"patch_positions": None if patch_positions == "auto" else patch_positions, "regions": regions}
         foreign |= {"tiles": tiles, "attention": None if attention == "causal" else attention}
         _refuse_given(foreign, fusion, "it has no language model that answers")
-        tower, text = (
-            sources.resolve(s) if isinstance(s, str | Path) else s for s in (vision, language or DEFAULT_TEXT)
-        )
+        tower, text = _resolved(vision), _resolved(language or DEFAULT_TEXT)
         return connect_late(
             tower,
             text,
@@ -135,16 +133,16 @@ def connect(
         _refuse_given(others, fusion, "it has no vision encoder and no connector")
         sizes = {"image_size": image_size, "resize_mode": resize_mode}
         _refuse_given(sizes, fusion, "write it into image_input, as {'name': ..., 'image_size': ...}")
-        if isinstance(language, str | Path):
-            language = sources.resolve(language)
+        language = _resolved(language)
         words = _tokenizer_for(tokenizer, None if isinstance(language, dict) else language)
         return VLM(
             *connect_unified(language, words, choices, chat_template, attention=attention, seed=seed, dtype=dtype)
         )
+    tower, language = _resolved(vision), _resolved(language)
     return VLM(
         *connect_generative(
-            sources.resolve(vision) if isinstance(vision, str | Path) else vision,
-            language := sources.resolve(language) if isinstance(language, str | Path) else language,
+            tower,
+            language,
             _tokenizer_for(tokenizer, language),
             chosen,
             connector,
@@ -169,6 +167,11 @@ def _refuse_given(options: dict[str, Any], fusion: str, why: str) -> None:
     given = next((name for name, value in options.items() if value is not None), None)
     if given is not None:
         raise ValueError(f"{given}= is not for fusion {fusion!r}: {why}")
+
+
+def _resolved(part: Any) -> Any:
+    """The folder of a part that is named; what was loaded already as it is."""
+    return sources.resolve(part) if isinstance(part, str | Path) else part
 
 
 def _tokenizer_for(given: str | PreTrainedTokenizerBase | None, language: Any) -> PreTrainedTokenizerBase | None:

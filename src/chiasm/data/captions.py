@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from chiasm.data.collation import Batch, Item
+from chiasm.data.options import NEUTRAL
+from chiasm.data.padding import filler, mask_rows, pad_rows
 from chiasm.data.schema import Problem, Sample, SampleError, text_of
 
 FRAMES = ("both", "own")
@@ -66,10 +68,8 @@ class CaptionProcessor(ProcessorMixin):
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
         """Model inputs: pictures, texts, or both."""
-        for neutral in ("return_tensors", "padding"):
-            kwargs.pop(neutral, None)
-        if kwargs:
-            raise TypeError(f"unknown processor arguments: {', '.join(kwargs)}")
+        if unknown := [name for name in kwargs if name not in NEUTRAL]:
+            raise TypeError(f"unknown processor arguments: {', '.join(unknown)}")
         inputs: dict[str, Any] = {}
         if text is not None:
             inputs |= self.pad([self.encode(one) for one in ([text] if isinstance(text, str) else text)])
@@ -95,12 +95,9 @@ class CaptionProcessor(ProcessorMixin):
 
     def pad(self, encoded: Sequence[list[int]]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, padded on the right; of texts of fixed length no mask."""
-        length = self.text_length if self.fixed_length else max(map(len, encoded))
-        fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        padded = {"input_ids": torch.tensor([ids + [fill] * (length - len(ids)) for ids in encoded])}
-        if not self.fixed_length:
-            padded["attention_mask"] = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in encoded])
-        return padded
+        length = self.text_length if self.fixed_length else None
+        padded = {"input_ids": pad_rows(encoded, filler(self.tokenizer), length=length)}
+        return padded if self.fixed_length else padded | {"attention_mask": mask_rows(encoded)}
 
     @property
     def model_input_names(self) -> list[str]:

@@ -47,7 +47,7 @@ def encode_sample(sample: Sample, processor: ChiasmProcessor, max_length: int | 
     except SampleError:
         raise
     except ImageError as error:
-        raise SampleError(sample.id, [Problem(error.kind, str(error), error.name)]) from error
+        raise SampleError.of_picture(sample.id, error) from error
     except ValueError as error:
         raise SampleError(sample.id, [Problem("placeholders", str(error))]) from error
     ids = tokens["input_ids"]
@@ -96,7 +96,7 @@ def load_pixels(sample: Sample, processor: ProcessorMixin) -> Tensor | None:
     try:
         pictures = [ref.load() for ref in sample.images]
     except ImageError as error:
-        raise SampleError(sample.id, [Problem(error.kind, str(error), error.name)]) from error
+        raise SampleError.of_picture(sample.id, error) from error
     return torch.as_tensor(processor.image_processor(pictures, return_tensors="pt")["pixel_values"])
 
 

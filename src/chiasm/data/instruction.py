@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from chiasm.data.chat import IMAGE_TOKEN, Message, flatten
+from chiasm.data.padding import filler, mask_rows, pad_rows
 from chiasm.data.processor import ChiasmProcessor
 
 
@@ -54,9 +55,8 @@ class InstructionProcessor(ChiasmProcessor):
         rows = [item["instruction"] for item, count in zip(encoded, pictures, strict=True) for _ in range(count)]
         if rows:
             length = max(1, *map(len, rows))
-            fill = self.instruction_tokenizer.pad_token_id or 0
-            padded["instruction_ids"] = torch.tensor([row + [fill] * (length - len(row)) for row in rows])
-            padded["instruction_mask"] = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+            padded["instruction_ids"] = pad_rows(rows, filler(self.instruction_tokenizer), length=length)
+            padded["instruction_mask"] = mask_rows(rows, length=length)
         return padded
 
     def _instruction(self, text: str) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 
 from chiasm.data.collation import Batch, Item, stack_pictures
 from chiasm.data.labels import IGNORE, num_predicted
+from chiasm.data.padding import filler
 from chiasm.data.processor import ChiasmProcessor
 
 ROOM = 512
@@ -39,7 +40,7 @@ def collate_packed(items: Sequence[Item], processor: ChiasmProcessor, room: int 
     lengths = [len(item.tokens["input_ids"]) for item in items]
     rows = fill_sequences(lengths, max(room, *lengths))
     width = max(sum(lengths[index] for index in row) for row in rows)
-    pad_id = processor.tokenizer.pad_token_id if processor.tokenizer.pad_token_id is not None else 0
+    pad_id = filler(processor.tokenizer)
     ids, labels, positions = [], [], []
     for row in rows:
         gap = width - sum(lengths[index] for index in row)

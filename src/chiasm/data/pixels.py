@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from chiasm.data.dealing import in_groups
 from chiasm.data.schema import ImageRef
 
 
@@ -77,8 +78,7 @@ def upright(item: Any) -> Any:
 
 
 def _rows(image_processor: Any, flat: list[Any], counts: list[int], tiles: int | None) -> Pixels:
-    rest = (opened(item) for item in flat)
-    groups = [[next(rest) for _ in range(count)] for count in counts]
+    groups = in_groups([opened(item) for item in flat], counts)
     told = {"return_row_col_info": True} if tiles is None else {}
     made = image_processor([group for group in groups if group], return_tensors="pt", **told)
     cut: list[Any] = [tiles] * len(flat)

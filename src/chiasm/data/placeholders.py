@@ -1,10 +1,8 @@
-"""Where pictures stand in a text: the tokens of a picture, what frames them, and which pictures are whose."""
+"""How a picture is written in tokens: its placeholders, what frames them, and the names of its regions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from chiasm.data.chat import IMAGE_TOKEN, Message, count_images
 
 DOWN = {1: ("",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
 ACROSS = {1: ("",), 2: ("left", "right"), 3: ("left", "middle", "right")}
@@ -70,6 +68,19 @@ class TiledPlaceholders:
         return [*written, self.frame, *self.whole, *visual, self.frame]
 
 
+def framed_placeholders(
+    words: Any, token: int, count: int, boundary: str | Sequence[str] | None, regions: Sequence[int] | None
+) -> Placeholders:
+    """By a tokenizer, between the tokens of `boundary`, with the names of `regions`, rows and columns."""
+    frame = [boundary] if isinstance(boundary, str) else boundary or []
+    ids = tuple(words.convert_tokens_to_ids(mark) for mark in frame)
+    if regions is None:
+        return Placeholders(token, count, ids)
+    texts = [*(f" {name}" for name in region_words(*regions)), "\n"]
+    *named, end = (tuple(words(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    return Placeholders(token, count, ids, tuple(named), end)
+
+
 def tiled_placeholders(words: Any, token: int, count: int, frame: str, whole: str) -> TiledPlaceholders:
     """Idefics3's, by a tokenizer: `whole` stands in front of the whole picture, `<row_1_col_1>` of the first tile."""
 
@@ -93,44 +104,3 @@ def region_words(down: int, across: int) -> list[str]:
         raise ValueError(f"regions {down}×{across}, expected 1 to 3 rows and 1 to 3 columns, and more than one region")
     names = [f"{row} {column}".strip() for row in DOWN[down] for column in ACROSS[across]]
     return ["middle" if name == "middle middle" else name for name in names]
-
-
-def check_count(placeholders: int, images: int) -> None:
-    """Refuses too many or too few pictures."""
-    if placeholders != images:
-        raise ValueError(
-            f"{placeholders} image placeholder(s) in the messages but {images} image(s) given; "
-            f"write one {IMAGE_TOKEN} (or one image part) for each image"
-        )
-
-
-def flatten_images(images: Any) -> tuple[list[Any], list[int] | None]:
-    """A flat list of pictures, and their number for each conversation where the nesting tells it."""
-    if images is None:
-        return [], None
-    if not isinstance(images, list | tuple):
-        return [images], None
-    if images and all(isinstance(item, list | tuple) or item is None for item in images):
-        groups = [list(item or []) for item in images]
-        return [image for group in groups for image in group], [len(group) for group in groups]
-    return list(images), None
-
-
-def as_messages(texts: list[str], counts: list[int]) -> list[list[Message]]:
-    """One user's message for each text; where no text has placeholders, as many as it has pictures come first."""
-    if len(counts) == len(texts) and not any(IMAGE_TOKEN in text for text in texts):
-        texts = [IMAGE_TOKEN * count + text for count, text in zip(counts, texts, strict=True)]
-    return [[{"role": "user", "content": text}] for text in texts]
-
-
-def deal_images(batch: list[list[Message]], total: int) -> list[int]:
-    """Flat pictures dealt to conversations by their placeholders."""
-    counts = [count_images(messages) for messages in batch]
-    check_count(sum(counts), total)
-    return counts
-
-
-def deal_tiles(tiles: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
-    """Each picture's number of tiles, by conversation."""
-    rest = iter(tiles)
-    return [[next(rest) for _ in range(count)] for count in counts]

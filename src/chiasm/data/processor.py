@@ -1,47 +1,26 @@
 """Conversations and pictures → model inputs: the chat template, the placeholders' expansion, and labels by spans."""
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from chiasm.data.chat import (
-    IMAGE_TOKEN,
-    NOTHING,
-    Message,
-    Told,
-    apart,
-    count_images,
-    names_in,
-    render,
-    template_of,
-)
+from chiasm.data.chat import IMAGE_TOKEN, NOTHING, Message, Told, apart, count_images, render
+from chiasm.data.dealing import Dealt, check_count, deal_messages, deal_questions, deal_texts, in_groups
 from chiasm.data.labels import IGNORE, last_answer, supervised
 from chiasm.data.message_pictures import pictures_of
+from chiasm.data.options import for_template, refuse_unknown
+from chiasm.data.padding import filler, mask_rows, pad_rows
 from chiasm.data.pixels import keeps_sizes, read_pixels
 from chiasm.data.placeholders import (
     Placeholders,
     TiledPlaceholders,
-    as_messages,
-    check_count,
-    deal_images,
-    deal_tiles,
-    flatten_images,
+    framed_placeholders,
     region_words,
     tiled_placeholders,
 )
 from chiasm.data.schema import ImageRef
-
-NEUTRAL = ("return_tensors", "padding")
-"""Options of transformers that change nothing here."""
-
-OF_COLLATORS = ("add_special_tokens", "pad_to_multiple_of", "truncation", "max_length")
-"""Options of collators that label a picture's placeholders and the questions too, as TRL's own does."""
-
-KNOWN = inspect.signature(ProcessorMixin.apply_chat_template).parameters
-"""Options of transformers that may be given where they are off."""
 
 OPTIONS: dict[str, Any] = {
     "add_special_tokens": False,
@@ -171,42 +150,26 @@ class ChiasmProcessor(ProcessorMixin):
             messages: one conversation, or a batch of them.
             padding_side: `left` to generate from the prompts, `right` to train on them.
         """
-        _refuse_unknown(kwargs)
-        rows = self._match(images, text, messages)
-        return self._inputs(*rows, padding_side, {"add_generation_prompt": add_generation_prompt})
+        refuse_unknown(kwargs)
+        if (text is None) == (messages is None):
+            raise ValueError("pass exactly one of text and messages")
+        if text is None:
+            dealt = deal_messages(images, messages)
+        else:
+            given = [text] if isinstance(text, str) else text
+            texts = [one.replace(self.image_token, IMAGE_TOKEN) for one in given]
+            dealt = deal_questions(images, texts) if self.text_is_message else deal_texts(images, texts)
+        return self._inputs(dealt, padding_side, {"add_generation_prompt": add_generation_prompt})
 
-    def _inputs(
-        self, flat: list[Any], counts: list[int], rows: list[Any], padding_side: str, told: dict[str, Any]
-    ) -> BatchFeature:
-        pixels = read_pixels(self.image_processor, flat, counts, self.image_tiles)
+    def _inputs(self, dealt: Dealt, padding_side: str, told: dict[str, Any]) -> BatchFeature:
+        pixels = read_pixels(self.image_processor, dealt.pictures, dealt.counts, self.image_tiles)
         encoded = [
             self.encode_text(row, tiles) if isinstance(row, str) else self.encode(row, tiles=tiles, **told)
-            for row, tiles in zip(rows, deal_tiles(pixels.tiles, counts), strict=True)
+            for row, tiles in zip(dealt.rows, in_groups(pixels.tiles, dealt.counts), strict=True)
         ]
         inputs = self.pad(encoded, side=padding_side)
         inputs.pop("labels", None)
         return BatchFeature(inputs | pixels.inputs)
-
-    def _match(self, images: Any, text: Any, messages: Any) -> tuple[list[Any], list[int], list[Any]]:
-        """The pictures, how many of them each row has, and the rows: conversations, or rendered texts."""
-        if (text is None) == (messages is None):
-            raise ValueError("pass exactly one of text and messages")
-        flat, counts = flatten_images(images)
-        if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            texts = [one.replace(self.image_token, IMAGE_TOKEN) for one in texts]
-            if not self.text_is_message:
-                counts = [one.count(IMAGE_TOKEN) for one in texts]
-                check_count(sum(counts), len(flat))
-                return flat, counts, texts
-            messages = as_messages(texts, counts if counts is not None else [bool(flat)] * len(texts))
-        batch = [messages] if isinstance(messages[0], dict) else list(messages)
-        counts = counts if counts is not None else deal_images(batch, len(flat))
-        if len(counts) != len(batch):
-            raise ValueError(f"{len(batch)} conversation(s) but {len(counts)} list(s) of images; pass one list each")
-        for conversation, count in zip(batch, counts, strict=True):
-            check_count(count_images(conversation), count)
-        return flat, counts, batch
 
     def encode(
         self,
@@ -258,16 +221,10 @@ class ChiasmProcessor(ProcessorMixin):
     @property
     def placeholders(self) -> Placeholders | TiledPlaceholders:
         """How a picture is written in tokens."""
+        told = (self.tokenizer, self.image_token_id, self.num_image_tokens)
         if self.image_tag is not None:
-            marks = (str(self.image_boundary), self.image_tag)
-            return tiled_placeholders(self.tokenizer, self.image_token_id, self.num_image_tokens, *marks)
-        frame = [self.image_boundary] if isinstance(self.image_boundary, str) else self.image_boundary or []
-        ids = tuple(self.tokenizer.convert_tokens_to_ids(token) for token in frame)
-        if self.regions is None:
-            return Placeholders(self.image_token_id, self.num_image_tokens, ids)
-        texts = [*(f" {name}" for name in region_words(*self.regions)), "\n"]
-        *words, end = (tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-        return Placeholders(self.image_token_id, self.num_image_tokens, ids, tuple(words), end)
+            return tiled_placeholders(*told, str(self.image_boundary), self.image_tag)
+        return framed_placeholders(*told, self.image_boundary, self.regions)
 
     def _has_bos(self, text: str) -> bool:
         return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
@@ -312,21 +269,14 @@ class ChiasmProcessor(ProcessorMixin):
         An encoder–decoder's are padded on the right always, for its encoder may count places; `labels` are `(B, A)`.
         """
         side = "right" if self.encoder_decoder else side
-        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-
-        def stack(rows: list[list[int]], fill: int) -> torch.Tensor:
-            length = max(map(len, rows))
-            gaps = [[fill] * (length - len(row)) for row in rows]
-            return torch.tensor([g + r if side == "left" else r + g for g, r in zip(gaps, rows, strict=True)])
-
         ids = [item["input_ids"] for item in encoded]
         padded = {
-            "input_ids": stack(ids, pad_id),
-            "attention_mask": stack([[1] * len(row) for row in ids], 0),
-            "labels": stack([item["labels"] for item in encoded], IGNORE),
+            "input_ids": pad_rows(ids, filler(self.tokenizer), side),
+            "attention_mask": mask_rows(ids, side),
+            "labels": pad_rows([item["labels"] for item in encoded], IGNORE, side),
         }
         if self.token_types:
-            padded["token_type_ids"] = stack([item["token_type_ids"] for item in encoded], 0)
+            padded["token_type_ids"] = pad_rows([item["token_type_ids"] for item in encoded], 0, side)
         return padded | self.shapes_of(encoded)
 
     def shapes_of(self, encoded: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -349,20 +299,15 @@ class ChiasmProcessor(ProcessorMixin):
         """
         options = dict(kwargs.pop("processor_kwargs", None) or {})
         side = options.pop("padding_side", "left")
-        _refuse_unknown(options)
+        refuse_unknown(options)
         return_dict, add = kwargs.pop("return_dict", False), kwargs.pop("add_generation_prompt", False)
-        read = names_in(template_of(self.tokenizer, chat_template))
-        told = {name: value for name, value in kwargs.items() if name in read}
-        unread = {name: value for name, value in kwargs.items() if name not in (*told, *NEUTRAL)}
-        if unknown := [name for name, value in unread.items() if value or name not in KNOWN]:
-            raise TypeError(f"unknown options of apply_chat_template, which its template does not read: {unknown}")
-        told |= {} if chat_template is None else {"chat_template": chat_template}
+        told = for_template(self.tokenizer, chat_template, kwargs)
         batch, several = self._normalize_conversations(conversation)
         if not tokenize:
             texts = [render(self.tokenizer, messages, add, told, find=False).text for messages in batch]
             return texts if several else texts[0]
-        rows = self._match([pictures_of(messages) for messages in batch], None, batch)
-        inputs = self._inputs(*rows, side, {"add_generation_prompt": add, "told": told})
+        dealt = deal_messages([pictures_of(messages) for messages in batch], batch)
+        inputs = self._inputs(dealt, side, {"add_generation_prompt": add, "told": told})
         return inputs if return_dict else inputs["input_ids"]
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
@@ -375,10 +320,3 @@ class ChiasmProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         more = {"token_type_ids": self.token_types, "pixel_attention_mask": keeps_sizes(self.image_processor)}
         return ["input_ids", "attention_mask", "pixel_values", *(name for name, given in more.items() if given)]
-
-
-def _refuse_unknown(options: Mapping[str, Any]) -> None:
-    if unknown := [name for name in options if name not in NEUTRAL]:
-        collator = "to train, pass the trainer data_collator=Collator(processor, logits=True) of chiasm.data.collation"
-        hint = f"; {collator}" if any(name in OF_COLLATORS for name in unknown) else ""
-        raise TypeError(f"unknown processor arguments: {', '.join(unknown)}{hint}")

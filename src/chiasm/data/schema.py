@@ -36,6 +36,11 @@ class SampleError(ValueError):
         self.sample_id = sample_id
         self.problems = problems
 
+    @classmethod
+    def of_picture(cls, sample_id: str, error: "ImageError") -> "SampleError":
+        """Of a sample with a picture that cannot be used."""
+        return cls(sample_id, [Problem(error.kind, str(error), error.name)])
+
     def __reduce__(self) -> tuple:
         return SampleError, (self.sample_id, self.problems)
 

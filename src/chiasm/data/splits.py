@@ -1,4 +1,4 @@
-"""A stable division of data that has none: whether a sample is held out depends on its id, not on the order."""
+"""Parts of data: a stable division of what has none, by ids and not by the order; and some samples, evenly spread."""
 
 import hashlib
 from collections.abc import Sequence
@@ -41,6 +41,13 @@ class Subset(Samples):
 def ids_of(samples: Samples) -> list[str]:
     """Every sample's id: from `samples.ids()` where there is one, else out of the samples themselves."""
     return list(samples.ids()) if isinstance(samples, HasIds) else [sample.id for sample in samples]
+
+
+def spread(samples: Samples, limit: int | None) -> Samples:
+    """At most `limit` samples, evenly spread over the data."""
+    if limit is None or limit >= len(samples):
+        return samples
+    return Subset(samples, [index * len(samples) // limit for index in range(limit)])
 
 
 def hold_out(samples: Samples, fraction: float = 0.05, at_most: int = 512, seed: int = 0) -> tuple[Subset, Subset]:

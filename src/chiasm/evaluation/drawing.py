@@ -21,7 +21,7 @@ from chiasm.data.schema import Samples
 from chiasm.data.splits import Subset
 from chiasm.data.unified import UnifiedProcessor
 from chiasm.evaluation.evaluate import EvalResult, check, names_of
-from chiasm.evaluation.retrieval import chance, found_within, outcome, proportion
+from chiasm.evaluation.retrieval import chance, found_within, outcome, proportion, recall
 from chiasm.evaluation.skills import Row, bootstrap
 from chiasm.evaluation.wrong_pictures import wrong_pictures
 from chiasm.fusion.unified import UnifiedModel
@@ -113,8 +113,7 @@ def evaluate_drawings(
     summary = [row for name, table in tables.items() for row in _recalls(name, table, right, ks, donors)]
     decibels, psnrs = _decibels(psnr(drawings, truth), psnr(torch.cat(back), truth), right)
     summary[0] |= decibels
-    back_found = found_within(nearness(torch.cat(back), truth), right, ks[:1])[ks[0]].float().mean().item()
-    summary[0]["tokenizer_accuracy"] = back_found
+    summary[0]["tokenizer_accuracy"] = recall(nearness(torch.cat(back), truth), right, ks[:1])[ks[0]]
     rows = _rows(samples, tables["colours"], right, ks, psnrs)
     sheet = _sheet(samples, as_pictures(drawings[:SHOWN]), as_pictures(truth[:SHOWN]))
     return EvalResult(rows, summary, [*notes, *drawing_lines(summary)], sheet=sheet)

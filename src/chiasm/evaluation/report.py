@@ -5,33 +5,22 @@ Self-contained: no script, no network (a content security policy forbids both), 
 
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from chiasm.evaluation.evaluate import EvalResult
-from chiasm.evaluation.format import amount, clip, count, duration, percent, percent_range
-from chiasm.evaluation.plots import (
-    MAX_PICTURES,
-    Pictures,
-    embedded,
-    gate_openness,
-    loss_curves,
-    skill_curves,
-    skill_intervals,
-    thumbnail,
-)
-from chiasm.evaluation.progress import forgetting_table, skill_progress
+from chiasm.evaluation.format import amount, count, percent, percent_range
+from chiasm.evaluation.learning import cost_table, learning_of
+from chiasm.evaluation.page import write_page
+from chiasm.evaluation.plots import MAX_PICTURES, Pictures, embedded, skill_curves, skill_intervals, thumbnail
+from chiasm.evaluation.progress import Event, forgetting_table, skill_progress
 from chiasm.evaluation.skills import ALL, Row
-from chiasm.sources.writing import naming_full_disk
 
-Event = Mapping[str, Any]
+TEMPLATE = Path(__file__).parent / "report.html.j2"
 ANSWERED = "contains"
 """What the summary of questions has, and that of retrieval, labels and drawings has not."""
 
@@ -86,42 +75,32 @@ def write_report(
     stages = info.get("stages") or [_planned(event) for event in log if event["event"] == "plan" and "parts" in event]
     for stage in stages:
         _refuse_unknown("info['stages']", stage, STAGE)
-    learning = _learning(log)
+    learning = learning_of(log)
     drawn = result.sheet if result and result.sheet else drawn
     answered = bool(result and result.summary and ANSWERED in result.summary[-1])
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.lstrip_blocks = True
-    environment.filters |= {"count": count, "duration": duration, "percent": percent, "clip": clip, "amount": amount}
-    page = environment.get_template("report.html.j2").render(
-        css=Markup((Path(__file__).parent / "report.css").read_text(encoding="utf-8")),
-        info={key: info.get(key) for key in INFO},
-        command=info.get("command") or f"chiasm chat {shlex.quote(str(path.parent / 'model'))} picture.jpg",
-        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        chain=_chain(info),
-        whole=_whole(info),
-        plan=_plan(stages),
-        learning=learning,
-        costs=_costs(learning),
-        skills_over_time=Markup(skill_curves(skill_progress(log)) or ""),
-        forgotten=forgetting_table(log),
-        summary=result.summary if result else [],
-        answered=answered,
-        total=result.summary[-1] if result and answered else None,
-        verdict=_verdict(result.summary[-1]) if result and answered else None,
-        drawn=None if drawn is None else embedded(drawn, drawn.width),
-        notes=_notes(result) if result else [],
-        skills_plot=Markup(skill_intervals(result.summary) or "") if result else "",
-        percent_range=percent_range,
-        wall=_wall(result.rows, images) if result and answered else [],
-        followed=_followed(log, images),
-        timings=_timings(info.get("timings") or {}),
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with naming_full_disk(path):
-        path.write_bytes(page.encode("utf-8", "replace"))
-    return path
+    fields = {
+        "info": {key: info.get(key) for key in INFO},
+        "command": info.get("command") or f"chiasm chat {shlex.quote(str(path.parent / 'model'))} picture.jpg",
+        "chain": _chain(info),
+        "whole": _whole(info),
+        "plan": _plan(stages),
+        "learning": learning,
+        "costs": cost_table(learning),
+        "skills_over_time": Markup(skill_curves(skill_progress(log)) or ""),
+        "forgotten": forgetting_table(log),
+        "summary": result.summary if result else [],
+        "answered": answered,
+        "total": result.summary[-1] if result and answered else None,
+        "verdict": _verdict(result.summary[-1]) if result and answered else None,
+        "drawn": None if drawn is None else embedded(drawn, drawn.width),
+        "notes": _notes(result) if result else [],
+        "skills_plot": Markup(skill_intervals(result.summary) or "") if result else "",
+        "percent_range": percent_range,
+        "wall": _wall(result.rows, images) if result and answered else [],
+        "followed": _followed(log, images),
+        "timings": _timings(info.get("timings") or {}),
+    }
+    return write_page(path, TEMPLATE, fields)
 
 
 def _refuse_unknown(name: str, given: Mapping[str, Any], known: Mapping[str, str]) -> None:
@@ -172,74 +151,6 @@ def _plan(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _cell(value: Any) -> str:
     return count(value) if value is None or isinstance(value, int | float) else str(value)
-
-
-def _costs(learning: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What every stage took and where its losses ended, as a table."""
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "stage": lambda stage: stage["name"],
-        "steps": lambda stage: count(stage["steps"]),
-        "time": lambda stage: duration(stage["seconds"]),
-        "samples/s": lambda stage: amount(stage["samples_per_second"], 1),
-        "tokens/s": lambda stage: count(stage["tokens_per_second"]),
-        "peak memory": lambda stage: f"{stage['peak_memory'] / 1e9:.2f} GB" if stage["peak_memory"] else "–",
-        "training loss": lambda stage: amount(stage["train_loss"], 3),
-        "validation loss": lambda stage: amount(stage["loss"], 3),
-        "another picture": lambda stage: amount(stage["shuffled_loss"], 3),
-    }
-    return {"heads": list(columns), "rows": [[cell(stage) for cell in columns.values()] for stage in learning]}
-
-
-def _learning(log: Sequence[Event]) -> list[dict[str, Any]]:
-    """Per stage, in order: its curves and what they cost."""
-    by_stage: dict[str, list[Event]] = defaultdict(list)
-    for event in log:
-        if "stage" in event:
-            by_stage[event["stage"]].append(event)
-    learning = []
-    for number, (name, events) in enumerate(by_stage.items()):
-        steps = _once([event for event in events if event["event"] == "step"])
-        validations = _once([event for event in events if event["event"] == "validation"])
-        train = [(event["step"], event["loss"]) for event in steps if event.get("loss") is not None]
-        plot = loss_curves(train, validations, f"loss{number}")
-        if plot is None:
-            continue
-        last = validations[-1] if validations else {}
-        moments = [event["gates"] for event in events if event.get("gates")]
-        learning.append(
-            {
-                "name": name,
-                "plot": Markup(plot),
-                "gates": Markup(gate_openness(moments, f"gates{number}") or ""),
-                "steps": max((event["step"] for event in steps), default=None),
-                "seconds": _seconds(events),
-                "samples_per_second": _middle(steps, "samples_per_second"),
-                "tokens_per_second": _middle(steps, "tokens_per_second"),
-                "peak_memory": max((event.get("peak_memory_bytes") or 0 for event in steps), default=0) or None,
-                "train_loss": fmean(loss for _, loss in train[-20:]) if train else None,
-                "loss": last.get("loss"),
-                "shuffled_loss": last.get("shuffled_loss"),
-            }
-        )
-    return learning
-
-
-def _once(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Events by step, the last word on each: a resumed run may have logged some steps twice."""
-    by_step = {event["step"]: dict(event) for event in events}
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _seconds(events: Sequence[Event]) -> float | None:
-    """What the end of the stage says it took, else the time from its first to its last event."""
-    told = [event["seconds"] for event in events if event["event"] == "stage_end" and "seconds" in event]
-    times = [event["time"] for event in events if "time" in event]
-    return float(told[-1]) if told else float(max(times) - min(times)) if times else None
-
-
-def _middle(steps: Iterable[Event], key: str) -> float | None:
-    values = [step[key] for step in steps if step.get(key) is not None]
-    return float(median(values)) if values else None
 
 
 def _verdict(total: Row) -> str | None:

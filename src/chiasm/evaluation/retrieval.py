@@ -148,7 +148,7 @@ def evaluate_retrieval(
     model.train(was_training)
     right, scores = same_pairs(samples), {TO_TEXT: to_text.cpu(), TO_IMAGE: to_image.cpu()}
     hits = {(way, k): found.tolist() for way, s in scores.items() for k, found in found_within(s, right, ks).items()}
-    to_texts, to_images = ({k: sum(hits[way, k]) / len(samples) for k in ks} for way in (TO_TEXT, TO_IMAGE))
+    to_texts, to_images = (recall(scores[way], right, ks) for way in (TO_TEXT, TO_IMAGE))
     others, notes = _control(scores, right, samples, ks) if control else ({}, [])
     return RetrievalResult(to_texts, to_images, chance(right, ks), len(samples), bool(rerank), hits, others, notes)
 

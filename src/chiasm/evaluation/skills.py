@@ -152,15 +152,6 @@ def caption_lines(summary: Sequence[Row]) -> list[str]:
     ]
 
 
-def to_markdown(summary: Sequence[Row]) -> str:
-    """The summary as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-    for row in summary:
-        texts = (text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for text in cells(row))
-        lines.append("| " + " | ".join(texts) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def to_table(summary: Sequence[Row], title: str | None = None) -> Table:
     """The summary as a rich table for the terminal."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)

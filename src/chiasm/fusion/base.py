@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 
 from chiasm.connectors import Connector, build_connector
 from chiasm.fusion.config import ChiasmConfig
-from chiasm.fusion.generation_inputs import PictureGenerationMixin
+from chiasm.fusion.generation_inputs import PictureGenerationMixin, begun
 from chiasm.fusion.part_dtypes import PartDtypes, set_config_dtypes
 from chiasm.language.adapter import accepts, build_language, embedding_width, logits_at, vocabulary
 from chiasm.language.next_token import next_token_loss, supervised_positions
@@ -225,24 +225,32 @@ class FusionModel(PartDtypes, PictureGenerationMixin):
 
     def predict(
         self,
-        inputs: dict[str, Any],
+        inputs_embeds: Float[Tensor, "B S D_l"],
+        attention_mask: Tensor | dict | None,
+        position_ids: Tensor | None,
         cache: Cache | None,
         labels: Int[Tensor, "B S"] | None,
         logits_to_keep: int | Tensor,
         num_items_in_batch: Tensor | int | None,
         return_logits: bool | None,
+        *,
+        shift_labels: Int[Tensor, "B S"] | None = None,
         whole_vocabulary: bool = False,
+        **more: Any,
     ) -> dict[str, Any]:
         """The language model's logits, and the loss where labels are given: fields of a `FusionOutput`.
 
         With labels, logits of the whole sequence are made in evaluation mode and not in training mode, where only
-        supervised positions meet the head; `return_logits` asks for one or the other. `whole_vocabulary` shows logits
-        that are hidden from text. Among the inputs may be `shift_labels`, which then take the labels' place.
+        supervised positions meet the head; `return_logits` asks for one or the other.
+
+        Args:
+            shift_labels: in place of the labels, moved to the left by one already.
+            whole_vocabulary: whether logits are shown that are hidden from text.
+            more: inputs of the language model.
         """
-        shift_labels = inputs.pop("shift_labels", None)
         supervised = None if labels is None else supervised_positions(labels, shift_labels)
-        if "position_ids" in inputs or accepts(self.language, "position_ids"):
-            inputs["position_ids"] = self._positions(inputs.get("position_ids"), inputs.get("attention_mask"), cache)
+        told = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs = self.language_inputs(more | told, cache)
         if supervised is not None and not (return_logits if return_logits is not None else not self.training):
             inputs.pop("use_cache", None)
             rows, columns, targets = supervised
@@ -259,6 +267,13 @@ class FusionModel(PartDtypes, PictureGenerationMixin):
         fields = ("cache", "hidden_states", "attentions")
         return {"loss": loss, "logits": logits} | {name: getattr(output, name) for name in fields}
 
+    def language_inputs(self, inputs: dict[str, Any], cache: Cache | None) -> dict[str, Any]:
+        """What the language model is told; positions count real tokens only, so that left padding changes nothing."""
+        positions, mask = inputs["position_ids"], inputs["attention_mask"]
+        if positions is None and isinstance(mask, Tensor) and mask.ndim == 2 and not begun(cache):
+            positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return inputs | {"position_ids": positions}
+
     def shown(self, logits: Float[Tensor, "... V"], learns: bool) -> Float[Tensor, "... V"]:
         """Logits as the caller gets them; `learns` where the loss, or drawing, reads them."""
         return logits
@@ -267,12 +282,3 @@ class FusionModel(PartDtypes, PictureGenerationMixin):
     def z_loss(self) -> float:
         """Weight of the penalty on large logits."""
         return 0.0
-
-    @staticmethod
-    def _positions(given: Tensor | None, attention_mask: Any, cache: Cache | None) -> Tensor | None:
-        """Positions that count real tokens only, so that left padding changes nothing."""
-        if given is not None or not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-            return given
-        if cache is not None and cache.get_seq_length() > 0:
-            return None
-        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)

@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from chiasm.fusion.adapters import inject_adapters
 from chiasm.fusion.base import FusionModel, FusionOutput
 from chiasm.fusion.config import ChiasmConfig
+from chiasm.fusion.generation_inputs import begun
 from chiasm.fusion.part_dtypes import cast_parts
 from chiasm.fusion.pictures import real_pictures
 from chiasm.fusion.prefix import counted, prefix_mask, with_suffix
@@ -109,25 +110,22 @@ class EarlyFusionModel(FusionModel, GenerationMixin):
         pictures, masks = real_pictures(pixel_values, pixel_attention_mask)
         instruction = (instruction_ids, instruction_mask, qformer_input_ids, qformer_attention_mask)
         tokens = self.visual_tokens(pictures, image_features, *instruction, masks)
-        inputs_embeds = self.embed(input_ids, inputs_embeds, tokens)
-        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
-        inputs |= self._token_types(inputs, token_type_ids, cache)
-        fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
+        embedded = self.embed(input_ids, inputs_embeds, tokens)
+        read = (embedded, attention_mask, position_ids, cache)
+        wanted = (labels, logits_to_keep, num_items_in_batch, return_logits)
+        fields = self.predict(*read, *wanted, token_type_ids=token_type_ids, **kwargs)
         return FusionOutput(**fields, visual_tokens=tokens)
 
-    def _token_types(
-        self, inputs: dict[str, Any], token_type_ids: Tensor | None, cache: Cache | None
-    ) -> dict[str, Any]:
-        """What token types change in the language model's inputs: the mask of a prefix. Behind one, all is causal."""
-        mask = inputs["attention_mask"]
-        if token_type_ids is None or self.config.attention != "prefix":
-            return {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        made = isinstance(mask, dict) or (mask is not None and mask.ndim == 4)
-        if made or (cache is not None and cache.get_seq_length() > 0):
-            return {}
-        positions = self._positions(inputs["position_ids"], mask, cache)
-        mask = prefix_mask(self.language.config, inputs["inputs_embeds"], mask, token_type_ids, cache, positions)
-        return {"attention_mask": mask, "position_ids": positions}
+    def language_inputs(self, inputs: dict[str, Any], cache: Cache | None) -> dict[str, Any]:
+        """Also what token types change: the mask of a prefix. Behind one, all is causal."""
+        types, mask = inputs.pop("token_type_ids", None), inputs["attention_mask"]
+        inputs = super().language_inputs(inputs, cache)
+        if types is None or self.config.attention != "prefix":
+            return inputs if types is None else inputs | {"token_type_ids": types}
+        if begun(cache) or isinstance(mask, dict) or (mask is not None and mask.ndim == 4):
+            return inputs
+        read = (inputs["inputs_embeds"], mask, types, cache, inputs["position_ids"])
+        return inputs | {"attention_mask": prefix_mask(self.language.config, *read)}
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
@@ -151,7 +149,6 @@ class EarlyFusionModel(FusionModel, GenerationMixin):
     ) -> Any:
         """Masks for a cache of fixed size, which `generate` makes before the forward is compiled."""
         text, position_ids = config.get_text_config(), counted(position_ids)
-        started = cache is not None and cache.get_seq_length() > 0
-        if config.attention == "prefix" and token_type_ids is not None and not started:
+        if config.attention == "prefix" and token_type_ids is not None and not begun(cache):
             return prefix_mask(text, inputs_embeds, attention_mask, token_type_ids, cache, position_ids)
         return create_masks_for_generate(text, inputs_embeds, attention_mask, cache, position_ids)

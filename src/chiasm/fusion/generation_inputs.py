@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import GenerationMixin, LogitsProcessorList
+from transformers import Cache, GenerationMixin, LogitsProcessorList
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 
 PICTURE_INPUTS = (
@@ -24,6 +24,11 @@ PICTURE_INPUTS = (
 
 READ_ONCE = (*PICTURE_INPUTS, "pixel_values_videos")
 """Inputs that a cache makes needless."""
+
+
+def begun(cache: Cache | None) -> bool:
+    """Whether a cache holds tokens already."""
+    return cache is not None and cache.get_seq_length() > 0
 
 
 def expand_images(images: Tensor, counts: list[int], times: int) -> Tensor:
@@ -121,7 +126,7 @@ class PictureGenerationMixin(GenerationMixin):
         """Pictures are read once: afterwards the cache holds them, also where a prompt goes on from one that holds them
         all. An assistant is not told of its first step."""
         cache = kwargs.get("cache")
-        started = cache is not None and cache.get_seq_length() > 0
+        started = begun(cache)
         if inputs_embeds is not None and is_first_iteration:
             inputs_embeds = self._marked(input_ids, inputs_embeds)
         if use_cache and started:

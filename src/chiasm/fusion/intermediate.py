@@ -19,6 +19,7 @@ from chiasm.fusion.base import FusionModel, FusionOutput
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.cross_attention import CrossAttention, KeysValues, Look, looking
 from chiasm.fusion.cross_attention_settings import CrossAttentionSettings
+from chiasm.fusion.generation_inputs import begun
 from chiasm.fusion.part_dtypes import cast_parts
 from chiasm.language.adapter import embedding_width, hidden_width, layers
 from chiasm.vision.encoder import VisionEncoder
@@ -165,10 +166,10 @@ class IntermediateFusionModel(FusionModel, GenerationMixin):
         ends = self._ends(input_ids, inputs_embeds)
         if position_ids is not None:
             ends = ends | _before_restarts(position_ids)
-        inputs_embeds = self.embed(input_ids, inputs_embeds, placeholders)
+        embedded = self.embed(input_ids, inputs_embeds, placeholders)
         tokens = None
         goes_on = image_attention_mask is not None or not placeholders.any()
-        if image_cache is None and goes_on and cache is not None and cache.get_seq_length() > 0:
+        if image_cache is None and goes_on and begun(cache):
             image_cache = getattr(cache, PICTURES, None)
         if image_cache is not None and image_attention_mask is None and placeholders.any():
             raise ValueError(
@@ -185,9 +186,10 @@ class IntermediateFusionModel(FusionModel, GenerationMixin):
             visible, image_cache = image_cache.read(placeholders, ends)
             visible = visible if image_attention_mask is None else image_attention_mask.bool()
             look = self.look(image_cache, visible, record)
-        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        read = (embedded, attention_mask, position_ids, cache)
+        wanted = (labels, logits_to_keep, num_items_in_batch, return_logits)
         with looking(look):
-            fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
+            fields = self.predict(*read, *wanted, **kwargs)
         if image_cache is not None and fields.get("cache") is not None:
             setattr(fields["cache"], PICTURES, image_cache)
         return IntermediateFusionOutput(**fields, visual_tokens=tokens, image_cache=image_cache)

@@ -131,8 +131,9 @@ class PackedFusionModel(PositionedModel, GenerationMixin):
             embedded = embedded + 0.0 * self.blank_picture(embedded).sum().to(embedded.dtype)
         pair: Any = (image_grid_thw, video_grid_thw)
         position_ids, delta = self.positioned(position_ids, input_ids, inputs_embeds, attention_mask, cache, pair)
-        inputs = {"inputs_embeds": embedded, "attention_mask": attention_mask, "position_ids": position_ids}
-        fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
+        read = (embedded, attention_mask, position_ids, cache)
+        wanted = (labels, logits_to_keep, num_items_in_batch, return_logits)
+        fields = self.predict(*read, *wanted, **kwargs)
         self.remember(fields.get("cache"), delta)
         grids = video_grid_thw if pixel_values is None else image_grid_thw
         return PositionedOutput(**fields, visual_tokens=tokens, image_grid_thw=grids)

@@ -110,10 +110,10 @@ class TiledFusionModel(EarlyFusionModel, GenerationMixin):
             image_sizes: height and width of each picture before it was cut.
         """
         tokens = self.visual_tokens(pixel_values, image_sizes)
-        inputs_embeds = self.embed(input_ids, inputs_embeds, tokens)
-        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
-        inputs |= self._token_types(inputs, token_type_ids, cache)
-        fields = self.predict(inputs | kwargs, cache, labels, logits_to_keep, num_items_in_batch, return_logits)
+        embedded = self.embed(input_ids, inputs_embeds, tokens)
+        read = (embedded, attention_mask, position_ids, cache)
+        wanted = (labels, logits_to_keep, num_items_in_batch, return_logits)
+        fields = self.predict(*read, *wanted, token_type_ids=token_type_ids, **kwargs)
         return FusionOutput(**fields, visual_tokens=tokens)
 
     def picture_prompts(self, count: int) -> Int[Tensor, "B S"]:

@@ -203,11 +203,9 @@ class UnifiedModel(PositionedModel, GenerationMixin):
         position_ids, delta = self.positioned(
             position_ids, input_ids, inputs_embeds, attention_mask, cache, image_grid_thw
         )
-        inputs: dict[str, Any] = {"inputs_embeds": embedded, "attention_mask": attention_mask}
-        inputs |= {"position_ids": position_ids}
-        inputs |= self._token_types(inputs, token_type_ids, cache)
+        read = (embedded, attention_mask, position_ids, cache)
         wanted = (labels, logits_to_keep, num_items_in_batch, return_logits)
-        fields = self.predict(inputs | kwargs, cache, *wanted, whole_vocabulary=codes)
+        fields = self.predict(*read, *wanted, whole_vocabulary=codes, token_type_ids=token_type_ids, **kwargs)
         self.remember(fields.get("cache"), delta)
         return PositionedOutput(**fields, visual_tokens=tokens, image_grid_thw=image_grid_thw)
 

@@ -85,20 +85,7 @@ def build_unified(
         torch.manual_seed(seed)
         tokenizer_part = _image_tokenizer(wanted) if vq else None
     codes = 0 if tokenizer_part is None else tokenizer_part.num_codes
-    chosen: dict[str, Any] = {"positions": positions, **given}
-    if isinstance(language, dict):
-        if weights not in (None, "random"):
-            raise ValueError(
-                f"unified option weights is {weights!r}, but language={{...}} has sizes alone: leave it out"
-            )
-        ends = (
-            {}
-            if tokenizer is None
-            else {f"{m}_token_id": getattr(tokenizer, f"{m}_token_id") for m in ("bos", "eos", "pad")}
-        )
-        decoder = new_decoder(ends | language, first_code + codes, seed, **chosen)
-    else:
-        decoder = decoder_from(language, first_code + codes, seed, weights or "pretrained", **chosen)
+    decoder = _decoder(language, tokenizer, first_code + codes, seed, weights, {"positions": positions, **given})
     decoder.to(dtype or decoder.dtype)
     vision = tokenizer_part or _patch_embedding(wanted, decoder, seed)
     settings = {
@@ -131,6 +118,24 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase | None, words: int, names: lis
         return {name: words + index for index, name in enumerate(names)}
     tokenizer.add_tokens(names, special_tokens=True)
     return {name: tokenizer.convert_tokens_to_ids(name) for name in names}
+
+
+def _decoder(
+    language: PreTrainedModel | dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocabulary: int,
+    seed: int,
+    weights: str | None,
+    options: dict[str, Any],
+) -> UnifiedDecoderForCausalLM:
+    """The decoder of a language model, or of sizes alone, with a table of so many words and codes."""
+    if not isinstance(language, dict):
+        return decoder_from(language, vocabulary, seed, weights or "pretrained", **options)
+    if weights not in (None, "random"):
+        raise ValueError(f"unified option weights is {weights!r}, but language={{...}} has sizes alone: leave it out")
+    names = [] if tokenizer is None else ["bos_token_id", "eos_token_id", "pad_token_id"]
+    marks = {name: getattr(tokenizer, name) for name in names}
+    return new_decoder(marks | language, vocabulary, seed, **options)
 
 
 def _image_tokenizer(wanted: dict[str, Any]) -> ImageTokenizer:

@@ -2,11 +2,11 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from decimal import Decimal
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -70,6 +70,24 @@ class Constraint:
         if self.matcher.is_error():
             reason = self.matcher.get_error().partition("\n")[0]
             raise ValueError(f"the answer cannot be constrained so: {reason}")
+
+
+def constraints_of(decodings: Sequence[Decoding], reader: Callable[[], Any], ends: set[int]) -> list[Constraint | None]:
+    """What binds each answer; a form that several have is compiled once.
+
+    Args:
+        reader: gives the model's tokenizer, by `token_reader`, where an answer is bound.
+    """
+    forms = [(decoding.choices, decoding.json_schema) for decoding in decodings]
+    made: list[Constraint | None] = []
+    for number, decoding in enumerate(decodings):
+        if not decoding.constrained:
+            made.append(None)
+        elif (first := forms.index(forms[number])) < number:
+            made.append(cast(Constraint, made[first]).again())
+        else:
+            made.append(Constraint(reader(), decoding, ends))
+    return made
 
 
 class ConstraintProcessor(LogitsProcessor):

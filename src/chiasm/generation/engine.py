@@ -8,23 +8,20 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from chiasm.data.chat import Message
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
-from chiasm.generation.choose import generator
-from chiasm.generation.constraint import Constraint, token_reader
+from chiasm.generation.constraint import constraints_of, token_reader
 from chiasm.generation.decode import Decoding, end_tokens, never_tokens, prepare
 from chiasm.generation.decoders import make_decoder
 from chiasm.generation.pictures import PictureCache
 from chiasm.generation.prefix_cache import PrefixCache
-from chiasm.generation.prompt import Prompt, read_prompt
-from chiasm.generation.published import published
-from chiasm.generation.request import Request
-from chiasm.generation.text import TextStream
+from chiasm.generation.prompt import read_prompt
+from chiasm.generation.request import Request, new_request
 from chiasm.generation.ticket import Piece, Ticket
 from chiasm.language.adapter import vocabulary
 
@@ -136,8 +133,8 @@ class Engine:
         with self._picturing if images else self._preparing:  # words alone do not wait for pictures
             longest = max(decoding.max_new_tokens for decoding in decodings)
             prompt = read_prompt(prepare(self.model, self.processor, [messages], [images], longest))
-        bound = self._constraints(decodings)
-        requests = [self._request(prompt, *pair) for pair in zip(decodings, bound, strict=True)]
+        bound = zip(decodings, constraints_of(decodings, self._reader, self._ends), strict=True)
+        requests = [new_request(self.model, self.processor, prompt, *pair) for pair in bound]
         with self._changed:
             self._admit(len(requests))
             self._waiting.extend(requests)
@@ -152,29 +149,9 @@ class Engine:
         with self._changed:
             self._admit(count)
 
-    def _constraints(self, decodings: Sequence[Decoding]) -> list[Constraint | None]:
-        """What binds each answer; a form that several have is compiled once."""
-        forms = [(decoding.choices, decoding.json_schema) for decoding in decodings]
-        made: list[Constraint | None] = []
-        for number, decoding in enumerate(decodings):
-            if not decoding.constrained:
-                made.append(None)
-            elif (first := forms.index(forms[number])) < number:
-                made.append(cast(Constraint, made[first]).again())
-            else:
-                with self._preparing:
-                    reader = token_reader(self.processor.tokenizer, self._vocabulary)
-                made.append(Constraint(reader, decoding, self._ends))
-        return made
-
-    def _request(self, prompt: Prompt, decoding: Decoding, constraint: Constraint | None) -> Request:
-        tokens = prompt.tokens
-        if self.model.config.is_encoder_decoder:
-            tokens = [self.model.language.generation_config.decoder_start_token_id]
-        ticket, text = Ticket(len(prompt.tokens)), TextStream(self.processor.tokenizer, decoding.stop)
-        habits = published(self.model, decoding, len(tokens), prompt.inputs["input_ids"])
-        own = generator(decoding, self.model.device)
-        return Request(ticket, prompt, decoding, text, own, constraint, tokens, published=habits)
+    def _reader(self) -> Any:
+        with self._preparing:
+            return token_reader(self.processor.tokenizer, self._vocabulary)
 
     def _admit(self, count: int) -> None:
         if self._closed:

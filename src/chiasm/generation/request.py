@@ -9,10 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from chiasm.generation.choose import adjusted, choose, logprobs
+from chiasm.data.processor import ChiasmProcessor
+from chiasm.fusion.base import FusionModel
+from chiasm.generation.choose import adjusted, choose, generator, logprobs
 from chiasm.generation.constraint import Constraint
 from chiasm.generation.decoding import Decoding
 from chiasm.generation.prompt import Prompt
+from chiasm.generation.published import published
 from chiasm.generation.text import TextStream
 from chiasm.generation.ticket import Piece, Ticket
 
@@ -117,3 +120,16 @@ class Request:
             if self.text.stopped and start >= shown:
                 one.logprob = one.top = None
             self.ticket.put(one)
+
+
+def new_request(
+    model: FusionModel, processor: ChiasmProcessor, prompt: Prompt, decoding: Decoding, constraint: Constraint | None
+) -> Request:
+    """A request that waits for its place."""
+    tokens = prompt.tokens
+    if model.config.is_encoder_decoder:
+        tokens = [model.language.generation_config.decoder_start_token_id]
+    ticket, text = Ticket(len(prompt.tokens)), TextStream(processor.tokenizer, decoding.stop)
+    habits = published(model, decoding, len(tokens), prompt.inputs["input_ids"])
+    own = generator(decoding, model.device)
+    return Request(ticket, prompt, decoding, text, own, constraint, tokens, published=habits)

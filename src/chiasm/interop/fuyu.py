@@ -11,7 +11,7 @@ from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.unified import UnifiedProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.unified import UnifiedModel
-from chiasm.interop.parts import finish, has_processor, language_table, text_settings
+from chiasm.interop.parts import finish, has_processor, table_of, text_settings
 from chiasm.interop.weights import Table, assemble, read_weights
 from chiasm.language.adapter import load_tokenizer
 from chiasm.vision.patches import PatchConfig, PatchImageProcessor
@@ -65,10 +65,7 @@ def chiasm_config(config: FuyuConfig) -> ChiasmConfig:
 
 def table(config: FuyuConfig) -> Table:
     """Fuyu's names → ours, for files of any version."""
-    new = {f"model.{theirs}": ours for theirs, ours in PARTS.items()}
-    return {**PARTS, **new, "language_model": "language"} | language_table(
-        config.text_config, "model.language_model", "lm_head"
-    )
+    return table_of(PARTS, config.text_config)
 
 
 def _processor(source: str, model: UnifiedModel) -> UnifiedProcessor:

@@ -9,9 +9,9 @@ from chiasm.fusion.early import EarlyFusionModel
 from chiasm.interop.parts import (
     describe_features,
     image_token,
-    language_table,
     load_headed,
     load_processor,
+    table_of,
     text_settings,
     without_first,
 )
@@ -68,8 +68,5 @@ def features(config: LlavaConfig) -> VisionFeatures:
 def table(config: LlavaConfig) -> Table:
     """LLaVA's names → ours, for files of any version; a pooler is not read."""
     pooler = {"vision_tower.pooler": None} if without_pooler(model_class(config.vision_config)) else {}
-    parts: dict[str, str | None] = {**PARTS, **pooler}
-    new = {f"model.{theirs}": ours for theirs, ours in parts.items()}
-    return {**parts, **new, "language_model": "language"} | language_table(
-        config.text_config, "model.language_model", "lm_head"
-    )
+    parts: Table = {**PARTS, **pooler}
+    return table_of(parts, config.text_config)

@@ -1,6 +1,8 @@
 """Which checkpoints `chiasm.load` reads: Chiasm's own, and transformers' by exact name."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,6 +35,8 @@ from chiasm.interop.parts import has_processor
 from chiasm.interop.qwen2_vl import load_qwen2_vl
 from chiasm.training.card_metadata import SOURCES
 
+Retrieval = TypeVar("Retrieval", LateFusionModel, QFormerRetrieval)
+
 
 def _load_chiasm(source: str, dtype: torch.dtype | str) -> tuple[FusionModel, ChiasmProcessor | None]:
     family = fusion_class(ChiasmConfig.from_pretrained(source))
@@ -56,13 +60,10 @@ def complete(family: Any, source: str, dtype: torch.dtype | str) -> Any:
     return model.eval()
 
 
-def _load_retrieval(source: str, dtype: torch.dtype | str) -> tuple[QFormerRetrieval, CaptionProcessor | None]:
-    model = complete(QFormerRetrieval, source, dtype)
-    return model, CaptionProcessor.from_pretrained(source) if has_processor(source) else None
-
-
-def _load_late(source: str, dtype: torch.dtype | str) -> tuple[LateFusionModel, CaptionProcessor | None]:
-    model = complete(LateFusionModel, source, dtype)
+def _load_retrieval(
+    kind: type[Retrieval], source: str, dtype: torch.dtype | str
+) -> tuple[Retrieval, CaptionProcessor | None]:
+    model = complete(kind, source, dtype)
     return model, CaptionProcessor.from_pretrained(source) if has_processor(source) else None
 
 
@@ -83,11 +84,10 @@ LOADERS = {
     "smolvlm": load_idefics3,
 }
 
-
-RETRIEVAL_LOADERS = {
+RETRIEVAL_LOADERS: dict[str, Callable[..., Any]] = {
     "Blip2ForImageTextRetrieval": load_blip2_retrieval,
-    "chiasm_late": _load_late,
-    "chiasm_qformer_retrieval": _load_retrieval,
+    "chiasm_late": partial(_load_retrieval, LateFusionModel),
+    "chiasm_qformer_retrieval": partial(_load_retrieval, QFormerRetrieval),
     "clip": load_clip,
     "siglip": load_siglip,
 }

@@ -8,9 +8,9 @@ from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.early import EarlyFusionModel
 from chiasm.interop.parts import (
     describe_features,
-    language_table,
     load_headed,
     load_processor,
+    table_of,
     text_settings,
 )
 from chiasm.interop.weights import Table
@@ -62,7 +62,4 @@ def chiasm_config(config: PaliGemmaConfig) -> ChiasmConfig:
 
 def table(config: PaliGemmaConfig) -> Table:
     """PaliGemma's names → ours, for files of any version."""
-    new = {f"model.{theirs}": ours for theirs, ours in PARTS.items()}
-    return {**PARTS, **new, "language_model": "language"} | language_table(
-        config.text_config, "model.language_model", "lm_head"
-    )
+    return table_of(PARTS, config.text_config)

@@ -57,6 +57,13 @@ def language_table(text_config: PreTrainedConfig, decoder: str, head: str) -> di
     return inner | {"language_model.model": inner[decoder], "language_model.lm_head": inner[head]}
 
 
+def table_of(parts: Table, text_config: PreTrainedConfig) -> dict[str, str | None]:
+    """Names of a model's parts → ours, for files of any version: later ones have `model.` in front."""
+    later = {f"model.{theirs}": ours for theirs, ours in parts.items()}
+    language = language_table(text_config, "model.language_model", "lm_head")
+    return {**parts, **later, "language_model": "language"} | language
+
+
 def load_headed(
     source: str,
     describe: Callable[[Any], ChiasmConfig],
@@ -91,9 +98,13 @@ def text_settings(config: PreTrainedConfig) -> dict[str, Any]:
 
     Whether embeddings are tied is what the whole model says, and its own head neither scales nor caps logits.
     """
-    settings = config.text_config.to_dict()
-    direct = {name: value for name, value in DIRECT_HEAD.items() if name in settings}
-    return settings | direct | {"tie_word_embeddings": config.tie_word_embeddings}
+    return with_direct_head(config.text_config) | {"tie_word_embeddings": config.tie_word_embeddings}
+
+
+def with_direct_head(config: PreTrainedConfig) -> dict[str, Any]:
+    """A language model's settings, without what its own head does to logits."""
+    settings = config.to_dict()
+    return settings | {name: value for name, value in DIRECT_HEAD.items() if name in settings}
 
 
 def describe_features(vision_config: PreTrainedConfig, wanted: dict[str, Any]) -> VisionFeatures:

@@ -60,21 +60,6 @@ def _shards(index: str) -> list[str]:
         raise ValueError(f"{index} is damaged: it names no file for each weight; fetch it again") from error
 
 
-def transfer(
-    weights: Mapping[str, Tensor], module: nn.Module, table: Table, transforms: Transforms | None = None
-) -> None:
-    """Copies a reference's weights into a module, which must be filled completely.
-
-    Raises:
-        ValueError: a weight is missing, left over or wrongly shaped; the message names it.
-    """
-    fitted = fit(weights, module, table, transforms)
-    with torch.no_grad():
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if name in fitted:
-                tensor.copy_(fitted[name])
-
-
 def assemble(
     kind: type[Model],
     config: PreTrainedConfig,

@@ -13,7 +13,6 @@ RANGES: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-OPERATORS = ("!=", *RANGES, "=")
 UNDERSTOOD = "key=value, key!=value, key>=number, key<=number, key>number, key<number or 'key in a,b'"
 
 

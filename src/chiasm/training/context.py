@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.schema import Samples
 from chiasm.training.forgetting import ForgettingProbe
-from chiasm.training.log import Reporter
+from chiasm.training.reporter import Reporter
 from chiasm.training.run import Run
 from chiasm.training.source import Survey
 from chiasm.training.team import Team

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from chiasm.data.feature_cache import DTYPES, FeatureCache, encoder_identity
-from chiasm.data.schema import ImageError, ImageRef, Problem, Sample, SampleError, Samples
+from chiasm.data.schema import ImageError, ImageRef, Sample, SampleError, Samples
 from chiasm.training.batches import WORKERS, prefetch
 from chiasm.training.compiling import can_compile
-from chiasm.training.log import Reporter
+from chiasm.training.reporter import Reporter
 from chiasm.training.schema import Stage
 from chiasm.training.stages import FreezePlan
 
@@ -107,7 +107,7 @@ class Features:
                 for loaded in batches:
                     for key, value in loaded:
                         if isinstance(value, ImageError):
-                            self._bad(_of_sample(missing[key][0], value))
+                            self._bad(SampleError.of_picture(missing[key][0], value))
                             faults[key] = value
                     self._add([(key, value) for key, value in loaded if isinstance(value, Tensor)])
                     task.advance(len(loaded))
@@ -125,7 +125,7 @@ class Features:
             if self.cache.row(key) is None:
                 pixels = self._pixels(ref)
                 if isinstance(pixels, ImageError):
-                    raise _of_sample(sample.id, pixels)
+                    raise SampleError.of_picture(sample.id, pixels)
                 self._add([(key, pixels)])
         return self.cache.read([row for key in keys if (row := self.cache.row(key)) is not None])
 
@@ -165,7 +165,7 @@ class Rows:
         for key, ref in zip(keys, sample.images, strict=True):
             if self.cache.row(key) is None:
                 fault = self.faults[key]
-                raise _of_sample(sample.id, ImageError(fault.kind, ref.name, fault.reason))
+                raise SampleError.of_picture(sample.id, ImageError(fault.kind, ref.name, fault.reason))
         return self.cache.read([row for key in keys if (row := self.cache.row(key)) is not None]) if keys else None
 
 
@@ -227,11 +227,7 @@ def _keys_of(sample: Sample) -> tuple[Sample, list[str] | SampleError]:
     try:
         return sample, [ref.key() for ref in sample.images]
     except ImageError as error:
-        return sample, _of_sample(sample.id, error)
-
-
-def _of_sample(sample_id: str, error: ImageError) -> SampleError:
-    return SampleError(sample_id, [Problem(error.kind, str(error), error.name)])
+        return sample, SampleError.of_picture(sample.id, error)
 
 
 def _in_order(pool: ThreadPoolExecutor, indices: Sequence[int], work: Callable) -> Iterable[tuple]:

@@ -15,7 +15,7 @@ from chiasm.language.next_token import IGNORE
 from chiasm.objectives import PAIR_OBJECTIVES
 from chiasm.objectives.late import answer_loss, pair_losses
 from chiasm.training.batches import seed_of
-from chiasm.training.log import Reporter
+from chiasm.training.reporter import Reporter
 from chiasm.training.schema import Captions, Stage
 from chiasm.training.stage_model import StageModel, caption_filler
 

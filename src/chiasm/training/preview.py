@@ -14,9 +14,10 @@ from chiasm.data.splits import Subset
 from chiasm.sources.cache import cache_folder, free_space
 from chiasm.training.features import can_cache
 from chiasm.training.fit import Fitted, fitted
-from chiasm.training.log import Reporter, plan_fields, plan_table
+from chiasm.training.log import plan_fields
 from chiasm.training.pace import BATCHES, Pace, measure
 from chiasm.training.precision import KEPT_PARTS, choose_dtype
+from chiasm.training.reporter import Reporter, plan_table
 from chiasm.training.schema import Recipe
 from chiasm.training.source import split, survey
 from chiasm.training.stages import ADAM_BYTES, GRADIENT_BYTES, FreezePlan, weight_bytes

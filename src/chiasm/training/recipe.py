@@ -1,6 +1,5 @@
 """Recipes from YAML files, dictionaries and the command line; an error is one line with file, line and key."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from copy import deepcopy
@@ -22,21 +21,14 @@ from chiasm.training.schema import (
     Settings,
     Stage,
 )
+from chiasm.training.yaml_lines import Keys, Origins, RecipeError, dotted, origin_of, read_yaml, reason_of
 
-__all__ = ["Recipe", "RecipeError", "apply_overrides", "find_recipe", "load_recipe", "read_yaml", "to_yaml"]
+__all__ = ["Recipe", "RecipeError", "apply_overrides", "find_recipe", "load_recipe", "to_yaml"]
 
 REPLACED = [["lr"], *([key] for key in LENGTHS)]
 """Settings of a stage that an override also removes where they stand in another place or under another name."""
 
 EXPECTED = "a recipe is a mapping with the key 'stages'"
-
-Keys = tuple[str | int, ...]
-Origins = dict[Keys, str]
-"""Where each value of a recipe was written: `file:line`, or the override's text."""
-
-
-class RecipeError(ValueError):
-    """One line: where, which key, what is wrong."""
 
 
 def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
@@ -105,45 +97,6 @@ def _without_defaults(plan: dict[str, Any]) -> Any:
     return {key: value for key, value in plan.items() if plan["tune"] in ADAPTERS or key not in LORA_KEYS}
 
 
-def read_yaml(path: Path, expected: str) -> tuple[dict[str, Any], Origins]:
-    """A mapping from a YAML file and where its values were written; `expected` says what it should be."""
-    try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        origins: Origins = {}
-        if node is not None:
-            _note_lines(node, (), path, origins)
-        raw = loader.construct_document(node) if node is not None else None
-    except RecursionError:
-        raise RecipeError(f"{path}: an alias contains itself") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{path}:{line}: {error.problem}") from error
-    except yaml.reader.ReaderError as error:
-        raise RecipeError(f"{path}: YAML allows no character #x{error.character:04x}; remove it") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: is not UTF-8 text ({error})") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}:1: {expected}, found {type(raw).__name__}")
-    return raw, origins
-
-
-def _note_lines(node: yaml.Node, at: Keys, path: Path, origins: Origins) -> None:
-    origins.setdefault(at, f"{path}:{node.start_mark.line + 1}")
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise RecipeError(f"{path}:{key.start_mark.line + 1}: a key is a word, not a list or a mapping")
-            here = (*at, key.value)
-            if here in origins:
-                raise RecipeError(f"{path}:{key.start_mark.line + 1}: {_dotted(here)}: this key stands here twice")
-            origins[here] = f"{path}:{key.start_mark.line + 1}"
-            _note_lines(value, here, path, origins)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            _note_lines(value, (*at, index), path, origins)
-
-
 def _override(raw: dict[str, Any], origins: Origins, overrides: Sequence[str]) -> tuple[dict[str, Any], Origins]:
     for text in sorted(overrides, key=lambda text: not text.startswith("lr=")):
         key, equals, value = text.partition("=")
@@ -179,7 +132,7 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any, text: str, origins: O
             target[key] = {"tune": target[key]}
         target = target.setdefault(key, {})
         if not isinstance(target, dict):
-            raise RecipeError(f"override {text!r}: {_dotted(at)} has no keys")
+            raise RecipeError(f"override {text!r}: {dotted(at)} has no keys")
     target[keys[-1]] = value
     origins[(*at, keys[-1])] = f"override {text!r}"
 
@@ -216,29 +169,12 @@ def _first_line(error: ValidationError, raw: dict[str, Any], origins: Origins, n
     first = error.errors(include_url=False)[0]
     at = first["loc"]
     shown = at[:-1] if at and at[-1] in ("literal['all-linear']", "list[str]", "int", "str", "bool") else at
-    where = origins.get(_known(shown, origins), name)
+    where = origin_of(shown, origins, name)
     if where == name and shown[:1] == ("stages",):
-        where = origins.get(_known(shown[2:], origins), name)
-    key = _dotted(_with_names(shown, raw))
+        where = origin_of(shown[2:], origins, name)
+    key = dotted(_with_names(shown, raw))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{where}: {f'{key}: ' if key else ''}{_reason(first)}{more}"
-
-
-def _known(at: Keys, origins: Origins) -> Keys:
-    while at and at not in origins:
-        at = at[:-1]
-    return at
-
-
-def _reason(first: Any) -> str:
-    if first["type"] == "extra_forbidden":
-        known = _keys_at(first["loc"][:-1])
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        return "unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}")
-    if first["type"] == "missing":
-        return "this key is missing"
-    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return reason if first["type"] == "value_error" else f"{first['input']!r}: {reason}"
+    return f"{where}: {f'{key}: ' if key else ''}{reason_of(first, at, _keys_at)}{more}"
 
 
 def _keys_at(at: Keys) -> list[str]:
@@ -256,7 +192,3 @@ def _with_names(at: Keys, raw: dict[str, Any]) -> Keys:
         if isinstance(stage, dict) and isinstance(stage.get("name"), str):
             return ("stages", stage["name"], *at[2:])
     return at
-
-
-def _dotted(at: Keys) -> str:
-    return ".".join(map(str, at))

@@ -32,8 +32,9 @@ from chiasm.training.checkpoint import (
     save_checkpoint,
     whole_folder,
 )
-from chiasm.training.log import Reporter, RunLog
+from chiasm.training.log import RunLog
 from chiasm.training.recipe import to_yaml
+from chiasm.training.reporter import Reporter
 from chiasm.training.same_run import moved, what_changes
 from chiasm.training.schema import Recipe
 from chiasm.training.team import Team
@@ -164,7 +165,7 @@ def _open(
         raise ValueError(f"another process is training in {folder}; wait for it or choose another folder") from None
     try:
         stages = [stage.name for stage in recipe.stages]
-        _prepare(folder, stages, resume)
+        _prepare(folder, resume)
         resumed, notes = newest_checkpoint(folder / CHECKPOINTS, stages)
         changed: list[str] = []
         if resumed is not None:
@@ -226,7 +227,7 @@ def without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _prepare(folder: Path, stages: list[str], resume: bool) -> None:
+def _prepare(folder: Path, resume: bool) -> None:
     strange = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     if strange and not (folder / RECIPE).is_file():
         raise ValueError(f"{folder} is not empty and holds no run (found {strange[0]}); choose another folder")

@@ -16,7 +16,7 @@ from chiasm.data.splits import hold_out
 from chiasm.training.closed_form import describes
 from chiasm.training.features import Rows, with_hint
 from chiasm.training.fingerprint import PictureFile, files_fingerprint, sample_fingerprint
-from chiasm.training.log import Reporter
+from chiasm.training.reporter import Reporter
 from chiasm.training.schema import Recipe, Stage
 from chiasm.training.stage_model import StageModel
 

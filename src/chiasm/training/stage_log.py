@@ -7,8 +7,9 @@ from transformers import PreTrainedModel
 
 from chiasm.data.schema import SampleError
 from chiasm.training.forgetting import in_words
-from chiasm.training.log import Reporter, RunLog, Task, gate_fields, peak_memory, plan_fields
+from chiasm.training.log import RunLog, gate_fields, peak_memory, plan_fields
 from chiasm.training.optimization import Taken
+from chiasm.training.reporter import Reporter, Task
 from chiasm.training.schema import Stage
 from chiasm.training.stages import FreezePlan
 from chiasm.training.validation import by_objective

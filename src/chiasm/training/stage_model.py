@@ -26,7 +26,7 @@ from chiasm.fusion.qformer_retrieval import QFormerRetrieval, build_retrieval, t
 from chiasm.language.adapter import context_length, load_tokenizer
 from chiasm.objectives.captions import caption_losses
 from chiasm.training.batches import seed_of
-from chiasm.training.log import Reporter
+from chiasm.training.reporter import Reporter
 from chiasm.training.schema import Stage
 
 

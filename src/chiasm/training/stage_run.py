@@ -5,7 +5,7 @@ A start (`starts`), then steps (`optimization`), told by `stage_log` and kept by
 
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from typing import Any
@@ -124,14 +124,15 @@ class StageRun:
         """
         pool, hope = ThreadPoolExecutor(WORKERS), Hope(self.first_step, self.num_steps)
         task = self.context.reporter.task(f"stage {self.stage.name}", self.num_steps, self.first_step)
-        with pool as self.pool, task as self.task, closing(self._prefetched()) as ready, hears_sigterm() as told:
+        batches = closing(prefetch(self._batches, self.first_step, self.num_steps))
+        with pool as self.pool, task as self.task, batches as ready, hears_sigterm() as told:
             if self.first_step == 0 and self.new_objectives:
                 self._validate(0)
             started = saved = time.monotonic()
             for step in range(self.first_step, self.num_steps):
                 done = step + 1
-                batches, skipped = self.team.all_do(lambda: next(ready))
-                taken = self._optimize(step, batches)
+                own, skipped = self.team.all_do(lambda: next(ready))
+                taken = self.steps.take(step, own)
                 skipped = self._skipped_by_all(skipped)
                 self._log_step(step, skipped, taken, time.monotonic() - started)
                 hope.after(done, bool(taken.samples), skipped)
@@ -152,16 +153,10 @@ class StageRun:
             return skipped
         return {name: error for part in self.team.told(skipped) for name, error in part.items()}
 
-    def _optimize(self, step: int, batches: list[Batch]) -> Taken:
-        return self.steps.take(step, batches)
-
     def _log_step(self, step: int, skipped: dict[str, SampleError], taken: Taken, seconds: float) -> None:
         for warning in taken.warnings:
             self.log.warn(step + 1, warning)
         self.log.step(step + 1, skipped, taken, self.optimizer.rates(step), seconds, self.task)
-
-    def _prefetched(self) -> Generator[tuple[list[Batch], dict[str, SampleError]], None, None]:
-        return prefetch(self._batches, self.first_step, self.num_steps)
 
     def _batches(self, step: int) -> tuple[list[Batch], dict[str, SampleError]]:
         """This process's part of a step's batches, and the samples that were left out; runs in another thread, ahead

@@ -27,9 +27,9 @@ from chiasm.training.fingerprint import model_fingerprint
 from chiasm.training.fit import require_fit
 from chiasm.training.forgetting import ForgettingProbe
 from chiasm.training.late_stage import give_answer_head
-from chiasm.training.log import Reporter
 from chiasm.training.precision import choose_dtype
 from chiasm.training.recipe import load_recipe
+from chiasm.training.reporter import Reporter
 from chiasm.training.run import LOG, MODEL, FactsOf, open_run
 from chiasm.training.same_run import fingerprint_of
 from chiasm.training.schema import Recipe

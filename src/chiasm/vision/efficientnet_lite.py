@@ -69,12 +69,6 @@ class EfficientNetLiteConfig(PreTrainedConfig):
             scaled.append((repeats, kernel, stride, expansion, _scale_channels(channels, self.width_coefficient)))
         return scaled
 
-    @property
-    def feature_channels(self) -> dict[str, int]:
-        """Feature map name → channels."""
-        channels = (STEM_CHANNELS, *(stage[-1] for stage in self.stages), self.hidden_size)
-        return dict(zip(FEATURE_MAPS, channels, strict=True))
-
 
 @dataclass
 class EfficientNetLiteOutput(ModelOutput):

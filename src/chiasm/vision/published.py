@@ -78,9 +78,6 @@ OWN = (*COPIED, "resize_mode", "crop_fraction", "reducing_gap")
 FOREIGN = ("do_flip_channel_order", "rescale_offset", "include_top")
 """Switches of transformers' image processors that change pixel values in ways that Chiasm's has not."""
 
-PADDING = ("LlavaImageProcessor", "LlavaImageProcessorFast")
-"""Types whose `do_pad` means a square filled up with the mean colour."""
-
 SQUASH_FROM = 384
 """ConvNeXt's image processor crops smaller pictures and squashes from this size on."""
 

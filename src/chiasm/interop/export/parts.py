@@ -15,7 +15,7 @@ from chiasm.fusion.adapters import merge_adapters
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.interop.export.asking import by_template
-from chiasm.interop.parts import DIRECT_HEAD
+from chiasm.interop.parts import with_direct_head
 from chiasm.interop.weights import DERIVED, Table, counterpart
 from chiasm.language.adapter import vocabulary
 from chiasm.language.generation_settings import change
@@ -118,9 +118,8 @@ def headed(model: FusionModel, count: int | None = None) -> dict[str, Tensor]:
 
 def text_config(model: FusionModel) -> dict[str, Any]:
     """The language model's configuration as an image-text model with a head of its own has it."""
-    settings = model.config.text_config.to_dict()
-    direct = {name: value for name, value in DIRECT_HEAD.items() if name in settings}
-    return settings | direct | {"vocab_size": rows(model), "tie_word_embeddings": tied(model)}
+    settings = with_direct_head(model.config.text_config)
+    return settings | {"vocab_size": rows(model), "tie_word_embeddings": tied(model)}
 
 
 def text_settings(model: FusionModel) -> dict[str, Any]:
