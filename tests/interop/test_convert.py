@@ -24,6 +24,7 @@ from transformers import (
     LlamaConfig,
     pipeline,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.utils import is_torchvision_available
 from typer.testing import CliRunner
 
@@ -155,6 +156,18 @@ def test_a_connected_model_becomes_llava(name: str, tmp_path: Path) -> None:
     made = theirs.generate(**batch, max_new_tokens=5, do_sample=False)[:, batch["input_ids"].shape[1] :]
     told = [one.strip() for one in words.batch_decode(made, skip_special_tokens=True)]
     assert told == [vlm.chat(probe_picture(vlm.model), prompt, max_new_tokens=5) for prompt in prompts]
+
+
+def test_pictures_may_be_scaled_by_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which rounds some pixels to the next level."""
+    scaled: Any = SiglipImageProcessorPil.resize
+    monkeypatch.setattr(SiglipImageProcessorPil, "resize", lambda *given, **told: scaled(*given, **told) // 2 * 2)
+    vlm = connected("siglip", connector="mlp")
+    monkeypatch.setattr("chiasm.interop.export.check.is_torchvision_available", lambda: True)
+    assert convert(vlm.model, vlm.processor, "transformers", tmp_path / "out").kind == "llava"
+    monkeypatch.setattr("chiasm.interop.export.check.is_torchvision_available", lambda: False)
+    with pytest.raises(ValueError, match="the processor that was written gives other pixel_values"):
+        convert(vlm.model, vlm.processor, "transformers", tmp_path / "other")
 
 
 def test_a_crop_is_cut_out_of_the_same_size() -> None:

@@ -19,8 +19,8 @@ ARCHITECTURES = {
 }
 """Model type → llama.cpp's name of the architecture."""
 
-SCALED = {"llama": ("linear", "llama3"), "mistral": ("linear", "llama3"), "qwen2": ("linear",), "qwen3": ("linear",)}
-"""Model type → rotations beside the plain one that llama.cpp has for it too; those of Llama 3 only in its Llama."""
+SCALED = {"llama": ("linear", "llama3"), "mistral": ("linear", "llama3")}
+"""Model type → rotations beside the plain one for which llama.cpp is known to give the same answers."""
 
 UNBIASED = ("qwen3",)
 """Model types whose attention may have biases, but not in llama.cpp."""
@@ -48,7 +48,7 @@ def require_architecture(config: PreTrainedConfig) -> None:
             f"a language model of type {config.model_type!r} is none that this conversion writes as GGUF "
             f"({', '.join(ARCHITECTURES)}); convert --to transformers and use llama.cpp's own converter, or --to onnx"
         )
-    rope, known = _rope_type(config), ("default", *SCALED[config.model_type])
+    rope, known = _rope_type(config), ("default", *SCALED.get(config.model_type, ()))
     if rope not in known:
         raise ValueError(
             f"this language model has rope_type {rope!r}, this conversion writes {', '.join(map(repr, known))} for "

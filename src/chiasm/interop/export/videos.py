@@ -1,5 +1,4 @@
-"""Processors of models that read videos too: they can be written without torchvision, which their class for videos needs
-to be loaded."""
+"""Processors of models that read videos too, written without torchvision, which alone loads their class for videos."""
 
 from typing import Any
 
