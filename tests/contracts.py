@@ -406,3 +406,29 @@ def check_engine_equals_generate(vlm: chiasm.VLM, kind: type | None = None, **op
         start = 1 if vlm.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # behind the start token
         expected = tokens[start:].tolist()
         assert found == [expected, expected]
+
+
+def check_a_new_picture(vlm: chiasm.VLM, encode: str) -> None:
+    """Each picture is known by itself: the next turn of a conversation encodes the one that it brings, and no other.
+
+    Args:
+        encode: the method that encodes pictures.
+    """
+    first, shown = _asked("What is it?", 1), [tiny.picture(0), tiny.picture(1)]
+    turns = [*first, {"role": "assistant", "content": "x"}, *_asked("And this?", 1)]
+    expected = vlm.generate([first, turns, turns], [shown[:1], shown, shown[::-1]], max_new_tokens=6)
+    encoded, real, decoding = [], getattr(vlm.model, encode), Decoding(max_new_tokens=6)
+
+    def counted(pixels: Tensor, *rest: Any) -> Tensor:
+        encoded.append(len(pixels))
+        return real(pixels, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vlm.model, encode, counted)
+        engine = Engine(vlm.model, vlm.processor)
+        asked = [(first, shown[:1]), (turns, shown), (turns, shown[::-1]), (turns, shown)]
+        tickets = [(ticket := engine.submit(*one, decoding), ticket.text().strip()) for one in asked]
+        engine.close()
+    assert [text for _, text in tickets] == [*expected, expected[1]]
+    assert encoded == [encoded[0], encoded[0], 2 * encoded[0]]
+    assert tickets[1][0].cached_tokens > tickets[0][0].prompt_tokens - 8

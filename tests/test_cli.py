@@ -1,6 +1,7 @@
 """The verbs, end to end on tiny models: what they print, and how they fail."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ import chiasm
 import chiasm.vlm
 import tiny
 from chiasm.cli import app
+from chiasm.cli.app import ORDER
+from chiasm.connectors import PACKAGED
 from chiasm.generation.engine import Engine, Piece
 from chiasm.training.reporter import Reporter, Task, progress_bar
 
@@ -195,8 +198,15 @@ def test_an_evaluation_that_was_stopped_goes_on(
         assert (folder / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
-def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
+def test_check_finds_what_is_broken(run: Any, data: Path, model: Path) -> None:
     assert run("data", "check", data)[0] == 0
+    assert run("data", "check", data, "--model", model)[0] == 0
+    code, out, _ = run("data", "check", data, "--model", model, "--max-length", 12, "--json")
+    assert code == 2 and json.loads(out)["counts"] == {"too long": 24}
+    code, out, _ = run("data", "check", data, "--model", model, "--max-length", 38, "--json")
+    assert code == 0 and set(json.loads(out)["counts"]) == {"cut answer"}, "a warning"
+    code, _, err = run("data", "check", data, "--max-length", 12)
+    assert code == 2 and "--max-length 12 is in a model's tokens; pass --model too" in err
     (data.parent / "3.png").write_bytes((data.parent / "3.png").read_bytes()[:60])
     code, out, _ = run("data", "check", data, "--json")
     assert code == 2
@@ -240,7 +250,17 @@ def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
         (["chat", "NOWHERE", "PICTURE", "-p", ""], "-p is '', expected words; write a question, or leave -p out"),
         (["search", "NOWHERE", " "], "the text is ' ', expected words; say what to look for"),
         (["draw", "NOWHERE", "", "-o", "a.png"], "the prompt is '', expected words; say what to draw"),
-        (["frobnicate"], "No such command"),
+        (["frobnicate"], "No such command 'frobnicate' (see chiasm --help)"),
+        (["train"], "Missing argument 'recipe' (see chiasm train --help)"),
+        (["train", "llavaa", "--model", "MODEL", "--data", "DATA", "-o", "OUT"], "did you mean llava?"),
+        (["train", "compare", "--model", "MODEL", "--data", "DATA", "-o", "OUT"], "compare.yaml"),
+        (["train", "llava", "--model", "MODEL", "--data", "DATA", "-o", "DATA"], "is a file; name a folder"),
+        (["demo", "-o", "DATA"], "is a file; name a folder"),
+        (["eval", "MODEL", "--data", "DATA", "--against", "nowhere"], "source 'nowhere' is no alias"),
+        (["serve", "MODEL", "--port", "99999"], "Invalid value for '--port'"),
+        (["serve", "MODEL", "--api-key-file", "no.txt"], "error: no.txt: No such file"),
+        (["pull", "smollm"], "did you mean smollm2-135m-instruct?"),
+        (["connect", "--conector", "mlp", "-o", "OUT"], "No such option: --conector"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
@@ -249,7 +269,7 @@ def test_mistakes_are_one_line_and_exit_2(
     places = {"OUT": tmp_path / "out", "MODEL": model, "DATA": data}
     code, _, err = run(*(places.get(argument, argument) for argument in arguments))
     assert code == 2
-    assert message in err
+    assert message in err and err[err.index("error:") :].count("\n") == 1
     assert "Traceback" not in err
 
 
@@ -286,7 +306,7 @@ RECIPE = ["train", "RECIPE", "--model", "MODEL", "--data", "DATA", "-o", "OUT"]
         (["chat", "MODEL", "-p", "Hi", "--temperature", "nan"], "temperature=nan, expected 0 (greedy) or a finite"),
         (["chat", "MODEL", "-p", "Hi", "--temperature", "inf", "--json"], "temperature=inf, expected 0 (greedy)"),
         (["eval", "MODEL", "--data", "EMPTY"], "holds no data file"),
-        (["eval", "MODEL", "--data", "EMPTY", "-o", "RECIPE"], "recipe is a file; name a folder for the results"),
+        (["eval", "MODEL", "--data", "EMPTY", "-o", "RECIPE"], "recipe' is a file; name a folder"),
         (["data", "check", "DATA", "--max-pixels", "-1"], "max_pixels is -1, expected a whole number above 0"),
         (["data", "check", "DATA", "--max-bytes", "0"], "max_bytes is 0, expected a whole number above 0"),
         (["inspect", "DAMAGED"], "processor_config.json is damaged, it is not JSON"),
@@ -334,6 +354,22 @@ def test_every_verb_has_an_example(run: Any, verb: str) -> None:
     code, out, _ = run(verb, "--help")
     assert code == 0
     assert f"chiasm {verb}" in out
+
+
+def test_the_version_is_told(run: Any) -> None:
+    assert run("--version") == (0, f"{chiasm.__version__}\n", "")
+
+
+def test_verbs_are_listed_as_a_model_comes_about(run: Any) -> None:
+    listed = re.findall(r"^│ (\w+) ", run("--help")[1], re.MULTILINE)
+    assert listed == list(ORDER)
+
+
+def test_help_names_what_there_is_to_choose(run: Any) -> None:
+    recipes = {path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml")} - {"compare", "demo"}
+    for verb, names in (("connect", PACKAGED), ("train", recipes)):
+        words = set(re.findall(r"\w+", run(verb, "--help")[1]))
+        assert names <= words, names - words
 
 
 def test_a_conversation_remembers(run: Any, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,6 +446,45 @@ def test_bfloat16_in_software_is_left_to_others(monkeypatch: pytest.MonkeyPatch)
         ready = chiasm.vlm.ready_to_answer(model)
         assert ready.model.language.dtype == expected
         assert isinstance(ready.chat(tiny.picture(), "What?", max_new_tokens=2), str)
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "value"),
+    [
+        ("serve", "--max-batch", 0),
+        ("serve", "--max-waiting", -1),
+        ("serve", "--max-tokens", 0),
+        ("serve", "--max-images", -1),
+        ("serve", "--max-pixels", 0),
+        ("serve", "--max-body", 0),
+        ("serve", "--request-seconds", 0),
+        ("serve", "--port", 70_000),
+        ("serve", "--temperature", "nan"),
+        ("serve", "--temperature", -1),
+        ("chat", "--max-new-tokens", 0),
+        ("chat", "--temperature", "inf"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(
+    run: Any, model: Path, monkeypatch: pytest.MonkeyPatch, verb: str, option: str, value: Any
+) -> None:
+    """Before a model is loaded, and not by every answer."""
+    monkeypatch.setattr("chiasm.vlm.load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("chiasm.load", lambda *_: pytest.fail("loaded"))
+    code, _, err = run(verb, model, option, value)
+    assert code == 2 and option.removeprefix("--") in err, err
+
+
+def test_one_answer_on_a_cpu_is_in_float32_too(
+    run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chiasm.load(model).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    monkeypatch.setattr(chiasm.vlm, "best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(chiasm.vlm, "choose_dtype", lambda wanted, device: torch.bfloat16)
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(chiasm.VLM, "stream", lambda self, *_, **__: iter([str(seen.append(self.model.dtype))]))
+    code, _, err = run("chat", tmp_path / "half", "-p", "Hi")
+    assert code == 0 and seen == [torch.float32], err
 
 
 def test_an_engine_on_a_cpu_steps_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 import chiasm
-from chiasm.data.emoji_scenes import EmojiScenes
 from chiasm.demo import run_demo
 
 
@@ -13,13 +12,21 @@ from chiasm.demo import run_demo
 def test_the_demo_leaves_a_model_that_answers(tmp_path: Path) -> None:
     summary = run_demo(tmp_path / "run", quick=True)
     assert {row["skill"] for row in summary["summary"]} == {"naming", "counting", "colour", "position", "all"}
-    for name in ("log.jsonl", "recipe.yaml", "report.html", "evaluation/results.jsonl", "align", "instruct", "model"):
+    for name in (
+        "log.jsonl",
+        "recipe.yaml",
+        "report.html",
+        "scene.png",
+        "evaluation/results.jsonl",
+        "align",
+        "instruct",
+        "model",
+    ):
         assert (tmp_path / "run" / name).exists(), name
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<script" not in page and "http://" not in page.replace("http://www.w3.org", "")
     vlm = chiasm.load(summary["model"])
-    picture = EmojiScenes("test", size=1)[0].images[0].load()
-    assert isinstance(vlm.chat(picture, "What is in the picture?", max_new_tokens=4), str)
+    assert isinstance(vlm.chat(summary["scene"], "What is in the picture?", max_new_tokens=4), str)
 
 
 @pytest.mark.weights

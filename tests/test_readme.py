@@ -36,4 +36,5 @@ def test_verbs_exist(name: str) -> None:
     from chiasm.cli import app, data_app
 
     verbs = {c.name or c.callback.__name__ for group in (app, data_app) for c in group.registered_commands}
+    verbs |= {group.name for group in app.registered_groups}
     assert set(re.findall(r"^chiasm (?:data )?(\w+)", (ROOT / name).read_text(), re.MULTILINE)) <= verbs

@@ -37,6 +37,8 @@ SKILLS = {"naming": 0.8, "counting": 1.0, "position": 1.2, "colour": 0.3}
 CAPTIONS, QUESTIONS, TESTS = 400, 4, 300
 MINUTES, MOST_SCENES = 6.5, 8000
 """How long the second stage may take, and how many scenes are enough on a faster machine."""
+SCENE = "scene.png"
+"""A picture that the model has not seen, to ask it about."""
 QUICK = ("stages.align.steps=2", "stages.instruct.steps=3")
 
 
@@ -75,17 +77,19 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0, console: Console 
     with _phase("evaluate", seconds, console), progress_bar("answering", console) as update:
         result = api.evaluate(model, test, batch_size=50, max_new_tokens=8, progress=update)
         result.save(output / "evaluation")
+    scene = output / SCENE
+    test[0].images[0].load().save(scene)
     with _phase("report", seconds, console):
         _report(output, model, result, [*test, *held_out], seconds)
     console.print(to_table(result.summary, title="unseen scenes"))
     console.print(f"report: {output / 'report.html'}", markup=False, soft_wrap=True)
-    command = f"chiasm chat {shlex.quote(str(trained.model))} PICTURE"
-    console.print(f"talk to it: [bold]{escape(command)}[/bold]", soft_wrap=True)
+    console.print(f"talk to it: [bold]{escape(_command(output))}[/bold]", soft_wrap=True)
     return {
         "summary": result.summary,
         "seconds": seconds,
         "model": str(trained.model),
         "report": str(output / "report.html"),
+        "scene": str(scene),
     }
 
 
@@ -128,9 +132,13 @@ def _report(output: Path, model: vlm.VLM, result: EvalResult, shown: list[Sample
         "timings": seconds,
         "data": "emoji scenes: trained on drawn pictures, tested on new ones",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "command": f"chiasm chat {shlex.quote(str(output / 'model'))} picture.jpg",
+        "command": _command(output),
     }
     write_report(output / "report.html", read_log(output / LOG), result, info, lambda i: pictures[i].load())
+
+
+def _command(output: Path) -> str:
+    return f"chiasm chat {shlex.quote(str(output / 'model'))} {shlex.quote(str(output / SCENE))}"
 
 
 @contextmanager

@@ -44,7 +44,11 @@ class DualEncoder:
 
     @torch.inference_mode()
     def embed_images(self, images: Any) -> Float[Tensor, "images *K P"]:
-        """A vector of length 1 for every picture; of a Q-Former K vectors, what its queries saw."""
+        """A vector of length 1 for every picture; of a Q-Former K vectors, what its queries saw.
+
+        Args:
+            images: a path, a PIL picture, or a list of them.
+        """
         return self.model.embed_images(self._patches(images))
 
     def prepare(self, image: Any) -> Float[Tensor, "1 3 H W"]:

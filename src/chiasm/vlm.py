@@ -112,7 +112,13 @@ class VLM:
     def generate(
         self, messages: list[list[Message]], images: list[list[Any]] | None = None, **decoding: Any
     ) -> list[str]:
-        """One answer for each conversation of a batch, each with its own list of pictures."""
+        """One answer for each conversation of a batch.
+
+        Args:
+            messages: conversations, each a list of chat messages (`{"role": ..., "content": text or parts}`).
+            images: for each conversation the list of its pictures, in the order of its image parts; none if left out.
+            decoding: fields of `Decoding`.
+        """
         images = images if images is not None else [[] for _ in messages]
         return decode.generate(self.model, self.processor, messages, images, Decoding(**decoding))
 
@@ -125,8 +131,18 @@ class VLM:
         return draw(self.model, self.processor, [prompt], Brush(**brush))[0]
 
     def cost(self, images: int = 1, text_tokens: int = 64) -> Cost:
-        """Parameters by part, visual tokens, FLOPs and KV-cache bytes in closed form."""
-        return cost(self.model, images=images, text_tokens=text_tokens)
+        """Parameters by part, visual tokens, FLOPs and KV-cache bytes in closed form.
+
+        Args:
+            images: pictures in the prompt.
+            text_tokens: of the prompt; names of a picture's regions are counted as the picture's.
+        """
+        return cost(self.model, images=images, text_tokens=text_tokens, names=self.region_tokens)
+
+    @property
+    def region_tokens(self) -> int:
+        """Tokens of the names of a picture's regions."""
+        return 0 if self._processor is None else self._processor.region_tokens
 
     def to(self, *args: Any, **kwargs: Any) -> "VLM":
         """Moves the model to a device or dtype."""
@@ -140,7 +156,7 @@ class VLM:
         """
 
         def card(place: Path) -> None:
-            write_card(place, self.model, facts=cost_facts(self.model))
+            write_card(place, self.model, facts=cost_facts(self.model, self.region_tokens))
 
         save_whole(folder, self.model, self._processor, card, **kwargs)
 
@@ -161,7 +177,15 @@ class VLM:
 
 def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM | DualEncoder:
     """A Chiasm checkpoint, or a transformers one of a kind in `LOADERS` or `RETRIEVAL_LOADERS`: a `VLM`, or the
-    `DualEncoder` of a retrieval model, told by `model_type` and `architectures` in its configuration."""
+    `DualEncoder` of a retrieval model, told by `model_type` and `architectures` in its configuration.
+
+    Args:
+        source: a folder or a hub id.
+        dtype: of the weights; `auto` keeps the checkpoint's own.
+
+    Raises:
+        ValueError: no model, or one of a kind that is not read; the message lists those that are.
+    """
     source = sources.resolve(source)
     config = read_config(source)
     model_type, kind = config["model_type"], _retrieval_kind(config)

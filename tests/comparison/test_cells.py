@@ -72,3 +72,39 @@ def test_a_map_that_cannot_be_drawn_costs_no_cell(
     assert not done.failed and done.results[0]["attention"] is None
     assert any("slots-early-frozen: no attention map: RuntimeError" in line for line in told)
     assert "no attention map: RuntimeError" in done.report.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("place", "names"), [("0", ["linear"]), ("1", ["perceiver_resampler"])])
+def test_processes_of_torchrun_have_a_share_of_the_cells_each(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, names: list[str]
+) -> None:
+    """A cell's process is no part of their team, and keeps their device."""
+    for name, value in {"RANK": place, "LOCAL_RANK": place, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    started = []
+
+    def noting(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        started.append(command[command.index("--only") + 1])
+        assert env["LOCAL_RANK"] == place and not {"RANK", "WORLD_SIZE"} & env.keys()
+        return subprocess.CompletedProcess(command, 1, "", "a loose wire")
+
+    monkeypatch.setattr(comparing.subprocess, "run", noting)
+    comparing.compare(plan, tmp_path / "run", jobs=1)
+    assert started == [f"{name}-early-frozen-seed0" for name in names]
+    with pytest.raises(ValueError, match="leave out --jobs"):
+        comparing.compare(plan | {"budget": {"minutes": 1}}, tmp_path / "other", jobs=1)
+
+
+def test_jobs_know_where_connectors_of_ones_own_are(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of other cells, for the plan names them all."""
+    file = tmp_path / "my slots.py"
+    file.write_text(LEAST)
+    monkeypatch.setitem(CONNECTORS, "slots", own_connectors(str(file), {})["slots"])
+    monkeypatch.setenv("CHIASM_CONNECTORS", str(file))
+    plan |= {"grid": plan["grid"] | {"connector": ["linear", "slots"]}}
+    choices, _ = comparing.cells_of(load_plan(plan))
+    (job,) = comparing.job_list("plan.yaml", choices, tmp_path, only=["linear-early-frozen"])
+    assert job.startswith(f"CHIASM_CONNECTORS='{file}' chiasm compare plan.yaml -o ")
+    assert "CHIASM_CONNECTORS" not in comparing.job_list("plan.yaml", choices[:1], tmp_path)[0]

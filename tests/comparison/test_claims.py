@@ -58,6 +58,18 @@ def test_who_answers_without_looking_is_named() -> None:
     assert judged.numbers.endswith("1 seed; mlp-late is not measurably better than with another picture (40.0 %)")
 
 
+def test_the_same_seeds_answer_about_the_right_picture_and_another() -> None:
+    """Seeds that differ much from each other do not hide that each of them looks."""
+    results = [result("mlp-early", right, 16, seed) for seed, right in enumerate((9, 3))]
+    results.append(result("linear-early", 1, 16))
+    told = {one["name"]: answers(right) for one, right in zip(results, (9, 3, 1), strict=True)}
+    for name, other in (("mlp-early-seed0", 7), ("mlp-early-seed1", 1)):
+        for number, row in enumerate(told[name]):
+            row["control_score"] = float(number % 10 < other)
+    (judged,) = judge([Claim(text="It is", better="mlp-early", than="linear-early")], results, told)
+    assert "linear-early is not measurably better" in judged.numbers and "mlp-early is not" not in judged.numbers
+
+
 def found(right: int, seconds: float) -> dict[str, Any]:
     """Of 20 captions, so many whose picture stands first."""
     places = {f"c{number}": 0 if number < right else 3 for number in range(20)}

@@ -158,7 +158,7 @@ def test_cells_with_data_of_their_own_solved_examples_and_closed_gates(plan: dic
     assert usual["way"] == "linear-intermediate-frozen" and own["choice"]["train"] == few
     assert usual["training"]["curve"] != own["training"]["curve"]
     assert [row["skill"] for row in usual["summary"]] == ["few-shot", "all"]
-    assert [row["n"] for row in usual["summary"]] == [12, 24]
+    assert [row["n"] for row in usual["summary"]] == [12, 12], "what is asked again does not count twice"
     first, *_, last = usual["training"]["gates"]
     assert first == 0 and last > 0
     assert "before training" in done.report.read_text()
@@ -238,6 +238,21 @@ def test_a_quick_comparison_is_of_the_first_layers(
     assert warned in done.report.read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="another plan"):
         chiasm.compare(plan, tmp_path / "run")
+
+
+def test_a_quick_comparison_reads_the_language_model_once_and_shares_no_weights(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one cell trains is not what the next one begins with."""
+    monkeypatch.setitem(QUICK, "layers", 2)
+    read, load = list[str](), cell.load_language
+    monkeypatch.setattr(cell, "load_language", lambda *given, **told: read.append(given[0]) or load(*given, **told))
+    cells = [{"connector": "mlp", "tune": "full"}, {"connector": "linear", "tune": "full"}]
+    both = chiasm.compare(plan | {"grid": None, "cells": cells}, tmp_path / "both", quick=True)
+    assert len(both.results) == 2 and len(read) == 1
+    alone = chiasm.compare(plan | {"grid": None, "cells": cells[1:]}, tmp_path / "alone", quick=True)
+    assert alone.results[0]["training"]["curve"] == both.results[1]["training"]["curve"]
+    assert alone.results[0]["summary"] == both.results[1]["summary"]
 
 
 LEAST = """

@@ -8,6 +8,7 @@ import chiasm
 import tiny
 from chiasm.comparison.cost import cost
 from chiasm.comparison.curves import Shape, cache_bytes, prefill_flops
+from chiasm.comparison.describe import describe
 from chiasm.comparison.measure import measure
 from chiasm.data.schema import ImageRef, Sample
 
@@ -46,3 +47,14 @@ def test_a_pictures_places_are_the_prompts_without_the_questions_own(kind: str) 
     assert measured["kv_cache_bytes_per_image"] == (lengths[0] - lengths[1]) * closed["kv_cache_bytes_per_token"]
     usual = cost(made.model, text_tokens=lengths[1] + shape.names)
     assert cache_bytes(shape, shape.patches, 1, lengths[1]) == usual.kv_cache_bytes
+
+
+def test_names_of_regions_are_counted_as_the_pictures() -> None:
+    made, told = model("regions"), {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+    places = made.processor(messages=[[told]], images=[tiny.picture()])["input_ids"].shape[1]
+    alone = made.processor(messages=[[told | {"content": "What?"}]])["input_ids"].shape[1]
+    costs = made.cost(images=1, text_tokens=alone)
+    assert places == costs.sequence + 1, "the template's line break behind the picture is text"
+    assert costs.sequence == alone + costs.visual_tokens + made.processor.region_tokens
+    facts = describe(made.model, text_tokens=alone, names=made.region_tokens)
+    assert facts["cost"]["sequence"] == costs.sequence

@@ -12,7 +12,7 @@ from chiasm.comparison.plan import SECTIONS, load_plan
 from chiasm.comparison.quick import quickened
 from chiasm.comparison.reference import SECTIONS as PAGE
 from chiasm.comparison.reference import markdown
-from chiasm.comparison.same_cell import identity
+from chiasm.comparison.same_cell import identity, older_identity
 from chiasm.comparison.strategies import recipe_of
 from chiasm.training.recipe import RecipeError, load_recipe
 
@@ -159,7 +159,7 @@ def test_retrieval_needs_captions(data: dict[str, str], retrieval: int | None, s
 def test_cells_that_were_finished_before_retrieval_stay_finished() -> None:
     plan = load_plan(LEAST)
     (choice,), _ = expand(plan, lambda: (4, 4))
-    assert identity(plan, choice) == "10659ffa8631fb15"
+    assert older_identity(plan, choice) == "10659ffa8631fb15"
     captions = {"captions": "c", "test_captions": "t"}
     first, second = (
         load_plan(LEAST | {"data": LEAST["data"] | captions, "evaluation": {"retrieval": count}}) for count in (8, 9)

@@ -28,6 +28,7 @@ def test_a_clear_winner_is_named_with_its_reasons() -> None:
     assert (told.way, told.alike, told.worse) == ("good", [], ["bad"])
     assert told.sentences[0].startswith("Take good for this data and 1,000 samples: ")
     assert "measurably better than every other way" in " ".join(told.sentences)
+    assert "Intervals come from 400 pictures, resampled." in told.sentences, "one pair is no family of comparisons"
     assert "one seed only" in told.sentences[-1]
 
 
@@ -101,3 +102,19 @@ def test_few_questions_show_nothing_however_clear_they_look() -> None:
     assert same.mean == 0 and same.low < -0.005 and same.high > 0.005 and not same.measurable
     low, high = newcombe(np.asarray([1.0] * 45 + [0.0] * 5), np.asarray([1.0] * 30 + [0.0] * 20), 0.95)
     assert 0.1 < low < 0.3 < high < 0.5
+
+
+def test_what_is_asked_again_behind_examples_does_not_decide() -> None:
+    """Late fusion is not asked so, and would be compared with another test."""
+    sees, late = way("sees", 0.6, 5), way("late", 0.5, 5)
+    again = {f"{q} again": 0.0 for q in sees.groups}
+    both = replace(
+        sees,
+        scores={0: sees.scores[0] | again},
+        controls={0: sees.controls[0] | again},
+        groups=sees.groups | {q: sees.groups[q.removesuffix(" again")] for q in again},
+        skills=dict(sees.skills) | dict.fromkeys(again, "few-shot"),
+    )
+    told = recommend([both, late], "x")
+    assert told.way == "sees" and f"{100 * sees.accuracy:.1f} % right" in told.sentences[0]
+    assert "In few-shot no way is measurably better" in " ".join(told.sentences)

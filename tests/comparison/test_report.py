@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image
 
+from chiasm.comparison import plots
 from chiasm.comparison.curves import Crossing
 from chiasm.comparison.report import write_report
 from chiasm.comparison.results import to_markdown, write_results
@@ -154,4 +155,54 @@ def test_times_that_cannot_be_compared_are_said(tmp_path: Path) -> None:
     assert page.count("(cores that they took): linear-early (1.2).") == 2
     assert page.count("spread by more than 20% between repeats: ldp-early.") == 2
     assert "1600 ms (1600–1700)" in page.replace("\u2060", "").replace("\u00a0", " ")
+    every = " ".join(
+        incomparable(
+            {"linear-early": [busy], "ldp-early": [busy | {"measured": jumping["measured"] | {"foreign_cores": 0.4}}]}
+        )
+    )
+    assert "while all of these were timed, on 0.4 to 1.2 cores" in every and "linear-early" not in every
     assert "spread was not kept" in page_of([result("mlp-early", 9, 16)], tmp_path)
+
+
+def test_a_way_looks_the_same_in_every_figure() -> None:
+    series = {"late": [], "early": [(1.0, 2.0), (2.0, 3.0)]}
+    drawn = plots.lines(series, "x", "y", "lines")
+    plane = plots.pareto(
+        [plots.Point("late", 0, 0.5, 0.4, 0.6, 0), plots.Point("early", 9, 0.5, 0.4, 0.6, 1)], "x", "p"
+    )
+    assert drawn is not None and plane is not None
+    for figure in (drawn, plane):
+        assert "var(--control)" in figure and "var(--own)" not in figure
+
+
+def test_what_has_no_place_in_a_figure_is_named(tmp_path: Path) -> None:
+    early, late = result("mlp-early", 9, 16), result("mlp-late", 9, 1)
+    late["choice"]["fusion"], late["shape"], late["attention"] = "late", None, None
+    del late["measured"]["first_token_seconds"]
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "attention.png")
+    told = {one["name"]: answers(9) for one in (early, late)}
+    maps = {early["name"]: tmp_path / "attention.png"}
+    page = write_report(tmp_path / "report.html", [early, late], told, INFO, attention=maps).read_text(encoding="utf-8")
+    for part in ("an answer is chosen and not written", "Without a map", "nats an answer"):
+        assert part in page and "mlp-late" in page.partition(part)[2][:200], part
+    assert "A name is that of the connector and of the fusion" in page
+
+
+def test_ways_that_took_other_numbers_of_steps_learn_over_shares_of_their_budget(tmp_path: Path) -> None:
+    one, other = result("mlp-early", 9, 16), result("ldp-early", 9, 8)
+    assert "% of the training on questions" not in page_of([one, other], tmp_path)
+    other["training"] |= {"steps": 900, "curve": [[0, 3.0, 3.1], [900, 1.0, 2.0]]}
+    assert page_of([one, other], tmp_path).count("% of the training on questions") >= 2
+
+
+def test_lists_of_many_ways_are_not_cut(tmp_path: Path) -> None:
+    many = [f"a-connector-of-a-long-name-{number}-early-seed0" for number in range(20)]
+    assert ", ".join(many) in page_of([result("mlp-early", 9, 16)], tmp_path, unfinished=many)
+
+
+def test_training_time_is_that_of_steps_where_all_cells_tell_it(tmp_path: Path) -> None:
+    one, other = result("mlp-early", 9, 16), result("ldp-early", 9, 8)
+    one["training"]["seconds"] = 7.0
+    assert "without the encoding of pictures" not in page_of([one, other], tmp_path)
+    other["training"]["seconds"] = 5.0
+    assert "without the encoding of pictures" in page_of([one, other], tmp_path)

@@ -108,6 +108,14 @@ def test_what_a_connector_says_of_itself_is_tried_when_it_is_connected(
         chiasm.connect(tiny.vision(), tiny.language(), "slots", tokenizer=tiny.tokenizer())
 
 
+def test_the_guides_shortest_connector_keeps_the_contract(tmp_path: Path) -> None:
+    page = (GUIDE / "new_connector.md").read_text(encoding="utf-8")
+    path = tmp_path / "row_means.py"
+    path.write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    kind = own_connectors(str(path), {})["row_means"]
+    check_connector(lambda grid: kind(20, 36, grid), 20, 36)
+
+
 def test_the_guide_shows_the_file_that_is_tested() -> None:
     assert EXAMPLE.read_text() in (GUIDE / "new_connector.md").read_text()
 

@@ -167,3 +167,10 @@ def test_a_full_disk_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"features.bin is not written: the disk is full"):
         fill(cache, 1)
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "nan"])
+def test_a_limit_that_is_no_number_is_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHIASM_FEATURE_CACHE_GB", text)
+    with pytest.raises(ValueError, match=rf"CHIASM_FEATURE_CACHE_GB is '{text}', expected a number of gigabytes"):
+        FeatureCache(IDENTITY, SHAPE, tmp_path)

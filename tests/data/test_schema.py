@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from chiasm.data.pixels import opened
+from chiasm.data.pixels import upright
 from chiasm.data.schema import ByteRange, ImageError, ImageRef, Sample, SampleError
 
 IMAGE, QUESTION = {"type": "image"}, {"type": "text", "text": "What is this?"}
@@ -233,7 +233,7 @@ def test_a_question_shows_a_file_as_training_does(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(hidden)
     Image.new("RGB", (4, 4), "white").save(damaged, exif=b"Exif\0\0no such block")
     for path in (hidden, damaged, str(hidden)):
-        assert opened(path).tobytes() == ImageRef.of(path).load().tobytes() == b"\xff" * 48
+        assert upright(path).tobytes() == ImageRef.of(path).load().tobytes() == b"\xff" * 48
 
 
 def test_a_loaded_picture_is_a_copy() -> None:

@@ -96,8 +96,12 @@ def test_other_shapes_are_refused() -> None:
     config = MistralConfig(**SIZES, sliding_window=7)
     with pytest.raises(ValueError, match="of this mistral model is"):
         decoder_from(AutoModelForCausalLM.from_config(config), 60)
-    with pytest.raises(ValueError, match="language setting 'depth' is unknown; known ones are bos_token_id"):
+    with pytest.raises(ValueError, match="language setting 'depth' is unknown; known ones are attention_dropout"):
         new_decoder({"depth": 3}, 60)
+    with pytest.raises(
+        ValueError, match=r"head_dim is 25 \(hidden_size 100, num_attention_heads 4\), .* an even head_dim"
+    ):
+        new_decoder({"hidden_size": 100, "num_attention_heads": 4}, 60)
 
 
 @pytest.mark.parametrize("options", [{"qk_norm": "rms"}, {"qk_norm": "layer", "norm_order": "post"}])
@@ -128,3 +132,16 @@ def test_smollm2_is_a_unified_transformer() -> None:
         ours, theirs = vlm.model(**tokens).logits, language(**tokens).logits
     torch.testing.assert_close(ours[..., : theirs.shape[-1]], theirs, rtol=1e-4, atol=1e-4)
     assert "Paris" in vlm.chat(None, "What is the capital of France?", max_new_tokens=12)
+
+
+def test_attention_drops_out_as_theirs_does() -> None:
+    config = LlamaConfig(**SIZES, attention_dropout=0.4)
+    language = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    decoder = decoder_from(language, SIZES["vocab_size"])
+    decoder.set_attn_implementation("eager")
+    ids, trained = torch.arange(20)[None], []
+    for model in (language, decoder):
+        torch.manual_seed(4)
+        trained.append(model.train()(input_ids=ids).logits)
+    torch.testing.assert_close(*trained)
+    assert not torch.allclose(trained[1], decoder.eval()(input_ids=ids).logits)

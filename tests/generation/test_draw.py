@@ -67,6 +67,13 @@ def test_text_never_holds_codes() -> None:
     assert int(tokens.max()) < 260
 
 
+def test_a_temperature_near_nothing_takes_the_likeliest_code() -> None:
+    vlm = connect()
+    asked = [[request("red")]]
+    cold, coldest = (draw_codes(vlm.model, vlm.processor, asked, Brush(t, seed=1)) for t in (1e-40, 0))
+    assert torch.equal(cold, coldest)
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"this model \(fusion 'early'\) cannot draw; connect with fusion='unified'"):
         chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer()).draw("a cat")

@@ -2,9 +2,13 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +33,12 @@ from chiasm.fusion.adapters import add_adapter
 from chiasm.generation import constraint as constraint_module
 from chiasm.generation import engine as engine_module
 from chiasm.generation.batched import BatchedDecoder
+from chiasm.generation.constraint import Constraint, token_reader
 from chiasm.generation.decode import Decoding, prepare
 from chiasm.generation.engine import Engine, QueueFull
 from chiasm.generation.lean_decoder import LeanDecoder
 from chiasm.generation.sequential import SequentialDecoder
+from chiasm.serving.settings import Limits
 from tiny import ask, picture
 
 TOKENS = {"vocab_size": 261, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
@@ -242,6 +248,25 @@ def test_who_gave_its_place_is_in_line(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.close(finish=False)
 
 
+def test_pictures_in_line_are_bounded_in_bytes() -> None:
+    """Those of one request may be more, or it could never be answered; words are always taken."""
+    vlm = connect()
+    vlm.model.generation_config.eos_token_id = 259
+    size = inputs_of(vlm)["pixel_values"].nbytes
+    engine = Engine(vlm.model, vlm.processor, max_batch=1, pixel_bytes=2 * size)
+    long, short = Decoding(max_new_tokens=900), Decoding(max_new_tokens=2)
+    begun = [*engine.submit_all(ask("a"), [picture(0)], [long, long]), engine.submit(ask("a"), [picture(1)], long)]
+    with pytest.raises(QueueFull, match="3 requests have large pictures already"):
+        engine.submit(ask("a"), [picture(2)], long)
+    assert engine.stats().pixel_bytes == 2 * size and engine.stats().requests == 3
+    words = engine.submit(ask("b", 0), [], short)
+    for ticket in begun:
+        ticket.cancel()
+    assert words.text() and engine.stats().pixel_bytes == 0
+    assert engine.submit(ask("c", 3), [picture(seed) for seed in range(3)], short).text()
+    engine.close()
+
+
 def test_answers_to_one_prompt_are_all_in_line_or_none() -> None:
     vlm = connect()
     vlm.model.generation_config.eos_token_id = 259
@@ -414,6 +439,31 @@ def test_how_tokens_are_chosen() -> None:
     engine.close()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"frequency_penalty": -3.0, "presence_penalty": -3.0},
+        {"logit_bias": {65: 3.0, 66: 2.9}, "frequency_penalty": 0.2},
+        {"logit_bias": {66: 2.0}, "repetition_penalty": 1.2, "temperature": 0.8, "seed": 3},
+    ],
+)
+def test_penalties_and_biases_are_those_of_generate(options: dict[str, Any]) -> None:
+    vlm = connect()
+    engine = Engine(vlm.model, vlm.processor)
+    options = {"max_new_tokens": 16} | options
+    pair = [(ask("What?"), [picture()]), (ask("And what is this, please?"), [picture(1)])]
+    tickets = [engine.submit(*one, Decoding(**options)) for one in pair]
+    expected = vlm.generate([one for one, _ in pair], [shown for _, shown in pair], **options)
+    assert [ticket.text().strip() for ticket in tickets] == expected
+    assert expected != vlm.generate([one for one, _ in pair], [shown for _, shown in pair], max_new_tokens=16)
+    for wrong in ({"logit_bias": {261: 1.0}}, {"logit_bias": {1: float("nan")}}, {"presence_penalty": float("inf")}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            engine.submit(*pair[0], Decoding(**wrong))
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            vlm.chat(None, "What?", **wrong)
+    engine.close()
+
+
 def test_answers_of_a_form() -> None:
     """Choices and JSON schemas bind the engine and `generate`."""
     vlm = connect()
@@ -430,6 +480,34 @@ def test_answers_of_a_form() -> None:
     with pytest.raises(ValueError, match="beams=2, expected 1"):
         vlm.chat(picture(), "What?", beams=2, choices=("red", "green"))
     engine.close()
+
+
+def test_a_schema_of_references_that_follow_each_other_ends_no_process() -> None:
+    """Its compiler calls itself for each of them."""
+    links = {str(number): {"items": {"$ref": f"#/$defs/{number + 1}"}} for number in range(1300)}
+    schema = {"$ref": "#/$defs/0", "$defs": links | {"1300": {"type": "integer"}}}
+    assert len(json.dumps(schema)) < Limits().schema_bytes
+    script = "import json, sys; from test_engine import constrain; constrain(json.load(sys.stdin))"
+    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(schema),
+        env=os.environ | {"PYTHONPATH": folders},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def constrain(schema: dict[str, Any]) -> None:
+    """Begins an answer of a schema in a thread, as a server does."""
+    reader = token_reader(tiny.tokenizer(), 261)
+
+    def begin() -> torch.Tensor:
+        return Constraint(reader, Decoding(json_schema=schema), {257}).allowed(torch.zeros(261))
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(begin).result().isfinite().any()
 
 
 def test_a_slow_schema_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,3 +66,9 @@ def test_a_picture_that_was_read_is_not_encoded_again(monkeypatch: pytest.Monkey
     assert engine.submit(tiny.ask(questions[0]), [tiny.picture(1)], decoding).text().strip() == other
     assert len(encoded) == 2
     engine.close()
+
+
+@pytest.mark.parametrize("positions", ["raster", "mrope"])
+@pytest.mark.parametrize(("image_input", "encode"), [("patches", "encode_images"), (VQ, "code_tokens")])
+def test_a_new_picture_leaves_those_before_it_as_they_were_read(image_input: Any, encode: str, positions: str) -> None:
+    contracts.check_a_new_picture(connect(image_input, positions=positions), encode)

@@ -98,6 +98,29 @@ def test_sampled_beams_take_whole_and_tiny_temperatures() -> None:
         assert vlm.chat(None, "Hi", **options) == vlm.chat(None, "Hi", **options)
 
 
+def test_sampled_beams_draw_what_they_would_alone() -> None:
+    """Whatever other threads draw meanwhile, and whoever is in the batch; the program's own numbers are left alone."""
+    vlm = endless()
+    options = {"temperature": 1.5, "beams": 2, "seed": 4, "max_new_tokens": 12}
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    alone = [vlm.chat(None, text, **options) for text in ("Hi", "more of it")]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert alone[0] != vlm.chat(None, "Hi", **options | {"seed": 5})
+    over = threading.Event()
+
+    def draw() -> None:
+        while not over.is_set():
+            torch.rand(1)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    together = vlm.generate([ask("Hi", 0), ask("more of it", 0)], **options)
+    over.set()
+    thread.join()
+    assert together == alone
+
+
 def test_streams_at_once_draw_what_each_would_alone() -> None:
     """And the program's own random numbers are as if nobody had drawn."""
     vlm = endless()

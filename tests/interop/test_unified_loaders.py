@@ -138,12 +138,62 @@ def test_a_text_ends_as_chameleons_processor_ends_it(tmp_path: Path) -> None:
     torch.testing.assert_close(found["pixel_values"], expected["pixel_values"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "changed", [{"image_mean": [0.4, 0.5, 0.6], "rescale_factor": 1 / 255}, {"do_normalize": False}]
+)
+def test_chameleons_own_settings_of_pictures_count(changed: dict[str, Any], tmp_path: Path) -> None:
+    chameleon_with_processor(tmp_path)
+    sizes = {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}}
+    theirs = ChameleonImageProcessorPil(**sizes, **changed)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").unlink(missing_ok=True)
+    shown = tiny.picture(2).resize((70, 21))
+    found, expected = chiasm.load(tmp_path).processor.image_processor([shown]), theirs([shown], return_tensors="pt")
+    torch.testing.assert_close(found["pixel_values"], expected["pixel_values"], rtol=1e-4, atol=1e-4)
+
+
+def test_codes_that_nothing_is_read_as_are_hidden_too(tmp_path: Path) -> None:
+    words = {"<image>": IMAGE, **{word: 60 - code for code, word in enumerate(CODES)}, "IMGIMGCAZ": 70}
+    reference = chameleon(vocabulary_map=words)
+    model, ids = _loaded(reference, tmp_path), torch.arange(3, 27)[None]
+    torch.testing.assert_close(model(input_ids=ids).logits, reference(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert model(input_ids=ids).logits[..., 70].max() < -1e30
+
+
 def test_the_engine_answers_as_they_do(tmp_path: Path) -> None:
     """Requests share the steps of Chameleon and Qwen2-VL too."""
     chameleon_with_processor(tmp_path / "chameleon")
     contracts.check_engine_equals_generate(chiasm.load(tmp_path / "chameleon"), kind=BatchedDecoder)
     qwen2_vl_with_processor(tmp_path / "qwen2_vl")
     contracts.check_engine_equals_generate(chiasm.load(tmp_path / "qwen2_vl"), kind=LeanDecoder)
+    contracts.check_a_new_picture(chiasm.load(tmp_path / "qwen2_vl"), "encode_pictures")
+
+
+def test_pictures_beyond_the_context_are_refused_by_their_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The patches of some large pictures would take gigabytes before anything counts their tokens."""
+    qwen2_vl_with_processor(tmp_path)
+    vlm, picture = chiasm.load(tmp_path), tiny.picture().resize((120, 90))
+    asked = [{"role": "user", "content": [{"type": "image"}] * 6 + [{"type": "text", "text": "What?"}]}]
+    tokens = vlm.processor(messages=asked, images=[picture] * 6)["input_ids"][0].tolist()
+    monkeypatch.setattr(vlm.processor, "image_processor", Sized(vlm.processor.image_processor))
+    expected = rf"pictures alone are {tokens.count(vlm.processor.image_token_id)} tokens, .* context is 600; show fewer"
+    with pytest.raises(ValueError, match=expected):
+        vlm.generate([asked], [[picture] * 6])
+
+
+class Sized:
+    """An image processor that tells sizes and makes nothing."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        pytest.fail("made")
 
 
 def test_chameleon_without_a_code(tmp_path: Path) -> None:
@@ -174,9 +224,8 @@ SHAPES = [(60, 90), (47, 31), (5, 5), (8, 260), (77, 13)]
 @pytest.mark.parametrize("size", SHAPES, ids=str)
 def test_fuyu_reads_pictures_as_the_reference_does(size: tuple[int, int], tmp_path: Path) -> None:
     """Of any shape, also those that are shrunk, and where the folder has settings of its own."""
-    theirs = FuyuImageProcessorPil(
-        size={"height": 50, "width": 80}, patch_size={"height": 5, "width": 5}, image_std=0.3
-    )
+    sizes = {"size": {"height": 50, "width": 80}, "patch_size": {"height": 5, "width": 5}}
+    theirs = FuyuImageProcessorPil(**sizes, image_std=0.3, rescale_factor=1 / 127.5)
     theirs.save_pretrained(tmp_path)
     shown = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     ours = image_processor_of(str(tmp_path), 5)([shown])
@@ -207,6 +256,20 @@ def test_qwen2_vl_reads_pictures_as_the_reference_does(size: tuple[int, int], tm
     more = ours | {name: torch.cat([ours[name]] * 2) for name in ("pixel_values", "image_grid_thw")}
     with pytest.raises(ValueError, match=r"1 picture.s. have placeholders in input_ids, but 2 were given"):
         vlm.model.generate(**more, max_new_tokens=2)
+
+
+def test_a_picture_is_read_as_its_file_is(tmp_path: Path) -> None:
+    """Upright by its EXIF orientation, and with 8 bits."""
+    qwen2_vl_with_processor(tmp_path / "model")
+    processor, turned = chiasm.load(tmp_path / "model").processor, Image.Exif()
+    turned[0x0112] = 6
+    tiny.picture(3).resize((60, 30)).save(tmp_path / "turned.jpg", exif=turned)
+    Image.fromarray(np.arange(900, dtype=np.uint16).reshape(30, 30) * 70).save(tmp_path / "deep.png")
+    for file in (tmp_path / "turned.jpg", tmp_path / "deep.png"):
+        asked = tiny.ask("What?")
+        one, other = (processor(images=[shown], messages=asked) for shown in (file, Image.open(file)))
+        assert torch.equal(one["image_grid_thw"], other["image_grid_thw"])
+        assert torch.equal(one["pixel_values"], other["pixel_values"]), file
 
 
 @pytest.mark.parametrize("tied", [False, True])

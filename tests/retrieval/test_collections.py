@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+import unicodedata
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +48,16 @@ def test_names_are_what_they_are(tmp_path: Path, photos: Path) -> None:
     assert {hit.id for hit in index.search_images([photos / strange], k=1)[0]} == {strange}
     index.delete([strange, "sub folder/new\nline.jpg"])
     assert len(index) == len(NAMES) - 1
+
+
+def test_letters_that_are_taken_apart_are_the_same(tmp_path: Path, photos: Path) -> None:
+    """macOS names files with letters in parts, keyboards write them whole."""
+    whole, parts = (unicodedata.normalize(form, "고양이.jpg") for form in ("NFC", "NFD"))
+    save(photos / parts)
+    (photos / "metadata.jsonl").write_text(f'{{"file_name": "{whole}", "colour": "red"}}\n', encoding="utf-8")
+    index, report = indexed(tmp_path / "index", photos)
+    assert report.summary() == "1 added" and next(iter(index.items())).metadata == {"colour": "red"}
+    assert index.delete([whole]) == [parts] and len(index) == 0
 
 
 def test_links_and_pipes_do_not_trap(tmp_path: Path, photos: Path) -> None:

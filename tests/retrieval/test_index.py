@@ -1,5 +1,6 @@
 """An index in a folder and one on a Qdrant server answer alike: found by text and picture, added, replaced, deleted."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,29 @@ def test_found_by_text_picture_and_metadata(make: Any, tmp_path: Path, several: 
     for where, count in asked.items():
         assert len(index.search("red", k=99, where=where)) == count, where
     assert len(index.search("red", k=99, where=["colour=red", "number>=8"])) == 4
+
+
+def test_keys_and_values_of_any_letters(make: Any, tmp_path: Path) -> None:
+    red = ImageRef.of(paint(tmp_path / "photos", 1)[0])
+    metadata = {"Camera Model": 'X "T5"', "f.stop": 4, "색상": "빨강", "year": "2020", "tags": ["a b", 7]}
+    index = make(ColourEncoder())
+    index.add([Item("a", red, metadata), Item("b", red, {"year": "2021"})])
+    asked = ['Camera Model=X "T5"', "f.stop>=4", "f.stop=4", "색상=빨강", 'year="2020"', "year in 2020,x", 'tags="a b"']
+    for where in asked:
+        assert [hit.id for hit in index.items(where)] == ["a"], where
+    assert [hit.id for hit in index.items('tags!="a b"')] == ["b"]
+
+
+def test_texts_are_no_numbers(tmp_path: Path) -> None:
+    red = ImageRef.of(paint(tmp_path / "photos", 1)[0])
+    index = Index.create(tmp_path / "index", ColourEncoder())
+    index.add([Item("a", red, {"year": "2020"}), Item("b", red, {"year": None})])
+    with pytest.raises(
+        ValueError, match=r"condition year>=2000 compares numbers, but 'year' is none .* '2020' for one"
+    ):
+        index.search("red", where="year>=2000")
+    index.add([Item("c", red, {"year": 1999})])
+    assert index.search("red", where="year>=2000") == []
 
 
 def test_what_is_there_is_not_looked_at_again(make: Any, tmp_path: Path) -> None:
@@ -164,3 +188,29 @@ def test_a_contact_sheet_shows_what_is_left(tmp_path: Path) -> None:
     assert sheet.width > sheet.height and sheet.getpixel((120, 120)) == COLOURS["red"]
     with pytest.raises(ValueError, match="nothing was found"):
         contact_sheet([])
+
+
+def test_a_data_set_that_has_changed_shows_no_other_picture(tmp_path: Path) -> None:
+    files, data = paint(tmp_path / "photos", 2), tmp_path / "data.json"
+    rows = [{"id": f.stem, "image": base64.b64encode(f.read_bytes()).decode(), "caption": f.stem} for f in files]
+    data.write_text(json.dumps(rows))
+    index = Index.create(tmp_path / "index", ColourEncoder())
+    index.add(read_pictures(data))
+    hits = index.search("red", 2)
+    assert [hit.image().key() for hit in hits] == [hit.record["key"] for hit in hits]
+    for rest in (rows[1:], rows[::-1]):
+        data.write_text(json.dumps(rest))
+        for hit in hits:
+            with pytest.raises(ValueError, match=rf"picture {hit.id} is no longer where it was in {data}"):
+                hit.image()
+        assert contact_sheet(hits).getpixel((120, 120)) == (217, 217, 217)
+
+
+def test_a_number_that_is_none_is_no_metadata(make: Any, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    paint(photos, 1)
+    (photos / "metadata.jsonl").write_text('{"file_name": "000.png", "year": NaN, "size": -Infinity, "n": 1}\n')
+    index = make(ColourEncoder())
+    index.add(read_pictures(photos))
+    assert index.add(read_pictures(photos)).unchanged == ["000.png"]
+    assert next(iter(index.items("n=1"))).metadata == {"year": None, "size": None, "n": 1}

@@ -122,3 +122,32 @@ def test_a_move_is_one_request(photos: Path) -> None:
         writes = [path for _, path in double.calls if path.endswith(("/points/batch", "/points/delete"))]
         assert writes == ["/collections/mine/points/batch"]
         assert ("PUT", "/collections/mine/points") not in double.calls and paths(index) == expected(photos)
+
+
+def test_a_picture_of_another_folder_does_not_take_the_place_of_one(make: Make, photos: Path, tmp_path: Path) -> None:
+    """Cameras number from the beginning again."""
+    index = make(ColourEncoder())
+    index.add(read_pictures(photos))
+    other = tmp_path / "other"
+    paint(other, 1)
+    Image.new("RGB", (16, 16), (90, 90, 90)).save(other / "000.png")
+    told = rf"{other}/000\.png would take the place of {photos}/000\.png, .* add the folder above both"
+    with pytest.raises(ValueError, match=told):
+        index.add(read_pictures(other))
+    paint(other, 1, start=9)
+    report = index.add(read_pictures(other), skip_bad=True)
+    assert report.added == ["009.png"] and list(report.bad) == ["000.png"]
+    assert paths(index)["000.png"] == (photos / "000.png").resolve()
+    (photos / "000.png").unlink()
+    assert index.add(read_pictures(other)).replaced == ["000.png"]
+    new = ImageRef.of(photos / "001.png")
+    assert index.add([Item("002.png", new)]).replaced == ["002.png"], "an id of one's own is what one says"
+
+
+def test_a_link_may_lead_to_another_picture(make: Make, photos: Path) -> None:
+    (photos / "newest.png").symlink_to(photos / "000.png")
+    index = make(ColourEncoder())
+    index.add(read_pictures(photos))
+    (photos / "newest.png").unlink()
+    (photos / "newest.png").symlink_to(photos / "001.png")
+    assert index.add(read_pictures(photos)).replaced == ["newest.png"]

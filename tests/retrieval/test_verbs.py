@@ -1,6 +1,7 @@
 """`chiasm index` and `chiasm search`, end to end on a tiny retrieval model."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,21 @@ def test_index_and_search(save: Any, run: Any, tmp_path: Path, monkeypatch: pyte
     code, out, err = run("index", "-o", index, "--delete-where", "colour=blue", "--json")
     assert json.loads(out)["pictures"] == 6
     assert run("index", "-o", index, "--compact")[1].strip() == "6 pictures"
+
+
+def test_a_name_that_is_no_text_is_printed(run: Any, tmp_path: Path) -> None:
+    model, photos, index = save_late(tmp_path / "model"), tmp_path / "photos", tmp_path / "index"
+    strange = os.fsdecode(b"\xb0\xed.png")
+    for file, name in zip(paint(photos, 2), (strange, "two\nlines.png"), strict=True):
+        file.rename(photos / name)
+    (photos / "metadata.jsonl").unlink()
+    assert run("index", model, photos, "-o", index)[0] == 0
+    code, out, err = run("search", index, "a red car", "--sheet", tmp_path / "s.png")
+    assert code == 0 and "\\udcb0\\udced.png" in out and Image.open(tmp_path / "s.png"), err
+    code, out, err = run("search", index, "a red car", "--json")
+    assert {hit["id"] for hit in json.loads(out)} == {strange, "two\nlines.png"}
+    assert run("index", "-o", index, "--list")[0] == 0
+    assert run("index", "-o", index, "--delete", strange)[0] == 0
 
 
 def test_a_qformer_that_finds_is_inspected(run: Any, tmp_path: Path) -> None:
@@ -171,6 +187,8 @@ def test_a_text_without_words_is_one_line(run: Any, tmp_path: Path) -> None:
     assert run("index", model, photos, "-o", index)[0] == 0
     code, _, err = run("search", index, "")
     assert code == 2 and "the text is '', expected words" in err
+    code, _, err = run("search", index, os.fsdecode(b"\xb0\xed\xbe\xe7"))
+    assert code == 2 and "is no text: it holds half a character" in err and "in a terminal of UTF-8" in err
     with pytest.raises(ValueError, match="text '' has no tokens"):
         chiasm.load(model).processor.encode("")
 

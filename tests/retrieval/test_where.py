@@ -5,6 +5,7 @@ import pytest
 from chiasm.retrieval.where import Where
 
 ITEM = {"colour": "red", "year": 2020, "tags": ["big", "5"], "sold": True, "size": 1.5}
+ITEM |= {"Camera Model": "X-T5", "city": "Paris, Texas", "said": '"so"', "색상": "빨강", "f.stop": 4, "from in": "a"}
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,22 @@ ITEM = {"colour": "red", "year": 2020, "tags": ["big", "5"], "sold": True, "size
         ("sold=1", False),
         ("size=1.5", True),
         ("colour=", False),
+        ('colour="red"', True),
+        ('colour in "red"', True),
+        ('year="2020"', False),
+        ('tags="5"', True),
+        ('said="so"', True),
+        ("said!=so", True),
+        ("Camera Model=X-T5", True),
+        ("Camera Model != X-T5", False),
+        ("Camera Model in X-T4, X-T5", True),
+        ("from in=a", True),
+        ("city=Paris, Texas", True),
+        ('city in "Paris, Texas",Rome', True),
+        ("city in Paris, Texas", False),
+        ('city in 4", 5"', False),
+        ("색상=빨강", True),
+        ("f.stop>=4", True),
     ],
 )
 def test_conditions(text: str, holds: bool) -> None:
@@ -39,3 +56,9 @@ def test_conditions(text: str, holds: bool) -> None:
 def test_what_is_no_condition(text: str) -> None:
     with pytest.raises(ValueError, match="condition"):
         Where.parse(text)
+
+
+def test_parts_of_a_list() -> None:
+    wanted = {"a, b": ("a", "b"), 'x in,"b, c" , d': ("x in", '"b, c"', "d"), "a,": ("a", ""), '4", 5"': ('4"', '5"')}
+    for text, values in wanted.items():
+        assert Where.parse(f"k in {text}").values == values

@@ -137,6 +137,23 @@ def test_logprobs_are_of_what_is_shown(client: Callable[..., TestClient]) -> Non
     assert shown.strip() == whole["message"]["content"] == '"a dark' and whole["finish_reason"] == "stop"
 
 
+def test_biases_and_penalties(client: Callable[..., TestClient]) -> None:
+    """As OpenAI has them: of the answer's tokens, by how often they came, and of tokens by their ids."""
+    api = client()
+
+    def tokens(**fields: Any) -> list[int]:
+        body = ask(data_url(), max_tokens=12, logprobs=True, **fields)
+        content = api.post(CHAT, json=body).json()["choices"][0]["logprobs"]["content"]
+        return [entry["bytes"][0] for entry in content]
+
+    a, b = map(str, tiny.tokenizer().convert_tokens_to_ids(["A", "B"]))
+    assert tokens(logit_bias={a: 100}) == [65] * 12
+    assert 66 in tokens(logit_bias={a: 100, b: 95}, frequency_penalty=2.0)
+    assert 66 in tokens(logit_bias={a: 100, b: 99.5}, presence_penalty=2.0)
+    assert tokens(logit_bias={str(token): -100 for token in range(260) if str(token) != b}) == [66] * 12
+    assert tokens(frequency_penalty=0, presence_penalty=0.0, logit_bias={}) == tokens()
+
+
 def test_system_and_developer_messages(client: Callable[..., TestClient], vlm: chiasm.VLM) -> None:
     messages = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
     answer = client().post(CHAT, json={"model": "tiny", "messages": messages, "max_tokens": 4}).json()
@@ -209,6 +226,18 @@ def test_an_answer_without_a_length_fills_the_context(client: Callable[..., Test
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_nor_do_pictures_that_have_their_own_numbers_of_tokens(
+    client: Callable[..., TestClient], chat_model: Any
+) -> None:
+    unified = chiasm.connect(fusion="unified", language=tiny.language(), tokenizer=tiny.tokenizer())
+    request = ask(data_url(tiny.picture().resize((96, 96))), text="a" * 600)
+    request.pop("max_tokens")
+    response = client(chat_model(of=unified)).post(CHAT, json=request)
+    assert response.status_code == 200, response.text
+    usage = response.json()["usage"]
+    assert usage["prompt_tokens"] > 650 and usage["total_tokens"] <= 1024
+
+
 WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": "other"}, 404, "model_not_found", "model"),
     ({"messages": []}, 400, "invalid_value", "messages"),
@@ -242,6 +271,11 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"stop": ["a", ""]}, 400, "invalid_value", "stop[1]"),
     ({"stop": ["a"] * 5}, 400, "invalid_value", "stop"),
     ({"stop": "a" * 257}, 400, "invalid_value", "stop"),
+    ({"logit_bias": {"999": 1}}, 400, "unknown_token", "logit_bias"),
+    ({"logit_bias": {"a": 1}}, 400, "invalid_value", "logit_bias.a.[key]"),
+    ({"logit_bias": {"5": 101}}, 400, "invalid_value", "logit_bias.5"),
+    ({"logit_bias": {str(token): 1 for token in range(2000)}}, 400, "too_many_fields", "logit_bias"),
+    ({"presence_penalty": -3}, 400, "invalid_value", "presence_penalty"),
     ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
     ({"top_logprobs": 3}, 400, "invalid_value", "top_logprobs"),
     ({"response_format": {"type": "json_schema"}}, 400, "missing_required_parameter", "response_format.json_schema"),

@@ -76,7 +76,7 @@ def test_errors(api: openai.OpenAI, address: Callable[..., str]) -> None:
     with pytest.raises(openai.BadRequestError, match="Unknown parameter: 'colour'"):
         api.chat.completions.create(**ask(), extra_body={"colour": 1})
     with pytest.raises(openai.BadRequestError, match="not supported"):
-        api.chat.completions.create(**ask(), frequency_penalty=1)
+        api.chat.completions.create(**ask(), prediction={"type": "content", "content": "a"})
     small = openai.OpenAI(base_url=address(limits=Limits(body_bytes=10_000)) + "/v1", api_key="-", max_retries=0)
     with pytest.raises(openai.APIStatusError) as large:
         small.chat.completions.create(**ask(text="a" * 30_000))

@@ -335,6 +335,8 @@ def test_an_answer_that_never_began_is_an_error(
     [
         {"model": "m\n" * 50_000},
         {"k\n" * 50_000: 1},
+        {"max_tokens": 10**4000},
+        {"n": 10**4000},
         {"messages": [{"role": "user", "content": "a", "k" * 90_000: 1}]},
     ],
 )
@@ -391,6 +393,7 @@ def test_a_page_on_an_allowed_origin_reads_refusals(client: Callable[..., TestCl
     assert "access-control-allow-origin" not in stranger.headers
 
 
-def test_health_is_told_without_a_body(client: Callable[..., TestClient]) -> None:
-    told = client().head("/health")
+@pytest.mark.parametrize("path", ["/health", "/", "/page.js"])
+def test_who_watches_over_a_server_may_ask_for_no_body(client: Callable[..., TestClient], path: str) -> None:
+    told = client().head(path)
     assert told.status_code == 200 and told.content == b""

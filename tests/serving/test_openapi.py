@@ -25,6 +25,7 @@ UNSAID = {
     ("/v1/embeddings", "dimensions"),
     ("/v1/embeddings", "unknown_token"),
     ("/v1/embeddings", "no_words"),
+    ("/v1/chat/completions", "unknown_token"),
     ("/api/attention", "messages"),
     ("/api/attention", "image"),
 }

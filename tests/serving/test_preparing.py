@@ -1,7 +1,10 @@
 """Pictures that take long keep no question of words alone waiting, and nobody makes more work by leaving."""
 
+import asyncio
+import gc
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,13 +12,16 @@ from typing import Any
 import httpx
 import pytest
 from asking import CHAT, ask, data_url
+from fastapi.testclient import TestClient
+from PIL import Image
 
 import chiasm
 from chiasm.generation.decode import Decoding
 from chiasm.generation.engine import Engine
 from chiasm.serving import pictures
-from chiasm.serving.body import Budget
+from chiasm.serving.body import Budget, LimitedRequest
 from chiasm.serving.errors import ApiError
+from chiasm.serving.schema import ChatRequest
 from chiasm.serving.settings import Limits
 from tiny import picture
 
@@ -142,3 +148,94 @@ def test_a_request_that_is_over_takes_no_more_memory() -> None:
     with pytest.raises(ApiError, match="over"):
         lease.take(10)
     assert budget.used == 0
+
+
+def test_memory_is_given_back_when_its_thread_is_done(door: Door) -> None:
+    """A client that leaves while its picture is decoded makes no room by it."""
+    budget = Budget(100)
+    lease = budget.lease()
+    lease.take(60)
+    with ThreadPoolExecutor() as threads:
+        working = threads.submit(lease.work, door.through(lambda: "done"))
+        door.until(1)
+        lease.release()
+        assert budget.used == 60
+        door.open.set()
+        assert working.result() == "done" and budget.used == 0
+    with pytest.raises(ApiError, match="over"):
+        lease.work(lambda: pytest.fail("begun"))
+
+
+def budget_of(api: TestClient) -> Budget:
+    app: Any = api.app
+    return next(m for m in app.user_middleware if "shared" in m.kwargs).kwargs["shared"].budget
+
+
+def test_questions_in_line_hold_files_and_not_pixels(
+    client: Callable[..., TestClient], chat_model: Any, door: Door, vlm: chiasm.VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many pictures are decoded as are prepared at once, however many wait for it."""
+    model, size = chat_model(), (400, 300)
+    monkeypatch.setattr(vlm.processor, "image_processor", Behind(vlm.processor.image_processor, door))
+    api = client(model, limits=Limits(pending=2))
+    budget, body = budget_of(api), ask(data_url(Image.new("RGB", size)), max_tokens=1)
+    with ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(api.post, CHAT, json=body) for _ in range(8)]
+        door.until(1)
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            assert budget.used < 2 * pictures.DECODING * size[0] * size[1] + 8 * len(str(body))
+            time.sleep(0.01)
+        door.open.set()
+        assert [one.result().status_code for one in asked] == [200] * 8
+    assert budget.used == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_has_begun_holds_nothing(
+    client: Callable[..., TestClient], metronome: Any, stream: bool
+) -> None:
+    api, url = client(metronome), data_url(Image.new("RGB", (400, 300)))
+    body = ask(url, max_tokens=200, stream=stream, metadata={"a": "b" * 100_000})
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(api.post, CHAT, json=body)
+        deadline = time.monotonic() + 30
+        while metronome.engine.generated < 3:
+            assert time.monotonic() < deadline
+        assert metronome.engine.running == 1 and budget_of(api).used == 0
+        held = [one for one in gc.get_objects() if type(one) is ChatRequest]
+        assert not any(one.messages or one.metadata for one in held)
+        assert asked.result().status_code == 200
+
+
+def test_a_body_is_in_memory_once() -> None:
+    """FastAPI keeps what it reads until the answer: it is told only whether there is a body."""
+    size, part = 8 * 2**20, 2**16
+    ends = b'["', b'"]'
+    chunks = iter([ends[0], *[None] * (size // part), ends[1]])
+
+    async def receive() -> dict[str, Any]:
+        chunk = next(chunks)
+        return {"type": "http.request", "body": chunk or b"a" * part, "more_body": chunk != ends[1]}
+
+    async def read() -> tuple[bytes, Any]:
+        headers = [(b"content-type", b"application/json")]
+        request = LimitedRequest({"type": "http", "method": "POST", "headers": headers}, receive)
+        request.limits, request.lease, request.kind = Limits(), Budget(2**30).lease(), Anything()
+        return await request.body(), await request.json()
+
+    tracemalloc.start()
+    try:
+        told, value = asyncio.run(read())
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert told == b"[" and len(value[0]) == size
+    assert held < 1.1 * size and peak < 3.5 * size
+
+
+class Anything:
+    """A field that takes whatever comes."""
+
+    def validate(self, value: Any, loc: tuple[str, ...]) -> tuple[Any, list[Any]]:
+        return value, []

@@ -58,6 +58,7 @@ def test_the_documentation_tells_every_option_and_limit() -> None:
     named = {f"--{name.replace('_', '-')}" for name in options if name not in ("models", "as_json")} | {"--json"}
     assert not {name for name in named if name not in page}
     limits, mib = Limits(), 2**20
+    pixels = inspect.signature(Engine).parameters["pixel_bytes"].default
     assert (options["max_body"].default * mib, options["max_pixels"].default) == (limits.body_bytes, limits.pixels)
     for told in (
         f"{limits.body_bytes // mib} MiB (`--max-body`), {limits.body_seconds} s",
@@ -73,6 +74,7 @@ def test_the_documentation_tells_every_option_and_limit() -> None:
         f"`n` {limits.choices}",
         f"{limits.request_seconds} s (`--request-seconds`)",
         f"{options['max_batch'].default} together (`--max-batch`), {options['max_waiting'].default} in line",
+        f"{pixels // 2**30} GiB; those of one question may be more",
         f"{limits.pending} with pictures, {limits.pending} with a JSON schema, and {limits.pending} of words",
         f"{limits.inputs} inputs, {limits.input_characters:,} letters",
         f"one at a time, {limits.line} in line",

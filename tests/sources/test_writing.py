@@ -159,3 +159,17 @@ def test_a_kill_while_files_change_places_leaves_nothing_that_loads_by_halves(
         assert sorted(Path(path).name for path in kept) == ["config.json", "model.safetensors", "tokenizer.json"]
     else:
         assert set(files(tmp_path).values()) == {"new"}
+
+
+def test_two_processes_may_write_one_small_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, replace, others = tmp_path / "page.html", Path.replace, iter([101, 102])
+
+    def meanwhile(self: Path, target: Path) -> Path:
+        if (other := next(others, None)) is not None:
+            monkeypatch.setattr("os.getpid", lambda: other)
+            whole_file(page, f"by {other}")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", meanwhile)
+    whole_file(page, "by the first")
+    assert page.read_text() == "by the first" and list(tmp_path.iterdir()) == [page]

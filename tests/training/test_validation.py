@@ -1,13 +1,15 @@
 """The shuffled-image control shows every sample pictures that are not its own."""
 
 from dataclasses import replace
+from typing import Any
 
 import helpers
 import torch
 
 from chiasm.data.drawing import drawn
 from chiasm.data.schema import Sample
-from chiasm.training.source import Source
+from chiasm.training.parallel import Engine
+from chiasm.training.source import Source, usable_samples
 from chiasm.training.stage_model import AnswerModel
 from chiasm.training.validation import Validator, mean_losses, with_wrong_pictures
 
@@ -68,7 +70,42 @@ def test_a_picture_that_two_samples_ask_for_is_drawn_once() -> None:
     assert wanted == [asked[:2]]
 
 
+class Shards(Engine):
+    """An engine that needs all processes for a loss."""
+
+    @property
+    def asked(self) -> Engine:
+        return self
+
+
+def test_a_model_in_shards_says_what_it_leaves_out() -> None:
+    asked = [replace(helpers.sample(index), messages=drawn(words)) for index, words in enumerate("ab")]
+    model = helpers.unified(helpers.VQ)
+    learner = AnswerModel(model.model, model.processor)
+
+    def told(answers: int, drawings: int) -> dict[str, Any]:
+        source, samples = (lambda samples: Source(samples, learner)), [*asked, *helpers.samples(4)]
+        functions = (lambda *_: []), (lambda _: {})
+        made = Validator(learner, source, samples, [], 4, answers, functions[0], drawings, functions[1])
+        return made.run(torch.float32, Shards(learner))
+
+    for answers, drawings, words in ((2, 2, "answers and draws"), (2, 0, "answers"), (0, 2, "draws")):
+        assert told(answers, drawings)["unanswered"].startswith(f"a model in shards (fsdp) {words} nothing while")
+    assert "unanswered" not in told(0, 0)
+
+
 def test_without_pictures_there_is_no_control() -> None:
     made, _ = validator([helpers.sample(index, images=0) for index in range(3)], 2)
     result = made.run(torch.float32)
     assert result["shuffled_loss"] is None and result["answers"] == []
+
+
+def test_few_samples_are_spread_over_the_data() -> None:
+    """A mixture's data sets lie one behind the other, and validation looks at all of them."""
+    chosen, _ = usable_samples(helpers.samples(20), 4, skip_bad=False)
+    assert [sample.id for sample in chosen] == ["s0", "s5", "s10", "s15"]
+    assert len(usable_samples(helpers.samples(3), 4, skip_bad=False)[0]) == 3
+    assert usable_samples(helpers.samples(3), 0, skip_bad=False) == usable_samples([], 4, skip_bad=False) == ([], [])
+    learner = AnswerModel((model := helpers.vlm()).model, model.processor)
+    made = Validator(learner, lambda samples: Source(samples, learner), helpers.samples(8), [], 4, 2, None)
+    assert [sample.id for sample in made.asked] == ["s0", "s4"]

@@ -15,7 +15,7 @@ def chat(
     model: Model,
     images: Annotated[list[Path], typer.Argument(help="Pictures for the first question.", show_default=False)] = [],  # noqa: B006
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Ask once and leave.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     solved: Annotated[
         list[str], typer.Option("--example", help="A solved example: 'cat.png|What is this?|a cat'; repeatable.")
@@ -28,8 +28,9 @@ def chat(
 ) -> None:
     """Ask about pictures: one answer with -p, otherwise a conversation."""
     from chiasm.conversation import answer, converse, engine_of
+    from chiasm.generation.decoding import Decoding
     from chiasm.terminal import printable
-    from chiasm.vlm import load_vlm, ready_to_answer, ready_to_step
+    from chiasm.vlm import load_vlm, ready_to_step
 
     if prompt is not None:
         require_words(prompt, "-p", "write a question, or leave -p out for a conversation")
@@ -45,9 +46,10 @@ def chat(
         raise ValueError("--show-attention is for one answer about a picture; give a picture and -p")
     if as_json and prompt is None:
         raise ValueError("--json is for one answer; give -p")
-    loaded = load_vlm(model)
-    vlm = ready_to_step(loaded, weights) if prompt is None else ready_to_answer(loaded)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "examples": examples}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    Decoding(**options).check()
+    options["examples"] = examples
+    vlm = ready_to_step(load_vlm(model), weights)
     if prompt is None:
         with engine_of(vlm, weights) as engine:
             return converse(engine, images, options, out)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from chiasm.cli.app import Json, app, emit, err, example, out
+from chiasm.cli.app import Json, app, emit, err, example, out, require_folder
 
 
 @app.command(epilog=example("chiasm compare compare -o runs/compared"))
@@ -26,6 +26,7 @@ def compare(
     """Compare ways of connecting on your data and budget; a stopped comparison goes on where it was."""
     from chiasm.comparison import compare as comparing
 
+    require_folder(output)
     if list_ and here:
         raise ValueError("--list runs no cell, so --here is not for it; leave one out")
     if jobs > 1 and (list_ or here):
@@ -64,7 +65,7 @@ def _listed(plan: str, folder: Path, only: list[str], quick: bool) -> list[str]:
     choices, skipped = comparing.cells_of(quickened(loaded) if quick else loaded)
     for one in skipped:
         _say(f"skipped {one.way}: {one.reason}")
-    return comparing.job_list(plan, comparing.select(choices, only), folder, quick)
+    return comparing.job_list(plan, choices, folder, quick, only)
 
 
 def _say(text: str) -> None:

@@ -58,7 +58,12 @@ def connect(
         ),
     ] = None,
     connector: Annotated[
-        str | None, typer.Option(help='Connector: a name, or JSON such as \'{"name": "mlp", "depth": 3}\'; else mlp.')
+        str | None,
+        typer.Option(
+            help="Connector: linear, mlp, avg_pool, pixel_shuffle, patch_merger, ldp, c_abstractor, token_packer, "
+            "qformer, perceiver_resampler, idefics2_resampler or one of yours; with options as JSON, such as "
+            '\'{"name": "mlp", "depth": 3}\'; else mlp.'
+        ),
     ] = None,
     fusion: Annotated[
         str | None, typer.Option(help="Where the two meet: early, intermediate, late or unified; else early.")
@@ -164,7 +169,8 @@ def _grid(text: str, option: str) -> tuple[int, int]:
 def _show(vlm: Any, as_json: bool, images: int = 1, text_tokens: int = 64) -> None:
     from chiasm.comparison.describe import describe, print_description
 
-    description = describe(vlm.model, images=images, text_tokens=text_tokens)
+    names = getattr(vlm, "region_tokens", 0)
+    description = describe(vlm.model, images=images, text_tokens=text_tokens, names=names)
     if as_json:
         emit(description)
     else:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from chiasm.cli.app import Data, Json, Model, app, argument, emit, err, example, out
+from chiasm.cli.app import Data, Json, Model, app, argument, emit, err, example, out, require_folder
 
 LONGEST = 64
 
@@ -59,10 +59,13 @@ def evaluate(
     from chiasm.evaluation.kept import ANSWERS
     from chiasm.evaluation.skills import caption_lines, to_table
     from chiasm.training.reporter import progress_bar
+    from chiasm.vlm import is_retrieval
 
-    if output is not None and output.is_file():
-        raise NotADirectoryError(f"-o {output} is a file; name a folder for the results")
+    if output is not None:
+        require_folder(output)
     scored = against is not None and (Path(against) / "results.jsonl").is_file()
+    if against is not None and not scored:
+        is_retrieval(against)  # refuses what is no model, before anything is asked
     _refuse_unread([model] if against is None or scored else [model, against], max_new_tokens, shots, task)
     asked: dict[str, Any] = {
         "split": split,

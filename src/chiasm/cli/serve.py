@@ -22,7 +22,7 @@ def serve(
         list[str], typer.Argument(help="Model folders or hub ids, each with a name if you like: NAME=MODEL.")
     ],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key_file: Annotated[
         Path | None, typer.Option(help=f"A file with one key a line; the variable {KEYS} has more, with commas.")
     ] = None,
@@ -31,19 +31,22 @@ def serve(
     ] = [],  # noqa: B006
     origin: Annotated[list[str], typer.Option(help="A web origin whose pages may call; repeatable.")] = [],  # noqa: B006
     image_urls: Annotated[bool, typer.Option("--image-urls", help="Fetch pictures from public http(s) URLs.")] = False,
-    temperature: Annotated[float, typer.Option(help="Where a request names none.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 4096,
-    max_images: Annotated[int, typer.Option(help="In a request.")] = 16,
-    max_pixels: Annotated[int, typer.Option(help="Of a picture.")] = 36_000_000,
-    max_body: Annotated[int, typer.Option(help="Of a request, in MiB.")] = 32,
-    max_batch: Annotated[int, typer.Option(help="Requests answered at the same time, by each model.")] = 8,
-    max_waiting: Annotated[int, typer.Option(help="Requests in line, for each model; more get status 429.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Of requests that name none; 0 takes the likeliest words.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 4096,
+    max_images: Annotated[int, typer.Option(min=0, help="Most pictures in a request.")] = 16,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Largest picture.")] = 36_000_000,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest request, in MiB.")] = 32,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests answered at the same time, by each model.")] = 8,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="Requests in line, for each model; more get status 429.")
+    ] = 128,
     weights: Weights = "float32",
-    request_seconds: Annotated[float, typer.Option(help="For an answer, at most.")] = 300,
+    request_seconds: Annotated[float, typer.Option(min=1, help="Longest time for an answer.")] = 300,
     as_json: Json = False,
 ) -> None:
     """Answer OpenAI's API for one or several models, and show a chat page."""
     try:
+        from chiasm.generation.decoding import Decoding
         from chiasm.serving.app import create_app
         from chiasm.serving.server import address_of, is_loopback, listen, run
         from chiasm.serving.settings import MIB, Limits, Settings
@@ -53,6 +56,7 @@ def serve(
 
     if weights != "float32" and all(is_retrieval(named(text)[1]) for text in models):
         raise ValueError(f"--weights {weights} is for models that answer; {models[0]} is a retrieval model")
+    Decoding(temperature=temperature).check()
     limits = Limits(
         body_bytes=max_body * MIB,
         pixels=max_pixels,
@@ -66,7 +70,8 @@ def serve(
     settings = Settings(keys, hosts, tuple(origin), image_urls, temperature, limits)
     if not local and not keys:
         err.print(
-            f"[yellow]anyone who reaches {escape(host)} can use this server; give it keys with --api-key-file[/yellow]"
+            f"[yellow]anyone who reaches {escape(host)} can use this server; give it keys with --api-key-file[/yellow]",
+            soft_wrap=True,
         )
     with listen(host, port) as listening:
         served = [_load(text, max_batch, max_waiting, weights) for text in models]

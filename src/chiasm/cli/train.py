@@ -7,16 +7,21 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from chiasm.cli.app import Json, app, argument, data_app, emit, err, example, out
+from chiasm.cli.app import DATA, Json, app, argument, data_app, emit, err, example, out, require_folder
 
 
 @app.command(epilog=example("chiasm train llava --model models/mine --data data.json -o runs/a"))
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that ships.", show_default=False)],
-    model: Annotated[str, typer.Option("--model", help="Folder of the model to train.", show_default=False)],
-    data: Annotated[
-        str | None, typer.Option("--data", help="LLaVA JSON, image folder, dataset folder, or emoji-scenes.")
-    ] = None,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe file, or one that ships: connector, llava, lora, finetune_vision, full, blip2, internvl, "
+            "flamingo, clip, siglip, late_vqa, unified.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[str, typer.Option("--model", help="Folder or hub id of the model to train.", show_default=False)],
+    data: Annotated[str | None, typer.Option("--data", help=DATA)] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder of the run.", show_default=False)
     ] = None,
@@ -41,7 +46,10 @@ def train(
         given: dict[str, Any] = {"validation_data": validation_data, "overrides": overrides, "quiet": as_json}
         return _show_plan(api.preview(recipe, model, data, **given), as_json)
     if data is None or output is None:
-        raise ValueError(f"{'--data' if data is None else '-o'} is missing: what to train on and where to write")
+        raise ValueError(
+            "--data is missing: name what to train on" if data is None else "-o is missing: name the run's folder"
+        )
+    require_folder(output)
     result = api.train(
         recipe, model, data, output, validation_data=validation_data, overrides=overrides, resume=resume, quiet=as_json
     )
@@ -88,18 +96,29 @@ def report(
 
 @data_app.command("check", epilog=example("chiasm data check data.json"))
 def data_check(
-    data: Annotated[str, typer.Argument(help="LLaVA JSON, image folder, dataset folder, ...", show_default=False)],
+    data: Annotated[str, typer.Argument(help=DATA, show_default=False)],
     max_pixels: Annotated[int | None, typer.Option(help="Find pictures with more pixels.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Find picture files with more bytes.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Find what this model cannot learn from, such as too long samples.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="With --model: tokens of a sample; by default the model's context.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find broken, truncated, huge, missing and mislabelled samples before training."""
+    from chiasm.api import encoder_of
     from chiasm.data.check import check
     from chiasm.data.readers import read
     from chiasm.training.reporter import progress_bar
 
+    if max_length is not None and model is None:
+        raise ValueError(f"--max-length {max_length} is in a model's tokens; pass --model too")
+    limits: dict[str, Any] = {"max_pixels": max_pixels, "max_bytes": max_bytes}
+    encode = None if model is None else encoder_of(model, max_length)
     with progress_bar("checking", err) as update:
-        report = check(read(data), max_pixels=max_pixels, max_bytes=max_bytes, progress=update)
+        report = check(read(data), encode=encode, progress=update, **limits)
     if as_json:
         emit(report.to_dict())
     else:
@@ -120,6 +139,7 @@ def demo(
     """Give SmolLM2-135M eyes: real weights, both stages, a report, about ten minutes on two cores."""
     from chiasm.demo import run_demo
 
+    require_folder(output)
     summary = run_demo(output, quick=quick, seed=seed, console=err if as_json else out)
     if as_json:
         emit(summary)

@@ -65,12 +65,16 @@ def account(
 
 def repeated(choices: Sequence[Choice], file: Path, output: Path) -> str:
     """The command that does it all again, into a new folder; own connectors are read from where they are."""
-    own = any(own_code((choice.connector or {}).get("name", "")) for choice in choices)
-    places = os.environ.get(VARIABLE, "")
-    before = f"{VARIABLE}={shlex.quote(places)} " if own and places else ""
     whole = output.resolve()
     again = (output if output.name == whole.name else whole).with_name(f"{whole.name}-again")
-    return f"{before}chiasm compare {shlex.quote(str(file))} -o {shlex.quote(str(again))}"
+    return f"{own_places(choices)}chiasm compare {shlex.quote(str(file))} -o {shlex.quote(str(again))}"
+
+
+def own_places(choices: Sequence[Choice]) -> str:
+    """What stands in front of a command whose plan names connectors of one's own."""
+    own = any(own_code((choice.connector or {}).get("name", "")) for choice in choices)
+    places = os.environ.get(VARIABLE, "")
+    return f"{VARIABLE}={shlex.quote(places)} " if own and places else ""
 
 
 def _source(source: Source) -> str:

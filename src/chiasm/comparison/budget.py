@@ -1,80 +1,70 @@
-"""One budget for every cell, as a number of samples: what a sample takes is counted in closed form, or measured."""
+"""One budget for every cell, as a number of samples: what a sample takes is counted, or measured."""
 
-from collections.abc import Mapping, Sequence
+import copy
 from statistics import fmean
-from typing import Any
 
+import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from chiasm.comparison.cost import encode_flops, language_flops
+from chiasm.comparison.flops import counted
 from chiasm.comparison.schema import Budget
-from chiasm.comparison.seq2seq_cost import seq2seq_cost
-from chiasm.data.schema import Sample
-from chiasm.fusion.base import FusionModel
-from chiasm.fusion.intermediate import IntermediateFusionModel
+from chiasm.data.schema import Samples
+from chiasm.data.splits import spread
+from chiasm.fusion.late import LateFusionModel
 from chiasm.training.learner import learner_of
-from chiasm.training.pace import BATCHES, measure
-from chiasm.training.schema import Recipe
+from chiasm.training.pace import BATCHES, frozen_encoder, measure, one_item
+from chiasm.training.reporter import Reporter
+from chiasm.training.schema import Recipe, Stage
+from chiasm.training.stages import enter
 
-COUNTED = 64
-"""Samples, evenly spread, whose lengths stand for all."""
+LENGTHS, STEPS = 64, 8
+"""Samples, evenly spread, whose lengths stand for all, and those that go through a step to count its FLOPs."""
 
 
 def samples_within(
-    budget: Budget, model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe, samples: Sequence[Sample]
+    budget: Budget, model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe, samples: Samples
 ) -> int:
     """Samples of the recipe's last stage that the budget pays for, at least one batch.
 
     Raises:
         ValueError: the budget counts what this kind of model has not.
     """
-    stage = recipe.stages[-1]
+    stage, number = recipe.stages[-1], len(recipe.stages) - 1
     if budget.samples is not None:
         return budget.samples
-    step = max(1, len(samples) // COUNTED)
-    shown = [samples[index] for index in range(0, len(samples), step)][:COUNTED]
     if budget.minutes is not None:
-        few = shown[: BATCHES * stage.batch_size]
-        pace = measure(model, processor, stage, few, len(recipe.stages) - 1)
-        return max(stage.batch_size, int(60 * budget.minutes / pace.step_seconds))
-    if not isinstance(model, FusionModel):
-        raise ValueError(f"budget {budget.kind} is not counted for late fusion, which has no sequence; take samples")
-    learner = learner_of(model, processor, stage, len(recipe.stages) - 1, shown)
-    encoded = [learner.encode(sample) for sample in shown]
-    lengths = [len(tokens["input_ids"]) for tokens in encoded]
-    if budget.tokens is not None:
-        return max(stage.batch_size, int(budget.tokens / fmean(lengths)))
-    pictures = fmean(len(sample.images) for sample in shown)
-    tuned = {name: plan.tune for name, plan in stage.parts.items()}
-    answer = fmean(len(tokens["labels"]) for tokens in encoded)
-    each = training_flops(model, fmean(lengths), pictures, tuned, answer)
+        pace = measure(model, processor, stage, spread(samples, BATCHES * stage.batch_size), number)
+        each = pace.step_seconds / 60
+    elif budget.flops is not None:
+        each = training_flops(model, processor, stage, samples, number)
+    elif isinstance(model, LateFusionModel):
+        raise ValueError("budget tokens is not counted for late fusion, which has no sequence; take samples or flops")
+    else:
+        learner = learner_of(model, processor, stage, number, samples)
+        each = fmean(len(learner.encode(sample)["input_ids"]) for sample in spread(samples, LENGTHS))
     return max(stage.batch_size, int(budget.amount / each))
 
 
 def training_flops(
-    model: FusionModel, places: float, pictures: float, tuned: Mapping[str, str], answer: float = 1
-) -> int:
-    """FLOPs of one sample of training: a forward, the gradients of what comes behind the first thing that learns, and
-    those of weights that learn themselves. A frozen encoder is not counted: it runs once for all cells.
+    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, samples: Samples, number: int = 0
+) -> float:
+    """FLOPs of one sample of a stage, forward and backward: the mean of some that go through a copy of the model one by
+    one. What runs once before the first step is not counted: a frozen encoder, and late fusion's frozen text tower.
 
     Args:
-        places: of the sample in the sequence.
-        tuned: part -> how it is tuned.
-        answer: tokens of the answer where a decoder of its own reads them.
+        number: the stage's place in its recipe.
     """
-    length = round(places)
-    if model.config.is_encoder_decoder:
-        once = seq2seq_cost(model.language, length)
-        language = once.prefill_flops + max(0, round(answer) - 1) * once.decode_flops
-    else:
-        language = language_flops(model, new=length, context=length, logits=length)
-    total = language * (3 if tuned.get("language") == "full" else 2)
-    if hasattr(model, "connector"):
-        total += round(3 * pictures * model.connector.flops())
-    if isinstance(model, IntermediateFusionModel):
-        seen = max(1, round(pictures)) * model.connector.num_tokens
-        total += 3 * (model.cross_attention.flops(length, seen) + model.cross_attention.keys_values_flops(seen))
-    if tuned.get("vision", "frozen") != "frozen":
-        flops: Any = getattr(model.vision, "flops", None)
-        total += 3 * round(pictures) * (flops() if flops is not None else encode_flops(model.vision))
-    return total
+    learner = learner_of(copy.deepcopy(model), processor, stage, number, samples)
+    model, few = learner.model, spread(samples, STEPS)
+    encode = frozen_encoder(model, enter(model, stage))
+    learner.prepare(few, range(len(few)), Reporter("quiet"))
+    found = []
+    for sample in few:
+        batch = learner.collate([one_item(sample, learner, encode)])
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+        with counted() as flops:
+            losses = learner.losses(inputs, len(batch.ids), batch.supervised)
+            torch.stack(list(losses.values())).sum().backward()
+        found.append(flops.total)
+        model.zero_grad()
+    return fmean(found)

@@ -4,6 +4,7 @@ RUN/cells/NAME/run (a training run)   evaluation/   attention.png   result.json
 A cell that was stopped goes on: the training run from its last checkpoint, the rest from its beginning.
 """
 
+import copy
 import json
 import shutil
 import time
@@ -25,7 +26,19 @@ from chiasm.comparison.finding import find_pictures
 from chiasm.comparison.inputs import inputs_of
 from chiasm.comparison.measure import measure
 from chiasm.comparison.peak_memory import peak_memory
-from chiasm.comparison.same_cell import BUDGET, CELLS, RESULT, RUN, Say, code_of, finished, forget_another, identity
+from chiasm.comparison.same_cell import (
+    BUDGET,
+    CELLS,
+    LENGTH,
+    RESULT,
+    RUN,
+    Say,
+    code_of,
+    finished,
+    forget_another,
+    identity,
+    taken,
+)
 from chiasm.comparison.schema import Plan
 from chiasm.comparison.strategies import recipe_of
 from chiasm.comparison.ways import FEW_SHOT
@@ -49,7 +62,12 @@ ERROR, ATTENTION, EVALUATION = "error.txt", "attention.png", "evaluation"
 
 
 def run_cell(
-    plan: Plan, choice: Choice, output: Path, say: Say = lambda text: None, quiet: bool = True
+    plan: Plan,
+    choice: Choice,
+    output: Path,
+    say: Say = lambda text: None,
+    quiet: bool = True,
+    known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Runs a cell, or reads its result where it is finished.
 
@@ -57,20 +75,27 @@ def run_cell(
         output: the comparison's folder.
         say: takes a line on what is being done.
         quiet: whether training draws no bar.
+        known: what the cells of one process read from disk once, of which each takes a copy.
 
     Raises:
-        ValueError: the folder holds the cell of another plan, or data has changed since.
+        ValueError: the folder holds the cell of another plan, data has changed since, or another process is at work
+            on the cell.
     """
     folder = output / CELLS / choice.name
-    if (done := finished(plan, choice, output)) is not None:
-        return done
     folder.mkdir(parents=True, exist_ok=True)
+    with taken(folder):
+        done = finished(plan, choice, output)
+        return _run(plan, choice, output, say, quiet, {} if known is None else known) if done is None else done
+
+
+def _run(plan: Plan, choice: Choice, output: Path, say: Say, quiet: bool, known: dict[str, Any]) -> dict[str, Any]:
+    folder = output / CELLS / choice.name
     inputs = inputs_of(plan, choice, output)
-    forget_another(folder, choice, inputs, say)
+    forget_another(folder, plan, choice, inputs, say)
     seconds: dict[str, float] = {}
     say(f"{choice.name}: connect")
     with _clocked(seconds, "connect"):
-        model = connect_cell(plan, choice)
+        model = connect_cell(plan, choice, known)
         train, held_out, test = data_of(plan, choice)
         captions = captions_to_find(plan)
     recipe = _recipe(plan, choice, folder, model, train)
@@ -79,11 +104,12 @@ def run_cell(
         told: dict[str, Any] = {"validation_data": held_out, "quiet": quiet, "keep_models": plan.keep_models}
         api.train(recipe, model, train, folder / RUN, **told)
     log = read_log(folder / RUN / LOG)
-    seconds["train"] = sum(event["seconds"] for event in log if event["event"] == "stage_end")
+    training = _training(log, peak.bytes)
+    seconds["train"] = max(training["seconds"], sum(event["seconds"] for event in log if event["event"] == "stage_end"))
     say(f"{choice.name}: ask and measure")
     notes = [] if choice.named else [f"{choice.way}: base.regions do not divide its tokens, and have no names there"]
     with _clocked(seconds, "evaluate"):
-        answers = _evaluate(plan, model, test, folder / EVALUATION, notes)
+        answers, length = _evaluate(plan, model, test, folder / EVALUATION, notes)
     model.model.eval()
     found = None
     if captions is not None:
@@ -98,10 +124,11 @@ def run_cell(
         "identity": identity(plan, choice),
         "code": code_of(choice),
         "inputs": inputs,
+        LENGTH: length,
         "samples": recipe.stages[-1].samples,
         "seconds": seconds,
         **measure(model.model, model.processor, shown, asked.repeats),
-        "training": _training(log, peak.bytes),
+        "training": training,
         "summary": answers.summary,
         "forgetting": next((event for event in reversed(log) if event["event"] == "forgetting"), None),
         "diagnostics": diagnose(model.model, model.processor, test, asked.pictures),
@@ -125,13 +152,13 @@ def _clocked(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.monotonic() - started
 
 
-def connect_cell(plan: Plan, choice: Choice) -> Any:
+def connect_cell(plan: Plan, choice: Choice, known: dict[str, Any]) -> Any:
     """The cell's model as it is before training, on the best device."""
     base, device = plan.base, vlm.best_device()
     dtype: Any = torch.float32 if choose_dtype("auto", device) == torch.float32 else "auto"
     options: dict[str, Any] = {"dtype": dtype, "seed": choice.seed}
     if choice.fusion == "unified":
-        language = base.decoder or _language(plan, dtype)
+        language = base.decoder or _language(plan, dtype, known)
         options |= {"image_input": base.image_input or "patches", "chat_template": base.chat_template}
         options |= {"positions": None if choice.positions == "auto" else choice.positions}
         options |= {"unified": None if choice.weights == "pretrained" else {"weights": choice.weights}}
@@ -143,17 +170,18 @@ def connect_cell(plan: Plan, choice: Choice) -> Any:
     options |= {"patch_positions": choice.positions if choice.positions in ("none", "grid") else "auto"}
     if choice.fusion == "intermediate":
         options["cross_attention"] = base.cross_attention
-    return connect(base.vision, _language(plan, dtype), choice.connector, choice.fusion, **options).to(device)
+    return connect(base.vision, _language(plan, dtype, known), choice.connector, choice.fusion, **options).to(device)
 
 
-def _language(plan: Plan, dtype: Any) -> Any:
-    """The language model's name; the model itself where only its first layers are wanted."""
+def _language(plan: Plan, dtype: Any, known: dict[str, Any]) -> Any:
+    """The language model's name; a copy of the model itself where only its first layers are wanted."""
     name, count = plan.base.language, plan.base.language_layers
     if count is None:
         return name
-    model = load_language(resolve(name), dtype=dtype)
-    keep_first_layers(model, count)
-    return model
+    if name not in known:
+        known[name] = load_language(resolve(name), dtype=dtype)
+        keep_first_layers(known[name], count)
+    return copy.deepcopy(known[name])
 
 
 def _recipe(plan: Plan, choice: Choice, folder: Path, model: Any, train: Samples) -> Recipe:
@@ -173,8 +201,8 @@ def _recipe(plan: Plan, choice: Choice, folder: Path, model: Any, train: Samples
     return make(json.loads(path.read_text(encoding="utf-8"))["samples"])
 
 
-def _evaluate(plan: Plan, model: Any, test: Samples, folder: Path, notes: list[str]) -> EvalResult:
-    """The answers; what is cut of them is added to the notes."""
+def _evaluate(plan: Plan, model: Any, test: Samples, folder: Path, notes: list[str]) -> tuple[EvalResult, int]:
+    """The answers, and the tokens that one could have; what is cut of them is added to the notes."""
     how, late = plan.evaluation, isinstance(model, DualEncoder)
     length, cut = (LEAST, []) if late else answer_length(how.max_new_tokens, test, model.processor.tokenizer)
     told: dict[str, Any] = {"batch_size": how.batch_size, "max_new_tokens": length}
@@ -183,12 +211,13 @@ def _evaluate(plan: Plan, model: Any, test: Samples, folder: Path, notes: list[s
     if how.shots and not late:
         shown = api.evaluate(model, test, shots=how.shots, shots_from=read_source(plan.data.train), **told)
         again = [row | {"id": f"{row['id']} ({FEW_SHOT})", "skill": FEW_SHOT} for row in shown.rows]
-        rows = [*result.rows, *again]
-        result = EvalResult(rows, summarise(rows), list(dict.fromkeys([*result.notes, *shown.notes])))
+        *skills, whole = result.summary
+        summary, said = [*skills, *summarise(again), whole], list(dict.fromkeys([*result.notes, *shown.notes]))
+        result = EvalResult([*result.rows, *again], summary, said)
     result.notes += cut
     notes += cut
     result.save(folder)
-    return result
+    return result, length
 
 
 def _training(log: Sequence[dict[str, Any]], peak: int | None) -> dict[str, Any]:
@@ -199,6 +228,7 @@ def _training(log: Sequence[dict[str, Any]], peak: int | None) -> dict[str, Any]
     plan = next(event for event in reversed(log) if event["event"] == "plan" and "table" in event)
     return {
         "steps": max(event["step"] for event in steps),
+        "seconds": _seconds(log),
         "samples_per_second": rates[len(rates) // 2],
         "peak_memory_bytes": peak,
         "trainable": {row["part"]: row["trainable"] for row in plan["table"]},
@@ -209,6 +239,14 @@ def _training(log: Sequence[dict[str, Any]], peak: int | None) -> dict[str, Any]
         ],
         "gates": [openness(event["gates"]) for event in log if event["event"] == "validation" and "gates" in event],
     }
+
+
+def _seconds(log: Sequence[dict[str, Any]]) -> float:
+    """Of all steps and of a start in closed form, also of a run that went on after a stop; not of what all cells share,
+    such as encoded pictures."""
+    steps = [event for event in log if event["event"] == "step" and event["samples"]]
+    solved = sum(event["seconds"] for event in log if event["event"] == "closed_form")
+    return float(solved + sum(event["samples"] / event["samples_per_second"] for event in steps))
 
 
 def openness(gates: dict[str, list[float]]) -> float:

@@ -141,6 +141,8 @@ def _resolved(choice: Choice, plan: Plan, grid_of: Callable[[], Grid]) -> Choice
     if choice.fusion == "late":
         if name not in LATE:
             return f"late fusion pools a picture into one vector, so it takes {', '.join(LATE)}, not {name}"
+        if plan.budget.tokens is not None:
+            return "late fusion has no sequence whose tokens a budget could count; take samples, flops or minutes"
         if choice.tokens or choice.positions != "auto":
             return "late fusion has one vector for a picture, without places or a number of tokens"
         return choice

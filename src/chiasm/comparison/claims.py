@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from chiasm.comparison.differences import Way, difference
+from chiasm.comparison.differences import Way, beyond_control, difference
 from chiasm.comparison.recommend import ways_of
 from chiasm.comparison.schema import Claim
 from chiasm.comparison.ways import Row, by_way, interval, mean_of
@@ -35,47 +35,33 @@ def judge(claims: Sequence[Claim], results: Sequence[Row], answers: Mapping[str,
         if missing:
             verdicts.append(Verdict(claim.text, OPEN, f"{missing[0]} is not among the finished cells"))
         elif claim.than is None:
-            verdicts.append(_by_gates(claim, cells[claim.better], answers))
+            verdicts.append(_by_gates(claim, cells[claim.better], ways[claim.better]))
         elif claim.measure == "accuracy":
-            verdicts.append(_by_answers(claim, ways, cells, answers))
+            verdicts.append(_by_answers(claim, ways[claim.better], ways[claim.than]))
         else:
             verdicts.append(_BY[claim.measure](claim, cells[claim.better], cells[claim.than]))
     return verdicts
 
 
-def _by_answers(
-    claim: Claim, ways: Mapping[str, Way], cells: Mapping[str, Sequence[Row]], answers: Mapping[str, Sequence[Row]]
-) -> Verdict:
+def _by_answers(claim: Claim, better: Way, than: Way) -> Verdict:
     """By the questions of the claim's skills, and whether both ways look at the picture that they are about."""
-    skill_of = {row["id"]: row["skill"] for row in answers[cells[claim.better][0]["name"]]}
-    wanted = claim.skills or list(dict.fromkeys(skill_of.values()))
-    questions = [question for question, skill in skill_of.items() if skill in wanted]
+    wanted = claim.skills or list(dict.fromkeys(better.skills.values()))
+    questions = [question for question, skill in better.skills.items() if skill in wanted and question in than.groups]
     if not questions:
         return Verdict(claim.text, OPEN, f"the test asks nothing about {', '.join(wanted)}")
     about = f" about {', '.join(claim.skills)}" if claim.skills else ""
-    found = _by_pairs(claim, ways[claim.better], ways[str(claim.than)], questions, f"{len(questions)} questions{about}")
-    blind = [words for name in claim.ways if (words := _not_looking(cells[name], answers, set(questions)))]
+    found = _by_pairs(claim, better, than, questions, f"{len(questions)} questions{about}")
+    blind = [words for way in (better, than) if (words := _not_looking(way, set(questions)))]
     return replace(found, numbers="; ".join([found.numbers, *blind]))
 
 
-def _not_looking(cells: Sequence[Row], answers: Mapping[str, Sequence[Row]], questions: set[str]) -> str | None:
+def _not_looking(way: Way, questions: set[str]) -> str | None:
     """In words, that a way answers these questions no better than about another picture."""
-    rows = {
-        cell["choice"]["seed"]: [
-            row for row in answers[cell["name"]] if row["id"] in questions and row.get("control_score") is not None
-        ]
-        for cell in cells
-    }
-    if not all(rows.values()):
+    gain = beyond_control(way, among=questions.__contains__)
+    if gain is None or gain.low > 0:
         return None
-    groups = {row["id"]: row["sample"] for row in next(iter(rows.values()))}
-    own, other = (
-        Way(cells[0]["way"], {seed: {row["id"]: row[score] for row in asked} for seed, asked in rows.items()}, groups)
-        for score in ("score", "control_score")
-    )
-    if difference(own, other).low > 0:
-        return None
-    return f"{own.name} is not measurably better than with another picture ({percent(other.accuracy)})"
+    other = fmean(score for one in way.controls.values() for question, score in one.items() if question in questions)
+    return f"{way.name} is not measurably better than with another picture ({percent(other)})"
 
 
 def _by_retrieval(claim: Claim, better: Sequence[Row], than: Sequence[Row]) -> Verdict:
@@ -109,7 +95,7 @@ def _mean(way: Way, questions: Sequence[str]) -> float:
     return fmean(answers[question] for answers in way.scores.values() for question in questions)
 
 
-def _by_gates(claim: Claim, cells: Sequence[Row], answers: Mapping[str, Sequence[Row]]) -> Verdict:
+def _by_gates(claim: Claim, cells: Sequence[Row], way: Way) -> Verdict:
     """Whether gates were closed before training, so that the model was the language model alone, and are open after,
     and what comes through them is of use."""
     gates = [cell["training"].get("gates") for cell in cells]
@@ -117,7 +103,7 @@ def _by_gates(claim: Claim, cells: Sequence[Row], answers: Mapping[str, Sequence
         return Verdict(claim.text, OPEN, f"{claim.better} has no gates")
     first, last = [one[0] for one in gates], [one[-1] for one in gates]
     opened = not any(first) and min(last) >= OPENED
-    blind = _not_looking(cells, answers, {row["id"] for cell in cells for row in answers[cell["name"]]})
+    blind = _not_looking(way, set(way.groups))
     verdict = AGAINST if not opened else SUPPORTED if blind is None else BLIND
     seeds = f"{len(gates)} seed{'s' * (len(gates) > 1)}"
     told = f"open by {fmean(first):.3f} before training, {fmean(last):.3f} after ({OPENED} counts as open); {seeds}"

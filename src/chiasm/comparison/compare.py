@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from chiasm.comparison.account import account, repeated
+from chiasm.comparison.account import account, own_places, repeated
 from chiasm.comparison.cell import ATTENTION, ERROR, EVALUATION, run_cell
 from chiasm.comparison.choices import Choice, Grid, Skipped, expand
 from chiasm.comparison.claims import judge
@@ -25,7 +25,7 @@ from chiasm.comparison.plan import load_plan
 from chiasm.comparison.quick import quickened, warning_of
 from chiasm.comparison.report import write_report
 from chiasm.comparison.results import write_results
-from chiasm.comparison.same_cell import BUDGET, CELLS, Say, finished
+from chiasm.comparison.same_cell import BUDGET, CELLS, RESULT, CellTakenError, Say, finished
 from chiasm.comparison.schema import Plan
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.sources import resolve
@@ -66,7 +66,8 @@ def compare(
         plan: a YAML file, the name of one that ships (`compare`), a dictionary, or a loaded plan.
         output: folder of the comparison; one that was stopped goes on.
         quick: a few samples of every cell, and the first layers of the language model.
-        jobs: processes, each with one cell at a time; 0 runs the cells here, one after the other.
+        jobs: processes, each with one cell at a time; 0 runs the cells here, one after the other. Where `torchrun`
+            started several of this one, every one has its share of the cells.
         only: names of cells, or of ways (a cell without its seed); by default all.
         say: takes a line on what is being done.
         quiet: whether training draws no bar.
@@ -78,6 +79,8 @@ def compare(
     plan = quickened(plan) if quick else plan
     choices, skipped = cells_of(plan)
     chosen = select(choices, only)
+    done = {choice.name for choice in choices if finished(plan, choice, output) is not None}
+    waiting = [choice for choice in chosen if choice.name not in done]
     output.mkdir(parents=True, exist_ok=True)
     saved, text = output / PLAN, yaml.safe_dump(plan.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     if not saved.is_file() or saved.read_text(encoding="utf-8") != text:
@@ -86,19 +89,22 @@ def compare(
         say(warning)
     for one in skipped:
         say(f"skipped {one.way}: {one.reason}")
-    waiting = [choice for choice in chosen if finished(plan, choice, output) is None]
-    if jobs > 1:
+    if jobs > 1 or (jobs and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1):
         _require_pace(plan, waiting, output)
     failed: dict[str, str] = {}
     if waiting:  # what is wrong for all cells is told before the first
         data_of(plan)
         captions_to_find(plan)
     if jobs:
-        failed = _in_processes(waiting, saved, output, jobs, say)
+        place, number = (int(os.environ.get(name, usual)) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        failed = _in_processes(waiting[place::number], saved, output, jobs, say)
     else:
+        known: dict[str, Any] = {}
         for choice in waiting:
             try:
-                run_cell(plan, choice, output, say, quiet)
+                run_cell(plan, choice, output, say, quiet, known)
+            except CellTakenError as error:
+                say(f"{choice.name}: {error}")
             except Exception:
                 said = _noted(output, choice.name, traceback.format_exc())
                 if only:
@@ -208,11 +214,14 @@ def select(choices: Sequence[Choice], only: Sequence[str]) -> list[Choice]:
     return [choice for choice in choices if not only or choice.name in only or choice.way in only]
 
 
-def job_list(plan_file: str, choices: Sequence[Choice], output: Path, quick: bool = False) -> list[str]:
-    """One command for every cell, for any scheduler; the plan's own command then writes the report."""
+def job_list(
+    plan_file: str, choices: Sequence[Choice], output: Path, quick: bool = False, only: Sequence[str] = ()
+) -> list[str]:
+    """One command for every cell, or those that are named, for any scheduler; the plan's own command then writes the
+    report."""
     more = " --quick" if quick else ""
-    base = f"chiasm compare {shlex.quote(plan_file)} -o {shlex.quote(str(output))}{more}"
-    return [f"{base} --here --only {shlex.quote(choice.name)}" for choice in choices]
+    base = f"{own_places(choices)}chiasm compare {shlex.quote(plan_file)} -o {shlex.quote(str(output))}{more}"
+    return [f"{base} --here --only {shlex.quote(choice.name)}" for choice in select(choices, only)]
 
 
 def encoder_grid(plan: Plan) -> Grid:
@@ -241,7 +250,8 @@ def _in_processes(choices: Sequence[Choice], plan: Path, output: Path, jobs: int
     """Runs every cell in a process of its own, `jobs` at once; of those that failed it gives the last line and leaves
     all that they said in the cell's folder."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    together = ("RANK", "WORLD_SIZE")  # a cell's process is no part of a team, and keeps its own device by LOCAL_RANK
+    environment = {"OMP_NUM_THREADS": threads, **{k: v for k, v in os.environ.items() if k not in together}}
 
     def run(choice: Choice) -> str | None:
         say(f"{choice.name}: started")
@@ -250,7 +260,8 @@ def _in_processes(choices: Sequence[Choice], plan: Path, output: Path, jobs: int
         command = [sys.executable, "-m", "chiasm", "compare", str(plan), "-o", str(output), "--only", choice.name]
         done = subprocess.run([*command, "--here"], env=environment, capture_output=True, text=True)
         if done.returncode == 0:
-            say(f"{choice.name}: finished")
+            here = (output / CELLS / choice.name / RESULT).is_file()
+            say(f"{choice.name}: {'finished' if here else 'another process is at work on it'}")
             return None
         if told.is_file():  # which has more than a user is told in one line
             return _failed(output, choice.name, told.read_text(encoding="utf-8").strip().splitlines()[-1], say)

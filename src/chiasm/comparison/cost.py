@@ -24,7 +24,19 @@ PARTS = ("vision", "connector", "language", "cross_attention")
 
 @dataclass(frozen=True)
 class Cost:
-    """Costs of one prompt; FLOPs count two for each multiply-add of matrix products and convolutions."""
+    """Costs of one prompt; FLOPs count two for each multiply-add of matrix products and convolutions.
+
+    Args:
+        parameters: of each part.
+        visual_tokens: of all its pictures.
+        sequence: places in the language model's sequence.
+        encode_flops: of the vision encoder.
+        connect_flops: of the connector.
+        prefill_flops: of the language model, to read the prompt.
+        decode_flops: of one more token.
+        kv_cache_bytes: of the whole prompt.
+        kv_cache_bytes_per_token: of one place.
+    """
 
     parameters: dict[str, int]
     visual_tokens: int
@@ -40,12 +52,13 @@ class Cost:
         return asdict(self)
 
 
-def cost(model: FusionModel, images: int = 1, text_tokens: int = 64, grid: Grid | None = None) -> Cost:
+def cost(model: FusionModel, images: int = 1, text_tokens: int = 64, grid: Grid | None = None, names: int = 0) -> Cost:
     """The cost of a prompt with `images` pictures and `text_tokens` words: prefill, then each decoded token.
 
     Args:
         images: pictures in the prompt, 0 or more.
         text_tokens: text tokens in the prompt; the placeholders are not among them.
+        names: tokens of the names of a picture's regions (`ChiasmProcessor.region_tokens`), in the sequence too.
         grid: rows and columns of a picture's patches, where a unified model reads pictures of any size; by default
             those of its `image_size`.
     """
@@ -53,7 +66,7 @@ def cost(model: FusionModel, images: int = 1, text_tokens: int = 64, grid: Grid 
         raise ValueError(f"images={images}, text_tokens={text_tokens}; expected at least 0 and 1")
     seen = images or _blank_pictures(model)
     picture = _picture(model, grid, encode=images > 0)
-    sequence = images * picture.places + text_tokens
+    sequence = images * (picture.places + names) + text_tokens
     if model.config.is_encoder_decoder:
         language = seq2seq_cost(model.language, sequence)
     else:

@@ -17,9 +17,9 @@ FIRST = ("encode", "connect", "prefill")
 
 
 def describe(
-    model: FusionModel | LateFusionModel | QFormerRetrieval, images: int = 1, text_tokens: int = 64
+    model: FusionModel | LateFusionModel | QFormerRetrieval, images: int = 1, text_tokens: int = 64, names: int = 0
 ) -> dict[str, Any]:
-    """JSON-able facts about a model."""
+    """JSON-able facts about a model; `names`: tokens of the names of a picture's regions."""
     if isinstance(model, LateFusionModel):
         return _describe_late(model)
     if isinstance(model, QFormerRetrieval):
@@ -46,7 +46,7 @@ def describe(
         "tokens_per_image": rows * columns if positioned else _tokens_per_image(model),
         "adapters": config.adapters or {},
         "prompt": {"images": images, "text_tokens": text_tokens},
-        "cost": _cost(model, images, text_tokens),
+        "cost": _cost(model, images, text_tokens, names),
     }
 
 
@@ -55,9 +55,10 @@ def _tokens_per_image(model: FusionModel) -> int:
     return model.num_image_tokens if model.config.tiles else model.connector.num_tokens
 
 
-def cost_facts(model: Any) -> dict[str, str]:
-    """Rows of a model card: what a picture costs a generative model; nothing where that is not known."""
-    told = _cost(model, 1, 64) if isinstance(model, FusionModel) else None
+def cost_facts(model: Any, names: int = 0) -> dict[str, str]:
+    """Rows of a model card: what a picture costs a generative model, with the `names` of its regions; nothing where it
+    is not known."""
+    told = _cost(model, 1, 64, names) if isinstance(model, FusionModel) else None
     if told is None:
         return {}
     first = sum(told[f"{part}_flops"] for part in FIRST)
@@ -69,9 +70,9 @@ def cost_facts(model: Any) -> dict[str, str]:
     }
 
 
-def _cost(model: FusionModel, images: int, text_tokens: int) -> dict[str, Any] | None:
+def _cost(model: FusionModel, images: int, text_tokens: int, names: int) -> dict[str, Any] | None:
     try:
-        return cost(model, images=images, text_tokens=text_tokens).to_dict()
+        return cost(model, images=images, text_tokens=text_tokens, names=names).to_dict()
     except UnknownCostError:
         return None
 

@@ -3,7 +3,7 @@ from resampling pictures and seeds together."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from statistics import fmean
 
@@ -45,6 +45,16 @@ class Way:
     @property
     def accuracy(self) -> float:
         return fmean(fmean(answers.values()) for answers in self.scores.values())
+
+    def without(self, skill: str) -> "Way":
+        """The way without the questions of a skill."""
+
+        def kept(answers: Mapping[str, float]) -> dict[str, float]:
+            return {question: score for question, score in answers.items() if self.skills.get(question) != skill}
+
+        scores, controls = ({seed: kept(one) for seed, one in every.items()} for every in (self.scores, self.controls))
+        groups = {question: group for question, group in self.groups.items() if self.skills.get(question) != skill}
+        return replace(self, scores=scores, controls=controls, groups=groups)
 
     @property
     def control(self) -> float | None:

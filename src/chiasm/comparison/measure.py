@@ -1,15 +1,14 @@
 """What a picture costs a model, in closed form and measured: parameters, FLOPs, first token, decoding, KV cache."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from chiasm.comparison.cost import cost, encode_flops, parts
 from chiasm.comparison.curves import shape_of
+from chiasm.comparison.flops import counted
 from chiasm.comparison.timing import timed
 from chiasm.data.collation import load_pixels
 from chiasm.data.schema import Sample
@@ -20,8 +19,6 @@ from chiasm.generation import decode
 
 NEW_TOKENS = 16
 """Tokens that are decoded to time them."""
-ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-"""The attention that PyTorch's counter does not know."""
 
 
 def measure(model: Any, processor: Any, sample: Sample, repeats: int) -> dict[str, Any]:
@@ -87,10 +84,10 @@ def _generative(
     measured["decode_flops"] = _counted(generate(2)) - _counted(generate(1))
     if model.config.is_encoder_decoder:
         return measured
-    with _flops() as reading:
+    with torch.inference_mode(), counted() as reading:
         output = model(**inputs, use_cache=True, logits_to_keep=1)
     alone = model(**blind, use_cache=True, logits_to_keep=1)
-    measured["connect_and_prefill_flops"] = reading[0] - encoding
+    measured["connect_and_prefill_flops"] = reading.total - encoding
     measured["kv_cache_bytes_per_image"] = _cache_bytes(output) - _cache_bytes(alone)
     return measured
 
@@ -113,27 +110,11 @@ def _late(model: LateFusionModel, processor: Any, sample: Sample, repeats: int) 
 
 
 def _counted(run: Callable[[], Any]) -> int:
-    with _flops() as counted:
+    """Without gradients by `inference_mode`: under `no_grad` the counter stops at a module that is given a view of a
+    parameter, such as learned queries."""
+    with torch.inference_mode(), counted() as found:
         run()
-    return counted[0]
-
-
-@contextmanager
-def _flops() -> Iterator[list[int]]:
-    """FLOPs of what runs inside, in the list when it is over.
-
-    Without gradients by `inference_mode`: under `no_grad` the counter stops at a module that is given a view of a
-    parameter, such as learned queries.
-    """
-    counted: list[int] = []
-    with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping={ON_CPU: _attention_flops}) as counter:
-        yield counted
-    counted.append(counter.get_total_flops())
-
-
-def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    batch, heads, new, size = query
-    return 2 * batch * heads * new * key[-2] * (size + value[-1])
+    return found.total
 
 
 def _cache_bytes(output: Any) -> int:

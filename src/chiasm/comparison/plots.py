@@ -18,13 +18,14 @@ DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))
 
 @dataclass(frozen=True)
 class Point:
-    """A way on a plane, with an interval of its height."""
+    """A way on a plane, with an interval of its height; `style`: its number among all ways, drawn or not."""
 
     name: str
     x: float
     y: float
     low: float
     high: float
+    style: int = 0
 
 
 def style_of(index: int) -> dict[str, Any]:
@@ -51,8 +52,8 @@ def pareto(points: Sequence[Point], label: str, name: str, logarithmic: bool = F
     figure, axes = canvas(_height(len(points)))
     line = front(points)
     axes.step([p.x for p in line], [100 * p.y for p in line], where="post", color=COLOURS["soft"], linewidth=1.2)
-    for index, (point, x) in enumerate(zip(points, side_by_side([p.x for p in points], logarithmic), strict=True)):
-        style = style_of(index)
+    for point, x in zip(points, side_by_side([p.x for p in points], logarithmic), strict=True):
+        style = style_of(point.style)
         reach = [[100 * max(0.0, point.y - point.low)], [100 * max(0.0, point.high - point.y)]]
         mark = {"marker": style["marker"], "color": style["color"], "markersize": 5.5, "capsize": 2, "elinewidth": 1}
         axes.errorbar([x], [100 * point.y], yerr=reach, linestyle="none", label=point.name, **mark)
@@ -83,15 +84,16 @@ def side_by_side(values: Sequence[float], logarithmic: bool) -> list[float]:
 def lines(
     series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, name: str, logarithmic: bool = False
 ) -> str | None:
-    """Curves of several ways, told apart by colour, dash and marker."""
+    """Curves of several ways, told apart by colour, dash and marker: by their places in `series`, where those stand too
+    that have no curve here, so that a way looks the same in every figure."""
+    styles = {way: style_of(index) for index, way in enumerate(series)}
     series = {way: points for way, points in series.items() if len(points) > 1}
     if not series:
         return None
     figure, axes = canvas(_height(len(series)))
-    for index, (way, points) in enumerate(series.items()):
-        axes.plot(
-            [p[0] for p in points], [p[1] for p in points], label=way, linewidth=1.3, markersize=3.5, **style_of(index)
-        )
+    for way, points in series.items():
+        at, heights = zip(*points, strict=True)
+        axes.plot(at, heights, label=way, linewidth=1.3, markersize=3.5, **styles[way])
     if logarithmic:
         axes.set_xscale("log")
         axes.set_yscale("log")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chiasm.comparison.differences import Difference, Way, beyond_control, from_best
-from chiasm.comparison.ways import by_way, mean_of
+from chiasm.comparison.ways import FEW_SHOT, by_way, mean_of
 from chiasm.evaluation.format import operations, percent
 
 Row = Mapping[str, Any]
@@ -90,12 +90,14 @@ def _perplexity(cells: Sequence[Row]) -> dict[str, tuple[float, float]]:
 
 
 def recommend(ways: Sequence[Way], budget: str, named: Collection[str] = ()) -> Recommendation:
-    """What to take of ways that were asked the same questions.
+    """What to take of ways that were asked the same questions; those that were asked again behind solved examples, as
+    late fusion cannot be, do not count.
 
     Args:
         budget: the budget in words.
         named: ways that have names of regions in front of their visual tokens.
     """
+    said_of_skills, ways = _skills(ways), [way.without(FEW_SHOT) for way in ways]
     gains = {way.name: beyond_control(way, len(ways)) for way in ways}
     looking = [way for way in ways if (gain := gains[way.name]) is None or gain.low > 0]
     blind = [way for way in ways if way not in looking]
@@ -118,7 +120,7 @@ def recommend(ways: Sequence[Way], budget: str, named: Collection[str] = ()) -> 
         f"Take {chosen.name} for this data and {budget}: {percent(chosen.accuracy)} right, {chosen.cost_words}.",
         *_why(best, chosen, alike, worse, found, everyone=len(worse) == len(ways) - 1),
         *_not_looking(blind),
-        *_skills(ways),
+        *said_of_skills,
         *_forgetting(chosen),
     ]
     return Recommendation(chosen.name, best.name, *lists, said + doubts)
@@ -203,10 +205,9 @@ def _names(ways: Sequence[Way], named: Collection[str]) -> list[str]:
 def _doubts(ways: Sequence[Way]) -> list[str]:
     """What the reader must not take from the numbers."""
     seeds, pictures = min(len(way.scores) for way in ways), len(set(ways[0].groups.values()))
-    said = [
-        f"Intervals come from {pictures} pictures, resampled, and hold for all {len(ways) * (len(ways) - 1) // 2} "
-        "pairs of ways at once, because the same answers picked the best."
-    ]
+    pairs = len(ways) * (len(ways) - 1) // 2
+    at_once = f", and hold for all {pairs} pairs of ways at once, because the same answers picked the best"
+    said = [f"Intervals come from {pictures} pictures, resampled{at_once if pairs > 1 else ''}."]
     if any(not way.controls for way in ways):
         said.append("Nothing was asked beside another picture, so nothing shows which ways look.")
     if seeds == 1:

@@ -1,7 +1,7 @@
 """`report.html` of a comparison: the recommendation first, then the numbers it stands on; no script, no network."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def write_report(
     ways, names = by_way(results), skills_of(results)
     named = info.get("named", {})
     advice = recommend(ways_of(results, answers), info["budget"], named)
+    looks = _looks(results, attention or {})
     shapes = {way: Shape(**cells[0]["shape"]) for way, cells in ways.items() if cells[0]["shape"]}
     fields = {
         "info": info,
@@ -57,16 +58,20 @@ def write_report(
         "unfinished": info.get("unfinished", ()),
         "incomparable": incomparable(ways),
         "unknown": unknown(shapes),
+        "steps_alone": _knows_steps(ways),
         "planes": [Markup(plot) for plot in _planes(ways) if plot],
+        "silent": [way for way, cells in ways.items() if mean_of(cells, "measured", "first_token_seconds") is None],
+        "late": [way for way, cells in ways.items() if cells[0]["choice"]["fusion"] == "late"],
         "bars": [(name, Markup(_bars(ways, name))) for name in names],
         "skills": tables.skills(ways, names),
         "learning": [Markup(plot) for plot in _learning(ways) if plot],
         "costs": tables.costs(ways),
         "kept": tables.kept(ways),
         "finding": tables.finding(ways),
-        "curves": [Markup(plot) for plot in _curves(shapes) if plot],
+        "curves": [Markup(plot) for plot in _curves(ways, shapes) if plot],
         "crossings": tables.crossing_table(crossings(shapes)),
-        "looks": _looks(results, attention or {}),
+        "looks": looks,
+        "unseen": [way for way in ways if way not in {look["way"] for look in looks}],
         "questions": _questions(results, answers, images),
         "skipped": skipped,
         "failed": failed,
@@ -76,10 +81,11 @@ def write_report(
 
 def _planes(ways: Mapping[str, Sequence[Row]]) -> list[str | None]:
     """Accuracy against tokens and against time."""
+    spent = ("training", "seconds") if _knows_steps(ways) else ("seconds", "train")
     axes: list[tuple[str, str, tuple[str, ...], float]] = [
         ("tokens", "visual tokens of a picture", ("closed_form", "visual_tokens"), 1),
         ("first", "milliseconds to the first token", ("measured", "first_token_seconds"), 1e3),
-        ("training", "seconds of training", ("seconds", "train"), 1),
+        ("training", "seconds of training", spent, 1),
     ]
     return [
         plots.pareto(_points(ways, path, scale), label, f"pareto-{name}", logarithmic=True)
@@ -87,12 +93,17 @@ def _planes(ways: Mapping[str, Sequence[Row]]) -> list[str | None]:
     ]
 
 
+def _knows_steps(ways: Mapping[str, Sequence[Row]]) -> bool:
+    """Whether the cells tell the time of steps by itself; older ones tell that of whole stages."""
+    return all(mean_of(cells, "training", "seconds") is not None for cells in ways.values())
+
+
 def _points(ways: Mapping[str, Sequence[Row]], path: tuple[str, ...], scale: float) -> list[plots.Point]:
     points = []
-    for way, cells in ways.items():
+    for index, (way, cells) in enumerate(ways.items()):
         x, y = mean_of(cells, *path), score(cells)
         if y is not None:
-            points.append(plots.Point(way, 0.0 if x is None else scale * x, y.accuracy, y.low, y.high))
+            points.append(plots.Point(way, 0.0 if x is None else scale * x, y.accuracy, y.low, y.high, index))
     return points
 
 
@@ -104,20 +115,27 @@ def _bars(ways: Mapping[str, Sequence[Row]], skill: str) -> str:
 
 
 def _learning(ways: Mapping[str, Sequence[Row]]) -> list[str | None]:
-    """Validation loss over steps, of the first seed; and what the right picture is worth."""
-    curves = {way: cells[0]["training"]["curve"] for way, cells in ways.items()}
+    """Validation loss over training, of the first seed; and what the right picture is worth. Where a budget gives ways
+    different numbers of steps, they are told as shares of it."""
+    ends = {way: cells[0]["training"]["steps"] for way, cells in ways.items()}
+    shares = len(set(ends.values())) > 1
+    curves = {
+        way: [(100 * step / ends[way] if shares else step, *losses) for step, *losses in cells[0]["training"]["curve"]]
+        for way, cells in ways.items()
+    }
+    over = "% of the training on questions" if shares else "step"
     loss = {way: [(step, own) for step, own, _ in curve] for way, curve in curves.items()}
     worth = {
         way: [(step, other - own) for step, own, other in curve if other is not None] for way, curve in curves.items()
     }
     return [
-        plots.lines(loss, "step", "validation loss", "learning-loss"),
-        plots.lines(worth, "step", "loss another picture adds", "learning-worth"),
+        plots.lines(loss, over, "validation loss", "learning-loss"),
+        plots.lines(worth, over, "loss another picture adds", "learning-worth"),
     ]
 
 
-def _curves(shapes: Mapping[str, Shape]) -> list[str | None]:
-    """Cost in closed form as patches, pictures and text grow."""
+def _curves(ways: Collection[str], shapes: Mapping[str, Shape]) -> list[str | None]:
+    """Cost in closed form as patches, pictures and text grow, of those ways that have a shape."""
     patches = next((shape.patches for shape in shapes.values()), PATCHES[0])
     along: dict[str, tuple[str, Sequence[int], Callable[[int], tuple[int, int, int]]]] = {
         "patches": ("patches of a picture", PATCHES, lambda n: (n, 1, TEXT)),
@@ -129,7 +147,7 @@ def _curves(shapes: Mapping[str, Shape]) -> list[str | None]:
         scale, unit = (2**20, "MiB") if measure == "KV cache" else (10**9, "GFLOP")
         for name, (x, values, prompt) in along.items():
             told = {way: [(n, cost(shape, *prompt(n))) for n in values] for way, shape in shapes.items()}
-            series = {way: [(n, at / scale) for n, at in points if at is not None] for way, points in told.items()}
+            series = {way: [(n, at / scale) for n, at in told.get(way, ()) if at is not None] for way in ways}
             plot = f"curve-{measure.replace(' ', '')}-{name}"
             drawn.append(plots.lines(series, x, f"{measure}, {unit}", plot, logarithmic=True))
     return drawn

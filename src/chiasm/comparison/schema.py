@@ -103,7 +103,7 @@ class Budget(Strict):
 
     samples: PositiveInt | None = Field(None, description="samples")
     tokens: PositiveInt | None = Field(None, description="places in the language model's sequence")
-    flops: PositiveFloat | None = Field(None, description="floating-point operations, by the cost model")
+    flops: PositiveFloat | None = Field(None, description="floating-point operations, counted in a few steps")
     minutes: PositiveFloat | None = Field(None, description="minutes of training steps, by a measured pace")
 
     @validates_model(mode="after")

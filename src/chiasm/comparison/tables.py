@@ -78,10 +78,13 @@ def costs(ways: Mapping[str, Sequence[Row]]) -> Table:
     heads += ["decoding", "training", "peak memory", "time in all"]
     rows = []
     for way, cells in ways.items():
-        closed, measured, training = cells[0]["closed_form"], cells[0]["measured"], cells[0]["training"]
+        closed, measured = cells[0]["closed_form"], cells[0]["measured"]
         first = mean_of(cells, "measured", "first_token_seconds")
         peak = mean_of(cells, "training", "peak_memory_bytes")
-        rate, speed = mean_of(cells, "measured", "decode_tokens_per_second"), training["samples_per_second"]
+        rate, speed = (
+            mean_of(cells, *path)
+            for path in (("measured", "decode_tokens_per_second"), ("training", "samples_per_second"))
+        )
         kept = measured.get("kv_cache_bytes_per_image")
         rows.append(
             [

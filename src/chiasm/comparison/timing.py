@@ -91,15 +91,22 @@ def _work() -> float | None:
 
 def incomparable(ways: Mapping[str, Sequence[Row]]) -> list[str]:
     """Sentences on times that the machine's other work, or their own spread, makes no ground for a comparison."""
-    loads = {way: mean_of(cells, "measured", "foreign_cores") for way, cells in ways.items()}
-    disturbed = [f"{way} ({load:.1f})" for way, load in loads.items() if load is not None and load > DISTURBING]
+    known = {way: mean_of(cells, "measured", "foreign_cores") for way, cells in ways.items()}
+    loads = {way: load for way, load in known.items() if load is not None and load > DISTURBING}
     spreads = {way: max(_spread(cell, name) for cell in cells for name in TIMES) for way, cells in ways.items()}
     unsteady = [way for way, spread in spreads.items() if spread > UNSTEADY]
     said = []
-    if disturbed:
-        said.append(f"Other programs worked while these were timed (cores that they took): {', '.join(disturbed)}.")
+    several = len(ways) > 1
+    if loads and len(loads) == len(ways) and several:
+        least, most = min(loads.values()), max(loads.values())
+        said.append(f"Other programs worked while all of these were timed, on {least:.1f} to {most:.1f} cores.")
+    elif loads:
+        told = ", ".join(f"{way} ({load:.1f})" for way, load in loads.items())
+        said.append(f"Other programs worked while these were timed (cores that they took): {told}.")
     if unsteady:
-        said.append(f"The times of these spread by more than {UNSTEADY:.0%} between repeats: {', '.join(unsteady)}.")
+        whose = "all of them" if len(unsteady) == len(ways) and several else "these"
+        told = "" if whose != "these" else f": {', '.join(unsteady)}"
+        said.append(f"The times of {whose} spread by more than {UNSTEADY:.0%} between repeats{told}.")
     if said:
         said.append("Times of such ways are not to be compared with others.")
     elif all(f"{name}_low" not in cell["measured"] for cells in ways.values() for cell in cells for name in TIMES):

@@ -29,7 +29,7 @@ from chiasm.sources.writing import naming_full_disk
 
 KEY_BYTES = 32
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-DEFAULT_LIMIT_GB = 50.0
+LIMIT, DEFAULT_LIMIT_GB = "CHIASM_FEATURE_CACHE_GB", 50.0
 PROTECTED_SECONDS = 24 * 3600.0
 
 
@@ -75,7 +75,7 @@ class FeatureCache:
             (self.folder / "identity.json").write_text(text)
         self._keys.touch()
         self._features.touch()
-        prune(root, float(os.environ.get("CHIASM_FEATURE_CACHE_GB", DEFAULT_LIMIT_GB)), keep=self.folder)
+        prune(root, limit_gb(), keep=self.folder)
         self.refresh()
 
     def __len__(self) -> int:
@@ -122,6 +122,22 @@ class FeatureCache:
             start = (row - known) * KEY_BYTES
             self._rows[keys[start : start + KEY_BYTES]] = row
         self._map = np.memmap(self._features, np.uint8, "r", shape=(count, self.row_bytes))
+
+
+def limit_gb() -> float:
+    """Gigabytes that all caches may take, from `CHIASM_FEATURE_CACHE_GB`.
+
+    Raises:
+        ValueError: it is no number of gigabytes.
+    """
+    text = os.environ.get(LIMIT, str(DEFAULT_LIMIT_GB))
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0:
+        raise ValueError(f"{LIMIT} is {text!r}, expected a number of gigabytes, such as {DEFAULT_LIMIT_GB:g}")
+    return limit
 
 
 def prune(root: Path, limit_gb: float, keep: Path) -> list[Path]:

@@ -35,9 +35,19 @@ def supervised(ids: Sequence[int], offsets: Sequence[Span], answers: Sequence[Sp
 
 def last_answer(labels: list[int]) -> list[int]:
     """The last run of supervised labels: what an encoder–decoder's decoder says."""
-    end = max(place for place, label in enumerate(labels) if label != IGNORE) + 1
-    start = next((place for place in range(end, 0, -1) if labels[place - 1] == IGNORE), 0)
+    start, end = _last_run(labels)
     return labels[start:end]
+
+
+def last_alone(labels: list[int]) -> list[int]:
+    """The same labels with the last run of supervised ones alone: what is said before is read only."""
+    start, end = _last_run(labels)
+    return [label if start <= place < end else IGNORE for place, label in enumerate(labels)]
+
+
+def _last_run(labels: list[int]) -> Span:
+    end = max(place for place, label in enumerate(labels) if label != IGNORE) + 1
+    return next((place for place in range(end, 0, -1) if labels[place - 1] == IGNORE), 0), end
 
 
 def num_predicted(labels: list[int], encoder_decoder: bool) -> int:

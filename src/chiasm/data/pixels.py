@@ -1,5 +1,6 @@
 """Pictures → pixels by an image processor: of one size, in rows with a mask where they keep their own, or in tiles."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ def tells_sizes(image_processor: Any) -> bool:
     return "image_sizes" in image_processor.model_input_names
 
 
+def least_tokens(image_processor: Any, pictures: Sequence[Any]) -> int:
+    """Tokens that pictures of their own resolution will have, told by their sizes before a pixel is read; 0 of others,
+    and where it cannot be told."""
+    count = getattr(image_processor, "get_number_of_image_patches", None)
+    if count is None or not tells_grids(image_processor):
+        return 0
+    sizes = [picture.size for picture in pictures if isinstance(picture, Image.Image)]
+    return sum(count(height, width) for width, height in sizes) // image_processor.merge_size**2
+
+
 def read_pixels(image_processor: Any, flat: list[Any], counts: list[int], tiles: int | None) -> Pixels:
     """The pictures of a batch.
 
@@ -58,27 +69,22 @@ def read_pixels(image_processor: Any, flat: list[Any], counts: list[int], tiles:
                 f"{type(image_processor).__name__} reads pictures, and a video was given: show its frames as pictures, "
                 "or give the model pixel_values_videos and video_grid_thw"
             )
-        made = image_processor([opened(item) for item in flat], return_tensors="pt")
+        made = image_processor([upright(item) for item in flat], return_tensors="pt")
         named = {name: torch.as_tensor(made[name]) for name in ("pixel_values", "image_grid_thw")}
         return Pixels(named, [tuple(grid) for grid in named["image_grid_thw"].tolist()])
     if tiles is not None:
         return Pixels({"pixel_values": image_processor(flat, return_tensors="pt")["pixel_values"]}, [tiles] * len(flat))
-    made = image_processor([opened(item) for item in flat], crop_to_patches=True, return_tensors="pt")
+    made = image_processor([upright(item) for item in flat], crop_to_patches=True, return_tensors="pt")
     return Pixels({"pixel_values": made["pixel_values"]}, [int(number) for number in made["num_patches"]])
 
 
-def opened(item: Any) -> Any:
-    """A picture's file as a picture, for image processors that read no files."""
-    return ImageRef.of(item).load() if isinstance(item, str | Path) else item
-
-
 def upright(item: Any) -> Any:
-    """A picture's file, or a picture of any mode, as upright RGB, for image processors that count its pixels."""
+    """A picture's file, or a picture of any mode, as upright RGB, for image processors that are not ours."""
     return ImageRef.of(item).load() if isinstance(item, str | Path | Image.Image) else item
 
 
 def _rows(image_processor: Any, flat: list[Any], counts: list[int], tiles: int | None) -> Pixels:
-    groups = in_groups([opened(item) for item in flat], counts)
+    groups = in_groups([upright(item) for item in flat], counts)
     told = {"return_row_col_info": True} if tiles is None else {}
     made = image_processor([group for group in groups if group], return_tensors="pt", **told)
     cut: list[Any] = [tiles] * len(flat)

@@ -226,6 +226,11 @@ class ChiasmProcessor(ProcessorMixin):
             return tiled_placeholders(*told, str(self.image_boundary), self.image_tag)
         return framed_placeholders(*told, self.image_boundary, self.regions)
 
+    @property
+    def region_tokens(self) -> int:
+        """Tokens of the names of a picture's regions, which stand in the sequence beside its visual tokens."""
+        return 0 if self.regions is None else len(self.placeholders.of(1, False)) - self.num_image_tokens
+
     def _has_bos(self, text: str) -> bool:
         return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
 

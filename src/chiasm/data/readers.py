@@ -6,6 +6,7 @@ from itertools import accumulate, chain
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
+from unicodedata import normalize
 
 from chiasm.data import containers
 from chiasm.data.base64_pictures import DATA_URL, decoded, picture_in
@@ -65,6 +66,14 @@ def read(source: Any, split: str | None = None, **options: Any) -> Samples:
     samples: Samples = RowSamples(rows, **options)
     samples = samples if split is None else _divide(samples, split, division)
     return samples if at_most == 1 else MergedQuestions(samples, at_most)
+
+
+def read_split(source: Any, split: str) -> Samples:
+    """All samples of a source; of one that comes in splits, this one."""
+    try:
+        return read(source)
+    except containers.Unsplit:
+        return read(source, split)
 
 
 def read_train(source: Any) -> Samples:
@@ -135,7 +144,8 @@ class RowSamples(Samples):
         return self._find_file(value)
 
     def _find_file(self, value: str) -> ImageRef:
-        candidates, fault = [root / value for root in self.roots], half_character(value)
+        spellings = dict.fromkeys([value, *(normalize(form, value) for form in ("NFC", "NFD"))])
+        candidates, fault = [root / spelling for spelling in spellings for root in self.roots], half_character(value)
         for path in candidates:
             try:
                 if S_ISREG(path.stat().st_mode):
@@ -178,7 +188,10 @@ class Mixture(Samples):
             named = path.startswith((EMOJI_SCENES, "hf:"))
             inherited = {} if path.startswith(EMOJI_SCENES) else options
             own_split = entry.pop("split", split)
-            sources.append(read(path if named else file.parent / path, own_split, **(inherited | entry)))
+            try:
+                sources.append(read(path if named else file.parent / path, own_split, **(inherited | entry)))
+            except containers.Unsplit as error:
+                raise ValueError(f"{file}: {error}") from error
             weights.append(float(weight))
         return cls(sources, weights)
 

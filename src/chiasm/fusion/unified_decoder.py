@@ -64,6 +64,7 @@ class UnifiedDecoderConfig(PreTrainedConfig):
     query_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    attention_dropout: float = 0.0
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -78,6 +79,11 @@ class UnifiedDecoderConfig(PreTrainedConfig):
                 raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim is {self.head_dim} (hidden_size {self.hidden_size}, num_attention_heads "
+                f"{self.num_attention_heads}), but rotary positions turn channels in pairs; choose an even head_dim"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "

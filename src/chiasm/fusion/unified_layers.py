@@ -90,7 +90,8 @@ class UnifiedAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, plain_attention)
-        attended, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        kwargs |= {"dropout": self.config.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        attended, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(attended.reshape(*states.shape[:-1], -1)), weights
 
 
@@ -101,6 +102,7 @@ def plain_attention(
     value: Float[Tensor, "B G L head"],
     attention_mask: Tensor | None,
     scaling: float,
+    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B S H head"], Float[Tensor, "B H S L"]]:
     """Attention whose weights can be looked at."""
@@ -108,7 +110,7 @@ def plain_attention(
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype), dropout)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 

@@ -21,7 +21,7 @@ LLAMA_SHAPED: dict[str, dict[str, Any]] = {
 SHARED = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "initializer_range"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "attention_dropout"),
 )
 ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 """Kinds of rotation that the decoder turns by."""

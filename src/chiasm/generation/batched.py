@@ -85,8 +85,7 @@ class BatchedDecoder:
         """
         asked = prompt.inputs["input_ids"]
         ids = torch.cat([asked, asked.new_tensor(answer)[None]], dim=1) if answer else asked
-        positioned, bidirectional = isinstance(self.model, PositionedModel), 0
-        keys = prompt.packed_keys(self.model.picture_marks) if positioned else self._keys(prompt)
+        keys, bidirectional = self._keys(prompt), 0
         keys += map(word, answer)
         if self.model.config.attention == "prefix" and "token_type_ids" in prompt.inputs:
             bidirectional = int((prompt.inputs["token_type_ids"][0] == 0).sum())
@@ -113,8 +112,10 @@ class BatchedDecoder:
 
     def _keys(self, prompt: Prompt) -> list[bytes]:
         """What each place of a prompt is known by."""
-        lengths = self.model.picture_lengths(prompt.inputs, len(prompt.pictures)) if prompt.pictures else []
-        return prompt.keys(self.model.config.image_token_id, lengths)
+        mark, count = self.model.config.image_token_id, len(prompt.pictures)
+        if isinstance(self.model, PositionedModel):
+            return prompt.keys(mark, prompt.shares(mark))
+        return prompt.keys(mark, self.model.picture_lengths(prompt.inputs, count) if count else [])
 
     def _show(self, model: IntermediateFusionModel, sequence: Row, prompt: Prompt, ids: Int[Tensor, "1 S"]) -> None:
         """Keys and values of the pictures, and which of them each token sees."""
@@ -127,11 +128,11 @@ class BatchedDecoder:
             sequence.visible = visible[:, sequence.length :]
 
     def _place(self, model: PositionedModel, sequence: Row, prompt: Prompt, ids: Int[Tensor, "1 S"]) -> None:
-        """Embeddings and coordinates of what is unread; where no picture is, none is encoded."""
+        """Embeddings and coordinates of what is unread; pictures that were read are not encoded."""
         start, asked, total = sequence.length, sequence.prompt, ids.shape[1]
-        rest, answer = ids[:, start:asked], ids[:, max(start, asked) :]
-        seen = torch.isin(rest, torch.tensor(model.picture_marks, device=rest.device)).any()
-        unread = model.embed_prompt(**prompt.inputs)[:, start:] if seen else model.embed(rest, None, None)
+        answer = ids[:, max(start, asked) :]
+        rest, begin = prompt.behind(min(start, asked), model.config.image_token_id)
+        unread = model.embed_prompt(**rest)[:, min(start, asked) - begin :]
         sequence.unread = torch.cat([unread, model.embed(answer, None, None)], dim=1)
         coordinates = model.prompt_positions(prompt.inputs)
         if coordinates is not None:

@@ -1,4 +1,7 @@
-"""From logits to a token: penalties, temperature and the cuts by rank and share, in the order of transformers."""
+"""From logits to a token: penalties, biases, temperature and the cuts by rank and share, in transformers' order."""
+
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +27,18 @@ def adjusted(logits: Float[Tensor, " V"], seen: Int[Tensor, " S"] | None, decodi
     return logits.index_put((seen,), torch.where(found < 0, found * penalty, found / penalty))
 
 
+def biased(logits: Float[Tensor, " V"], answered: Sequence[int], decoding: Decoding) -> Float[Tensor, " V"]:
+    """Logits with what a request adds to them: its own biases, and penalties of the tokens that the answer has."""
+    if not decoding.biased:
+        return logits
+    change = dict(decoding.logit_bias)
+    for token, times in Counter(answered).items():
+        penalty = times * decoding.frequency_penalty + decoding.presence_penalty
+        change[token] = change.get(token, 0.0) - penalty
+    tokens = torch.tensor([*change], dtype=torch.long, device=logits.device)
+    return logits.index_add(0, tokens, torch.tensor([*change.values()], dtype=logits.dtype, device=logits.device))
+
+
 def choose(logits: Float[Tensor, " V"], decoding: Decoding, generator: torch.Generator | None) -> int:
     """The likeliest token, or one drawn from what temperature, `top_k`, `top_p` and `min_p` leave."""
     if decoding.temperature == 0:
@@ -40,6 +55,21 @@ def choose(logits: Float[Tensor, " V"], decoding: Decoding, generator: torch.Gen
         shares = logits.softmax(dim=0)
         logits = logits.masked_fill(shares < decoding.min_p * shares.max(), -torch.inf)
     return int(torch.multinomial(logits.softmax(dim=0), 1, generator=generator))
+
+
+class Biases(LogitsProcessor):
+    """`biased` for `transformers.generate`.
+
+    Args:
+        start: tokens in front of the answers.
+    """
+
+    def __init__(self, decoding: Decoding, start: int) -> None:
+        self.decoding, self.start = decoding, start
+
+    def __call__(self, input_ids: Int[Tensor, "B S"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        rows = zip(scores, input_ids[:, self.start :].tolist(), strict=True)
+        return torch.stack([biased(row, answered, self.decoding) for row, answered in rows])
 
 
 class Chooser(LogitsProcessor):

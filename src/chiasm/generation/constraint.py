@@ -2,11 +2,13 @@
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from decimal import Decimal
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -15,10 +17,15 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from chiasm.generation.decoding import Decoding
 
+T = TypeVar("T")
 WORK = {"max_grammar_size": 500_000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000}
 """What llguidance may spend on a grammar, and on each token of its answer: a second of work at most."""
 MULTIPLE, TEXT = 100_000, 8192
 """What it does not count: a state for each remainder of `multipleOf`, and the letters of a text at every token."""
+STACK = 256 << 20
+"""Bytes for compiling a schema, which goes as deep as its references lead, 8 KB each time; those that it does not write
+to take no memory. On a thread's usual stack a thousand definitions that follow each other would end the process."""
+STARTING = threading.Lock()
 REMARKS = ("$comment", "default", "description", "examples", "title")
 """Words of a schema that bind nothing."""
 
@@ -37,7 +44,8 @@ class Constraint:
         guidance = _guidance()
         self.ends = ends
         limits = guidance.LLParserLimits(**WORK)
-        self.matcher = guidance.LLMatcher(reader, _grammar(guidance, decoding), log_level=0, limits=limits)
+        grammar = _grammar(guidance, decoding)
+        self.matcher = _on_large_stack(lambda: guidance.LLMatcher(reader, grammar, log_level=0, limits=limits))
         self._check()
 
     def again(self) -> "Constraint":
@@ -109,6 +117,18 @@ class ConstraintProcessor(LogitsProcessor):
             closed[self.end] = 0.0
             rows.append(closed if over else constraint.allowed(row))
         return torch.stack(rows)
+
+
+def _on_large_stack(function: Callable[[], T]) -> T:
+    """What a function gives, called by a thread that has a larger stack than others."""
+    with ThreadPoolExecutor(1) as threads:
+        with STARTING:
+            usual = threading.stack_size(STACK)
+            try:
+                future = threads.submit(function)
+            finally:
+                threading.stack_size(usual)
+        return future.result()
 
 
 def _guidance() -> Any:

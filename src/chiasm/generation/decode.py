@@ -1,18 +1,20 @@
 """Answers from a generative model: batches, streams, and prompts with any number of pictures."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from chiasm.data.chat import Message
+from chiasm.data.pixels import least_tokens
 from chiasm.data.processor import ChiasmProcessor
-from chiasm.generation.choose import Chooser
+from chiasm.generation.choose import Biases, Chooser, generator
 from chiasm.generation.constraint import Constraint, ConstraintProcessor, token_reader
 from chiasm.generation.decoding import Decoding
 from chiasm.generation.text import StopStrings, TextStream, Trim, before_stop
@@ -34,13 +36,22 @@ def prepare(
     Raises:
         ContextError: with the answer they are longer than the language model's context.
     """
-    inputs = processor(messages=messages, images=[list(group) for group in images])
-    tokens, context = inputs["input_ids"].shape[1], context_length(model.config)
+    images, context = [list(group) for group in images], context_length(model.config)
+    shown = max((least_tokens(processor.image_processor, group) for group in images), default=0)
+    if context is not None and shown >= context:  # before their patches are made, which may take gigabytes
+        raise ContextError(
+            f"the pictures alone are {shown} tokens, but the language model's context is {context}; "
+            "show fewer or smaller ones",
+            context - shown,
+        )
+    inputs = processor(messages=messages, images=images)
+    tokens = inputs["input_ids"].shape[1]
     apart = model.config.is_encoder_decoder and max(tokens, max_new_tokens) <= (context or tokens)
     if context is not None and tokens + max_new_tokens > context and not apart:
         raise ContextError(
             f"a prompt of {tokens} tokens and max_new_tokens={max_new_tokens} are {tokens + max_new_tokens} tokens, "
-            f"but the language model's context is {context}; shorten the prompt or lower max_new_tokens"
+            f"but the language model's context is {context}; shorten the prompt or lower max_new_tokens",
+            context if model.config.is_encoder_decoder and tokens <= context else context - tokens,
         )
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
@@ -83,7 +94,8 @@ def generate(
     if not messages:
         return []
     inputs = prepare(model, processor, messages, images, decoding.max_new_tokens)
-    with _seeded(model, decoding):
+    beams = decoding.beams > 1 and decoding.temperature > 0  # who draw among themselves
+    with _OwnDraws([generator(decoding, model.device) for _ in messages]) if beams else nullcontext():
         tokens = model.generate(**inputs, **arguments(model, processor, decoding, inputs))
     answers = processor.tokenizer.batch_decode(tokens[:, _start(model, inputs) :], skip_special_tokens=True)
     return [before_stop(answer, decoding.stop).strip() for answer in answers]
@@ -102,6 +114,9 @@ def arguments(
     rows, processors = len(inputs["input_ids"]), LogitsProcessorList()
     if decoding.logprobs is not None:
         raise ValueError(f"logprobs={decoding.logprobs}: log-probabilities are told by chiasm.generation.engine only")
+    decoding.check(vocabulary(model.language))
+    if decoding.biased:
+        processors.append(Biases(decoding, _start(model, inputs) + model.config.is_encoder_decoder))
     if decoding.stop:
         stop = StopStrings(processor.tokenizer, decoding.stop, _start(model, inputs))
         told["stopping_criteria"] = StoppingCriteriaList([stop])
@@ -117,24 +132,20 @@ def arguments(
     return told | {"logits_processor": processors}
 
 
-def _seeded(model: PreTrainedModel, decoding: Decoding) -> AbstractContextManager[Any]:
-    """With a seed and several beams, random numbers of their own, which leave the program's alone."""
-    if decoding.seed is None or decoding.beams == 1:
-        return nullcontext()
-    fork = torch.random.fork_rng([model.device] if model.device.type == "cuda" else [])
-    return _Seeded(fork, decoding.seed)
+class _OwnDraws(TorchFunctionMode):
+    """This thread draws every row of a batch by random numbers of its own, whatever others draw."""
 
+    def __init__(self, generators: list[torch.Generator | None]) -> None:
+        super().__init__()
+        self.generators = generators
 
-class _Seeded(AbstractContextManager):
-    def __init__(self, fork: Any, seed: int) -> None:
-        self.fork, self.seed = fork, seed
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self.fork.__exit__(*error)
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not torch.multinomial:
+            return function(*args, **kwargs)
+        shares, *rest = args
+        rows = zip(shares, self.generators, strict=True)
+        return torch.stack([function(row, *rest, **kwargs, generator=own) for row, own in rows])
 
 
 class _Pieces(BaseStreamer, StoppingCriteria):

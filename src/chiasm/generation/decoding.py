@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from chiasm.language.generation_settings import SAMPLING
@@ -30,6 +30,9 @@ class Decoding:
         top_p: the likeliest that together have this share; 0 is the likeliest alone.
         min_p: those with at least this share of the likeliest one's probability.
         repetition_penalty: above 1, tokens of the prompt and the answer become less likely.
+        frequency_penalty: taken from a token's logit for each time that it stands in the answer.
+        presence_penalty: taken from it once, where it stands there at all.
+        logit_bias: added to the logits of tokens, by their ids.
         beams: hypotheses that are followed at once; 1 is none beside the answer.
         stop: strings that end the answer and are not part of it.
         seed: of the sampling, of each answer of a batch by itself; None takes a new one each time.
@@ -44,6 +47,9 @@ class Decoding:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     beams: int = 1
     stop: tuple[str, ...] = ()
     seed: int | None = None
@@ -51,8 +57,12 @@ class Decoding:
     choices: tuple[str, ...] = ()
     json_schema: Mapping[str, Any] | None = None
 
-    def check(self) -> None:
-        """Raises a ValueError that names the first value out of its range."""
+    def check(self, vocabulary: int | None = None) -> None:
+        """Raises a ValueError that names the first value out of its range.
+
+        Args:
+            vocabulary: tokens that the model knows.
+        """
         ranges: tuple[tuple[str, bool, str], ...] = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a finite number above"),
@@ -60,6 +70,8 @@ class Decoding:
             ("top_p", 0 <= self.top_p <= 1, "from 0 to 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
             ("beams", self.beams >= 1, "at least 1"),
             ("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of texts that are not empty"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "None or a number of tokens"),
@@ -68,6 +80,12 @@ class Decoding:
         for name, right, expected in ranges:
             if not right:
                 raise ValueError(f"{name}={getattr(self, name)!r}, expected {expected}")
+        for token, bias in self.logit_bias.items():
+            if token < 0 or (vocabulary is not None and token >= vocabulary) or not math.isfinite(bias):
+                known = "" if vocabulary is None else f" of the {vocabulary} that the model knows"
+                raise ValueError(
+                    f"logit_bias={{{token}: {bias}}}, expected the ids of tokens{known}, and finite numbers"
+                )
         if self.choices and self.json_schema is not None:
             raise ValueError("choices and json_schema are both given; an answer can follow only one of them")
         if self.constrained and self.beams > 1:
@@ -77,6 +95,11 @@ class Decoding:
     def constrained(self) -> bool:
         """Whether an answer must have a form."""
         return bool(self.choices) or self.json_schema is not None
+
+    @property
+    def biased(self) -> bool:
+        """Whether logits are added to or taken from."""
+        return bool(self.logit_bias or self.frequency_penalty or self.presence_penalty)
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `transformers.generate`, in place of what a checkpoint's own settings say of the same."""

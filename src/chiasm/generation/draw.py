@@ -121,5 +121,5 @@ def _choose(
         return logits.argmax(dim=-1)
     if 0 < brush.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(brush.top_k).values[:, -1:], -torch.inf)
-    shares = (logits / brush.temperature).softmax(dim=-1)
+    shares = ((logits - logits.amax(dim=-1, keepdim=True)) / brush.temperature).softmax(dim=-1)
     return torch.multinomial(shares, 1, generator=generator)[:, 0]

@@ -38,8 +38,8 @@ class Closed(RuntimeError):
 class QueueFull(RuntimeError):
     """As many requests wait as may; `retry_after` is a guess at the seconds until one of them starts."""
 
-    def __init__(self, waiting: int, retry_after: float) -> None:
-        super().__init__(f"{waiting} requests are waiting already; try again in {retry_after:.0f} s")
+    def __init__(self, waiting: int, retry_after: float, reason: str = "requests are waiting already") -> None:
+        super().__init__(f"{waiting} {reason}; try again in {retry_after:.0f} s")
         self.retry_after = retry_after
 
 
@@ -49,6 +49,7 @@ class EngineStats:
 
     Args:
         prefix_hits: prompts of which the beginning was there; `prefix_tokens` counts the tokens.
+        pixel_bytes: of the pictures of requests that are there.
         parked_bytes: kept of requests that gave their places to others.
     """
 
@@ -64,6 +65,7 @@ class EngineStats:
     prefix_misses: int
     prefix_tokens: int
     prefix_bytes: int
+    pixel_bytes: int
     parked_bytes: int
 
 
@@ -77,6 +79,7 @@ class Engine:
         max_waiting: requests that may wait for that, for the first time or again.
         image_cache_bytes: visual tokens of pictures seen before that are kept.
         prefix_cache_bytes: keys and values of prompts read before that are kept.
+        pixel_bytes: of the pictures of all requests that are there; those of one may be more.
         parked_bytes: kept of requests that gave their places to others; what is beyond it is read again.
         weights: `float32` gives the model's own tokens; `int8` and `int4` are packed copies, faster and a little off,
             where the model is of a known shape and the machine has a C++ compiler.
@@ -93,12 +96,14 @@ class Engine:
         max_waiting: int = 128,
         image_cache_bytes: int = 256 << 20,
         prefix_cache_bytes: int = 512 << 20,
+        pixel_bytes: int = 1 << 30,
         parked_bytes: int = 512 << 20,
         weights: str = "float32",
         release: bool = False,
     ) -> None:
         self.model, self.processor = model.eval(), processor
-        self.max_batch, self.max_waiting, self.parked_bytes = max_batch, max_waiting, parked_bytes
+        self.max_batch, self.max_waiting = max_batch, max_waiting
+        self.pixel_bytes, self.parked_bytes = pixel_bytes, parked_bytes
         self.pictures, self.prefixes = PictureCache(model, image_cache_bytes), PrefixCache(prefix_cache_bytes)
         self.decoder = make_decoder(model, max_batch, self.pictures, self.prefixes, weights, release)
         self._ends, self._never = end_tokens(model), never_tokens(model)
@@ -126,7 +131,7 @@ class Engine:
     def submit_all(self, messages: list[Message], images: list[Any], decodings: Sequence[Decoding]) -> list[Ticket]:
         """The same for several answers to one prompt, which is prepared once: all of them are in line, or none."""
         for decoding in decodings:
-            decoding.check()
+            decoding.check(self._vocabulary)
             if decoding.beams > 1:
                 raise ValueError(f"beams={decoding.beams}: the engine follows one; use VLM.generate for more")
         self.check_room(len(decodings))
@@ -136,7 +141,7 @@ class Engine:
         bound = zip(decodings, constraints_of(decodings, self._reader, self._ends), strict=True)
         requests = [new_request(self.model, self.processor, prompt, *pair) for pair in bound]
         with self._changed:
-            self._admit(len(requests))
+            self._admit(len(requests), prompt.pixel_bytes)
             self._waiting.extend(requests)
             self._counts["requests"] += len(requests)
             self._changed.notify_all()
@@ -153,12 +158,18 @@ class Engine:
         with self._preparing:
             return token_reader(self.processor.tokenizer, self._vocabulary)
 
-    def _admit(self, count: int) -> None:
+    def _admit(self, count: int, size: int = 0) -> None:
         if self._closed:
             raise Closed("the engine is closed and takes no more requests")
-        waiting = len(self._waiting)
+        waiting, held = len(self._waiting), self._pixels()
+        seconds = max(1.0, self._seconds * waiting / self.max_batch)
         if waiting + count > self.max_waiting + self.max_batch - len(self._running):
-            raise QueueFull(waiting, max(1.0, self._seconds * waiting / self.max_batch))
+            raise QueueFull(waiting, seconds)
+        if size and held and held + size > self.pixel_bytes:
+            raise QueueFull(waiting + len(self._running), seconds, "requests have large pictures already")
+
+    def _pixels(self) -> int:
+        return sum({id(one.prompt): one.prompt.pixel_bytes for one in (*self._running, *self._waiting)}.values())
 
     @property
     def alive(self) -> bool:
@@ -180,6 +191,7 @@ class Engine:
                 prefix_misses=prefixes.misses,
                 prefix_tokens=prefixes.tokens,
                 prefix_bytes=prefixes.blocks.bytes,
+                pixel_bytes=self._pixels(),
                 parked_bytes=self._parked(),
             )
 

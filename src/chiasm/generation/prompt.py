@@ -3,7 +3,8 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from functools import cached_property
+from itertools import accumulate, chain, repeat
 from typing import Any
 
 import torch
@@ -31,6 +32,12 @@ class Prompt:
     def tokens(self) -> list[int]:
         return self.inputs["input_ids"][0].tolist()
 
+    @cached_property
+    def pixel_bytes(self) -> int:
+        """What its pictures hold as the model takes them."""
+        inputs = (value for value in self.inputs.values() if isinstance(value, Tensor))
+        return sum(value.nbytes for value in inputs if value.is_floating_point())
+
     def keys(self, image_token_id: int, lengths: Sequence[int]) -> list[bytes]:
         """What each place of the sequence is known by: a word by its id, a placeholder by its picture.
 
@@ -40,11 +47,28 @@ class Prompt:
         shown = chain.from_iterable(repeat(*one) for one in zip(self.pictures, lengths, strict=True))
         return [next(shown, word(token)) if token == image_token_id else word(token) for token in self.tokens]
 
-    def packed_keys(self, marks: list[int]) -> list[bytes]:
-        """The same where pictures are packed into rows of patches: each of these tokens by all pictures and grids."""
-        names = sorted(name for name in self.inputs if name.startswith("pixel_values") or name.endswith("_grid_thw"))
-        pictures = _digest([self.inputs[name] for name in names if self.inputs[name] is not None])
-        return [pictures if token in marks else word(token) for token in self.tokens]
+    def shares(self, image_token_id: int) -> list[int]:
+        """Placeholders of each picture, by its share of the patches, or of the pictures where all are alike."""
+        grids, places = self.inputs.get("image_grid_thw"), self.tokens.count(image_token_id)
+        rows = [1] * len(self.pictures) if grids is None else _patches(grids)
+        return [places * own // sum(rows) for own in rows]
+
+    def behind(self, start: int, image_token_id: int) -> tuple[Inputs, int]:
+        """Words and pictures from a place on, or from the beginning of the picture that this is in; and where that is.
+
+        Of patches and codes, whose pictures are read one by one.
+        """
+        ids, ends = self.inputs["input_ids"], list(accumulate(self.shares(image_token_id), initial=0))
+        read = self.tokens[:start].count(image_token_id)
+        done = sum(end <= read for end in ends[1:])
+        if done == len(self.pictures):
+            return {"input_ids": ids[:, start:]}, start
+        begin = min(start, int((ids[0] == image_token_id).nonzero()[ends[done]]))
+        pixels, grids = self.inputs["pixel_values"], self.inputs.get("image_grid_thw")
+        if grids is None:
+            return {"input_ids": ids[:, begin:], "pixel_values": pixels[done:]}, begin
+        rows = sum(_patches(grids)[:done])
+        return {"input_ids": ids[:, begin:], "pixel_values": pixels[rows:], "image_grid_thw": grids[done:]}, begin
 
 
 def word(token: int) -> bytes:
@@ -53,15 +77,21 @@ def word(token: int) -> bytes:
 
 
 def read_prompt(inputs: Inputs) -> Prompt:
-    """A prompt with its pictures one after the other, and their hashes; packed patches are none by themselves."""
+    """A prompt with its pictures one after the other, and their hashes."""
     if "pixel_values" in inputs and "image_sizes" not in inputs:
         pictures, masks = real_pictures(inputs["pixel_values"], inputs.get("pixel_attention_mask"))
         inputs = inputs | {"pixel_values": pictures, "pixel_attention_mask": masks}
         inputs = {name: value for name, value in inputs.items() if value is not None}
-    rows = [inputs[name] for name in PICTURE_INPUTS if name in inputs]
-    packed = any(inputs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw"))
-    count = rows[0].shape[0] if rows and not packed else 0
+    rows: list[Any] = [inputs[name] for name in PICTURE_INPUTS if name in inputs]
+    if (grids := inputs.get("image_grid_thw")) is not None:
+        rows = [inputs["pixel_values"].split(_patches(grids)), grids]
+    count = len(rows[0]) if rows else 0
     return Prompt(inputs, tuple(_digest([_filled(row[index]) for row in rows]) for index in range(count)))
+
+
+def _patches(grids: Tensor) -> list[int]:
+    """How many each picture has."""
+    return grids.prod(dim=1).tolist()
 
 
 def _filled(part: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
-from chiasm.generation.choose import adjusted, choose, generator, logprobs
+from chiasm.generation.choose import adjusted, biased, choose, generator, logprobs
 from chiasm.generation.constraint import Constraint
 from chiasm.generation.decoding import Decoding
 from chiasm.generation.prompt import Prompt
@@ -67,7 +67,7 @@ class Request:
         """Whether its token is just the likeliest one."""
         decoding = self.decoding
         untouched = decoding.temperature == 0 and decoding.repetition_penalty == 1 and self.published is None
-        return untouched and self.constraint is None and decoding.logprobs is None
+        return untouched and not decoding.biased and self.constraint is None and decoding.logprobs is None
 
     @property
     def unread(self) -> int:
@@ -82,6 +82,7 @@ class Request:
             penalised = self.decoding.repetition_penalty != 1
             seen = torch.tensor(self.tokens, device=logits.device) if penalised else None
             logits = adjusted(logits, seen, self.decoding)
+        logits = biased(logits, self.answer, self.decoding)
         if self.constraint is not None:
             logits = self.constraint.allowed(logits)
         token = choose(logits, self.decoding, self.generator)

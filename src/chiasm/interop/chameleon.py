@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, ChameleonConfig
+from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.unified import UnifiedProcessor
@@ -14,6 +15,7 @@ from chiasm.interop.parts import finish, has_processor, unwrapped
 from chiasm.interop.weights import Table, assemble, read_weights
 from chiasm.language.adapter import load_tokenizer
 from chiasm.vision.image_processor import ChiasmImageProcessor
+from chiasm.vision.published import fields_of
 
 TABLE: Table = {"model": "language.model", "model.vqmodel": "vision.model", "lm_head": "language.lm_head"}
 
@@ -21,10 +23,10 @@ SHARED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
     *("mlp_bias", "initializer_range", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+    "attention_dropout",
 )
 CODE, LETTERS = "IMGIMG", "ABCDEFGHIJ"
 """A code's word: `IMGIMG`, its decimal digits as letters, and a last letter."""
-LANCZOS = 1
 BEGIN, END = "<racm3:break>", "<eoss>"
 
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{{ sep_token }}{% endfor %}"
@@ -65,7 +67,8 @@ def chiasm_config(config: ChameleonConfig) -> ChiasmConfig:
 
 
 def code_tokens(words: dict[str, int], count: int) -> list[int]:
-    """The token of every code, by the words of the vocabulary.
+    """The token of every code, by the words of the vocabulary; behind them those of codes that nothing is read as,
+    which the reference hides too.
 
     Raises:
         ValueError: a code has no word.
@@ -80,7 +83,7 @@ def code_tokens(words: dict[str, int], count: int) -> list[int]:
         raise ValueError(
             f"vocabulary_map in config.json has no word for code {missing} of {count}; it needs the words {CODE}..."
         )
-    return [found[code] for code in range(count)]
+    return [found[code] for code in sorted(found)]
 
 
 def _processor(source: str, model: UnifiedModel) -> UnifiedProcessor:
@@ -88,8 +91,8 @@ def _processor(source: str, model: UnifiedModel) -> UnifiedProcessor:
     settings, _ = ChiasmProcessor.get_processor_dict(source)
     own = settings.get("chat_template") or tokenizer.chat_template
     tokenizer.chat_template = unwrapped(own) or TEMPLATE
-    one = [1.0, 1.0, 1.0]
-    images = ChiasmImageProcessor(model.vision.image_size, one, one, "crop", resample=LANCZOS, rescale_factor=0.0078)
+    fields = fields_of(ChameleonImageProcessorPil.from_pretrained(source).to_dict(), source)
+    images = ChiasmImageProcessor(model.vision.image_size, **fields)
     return UnifiedProcessor(
         images,
         tokenizer,

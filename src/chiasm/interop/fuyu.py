@@ -86,7 +86,8 @@ def image_processor_of(source: str, patch_size: int) -> PatchImageProcessor:
         raise ValueError(
             f"padding {padding} in preprocessor_config.json is not known here, expected constant, 0 to 255"
         )
-    mean, std = (np.broadcast_to(values, 3).tolist() for values in (theirs.image_mean, theirs.image_std))
+    largest = 255 * theirs.rescale_factor  # what white is before it is normalised; here it is 1
+    mean, std = ((np.broadcast_to(v, 3) / largest).tolist() for v in (theirs.image_mean, theirs.image_std))
     size = {"height": theirs.size["height"], "width": theirs.size["width"]}
     shown = {"image_mean": mean, "image_std": std, "padding": theirs.padding_value, "resample": theirs.resample}
     return PatchImageProcessor(patch_size, max_patches=None, max_size=size, **shown)

@@ -37,7 +37,15 @@ LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block
 
 
 class ContextError(ValueError):
-    """A sequence that is longer than the language model's context."""
+    """A sequence that is longer than the language model's context.
+
+    Args:
+        room: tokens of an answer that it leaves.
+    """
+
+    def __init__(self, message: str, room: int) -> None:
+        super().__init__(message)
+        self.room = room
 
 
 def load_language(source: str | PreTrainedModel, dtype: torch.dtype | str = "auto") -> PreTrainedModel:

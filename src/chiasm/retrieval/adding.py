@@ -94,7 +94,7 @@ class Intake:
         new: list[tuple[Record, Any]] = []
         old: list[Reused] = []
         for item, (record, image, error) in zip(chunk, pool.map(self._look, chunk), strict=True):
-            error = error or self._clash(record)
+            error = error or self._clash(record, getattr(item, "by_place", False))
             if error is not None:
                 if not self.skip_bad:
                     raise error
@@ -126,13 +126,21 @@ class Intake:
         except ImageError as error:
             return {}, None, error
 
-    def _clash(self, record: Record) -> ValueError | None:
-        """Why a picture's id cannot be told from that of another one in this addition."""
+    def _clash(self, record: Record, by_place: bool) -> ValueError | None:
+        """Why a picture's id cannot be told from that of another one in this addition, or from that of a picture which
+        has the same place in another folder."""
         before = self.taken.get(record["id"], record)
         if before["key"] != record["key"]:
             return ValueError(f"two different pictures have the id {record['id']!r}; give them different ids")
         if before["metadata"] != record["metadata"]:
             return ValueError(f"picture {record['id']!r} comes twice, with different metadata; keep one of them")
+        known = self.known.records.get(record["id"], record)
+        moved = None not in (known["path"], record["path"]) and known["path"] != record["path"]
+        if by_place and moved and known["key"] != record["key"] and not _is_gone(known):
+            return ValueError(
+                f"picture {record['path']} would take the place of {known['path']}, which is another one, is still "
+                f"there, and has the id {record['id']!r} too; add the folder above both, or delete the older one first"
+            )
         return None
 
     def _reused(self, record: Record) -> Reused | None:

@@ -100,12 +100,23 @@ class FolderIndex(Index):
             return None
         if self._metadata is None:
             self._metadata = [record["metadata"] for record in self.state.records]
-        for key in {one.key for one in asked}:
-            if self._metadata and not any(key in metadata for metadata in self._metadata):
-                known = sorted({name for metadata in self._metadata for name in metadata})
-                raise ValueError(f"no picture has the metadata {key!r}; there are {', '.join(known) or 'none'}")
+        for one in asked:
+            if self._metadata and not any(map(one.reads, self._metadata)):
+                self._refuse(one, self._metadata)
         held = [all(one.holds(metadata) for one in asked) for metadata in self._metadata]
         return torch.tensor(held, dtype=torch.bool)
+
+    @staticmethod
+    def _refuse(asked: Where, metadata: list[dict[str, Any]]) -> None:
+        """Says why a condition can hold for no picture at all."""
+        known = sorted({name for one in metadata for name in one})
+        if asked.key not in known:
+            raise ValueError(f"no picture has the metadata {asked.key!r}; there are {', '.join(known) or 'none'}")
+        value = next((one[asked.key] for one in metadata if one.get(asked.key) is not None), None)
+        raise ValueError(
+            f"condition {asked.key}{asked.operator}{asked.values[0]} compares numbers, but {asked.key!r} is none for "
+            f"any picture, {value!r} for one; write numbers without quotes in the metadata, or ask with = or in"
+        )
 
     @contextmanager
     def _writing(self) -> Iterator[Known]:

@@ -1,5 +1,6 @@
 """`Index`: pictures that are found by text or by picture; in a folder, or on a Qdrant server behind the same calls."""
 
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,8 @@ class Index(ABC):
         if found != self.model["fingerprint"]:
             raise ValueError(
                 f"index {self.location} was made by model {self.model['source']} with weights "
-                f"{self.model['fingerprint'][:12]}, this model's are {found[:12]}; use that model, or index again"
+                f"{self.model['fingerprint'][:12]}, this model's are {found[:12]}; use that model, or index again "
+                "into another folder"
             )
         self.note = self._compare_preparation(encoder)
         self._encoder = encoder
@@ -67,7 +69,7 @@ class Index(ABC):
         if changed is not None:
             raise ValueError(
                 f"index {self.location} was made with another processor: this one {changed}; use that of "
-                f"{self.model['source']} as it was, or index again"
+                f"{self.model['source']} as it was, or index again into another folder"
             )
         return None
 
@@ -121,14 +123,16 @@ class Index(ABC):
         """Adds pictures; those whose content is there already are not looked at again.
 
         A picture of a known id with other content takes the older one's place; other metadata take the place of older
-        ones. What was added stays added if this is stopped: nothing is lost after `COMMIT_SECONDS`.
+        ones. What was added stays added if this is stopped: nothing is lost after `COMMIT_SECONDS`. An id that is a
+        file's place in a folder does not take that of another folder's, whose file is still there.
 
         Args:
             skip_bad: leave out what cannot be read and report it, instead of stopping.
             progress: called with the number of pictures looked at since the last call.
 
         Raises:
-            ImageError or SampleError: a picture cannot be read and `skip_bad` is not set.
+            ImageError, SampleError or ValueError: a picture cannot be read, or its id is that of another one, and
+                `skip_bad` is not set.
         """
         stream, pending = iter(items), Pending()
         with self._writing() as known, ThreadPoolExecutor(THREADS) as pool:
@@ -247,6 +251,8 @@ class Index(ABC):
         if ids and asked:
             raise ValueError("give ids or conditions, not both")
         with self._writing() as known:
+            alike = {unicodedata.normalize("NFC", name): name for name in known.records}
+            ids = [n if n in known.records else alike.get(unicodedata.normalize("NFC", n), n) for n in ids]
             unknown = [name for name in ids if name not in known.records]
             if unknown:
                 raise ValueError(f"index {self.location} holds no picture {unknown[0]!r}; its ids are in the list")

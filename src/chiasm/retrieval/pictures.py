@@ -2,6 +2,8 @@
 
 import glob
 import json
+import math
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,11 +68,14 @@ def read_pictures(source: str | Path, metadata: Path | None = None, max_pixels: 
         place = str(Path(source).resolve()) if Path(source).exists() else str(source)
         return Pictures(_samples(data, place), len(data))
     beside = root / METADATA
-    rows = _rows(metadata or (beside if beside.is_file() else None), root)
     there = set(files)
+    rows = _as_named(_rows(metadata or (beside if beside.is_file() else None), root), there)
     missing = [file for file in rows if file not in there] if path.is_dir() else []
     shown = {file: ImageRef.of(file, max_pixels=max_pixels) for file in [*files, *missing]}
-    items = [Item(_name(file, root), image, rows.get(file, {})) for file, image in shown.items()]
+    items = [
+        Item(_name(file, root), image, rows.get(file, {}), by_place=not file.is_symlink())
+        for file, image in shown.items()
+    ]
     return Pictures(items, len(items), left_out)
 
 
@@ -126,7 +131,7 @@ def _rows(file: Path | None, root: Path) -> dict[Path, dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=lambda _: None)
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: {error}") from error
         key = next((key for key in NAMES if isinstance(row, dict) and isinstance(row.get(key), str)), None)
@@ -134,6 +139,15 @@ def _rows(file: Path | None, root: Path) -> dict[Path, dict[str, Any]]:
             raise ValueError(f"{file}, line {number} names no picture, expected an object with {' or '.join(NAMES)}")
         rows[root / row[key]] = {name: value for name, value in row.items() if name != key}
     return rows
+
+
+def _as_named(rows: dict[Path, dict[str, Any]], there: set[Path]) -> dict[Path, dict[str, Any]]:
+    """Rows by the files that are there, where the two take letters apart in another way (macOS does Hangul)."""
+    alike = {unicodedata.normalize("NFC", str(file)): file for file in there}
+    return {
+        file if file in there else alike.get(unicodedata.normalize("NFC", str(file)), file): row
+        for file, row in rows.items()
+    }
 
 
 def _samples(data: Sequence[Any], place: str) -> Iterator[Item | SampleError]:
@@ -153,9 +167,12 @@ def _samples(data: Sequence[Any], place: str) -> Iterator[Item | SampleError]:
 
 def _plain(meta: dict[str, Any]) -> dict[str, Any]:
     """What conditions can be about: texts, numbers, truth values, and lists of them."""
-    single = str | int | float | bool
+
+    def single(value: Any) -> bool:
+        return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
     return {
         key: value
         for key, value in meta.items()
-        if isinstance(value, single) or (isinstance(value, list) and all(isinstance(one, single) for one in value))
+        if single(value) or (isinstance(value, list) and all(map(single, value)))
     }

@@ -1,6 +1,7 @@
 """The same index on a Qdrant server, for more than one machine; `:memory:` is Qdrant in this process."""
 
 import os
+import re
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ TIMEOUT = 60
 """Seconds that a request may take."""
 RANGE_NAMES = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}
 IN_MEMORY = ":memory:"
+PLAIN_KEY = re.compile(r"[\w-]+")
+"""A key that stands in a path without quotes."""
 
 
 def is_qdrant(location: str | Path) -> bool:
@@ -203,7 +206,7 @@ def _filter(asked: list[Where]) -> Any:
     must: list[Any] = []
     must_not: list[Any] = []
     for one in asked:
-        key = f"metadata.{one.key}"
+        key = f"metadata.{one.key}" if PLAIN_KEY.fullmatch(one.key) else f'metadata."{one.key}"'
         if one.operator in RANGES:
             limits = models.Range(**{RANGE_NAMES[one.operator]: float(one.values[0])})
             must.append(models.FieldCondition(key=key, range=limits))

@@ -32,12 +32,18 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Item:
-    """A picture to add. `origin` is its place in a data set (data, sample, picture), where it is no file."""
+    """A picture to add.
+
+    Args:
+        origin: its place in a data set (data, sample, picture), where it is no file.
+        by_place: whether its id is its file's place in a folder, which a picture in another folder can have too.
+    """
 
     id: str
     image: ImageRef
     metadata: dict[str, Any] = field(default_factory=dict)
     origin: tuple[str, int, int] | None = None
+    by_place: bool = False
 
     def record(self) -> dict[str, Any]:
         """What the index remembers of it; `key` is the sha256 of its content."""
@@ -63,13 +69,23 @@ class Hit:
         return cls(record["id"], score, None if path is None else Path(path), record["metadata"], record)
 
     def image(self) -> ImageRef:
-        """The picture itself, from where it was when it was added, as large as it may be."""
+        """The picture itself, from where it was when it was added, as large as it may be.
+
+        Raises:
+            ValueError: it was in memory, or the data set holds another one there now.
+        """
         if self.path is not None:
             return ImageRef.of(self.path, max_pixels=ANY_SIZE)
         if "origin" not in self.record:
             raise ValueError(f"picture {self.id} was added from memory, so only its vectors are there")
         data, sample, number = self.record["origin"]
-        return read(data)[sample].images[number]
+        try:
+            found: ImageRef | None = read(data)[sample].images[number]
+        except IndexError:
+            found = None
+        if found is None or found.key() != self.record["key"]:
+            raise ValueError(f"picture {self.id} is no longer where it was in {data}; index the data again")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

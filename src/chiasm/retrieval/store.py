@@ -146,12 +146,11 @@ class Store:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Holds the lock; files that no manifest names are removed first."""
-        lock = FileLock(self.folder / "lock")
         try:
-            lock.acquire(timeout=1)
+            held = FileLock(self.folder / "lock").acquire(timeout=1)
         except Timeout:
             raise BlockingIOError(f"another process is writing to {self.folder}; wait until it is done") from None
-        with lock:
+        with held:
             self._sweep()
             yield
 

@@ -14,6 +14,10 @@ RANGES: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
 }
 UNDERSTOOD = "key=value, key!=value, key>=number, key<=number, key>number, key<number or 'key in a,b'"
+KEY = r"\s*([^\s=!<>](?:[^=!<>]*?[^\s=!<>])?)"
+IN = re.compile(KEY + r"\s+in\s+(\S.*?)\s*", re.DOTALL)
+COMPARED = re.compile(KEY + r"\s*(!=|>=|<=|>|<|=)(?!=)\s*(.*?)\s*", re.DOTALL)
+PART = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[^,]*?)\s*,', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -27,30 +31,37 @@ class Where:
     @classmethod
     def parse(cls, text: str) -> "Where":
         """Raises ValueError for a text that is no condition."""
-        found = re.fullmatch(r"\s*([^\s=!<>]+)\s*(!=|>=|<=|>|<|=)(?!=)\s*(.*?)\s*", text, re.DOTALL)
-        if found is None:
-            found = re.fullmatch(r"\s*([^\s=!<>]+)\s+(in)\s+(\S.*?)\s*", text, re.DOTALL)
-        if found is None:
+        if (found := IN.fullmatch(text)) is not None:
+            return cls(found[1], "in", tuple(PART.findall(found[2] + ",")))
+        if (found := COMPARED.fullmatch(text)) is None:
             raise ValueError(f"condition {text!r} is not understood, expected {UNDERSTOOD}")
         key, sign, value = found.groups()
-        values = tuple(part.strip() for part in value.split(",")) if sign == "in" else (value,)
         if sign in RANGES and _number(_value(value)) is None:
             raise ValueError(f"condition {text!r} compares with {value!r}, expected a number after {sign}")
-        return cls(key, sign, values)
+        return cls(key, sign, (value,))
 
     def holds(self, metadata: Mapping[str, Any]) -> bool:
         """Whether an item with this metadata is meant."""
-        value = metadata.get(self.key)
-        found = value if isinstance(value, list) else [] if value is None else [value]
         if self.operator in RANGES:
             limit = float(self.values[0])
-            numbers = [number for one in found if (number := _number(one)) is not None]
-            return any(RANGES[self.operator](number, limit) for number in numbers)
-        same = any(_equal(one, text) for one in found for text in self.values)
+            return any(RANGES[self.operator](number, limit) for number in self._numbers(metadata))
+        same = any(_equal(one, text) for one in self._found(metadata) for text in self.values)
         return not same if self.operator == "!=" else same
 
+    def reads(self, metadata: Mapping[str, Any]) -> bool:
+        """Whether an item with this metadata has what is compared: the key, or a number under it."""
+        return bool(self._numbers(metadata)) if self.operator in RANGES else self.key in metadata
+
+    def _found(self, metadata: Mapping[str, Any]) -> list[Any]:
+        value = metadata.get(self.key)
+        return value if isinstance(value, list) else [] if value is None else [value]
+
+    def _numbers(self, metadata: Mapping[str, Any]) -> list[float]:
+        return [number for one in self._found(metadata) if (number := _number(one)) is not None]
+
     def meanings(self) -> list[Any]:
-        """The values that a text can stand for: `5` is a number and a text, `true` a truth value and a text."""
+        """The values that a text can stand for: `5` is a number and a text, `true` a truth value and a text, and what
+        stands in quotes a text without them."""
         return [meaning for text in self.values for meaning in dict.fromkeys([_value(text), text])]
 
 
@@ -61,12 +72,12 @@ def conditions(where: str | Where | Sequence[str | Where] | None) -> list[Where]
 
 
 def _value(text: str) -> Any:
-    """A number, a truth value, or the text itself."""
+    """A number, a truth value, or the text itself, without quotes around it."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         return text
-    return value if isinstance(value, bool | int | float) else text
+    return value if isinstance(value, bool | int | float | str) else text
 
 
 def _number(value: Any) -> float | None:

@@ -105,7 +105,7 @@ def _page() -> APIRouter:
     routes = APIRouter(include_in_schema=False)
     folder = resources.files("chiasm.serving") / "page"
     for path, (name, kind) in PAGE.items():
-        routes.add_api_route(path, _file(folder.joinpath(name).read_bytes(), kind), methods=["GET"])
+        routes.add_api_route(path, _file(folder.joinpath(name).read_bytes(), kind), methods=["GET", "HEAD"])
     return routes
 
 

@@ -14,7 +14,7 @@ from chiasm.serving.answers import AttentionAnswer
 from chiasm.serving.body import Lease, lease_of, limited_route
 from chiasm.serving.chat import GONE
 from chiasm.serving.errors import RESPONSES, ApiError, of_exception
-from chiasm.serving.prompt import Prompt, read_prompt
+from chiasm.serving.prompt import Prompt, loaded, read_prompt
 from chiasm.serving.schema import AttentionRequest
 from chiasm.serving.served import ChatModel, Shared
 from chiasm.serving.stream import Gone, while_there
@@ -45,21 +45,22 @@ async def _explain(shared: Shared, body: AttentionRequest, lease: Lease) -> dict
     if answer.role != "assistant" or not isinstance(answer.content, str) or not answer.content.strip():
         raise ApiError(400, "the last message must be the assistant's answer, as a text", param="messages")
     prompt = await read_prompt(shared, model, asked, lease)
-    if not -len(prompt.images) <= body.image < len(prompt.images):
-        raise ApiError(400, f"image {body.image}, but the conversation has {len(prompt.images)}", param="image")
+    count = len(prompt.pictures)
+    if not -count <= body.image < count:
+        raise ApiError(400, f"image {body.image}, but the conversation has {count}", param="image")
     most = shared.settings.limits.attention_bytes
     try:
-        words = model.plain(answer.content)
-        return await shared.in_turn(shared.looking, _look, model, prompt, words, body.image, most)
+        words, images = model.plain(answer.content), await loaded(shared, prompt.pictures, lease)
+        return await shared.in_turn(shared.looking, lease, _look, model, prompt, images, words, body.image, most)
     except NoAttention as error:
         raise ApiError(400, f"{error}", param="model", code="no_attention") from None
     except Exception as error:
         raise of_exception(error) from error
 
 
-def _look(model: ChatModel, prompt: Prompt, answer: str, image: int, most: int) -> dict[str, Any]:
+def _look(model: ChatModel, prompt: Prompt, images: list[Any], answer: str, image: int, most: int) -> dict[str, Any]:
     _check_size(model, prompt, answer, most)
-    seen = look(model.model, model.processor, prompt.messages, prompt.images, Decoding(), image, answer=answer)
+    seen = look(model.model, model.processor, prompt.messages, images, Decoding(), image, answer=answer)
     rows, columns = seen.patches.shape[1:]
     return {
         "answer": "".join(seen.tokens),

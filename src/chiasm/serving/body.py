@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from chiasm.serving.errors import ApiError, brief, of_validation, overloaded
 from chiasm.serving.settings import Limits
 
+T = TypeVar("T")
 MORE_TO_DRAIN = 4
 """A body that is too large is read to its end up to so many times the limit, so that its client hears the answer."""
 
@@ -32,16 +33,15 @@ class Budget:
 
 
 class Lease:
-    """What one request has of the budget, until it is over; any thread may ask for more."""
+    """What one request has of the budget, until it is over and no thread works on it; any thread may ask for more."""
 
     def __init__(self, budget: Budget) -> None:
-        self._budget, self._held, self._over = budget, 0, False
+        self._budget, self._held, self._over, self._workers = budget, 0, False, 0
 
     def take(self, size: int) -> None:
         """Raises a 429 where others hold too much; a request that could never fit is the client's mistake."""
         with self._budget.lock:
-            if self._over:
-                raise ApiError(400, "the request is over", code="over")
+            self.check()
             if self._held + size > self._budget.total:
                 raise ApiError(413, "this request's pictures need more memory than the server gives", code="too_large")
             if self._budget.used + size > self._budget.total:
@@ -49,17 +49,40 @@ class Lease:
             self._budget.used += size
             self._held += size
 
-    def give(self, size: int) -> None:
-        """Returns a part before the request is over."""
+    def give(self, size: int | None = None) -> None:
+        """Returns a part before the request is over, or all of it."""
         with self._budget.lock:
-            size = min(size, self._held)
-            self._budget.used -= size
-            self._held -= size
+            self._return(self._held if size is None else min(size, self._held))
+
+    def check(self) -> None:
+        """Raises where the request is over: nothing more is done for a client that has left."""
+        if self._over:
+            raise ApiError(400, "the request is over", code="over")
+
+    def work(self, function: Callable[..., T], *args: Any) -> T:
+        """Calls a function: what was taken stays taken until it ends, also where the client leaves meanwhile."""
+        with self._budget.lock:
+            self.check()
+            self._workers += 1
+        try:
+            return function(*args)
+        finally:
+            with self._budget.lock:
+                self._workers -= 1
+                self._settle()
 
     def release(self) -> None:
         with self._budget.lock:
-            self._budget.used -= self._held
-            self._held, self._over = 0, True
+            self._over = True
+            self._settle()
+
+    def _settle(self) -> None:
+        if self._over and not self._workers:
+            self._return(self._held)
+
+    def _return(self, size: int) -> None:
+        self._budget.used -= size
+        self._held -= size
 
 
 class LimitedRequest(Request):
@@ -74,11 +97,12 @@ class LimitedRequest(Request):
     kind: Any
 
     async def body(self) -> bytes:
-        if not hasattr(self, "_body"):
+        """Only its beginning: whether there is one is all that FastAPI asks, and it keeps that until the answer."""
+        if not hasattr(self, "_whole"):
             self._check_type()
             try:
                 async with asyncio.timeout(self.limits.body_seconds):
-                    self._body = await self._read()
+                    self._whole = await self._read()
             except TimeoutError:
                 raise ApiError(
                     408,
@@ -86,7 +110,7 @@ class LimitedRequest(Request):
                     code="request_timeout",
                     headers={"Connection": "close"},
                 ) from None
-        return self._body
+        return bytes(self._whole[:1])
 
     def _check_type(self) -> None:
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -103,18 +127,17 @@ class LimitedRequest(Request):
                 code="unsupported_media_type",
             )
 
-    async def _read(self) -> bytes:
-        limit, seen = self.limits.body_bytes, 0
-        chunks: list[bytes] = []
+    async def _read(self) -> bytearray:
+        limit, seen, body = self.limits.body_bytes, 0, bytearray()
         async for chunk in self.stream():
             seen += len(chunk)
             if seen > MORE_TO_DRAIN * limit:
                 break
             if seen > limit:
-                chunks.clear()
+                body.clear()
                 continue
             self.lease.take(len(chunk))
-            chunks.append(chunk)
+            body += chunk
         if seen > limit:
             raise ApiError(
                 413,
@@ -122,16 +145,15 @@ class LimitedRequest(Request):
                 code="request_too_large",
                 headers={"Connection": "close"},
             )
-        return b"".join(chunks)
+        return body
 
     async def json(self) -> Any:
-        if not hasattr(self, "_json"):
-            body = await self.body()
-            large = len(body) > AT_ONCE
-            self._json = await asyncio.to_thread(self._checked, body) if large else parse(body, self.limits)
-        return self._json
+        """Read once: the texts in it take the place of the bytes."""
+        await self.body()
+        body, self._whole = self._whole, bytearray()
+        return await asyncio.to_thread(self._checked, body) if len(body) > AT_ONCE else parse(body, self.limits)
 
-    def _checked(self, body: bytes) -> Any:
+    def _checked(self, body: bytearray) -> Any:
         """A large body is checked here, beside the event loop; FastAPI takes what comes out of it as it is."""
         value, mistakes = self.kind.validate(parse(body, self.limits), loc=("body",))
         if mistakes:
@@ -167,7 +189,7 @@ def lease_of(request: Request) -> Lease:
     return lease
 
 
-def parse(body: bytes, limits: Limits) -> Any:
+def parse(body: bytes | bytearray, limits: Limits) -> Any:
     """JSON in UTF-8, neither too deep nor of too many values, whose texts are whole Unicode.
 
     Raises:

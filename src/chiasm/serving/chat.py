@@ -3,22 +3,21 @@
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import JSONResponse
 
-from chiasm.data.processor import ChiasmProcessor
 from chiasm.generation.decode import Decoding
 from chiasm.generation.engine import Closed, Piece, QueueFull, Ticket
 from chiasm.generation.text import Trim
-from chiasm.language.adapter import ContextError, context_length
+from chiasm.language.adapter import ContextError, vocabulary
 from chiasm.serving.answers import ChatCompletion
 from chiasm.serving.body import Lease, lease_of, limited_route
-from chiasm.serving.errors import RESPONSES, ApiError, of_exception, overloaded
+from chiasm.serving.errors import RESPONSES, ApiError, brief, of_exception, overloaded
 from chiasm.serving.logprobs import TokenTexts
-from chiasm.serving.prompt import Prompt, read_prompt
+from chiasm.serving.prompt import Prompt, load, read_prompt
 from chiasm.serving.schema import ChatRequest
 from chiasm.serving.served import ChatModel, Shared
 from chiasm.serving.settings import Settings
@@ -27,6 +26,10 @@ from chiasm.serving.turn import Turn
 
 GONE = 499
 """A status that nobody receives: the client has left."""
+SAMPLED = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+"""Fields of a request that `Decoding` has by the same names."""
+NEEDED = {"stream", "stream_options", "logprobs", "top_logprobs"}
+"""Fields of a request that say what its answer looks like."""
 
 
 def router(shared: Shared) -> APIRouter:
@@ -57,6 +60,7 @@ class Answering:
         self.model: ChatModel = shared.chat_model(body.model)
         self.count = body.n or 1
         self.decoding = decoding_of(body, shared.settings)
+        check_tokens(self.decoding.get("logit_bias", ()), vocabulary(self.model.model.language))
         self.texts = TokenTexts(self.model.processor.tokenizer)
         self.head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -73,8 +77,9 @@ class Answering:
             self.model.engine.check_room(self.count)
         except Exception as error:
             raise _refusal(error) from None
-        prompt = await read_prompt(self.shared, self.model, self.body.messages, lease)
-        tickets = await self._submit(prompt)
+        tickets = await self._submit(await read_prompt(self.shared, self.model, self.body.messages, lease), lease)
+        self._forget()
+        lease.give()  # the engine has a bound of its own for what it holds
         seconds = self.shared.settings.limits.request_seconds
         try:
             coming = pieces(tickets, seconds)
@@ -88,25 +93,31 @@ class Answering:
             raise
         return EventStream(self._events(tickets, first, coming), lambda whole: self._closed(tickets, whole))
 
-    async def _submit(self, prompt: Prompt) -> list[Ticket]:
+    async def _submit(self, prompt: Prompt, lease: Lease) -> list[Ticket]:
         def submit() -> list[Ticket]:
             engine = self.model.engine
+            images = load(prompt.pictures, self.shared.settings.limits, lease)
+            lease.check()
             try:
-                return engine.submit_all(prompt.messages, prompt.images, self._decodings())
-            except ContextError:
-                room = _room(self.model, prompt) if self.body_names_no_length else 0
-                if room < 1:
+                return engine.submit_all(prompt.messages, images, self._decodings())
+            except ContextError as error:
+                if error.room < 1 or not self.body_names_no_length:
                     raise
-                return engine.submit_all(prompt.messages, prompt.images, self._decodings(max_new_tokens=room))
+                return engine.submit_all(prompt.messages, images, self._decodings(max_new_tokens=error.room))
 
         try:
-            return await self.shared.prepared(self._turn(prompt), submit, abandoned=cancel)
+            return await self.shared.prepared(self._turn(prompt), lease, submit, abandoned=cancel)
         except Exception as error:
             raise _refusal(error) from error
 
+    def _forget(self) -> None:
+        """Lets go of what is not needed for the answer's form; FastAPI holds the request as long as this."""
+        for name in ChatRequest.model_fields.keys() - NEEDED:
+            setattr(self.body, name, None)
+
     def _turn(self, prompt: Prompt) -> Turn:
         """The line for what takes longest in it."""
-        if prompt.images:
+        if prompt.pictures:
             return self.shared.pictured
         return self.shared.worded if self.decoding["json_schema"] is None else self.shared.formed
 
@@ -197,11 +208,14 @@ def decoding_of(body: ChatRequest, settings: Settings) -> dict[str, Any]:
     limits = settings.limits
     for name in ("max_completion_tokens", "max_tokens"):
         if (given := getattr(body, name)) is not None and given > limits.tokens:
+            told = brief(str(given))
             raise ApiError(
-                400, f"{name} is too large: {given}; this server answers at most {limits.tokens} tokens.", param=name
+                400, f"{name} is too large: {told}; this server answers at most {limits.tokens} tokens.", param=name
             )
     if body.n is not None and body.n > limits.choices:
-        raise ApiError(400, f"n is too large: {body.n}; this server gives at most {limits.choices}.", param="n")
+        raise ApiError(
+            400, f"n is too large: {brief(str(body.n))}; this server gives at most {limits.choices}.", param="n"
+        )
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs", code="invalid_value")
@@ -215,8 +229,16 @@ def decoding_of(body: ChatRequest, settings: Settings) -> dict[str, Any]:
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
         "json_schema": _json_schema(body, limits.schema_bytes),
     }
-    more = {name: getattr(body, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
-    return chosen | {name: value for name, value in more.items() if value is not None}
+    if body.logit_bias is not None:
+        chosen["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
+    return chosen | {name: value for name in SAMPLED if (value := getattr(body, name)) is not None}
+
+
+def check_tokens(tokens: Iterable[int], known: int) -> None:
+    """Refuses ids of tokens that the model does not have."""
+    if any(token >= known for token in tokens):
+        message = f"a token id of logit_bias is outside of the vocabulary: 0 to {known - 1}"
+        raise ApiError(400, message, param="logit_bias", code="unknown_token")
 
 
 def _json_schema(body: ChatRequest, most: int) -> dict[str, Any] | None:
@@ -230,14 +252,6 @@ def _json_schema(body: ChatRequest, most: int) -> dict[str, Any] | None:
             400, f"the JSON schema is larger than {most:,} bytes", param="response_format.json_schema.schema"
         )
     return form.json_schema.schema_
-
-
-def _room(model: ChatModel, prompt: Prompt) -> int:
-    """Tokens that the language model's context leaves for an answer."""
-    processor: ChiasmProcessor = model.processor
-    context = context_length(model.model.config)
-    asked = processor.encode(prompt.messages, add_generation_prompt=True)["input_ids"]
-    return (context or 0) - (0 if model.model.config.is_encoder_decoder else len(asked))
 
 
 def _refusal(error: Exception) -> ApiError:

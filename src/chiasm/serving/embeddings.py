@@ -12,7 +12,7 @@ from chiasm.serving.body import Lease, lease_of, limited_route
 from chiasm.serving.chat import GONE
 from chiasm.serving.errors import RESPONSES, ApiError, of_exception
 from chiasm.serving.messages import ImagePart, Part, WordPart
-from chiasm.serving.prompt import read_pictures
+from chiasm.serving.prompt import find_pictures, loaded
 from chiasm.serving.schema import EmbeddingRequest
 from chiasm.serving.served import EmbeddingModel, Shared
 from chiasm.serving.stream import Gone, while_there
@@ -43,9 +43,10 @@ async def _embed(shared: Shared, body: EmbeddingRequest, lease: Lease) -> dict[s
     items = _items(body, limits.inputs, limits.input_characters)
     shown = {number: item.image_url.url for number, item in enumerate(items) if isinstance(item, ImagePart)}
     texts = {number: _text(model, item) for number, item in enumerate(items) if not isinstance(item, ImagePart)}
-    pictures = await read_pictures(shared, [(url, f"input[{number}]") for number, url in shown.items()], lease)
+    found = await find_pictures(shared, [(url, f"input[{number}]") for number, url in shown.items()], lease)
+    pictures = await loaded(shared, found, lease) if found else []
     try:
-        rows, tokens = await shared.in_turn(model.turn, _run, model, list(texts.values()), pictures)
+        rows, tokens = await shared.in_turn(model.turn, lease, _run, model, list(texts.values()), pictures)
     except Exception as error:
         raise of_exception(error) from error
     vectors = dict(zip([*texts, *shown], rows, strict=True))

@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 MOST_FIELDS = 100
 """Of an object that has names of its own: more are not gone through one by one."""
+MOST_BIASES = 1024
 FIRST: Any = Field(fail_fast=True)
 """Of a list the first mistake is told: to collect a hundred thousand of them would take seconds."""
 
@@ -56,6 +57,19 @@ TopK = Annotated[int, Field(ge=0, le=2**31), BeforeValidator(_whole)]
 TopLogprobs = Annotated[int, Field(ge=0, le=20), BeforeValidator(_whole)]
 Token = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_whole)]
+
+
+def _some(value: Any) -> Any:
+    """Not gone through where there are too many."""
+    if isinstance(value, dict) and len(value) > MOST_BIASES:
+        raise PydanticCustomError("too_many_fields", "more than {most} tokens", {"most": MOST_BIASES})
+    return value
+
+
+TokenName = Annotated[str, Field(pattern="^[0-9]{1,7}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[dict[TokenName, Bias], Field(max_length=MOST_BIASES), BeforeValidator(_some)]
+"""Of tokens, by their ids."""
 
 
 def by_shape(*tags: tuple[type, str]) -> Any:

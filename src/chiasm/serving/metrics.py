@@ -7,7 +7,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-NOW = ("running", "waiting", "image_bytes", "prefix_bytes", "parked_bytes")
+NOW = ("running", "waiting", "image_bytes", "prefix_bytes", "pixel_bytes", "parked_bytes")
 """Fields of an engine's statistics that go up and down; the others only grow."""
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 

@@ -1,4 +1,4 @@
-"""A request's messages → Chiasm's: words without special tokens, and pictures fetched, checked and decoded."""
+"""A request's messages → Chiasm's: words without special tokens, and pictures fetched, to be decoded in their turn."""
 
 import asyncio
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from chiasm.serving.messages import ImagePart
 from chiasm.serving.messages import Message as Given
 from chiasm.serving.plain import Plain
 from chiasm.serving.served import ChatModel, Shared
+from chiasm.serving.settings import Limits
 
 ROLES = {"developer": "system"}
 AT_ONCE = 16_384
@@ -23,9 +24,17 @@ AT_ONCE = 16_384
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where a picture comes from: a data URL or a file's bytes, and its place in the request."""
+
+    data: str | bytes
+    param: str
+
+
+@dataclass(frozen=True)
 class Prompt:
     messages: list[Message]
-    images: list[Image.Image]
+    pictures: list[Source]
 
 
 async def read_prompt(shared: Shared, model: ChatModel, given: Sequence[Given], lease: Lease) -> Prompt:
@@ -36,7 +45,7 @@ async def read_prompt(shared: Shared, model: ChatModel, given: Sequence[Given], 
     """
     large = _check_length(given, model.characters) > AT_ONCE
     messages, urls = await asyncio.to_thread(_read, given, model.plain) if large else _read(given, model.plain)
-    return Prompt(messages, await read_pictures(shared, urls, lease))
+    return Prompt(messages, await find_pictures(shared, urls, lease))
 
 
 def _check_length(given: Sequence[Given], most: int) -> int:
@@ -82,8 +91,8 @@ def _parts(message: Given, param: str, plain: Plain) -> tuple[Any, list[tuple[st
     return parts, [(part.image_url.url, f"{param}[{place}].image_url.url") for place, part in shown]
 
 
-async def read_pictures(shared: Shared, urls: list[tuple[str, str]], lease: Lease) -> list[Image.Image]:
-    """Pictures by their addresses, each with its place in the request."""
+async def find_pictures(shared: Shared, urls: list[tuple[str, str]], lease: Lease) -> list[Source]:
+    """Pictures by their addresses, each with its place in the request; none is decoded."""
     limits = shared.settings.limits
     if len(urls) > limits.images:
         raise ApiError(
@@ -92,19 +101,23 @@ async def read_pictures(shared: Shared, urls: list[tuple[str, str]], lease: Leas
             param=urls[limits.images][1],
             code="too_many_images",
         )
-    urls = [(url.strip(), param) for url, param in urls]
-    fetched = [await _bytes(shared, url, param, lease) for url, param in urls]
-    found = []
-    for data, (url, param) in zip(fetched, urls, strict=True):
-        source = url if data is None else data
-        found.append(await shared.prepared(shared.pictured, pictures.load, source, limits, param, lease))
-    return found
+    return [Source(await _data(shared, url.strip(), param, lease), param) for url, param in urls]
 
 
-async def _bytes(shared: Shared, url: str, param: str, lease: Lease) -> bytes | None:
-    """What another server sends; None for a data URL. Nobody else waits meanwhile."""
+def load(sources: Sequence[Source], limits: Limits, lease: Lease) -> list[Image.Image]:
+    """The pictures in RGB, for which somebody has a turn."""
+    return [pictures.load(source.data, limits, source.param, lease) for source in sources]
+
+
+async def loaded(shared: Shared, sources: Sequence[Source], lease: Lease) -> list[Image.Image]:
+    """The same in a turn of their own, for what has one line of its own behind it."""
+    return await shared.prepared(shared.pictured, lease, load, sources, shared.settings.limits, lease)
+
+
+async def _data(shared: Shared, url: str, param: str, lease: Lease) -> str | bytes:
+    """A data URL, or what another server sends. Nobody else waits meanwhile."""
     if url[:5].lower() == "data:":
-        return None
+        return url
     if url.partition("://")[0].lower() not in ("http", "https"):
         raise pictures.invalid("expected a data: URL with base64 data", param)
     if not shared.settings.image_urls:

@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 from chiasm.serving.fields import (
     FIRST,
     Absent,
+    Biases,
     Count,
     Ignored,
     Seed,
@@ -90,6 +91,9 @@ class ChatRequest(Strict):
     top_k: TopK | None = None
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: Biases | None = None
     n: Count | None = None
     seed: Seed | None = None
     stop: Stop | None = None
@@ -98,9 +102,6 @@ class ChatRequest(Strict):
     response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    frequency_penalty: Unused = None
-    presence_penalty: Unused = None
-    logit_bias: Unused = None
     tools: Unused = None
     tool_choice: Unused = None
     functions: Unused = None

@@ -15,7 +15,7 @@ from chiasm.data.processor import ChiasmProcessor
 from chiasm.generation.decode import Decoding
 from chiasm.generation.engine import EngineStats, Ticket
 from chiasm.language.adapter import context_length
-from chiasm.serving.body import Budget
+from chiasm.serving.body import Budget, Lease
 from chiasm.serving.errors import ApiError, brief
 from chiasm.serving.fetch import Fetcher
 from chiasm.serving.metrics import Metrics
@@ -169,16 +169,24 @@ class Shared:
         chatting = (model for model in self.models.values() if isinstance(model, ChatModel))
         return next((model.name for model in chatting if not model.engine.alive), None)
 
-    async def in_turn(self, turn: Turn, function: Callable[..., T], *args: Any) -> T:
+    async def in_turn(self, turn: Turn, lease: Lease, function: Callable[..., T], *args: Any) -> T:
         """Runs what takes long beside the event loop, when its turn has come.
+
+        Args:
+            lease: of the request that it is for.
 
         Raises:
             ApiError: too many are in line.
         """
-        return await turn.run(self._threads, self.settings.limits.line, function, *args)
+        return await turn.run(self._threads, self.settings.limits.line, lease.work, function, *args)
 
     async def prepared(
-        self, turn: Turn, function: Callable[..., T], *args: Any, abandoned: Callable[[T], object] | None = None
+        self,
+        turn: Turn,
+        lease: Lease,
+        function: Callable[..., T],
+        *args: Any,
+        abandoned: Callable[[T], object] | None = None,
     ) -> T:
         """The same for the questions of a chat, all of which may be in line.
 
@@ -186,7 +194,7 @@ class Shared:
             abandoned: gets the result if nobody waits for it any more.
         """
         line = self.settings.limits.connections
-        return await turn.run(self._threads, line, function, *args, abandoned=abandoned)
+        return await turn.run(self._threads, line, lease.work, function, *args, abandoned=abandoned)
 
     def close(self) -> None:
         """Ends when every answer that has begun is there."""

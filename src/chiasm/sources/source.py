@@ -106,5 +106,6 @@ def _origin(entry: Alias) -> str:
 
 
 def _suggestion(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), ALIASES, n=3, cutoff=0.5)
+    begun = [alias for alias in ALIASES if name and alias.startswith(name.lower())]
+    close = begun or difflib.get_close_matches(name.lower(), ALIASES, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"aliases: {', '.join(ALIASES)}"

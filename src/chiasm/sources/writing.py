@@ -143,12 +143,12 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 
 
 def whole_file(path: Path, text: str) -> None:
-    """Writes a small file at once.
+    """Writes a small file at once; of several processes that do so, one after the other.
 
     Raises:
         OSError: it cannot be written, or the disk is full; an older one is as it was.
     """
-    place = path.with_name(f".{path.name}.partial")
+    place = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with naming_full_disk(path):
         try:
             place.write_text(text, encoding="utf-8")

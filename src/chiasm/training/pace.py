@@ -20,6 +20,7 @@ from chiasm.training.gradient_checkpointing import checkpointed_layers
 from chiasm.training.learner import learner_of
 from chiasm.training.optimizer import StageOptimizer
 from chiasm.training.precision import autocast, choose_dtype, stage_precision
+from chiasm.training.reporter import Reporter
 from chiasm.training.schema import Stage
 from chiasm.training.stage_model import StageModel
 from chiasm.training.stages import FreezePlan, enter, require_reached
@@ -56,7 +57,8 @@ def measure(model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, sam
     model, size = learner.model, min(stage.batch_size, len(samples))
     dtype = choose_dtype(stage.dtype, model.device)
     plan = enter(model, stage)
-    encode = model.vision.fast_encoder(dtype=model.vision.model.dtype) if "vision" in plan.frozen_parts() else None
+    learner.prepare(samples, range(len(samples)), Reporter("quiet"))
+    encode = frozen_encoder(model, plan)
     encoding, stepping, kept = list[float](), list[float](), 0
     with ExitStack() as state:
         originals = state.enter_context(stage_precision(model, dtype))
@@ -138,14 +140,22 @@ def _items(samples: Samples, learner: StageModel, encode: Callable | None, skip_
     items = []
     for sample in samples:
         try:
-            items.append(_item(sample, learner, encode))
+            items.append(one_item(sample, learner, encode))
         except SampleError as error:
             if not skip_bad:
                 raise with_hint(error) from error
     return items
 
 
-def _item(sample: Sample, learner: StageModel, encode: Callable | None) -> Item:
+def frozen_encoder(model: PreTrainedModel, plan: FreezePlan) -> Callable | None:
+    """What encodes pictures before the first step; None where the encoder learns."""
+    frozen = "vision" in plan.frozen_parts()
+    encode: Callable | None = model.vision.fast_encoder(dtype=model.vision.model.dtype) if frozen else None
+    return encode
+
+
+def one_item(sample: Sample, learner: StageModel, encode: Callable | None) -> Item:
+    """A sample as a batch takes it, its pictures encoded where `encode` does so."""
     pixels = load_pixels(sample, learner.processor)
     features = pixels if pixels is None or encode is None else torch.as_tensor(encode(pixels))
     return Item(sample.id, learner.encode(sample), features, encoded=encode is not None and pixels is not None)

@@ -1,5 +1,6 @@
 """Recipes from YAML files, dictionaries and the command line; an error is one line with file, line and key."""
 
+import difflib
 import json
 from collections.abc import Sequence
 from copy import deepcopy
@@ -64,7 +65,9 @@ def find_recipe(source: str | Path) -> Path:
             return own
     files = [file.relative_to(folder) for folder in _folders() if folder.is_dir() for file in folder.rglob("*.yaml")]
     known = sorted(file.with_suffix("").as_posix() for file in files)
-    raise RecipeError(f"recipe {str(source)!r} is neither a file nor one of Chiasm's own ({', '.join(known)})")
+    close = difflib.get_close_matches(str(source), known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    raise RecipeError(f"recipe {str(source)!r} is neither a file nor one of Chiasm's own; {hint}")
 
 
 def recipes_in(source: str | Path) -> list[Path]:
@@ -166,7 +169,8 @@ def _validate(raw: dict[str, Any], origins: Origins, name: str) -> Recipe:
 
 
 def _first_line(error: ValidationError, raw: dict[str, Any], origins: Origins, name: str) -> str:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     at = first["loc"]
     shown = at[:-1] if at and at[-1] in ("literal['all-linear']", "list[str]", "int", "str", "bool") else at
     where = origin_of(shown, origins, name)

@@ -22,7 +22,7 @@ from chiasm.training.team import Team
 Generate = Callable[[list[list[dict]], list[list[Image.Image]]], list[str]]
 ScoreDrawings = Callable[[Sequence[Sample]], dict[str, Any]]
 """Draws what samples ask for; the scores for the log."""
-SHARDS_DRAW_NOTHING = "a model in shards (fsdp) draws nothing while it trains; chiasm eval --task drawing scores it"
+IN_SHARDS = "a model in shards (fsdp) {} nothing while it trains; chiasm eval asks it afterwards"
 
 
 class Validator:
@@ -62,7 +62,8 @@ class Validator:
                 requests.setdefault(words, sample)
         self.wanted = [*requests.values()][:num_drawings] if learner.answers else []
         self.score_drawings = score_drawings
-        self.asked = [sample for sample in samples if sample.answer.strip()][:num_answers]
+        answered = [sample for sample in samples if sample.answer.strip()]
+        self.asked = answered[:: max(1, len(answered) // max(1, num_answers))][:num_answers]
         self.num_samples = sum(len(batch.ids) for batch in self.right)
 
     def run(self, dtype: torch.dtype, engine: Engine | None = None, team: Team | None = None) -> dict[str, Any]:
@@ -74,8 +75,8 @@ class Validator:
         result["shuffled_loss"] = sum(wrong.values()) if wrong else None
         result |= by_objective(right) | by_objective(wrong, "shuffled_loss")
         if isinstance(asked, Engine) or not team.first:
-            unseen = isinstance(asked, Engine) and self.score_drawings is not None and self.wanted
-            return result | {"answers": []} | ({"unanswered": SHARDS_DRAW_NOTHING} if unseen else {})
+            left = self._left_out() if isinstance(asked, Engine) else ""
+            return result | {"answers": []} | ({"unanswered": IN_SHARDS.format(left)} if left else {})
         result |= self.learner.measures(self.right)
         if self.score_drawings is not None and self.wanted:
             with autocast(self.learner.model.device, dtype):
@@ -85,6 +86,11 @@ class Validator:
         except ContextError as error:
             result |= {"answers": [], "unanswered": str(error)}
         return result
+
+    def _left_out(self) -> str:
+        """What a validation that only computes losses does not do, in a word or two."""
+        left = {"answers": self.generate and self.asked, "draws": self.score_drawings and self.wanted}
+        return " and ".join(word for word, wanted in left.items() if wanted)
 
     def _answers(self, dtype: torch.dtype) -> list[dict[str, Any]]:
         if self.generate is None or not self.asked:

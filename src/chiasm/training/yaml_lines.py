@@ -75,4 +75,4 @@ def reason_of(error: Any, at: Keys, keys_at: Callable[[Keys], list[str]]) -> str
     if error["type"] == "missing":
         return "this key is missing"
     reason = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return reason if error["type"] == "value_error" else f"{error['input']!r}: {reason}"
+    return reason if error["type"] == "value_error" else f"{error['input']!r:.80}: {reason}"

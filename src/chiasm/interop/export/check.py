@@ -24,7 +24,8 @@ CLOSE, CLOSE_IN_HALF = 1e-4, 0.05
 """Share of the logits' spread by which any may differ in float32, and by which they may differ on average in less."""
 
 LEVELS = 3
-"""Of 255, by which two libraries may scale a picture apart: Pillow, and torchvision, which transformers prefers."""
+"""Of 255, by which two libraries may scale a picture apart: transformers takes torchvision where it is installed,
+Chiasm takes Pillow."""
 
 EXACT = 1e-4
 """By which the same arithmetic in another order may differ."""
