@@ -120,7 +120,10 @@ def test_rows_in_the_forms_of_other_trainers(processor: ChiasmProcessor) -> None
 
 def test_a_prompt_is_not_learned_where_its_completion_is_cut_off(processor: ChiasmProcessor) -> None:
     said = [{"role": "assistant", "content": "blue"}, {"role": "user", "content": "sure?"}]
-    row = {"prompt": [{"role": "user", "content": "what?"}, *said], "completion": [{"role": "assistant", "content": "red"}]}
+    row = {
+        "prompt": [{"role": "user", "content": "what?"}, *said],
+        "completion": [{"role": "assistant", "content": "red"}],
+    }
     length = Collator(processor)([row])["input_ids"].shape[1]
     with pytest.raises(SampleError, match=f"none of its {length} tokens is supervised after it was cut"):
         Collator(processor, max_length=length - 12)([row])
