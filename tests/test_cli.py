@@ -207,6 +207,11 @@ def test_check_finds_what_is_broken(run: Any, data: Path, model: Path) -> None:
     assert code == 0 and set(json.loads(out)["counts"]) == {"cut answer"}, "a warning"
     code, _, err = run("data", "check", data, "--max-length", 12)
     assert code == 2 and "--max-length 12 is in a model's tokens; pass --model too" in err
+    for split in ("train", "test"):
+        shutil.copytree(data.parent, data.parent / "splits" / split, ignore=shutil.ignore_patterns("splits"))
+    (data.parent / "splits" / "test" / "3.png").unlink()
+    assert run("data", "check", data.parent / "splits")[0] == 0, "training reads the train split"
+    assert run("data", "check", data.parent / "splits", "--split", "test")[0] == 2
     (data.parent / "3.png").write_bytes((data.parent / "3.png").read_bytes()[:60])
     code, out, _ = run("data", "check", data, "--json")
     assert code == 2

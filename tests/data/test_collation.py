@@ -106,8 +106,24 @@ def test_rows_in_the_forms_of_other_trainers(processor: ChiasmProcessor) -> None
     (labels,) = collator([{"prompt": before, "completion": [said], "images": [picture]}])["labels"]
     words = processor.tokenizer.decode(labels[labels != IGNORE])
     assert words == "red<|im_end|>"
+    both = {"messages": None, "prompt": before[:2], "completion": [before[2], said], "images": [picture]}
+    assert torch.equal(collator([both])["labels"], labels[None]), "an empty column of messages is none"
+    row = {"prompt": before[:1], "completion": [before[1], before[2], said], "images": [picture]}
+    (labels,) = collator([row])["labels"]
+    assert processor.tokenizer.decode(labels[labels != IGNORE]) == "blue<|im_end|>red<|im_end|>"
     for wrong in ({"text": "red", "images": [picture]}, {"prompt": "what?", "completion": "red"}):
         with pytest.raises(SampleError, match="expected messages, or prompt and completion as messages"):
             collator([wrong])
     with pytest.raises(SampleError, match="1 image placeholder in the messages, but 2 images"):
         collator([{"messages": [placed, said], "images": [picture, picture]}])
+
+
+def test_a_prompt_is_not_learned_where_its_completion_is_cut_off(processor: ChiasmProcessor) -> None:
+    said = [{"role": "assistant", "content": "blue"}, {"role": "user", "content": "sure?"}]
+    row = {
+        "prompt": [{"role": "user", "content": "what?"}, *said],
+        "completion": [{"role": "assistant", "content": "red"}],
+    }
+    length = Collator(processor)([row])["input_ids"].shape[1]
+    with pytest.raises(SampleError, match=f"none of its {length} tokens is supervised after it was cut"):
+        Collator(processor, max_length=length - 12)([row])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
-from chiasm.data.labels import IGNORE, last_alone, num_predicted
+from chiasm.data.labels import IGNORE, last_answers, num_predicted
 from chiasm.data.pixels import keeps_sizes
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.rows import sample_of
@@ -38,9 +38,14 @@ class Batch:
     cut: dict[str, int] = field(default_factory=dict)
 
 
-def encode_sample(sample: Sample, processor: ChiasmProcessor, max_length: int | None = None) -> dict[str, list[int]]:
+def encode_sample(
+    sample: Sample, processor: ChiasmProcessor, max_length: int | None = None, learned: int | None = None
+) -> dict[str, list[int]]:
     """Token ids and labels of a sample; the end of a text that is too long is cut off, but never within a picture.
     `whole` is the number of tokens that it had, where some of those behind were supervised.
+
+    Args:
+        learned: so many of the assistant's messages, the last ones, are supervised; by default all.
 
     Raises:
         SampleError: the sample is not usable, or nothing supervised or not every picture is left within `max_length`.
@@ -54,6 +59,8 @@ def encode_sample(sample: Sample, processor: ChiasmProcessor, max_length: int | 
         raise SampleError.of_picture(sample.id, error) from error
     except ValueError as error:
         raise SampleError(sample.id, [Problem("placeholders", str(error))]) from error
+    if learned is not None:
+        tokens["labels"] = last_answers(tokens["labels"], learned)
     ids, labels = tokens["input_ids"], tokens["labels"]
     if max_length is not None and len(ids) > max_length:
         lost = ids[max_length:].count(processor.image_token_id)
@@ -158,31 +165,30 @@ class Collator:
         """
         items = []
         for number, row in enumerate(rows):
-            sample = row if isinstance(row, Sample) else _sample_of_row(row, f"row {number}")
-            tokens = encode_sample(sample.validate(), self.processor, self.max_length)
-            if not isinstance(row, Sample) and "messages" not in row:
-                tokens["labels"] = last_alone(tokens["labels"])
+            sample, learned = (row, None) if isinstance(row, Sample) else _sample_of_row(row, f"row {number}")
+            tokens = encode_sample(sample.validate(), self.processor, self.max_length, learned)
             items.append(Item(sample.id, tokens, load_pixels(sample, self.processor)))
         return collate(items, self.processor).inputs | ({"return_logits": True} if self.logits else {})
 
 
-def _sample_of_row(row: Mapping[str, Any], name: str) -> Sample:
+def _sample_of_row(row: Mapping[str, Any], name: str) -> tuple[Sample, int | None]:
+    """The sample, and how many of its answers are learned, where not all are."""
     one = row.get("image")
     pictures = row.get("images") or ([] if one is None else [one])
-    messages = row.get("messages") or _turns(row, name)
+    messages, learned = (row["messages"], None) if row.get("messages") else _turns(row, name)
     told = {"id": row.get("id"), "messages": messages, "images": pictures}
     sample = sample_of(told, name, lambda picture: ImageRef.of(picture, f"in {name}"))
     contents = [message["content"] for message in sample.messages]
     placed = any(part["type"] == "image" for content in contents if isinstance(content, list) for part in content)
-    return sample if placed or not sample.images else _pictures_first(sample)
+    return sample if placed or not sample.images else _pictures_first(sample), learned
 
 
-def _turns(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+def _turns(row: Mapping[str, Any], name: str) -> tuple[list[dict[str, Any]], int]:
     turns = [row.get("prompt"), row.get("completion")]
-    if not all(isinstance(turn, list) and turn for turn in turns):
+    if not all(isinstance(turn, list) and turn and all(isinstance(one, dict) for one in turn) for turn in turns):
         reason = f"a row with {', '.join(row) or 'no keys'}; expected messages, or prompt and completion as messages"
         raise SampleError(name, [Problem("unreadable row", reason)])
-    return [*row["prompt"], *row["completion"]]
+    return [*row["prompt"], *row["completion"]], sum(said.get("role") == "assistant" for said in row["completion"])
 
 
 def _pictures_first(sample: Sample) -> Sample:

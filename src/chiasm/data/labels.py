@@ -35,19 +35,17 @@ def supervised(ids: Sequence[int], offsets: Sequence[Span], answers: Sequence[Sp
 
 def last_answer(labels: list[int]) -> list[int]:
     """The last run of supervised labels: what an encoder–decoder's decoder says."""
-    start, end = _last_run(labels)
+    end = max(place for place, label in enumerate(labels) if label != IGNORE) + 1
+    start = next((place for place in range(end, 0, -1) if labels[place - 1] == IGNORE), 0)
     return labels[start:end]
 
 
-def last_alone(labels: list[int]) -> list[int]:
-    """The same labels with the last run of supervised ones alone: what is said before is read only."""
-    start, end = _last_run(labels)
-    return [label if start <= place < end else IGNORE for place, label in enumerate(labels)]
-
-
-def _last_run(labels: list[int]) -> Span:
-    end = max(place for place, label in enumerate(labels) if label != IGNORE) + 1
-    return next((place for place in range(end, 0, -1) if labels[place - 1] == IGNORE), 0), end
+def last_answers(labels: list[int], count: int) -> list[int]:
+    """The same labels with the last `count` runs of supervised ones alone: what is said before is read only."""
+    before = [IGNORE, *labels]
+    starts = [place for place, label in enumerate(labels) if label != IGNORE and before[place] == IGNORE]
+    first = [*starts, len(labels)][max(0, len(starts) - count)]
+    return [IGNORE] * first + labels[first:]
 
 
 def num_predicted(labels: list[int], encoder_decoder: bool) -> int:
