@@ -198,8 +198,20 @@ def test_an_evaluation_that_was_stopped_goes_on(
         assert (folder / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
-def test_check_finds_what_is_broken(run: Any, data: Path) -> None:
+def test_check_finds_what_is_broken(run: Any, data: Path, model: Path) -> None:
     assert run("data", "check", data)[0] == 0
+    assert run("data", "check", data, "--model", model)[0] == 0
+    code, out, _ = run("data", "check", data, "--model", model, "--max-length", 12, "--json")
+    assert code == 2 and json.loads(out)["counts"] == {"too long": 24}
+    code, out, _ = run("data", "check", data, "--model", model, "--max-length", 38, "--json")
+    assert code == 0 and set(json.loads(out)["counts"]) == {"cut answer"}, "a warning"
+    code, _, err = run("data", "check", data, "--max-length", 12)
+    assert code == 2 and "--max-length 12 is in a model's tokens; pass --model too" in err
+    for split in ("train", "test"):
+        shutil.copytree(data.parent, data.parent / "splits" / split, ignore=shutil.ignore_patterns("splits"))
+    (data.parent / "splits" / "test" / "3.png").unlink()
+    assert run("data", "check", data.parent / "splits")[0] == 0, "training reads the train split"
+    assert run("data", "check", data.parent / "splits", "--split", "test")[0] == 2
     (data.parent / "3.png").write_bytes((data.parent / "3.png").read_bytes()[:60])
     code, out, _ = run("data", "check", data, "--json")
     assert code == 2

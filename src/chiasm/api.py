@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.comparison.describe import cost_facts
+from chiasm.data.captions import encode_caption
+from chiasm.data.collation import encode_sample
 from chiasm.data.few_shot import MOST_CANDIDATES, draw_examples
-from chiasm.data.readers import read, read_train
-from chiasm.data.schema import ImageError, SampleError, Samples
+from chiasm.data.readers import read, read_split, read_train
+from chiasm.data.schema import ImageError, Problem, Sample, SampleError, Samples
 from chiasm.data.splits import spread
 from chiasm.dual_encoder import DualEncoder
 from chiasm.evaluation.drawing import drawing_fields, evaluate_drawings, known_requests, requests
@@ -22,6 +24,7 @@ from chiasm.fusion.late import LateFusionModel
 from chiasm.generation.draw import can_draw
 from chiasm.interop.convert import Converted
 from chiasm.interop.convert import convert as convert_model
+from chiasm.language.adapter import context_length
 from chiasm.sources.writing import refuse_to_overwrite
 from chiasm.training.features import with_hint
 from chiasm.training.preview import StagePreview
@@ -81,9 +84,10 @@ def train(
     Args:
         recipe: a file, the name of one that ships (`llava`), or a loaded one.
         model: a `VLM` or a `DualEncoder`, or the folder of one.
-        data: anything that `chiasm.data.readers.read` understands.
+        data: anything that `chiasm.data.readers.read` understands; where it comes in splits, `train` is read.
         output: the run's folder.
-        validation_data: held-out data; by default 5 % of `data`, the same ones in every run.
+        validation_data: held-out data, of splits `validation`; by default 5 % of what is read of `data`, the same ones
+            in every run.
         overrides: `key=value` changes to the recipe, such as `stages.align.lr=1e-3`.
         keep_models: False leaves the model trained in memory, and on disk no more than a run needs that goes on.
     """
@@ -103,9 +107,9 @@ def train(
         recipe,
         vlm.model,
         vlm.processor,
-        read(data),
+        read_split(data, "train"),
         output,
-        validation_samples=None if validation_data is None else read(validation_data),
+        validation_samples=None if validation_data is None else read_split(validation_data, "validation"),
         overrides=overrides,
         generate=generate,
         score_drawings=score_drawings if can_draw(vlm.model) else None,
@@ -124,6 +128,30 @@ def _trainable(model: VLM | DualEncoder | str | Path) -> Any:
     return loaded
 
 
+def encoder_of(model: str | Path, max_length: int | None = None) -> Callable[[Sample], Any]:
+    """What makes a model's tokens of a sample as training does, or a SampleError; also of an answer that would be cut.
+
+    Args:
+        max_length: tokens of a sample; by default the model's context.
+    """
+    loaded = load(model)
+    if isinstance(loaded, DualEncoder):
+        if max_length is not None:
+            raise ValueError(f"max_length={max_length}: {model} has two towers, which cut every text; leave it out")
+        return partial(encode_caption, processor=loaded.processor)
+    lengths = (length for length in (max_length, context_length(loaded.model.config)) if length is not None)
+    longest = min(lengths, default=None)
+
+    def encode(sample: Sample) -> dict[str, list[int]]:
+        tokens = encode_sample(sample, loaded.processor, longest)
+        if "whole" in tokens:
+            reason = f"{tokens['whole'][0]} tokens, at most {longest} are learned: its answer loses its end"
+            raise SampleError(sample.id, [Problem("cut answer", reason)])
+        return tokens
+
+    return encode
+
+
 def preview(
     recipe: str | Path | Recipe,
     model: VLM | DualEncoder | str | Path,
@@ -135,7 +163,8 @@ def preview(
 ) -> list[StagePreview]:
     """What a recipe would train, hold and take, by stage; time and activations are measured where data is given."""
     vlm = _trainable(model)
-    samples, held_out = (None if source is None else read(source) for source in (data, validation_data))
+    given = {"train": data, "validation": validation_data}
+    samples, held_out = (None if source is None else read_split(source, split) for split, source in given.items())
     reporter = Reporter("quiet" if quiet else "auto")
     return preview_stages(load_recipe(recipe, overrides), vlm.model, vlm.processor, samples, reporter, held_out)
 

@@ -21,7 +21,7 @@ from chiasm.generation import decode
 from chiasm.generation.attention import Attention, look
 from chiasm.generation.decode import Decoding
 from chiasm.generation.draw import Brush, draw
-from chiasm.interop.loaders import LOADERS, RETRIEVAL_LOADERS
+from chiasm.interop.loaders import LOADERS, OWN, RETRIEVAL_LOADERS, name_parts
 from chiasm.sources.errors import readable_weights
 from chiasm.sources.files import find_file
 from chiasm.sources.uploading import upload
@@ -189,13 +189,18 @@ def load(source: str | Path, dtype: torch.dtype | str = "auto") -> VLM | DualEnc
     source = sources.resolve(source)
     config = read_config(source)
     model_type, kind = config["model_type"], _retrieval_kind(config)
+    if kind is None and model_type not in LOADERS:
+        known = ", ".join([*LOADERS, *RETRIEVAL_LOADERS])
+        raise ValueError(f"{source} holds a {model_type!r} model; chiasm.load reads {known}")
     with readable_weights(source):
-        if kind is not None:
-            return DualEncoder(*RETRIEVAL_LOADERS[kind](source, dtype))
-        if model_type in LOADERS:
-            return VLM(*LOADERS[model_type](source, dtype))
-    known = ", ".join([*LOADERS, *RETRIEVAL_LOADERS])
-    raise ValueError(f"{source} holds a {model_type!r} model; chiasm.load reads {known}")
+        loaded: VLM | DualEncoder = (
+            VLM(*LOADERS[model_type](source, dtype))
+            if kind is None
+            else DualEncoder(*RETRIEVAL_LOADERS[kind](source, dtype))
+        )
+    if model_type not in OWN:
+        name_parts(loaded.model, source)
+    return loaded
 
 
 def is_retrieval(source: str | Path) -> bool:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from chiasm.data.check import KINDS, CheckReport, check
 from chiasm.data.readers import read
-from chiasm.data.schema import ImageRef, Sample
+from chiasm.data.schema import ImageRef, Problem, Sample, SampleError
 
 
 class Words:
@@ -143,3 +143,12 @@ def test_samples_made_in_memory_are_checked_too() -> None:
 def test_a_token_limit_needs_a_tokenizer() -> None:
     with pytest.raises(ValueError, match="belong together"):
         check([], max_tokens=5)
+
+
+def test_what_a_model_cannot_learn_from_is_found_too(data: Path) -> None:
+    def encode(sample: Sample) -> None:
+        if sample.id == "s1":
+            raise SampleError(sample.id, [Problem("too long", "9 tokens, at most 8 are allowed")])
+
+    found = {(finding.index, finding.kind) for finding in check(read(data), encode=encode).findings}
+    assert found - {(finding.index, finding.kind) for finding in check(read(data)).findings} == {(1, "too long")}

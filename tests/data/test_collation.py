@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 
 import tiny
-from chiasm.data.collation import Item, collate, encode_sample, load_pixels
+from chiasm.data.collation import Collator, Item, collate, encode_sample, load_pixels
 from chiasm.data.labels import IGNORE, num_predicted
+from chiasm.data.packing import collate_packed
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.data.schema import ImageRef, Sample, SampleError
 from chiasm.vision.image_processor import ChiasmImageProcessor
@@ -55,6 +56,11 @@ def test_a_long_text_is_cut_at_its_end(processor: ChiasmProcessor) -> None:
     cut = encode_sample(sample(answer="a" * 50), processor, max_length=len(whole["input_ids"]) - 10)
     assert cut["input_ids"] == whole["input_ids"][:-10] and cut["labels"] == whole["labels"][:-10]
     assert num_predicted(cut["labels"], False) > 0
+    assert cut["whole"] == [len(whole["input_ids"])] and "whole" not in whole
+    last = next(place for place, label in reversed([*enumerate(whole["labels"])]) if label != IGNORE)
+    assert "whole" not in encode_sample(sample(answer="a" * 50), processor, last + 1), "nothing that is learned is lost"
+    items = [Item("s7", cut), Item("s8", whole)]
+    assert collate(items, processor).cut == collate_packed(items, processor).cut == {"s7": len(whole["input_ids"])}
 
 
 def test_a_picture_is_never_cut_and_supervision_never_lost(processor: ChiasmProcessor) -> None:
@@ -78,3 +84,46 @@ def test_a_picture_that_cannot_be_read_names_the_sample(processor: ChiasmProcess
     broken = Sample("s9", sample().messages, [ImageRef.of("/nowhere/cat.jpg")])
     with pytest.raises(SampleError, match=r"sample 's9': picture /nowhere/cat\.jpg: no such file"):
         load_pixels(broken, processor)
+
+
+def test_rows_in_the_forms_of_other_trainers(processor: ChiasmProcessor) -> None:
+    """TRL's rows have plain texts, which no picture stands in; of `prompt` and `completion` the latter is learned."""
+    picture, collator = Image.new("RGB", (30, 30), "red"), Collator(processor)
+    expected = collator([sample()])
+    asked, said = {"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}
+    placed = {"role": "user", "content": "<image>\nwhat?"}
+    inline = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what?"}]}
+    rows = [
+        {"messages": [asked, said], "images": [picture]},
+        {"messages": [placed, said], "image": picture},
+        {"messages": [inline, said]},
+        {"prompt": [asked], "completion": [said], "images": [picture]},
+    ]
+    for row in rows:
+        found = collator([row])
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    before = [asked, {"role": "assistant", "content": "blue"}, {"role": "user", "content": "sure?"}]
+    (labels,) = collator([{"prompt": before, "completion": [said], "images": [picture]}])["labels"]
+    words = processor.tokenizer.decode(labels[labels != IGNORE])
+    assert words == "red<|im_end|>"
+    both = {"messages": None, "prompt": before[:2], "completion": [before[2], said], "images": [picture]}
+    assert torch.equal(collator([both])["labels"], labels[None]), "an empty column of messages is none"
+    row = {"prompt": before[:1], "completion": [before[1], before[2], said], "images": [picture]}
+    (labels,) = collator([row])["labels"]
+    assert processor.tokenizer.decode(labels[labels != IGNORE]) == "blue<|im_end|>red<|im_end|>"
+    for wrong in ({"text": "red", "images": [picture]}, {"prompt": "what?", "completion": "red"}):
+        with pytest.raises(SampleError, match="expected messages, or prompt and completion as messages"):
+            collator([wrong])
+    with pytest.raises(SampleError, match="1 image placeholder in the messages, but 2 images"):
+        collator([{"messages": [placed, said], "images": [picture, picture]}])
+
+
+def test_a_prompt_is_not_learned_where_its_completion_is_cut_off(processor: ChiasmProcessor) -> None:
+    said = [{"role": "assistant", "content": "blue"}, {"role": "user", "content": "sure?"}]
+    row = {
+        "prompt": [{"role": "user", "content": "what?"}, *said],
+        "completion": [{"role": "assistant", "content": "red"}],
+    }
+    length = Collator(processor)([row])["input_ids"].shape[1]
+    with pytest.raises(SampleError, match=f"none of its {length} tokens is supervised after it was cut"):
+        Collator(processor, max_length=length - 12)([row])

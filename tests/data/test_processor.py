@@ -23,6 +23,10 @@ LLAMA2 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
     "{% elif m['role'] == 'assistant' %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}"
 )
+MISTRAL = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
+    "{% else %} {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 TEMPLATE = (
     "{{ word }}{% for part in messages[0]['content'] %}"
     "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
@@ -65,6 +69,13 @@ def test_a_prompt_is_the_beginning_of_its_training_sample(template: str | None) 
     whole = words.encode(turns, 1, supervise=True)
     assert whole["input_ids"][: len(prompt)] == prompt
     assert set(whole["labels"][: len(prompt)]) == {IGNORE}
+
+
+def test_a_template_may_trim_some_messages_and_not_others() -> None:
+    words = processor(MISTRAL)
+    made = words.encode(conversation("What is it?\n", "An apple. \n", "And \n", " a\n"), 1, supervise=True)
+    assert supervised(made, words) == "An apple.<|im_end|>a<|im_end|>"
+    assert "[INST] And \n[/INST] a" in words.decode(made["input_ids"])
 
 
 def test_the_end_of_turn_is_found_through_the_template() -> None:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from chiasm.data.check import check
-from chiasm.data.readers import read
+from chiasm.data.readers import read, read_split
 from chiasm.data.rows import split_placeholders
 from chiasm.data.schema import Sample, SampleError, text_of
 from chiasm.data.splits import hold_out
@@ -246,6 +246,12 @@ def test_hugging_face_datasets_in_memory_on_disk_and_parquet(folder: Path) -> No
         assert [sample.id for sample in read(source, split="test")] == ["g"]
         with pytest.raises(ValueError, match="has the splits train, test, and 'dev' is not one of them"):
             read(source, split="dev")
+        assert [sample.id for sample in read_split(source, "train")] == ["r", "g"]
+    assert len(read_split(folder / "saved", "train")) == 2, "data without splits is read as a whole"
+    save(folder / "plain.json", LLAVA)
+    (folder / "mix.yaml").write_text("- path: plain.json\n- path: both\n")
+    with pytest.raises(ValueError, match=r"mix.yaml: both has the splits train, test, and none .* in a YAML mixture"):
+        read_split(folder / "mix.yaml", "train")
     with pytest.raises(ValueError, match="IterableDataset cannot be read by index"):
         read(data.to_iterable_dataset())
     captions = datasets.Dataset.from_dict({"image": [Image.open(folder / "blue.png")], "caption": ["Blue."]})
@@ -274,8 +280,12 @@ def test_image_folder_with_metadata_and_its_splits(folder: Path) -> None:
         )
     assert read(folder / "set" / "train")[0].skill == "caption"
     assert read(folder / "set", split="test")[0].answer == "blue"
-    with pytest.raises(ValueError, match="holds no data file"):
+    with pytest.raises(ValueError, match="set' has the splits train, test, and none was asked for: name one of them"):
         read(folder / "set")
+    assert [sample.answer for sample in read_split(folder / "set", "train")] == ["red"]
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no data file"):
+        read(folder / "empty")
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -309,6 +319,17 @@ def test_webdataset_shards(folder: Path) -> None:
         add(tar, "0.txt", b"x")
     with pytest.raises(ValueError, match="a compressed file: unpack it first"):
         read(folder / "z.tar.gz")
+
+
+def test_members_of_shards_from_older_systems(folder: Path) -> None:
+    """Names in a tar may be in any encoding; ids are written to logs."""
+    with tarfile.open(folder / "old.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        add(tar, "\udcb0\udca1.png", (folder / "red.png").read_bytes())
+        add(tar, "\udcb0\udca1.txt", b"Red.")
+        add(tar, "\udcb0\udca2.txt", b"Nothing.")
+    first, second = read(folder / "old.tar")
+    assert (first.id, second.id) == (r"\udcb0\udca1", r"\udcb0\udca2") and colour_of(first) == (255, 0, 0)
+    assert f"{first.images[0].name}".encode()
 
 
 DAMAGE = {
@@ -521,6 +542,7 @@ def test_hold_out_keeps_one_id_together_and_both_sides_filled() -> None:
             "sample 'd:0': 'id' is {'a': 1}, expected text or a number",
         ),
         ({"id": [1], "caption": "c"}, r"'id' is \[1\], expected text"),
+        ({"id": "\udc80", "caption": "c"}, "sample 'd:0': 'id' is no text: it holds half a character"),
         ({"id": "x", "skill": ["count"], "caption": "c"}, r"sample 'x': 'skill' is \['count'\], expected text"),
     ],
 )

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_unified_loaders
 import torch
 from transformers import (
     AutoConfig,
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
+    pipeline,
 )
 
 import chiasm
@@ -65,6 +67,33 @@ def test_every_auto_class_gives_what_it_is_for(fusion: str, tmp_path: Path) -> N
     images = AutoImageProcessor.from_pretrained(tmp_path)
     assert type(images) is type(vlm.processor.image_processor)
     assert images.to_dict() == vlm.processor.image_processor.to_dict()
+
+
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_a_pipeline_answers_a_batch_as_chat_does(language: str, tmp_path: Path) -> None:
+    vlm = chiasm.connect(tiny.vision(), tiny.language(language), "mlp", tokenizer=tiny.tokenizer())
+    vlm.save_pretrained(tmp_path)
+    ask = pipeline("image-text-to-text", model=str(tmp_path))
+    asked = [(tiny.picture(1), "What?"), (tiny.picture(2), "Is it another one of those, or what?")]
+    said = [
+        [{"role": "user", "content": [{"type": "image", "image": shown}, {"type": "text", "text": words}]}]
+        for shown, words in asked
+    ]
+    told = ask(text=said, batch_size=2, max_new_tokens=5, return_full_text=False, generate_kwargs={"do_sample": False})
+    expected = [vlm.chat(shown, words, max_new_tokens=5) for shown, words in asked]
+    assert [one[0]["generated_text"].strip() for one in told] == expected
+
+
+def test_a_model_that_came_from_qwen2_vl_loads_by_itself(tmp_path: Path) -> None:
+    test_unified_loaders.qwen2_vl_with_processor(tmp_path / "first")
+    vlm: Any = chiasm.load(tmp_path / "first")
+    vlm.save_pretrained(tmp_path / "mine")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "mine").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "mine")
+    assert type(model) is type(vlm.model) and type(processor) is type(vlm.processor)
+    inputs = processor(messages=QUESTION, images=tiny.picture())
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, vlm.model(**inputs).logits)
 
 
 def test_a_whole_model_is_no_encoder_and_no_language_model(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from transformers import (
     LlamaConfig,
     pipeline,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.utils import is_torchvision_available
 from typer.testing import CliRunner
 
@@ -34,7 +35,9 @@ from chiasm.cli import app
 from chiasm.fusion.adapters import add_adapter
 from chiasm.interop.convert import KINDS, ROUTES, convert, route
 from chiasm.interop.export.check import QUESTION, probe_picture
+from chiasm.interop.export.pictures import published_images
 from chiasm.interop.export.prompts import portable_template
+from chiasm.vision.image_processor import ChiasmImageProcessor
 
 REFERENCES: dict[str, Any] = {
     "blip2": lambda folder: test_blip2.reference(folder, "blip2", "opt"),
@@ -61,6 +64,8 @@ REFERENCES: dict[str, Any] = {
         swin_norm=True, attention_bias=True, mlp_bias=True
     ).save_pretrained(folder),
     "fuyu": lambda folder: test_unified_loaders.fuyu().save_pretrained(folder),
+    "qwen2-vl": lambda folder: test_unified_loaders.qwen2_vl().save_pretrained(folder),
+    "qwen2-vl tied": lambda folder: test_unified_loaders.qwen2_vl(tie_word_embeddings=True).save_pretrained(folder),
 }
 
 
@@ -151,6 +156,24 @@ def test_a_connected_model_becomes_llava(name: str, tmp_path: Path) -> None:
     made = theirs.generate(**batch, max_new_tokens=5, do_sample=False)[:, batch["input_ids"].shape[1] :]
     told = [one.strip() for one in words.batch_decode(made, skip_special_tokens=True)]
     assert told == [vlm.chat(probe_picture(vlm.model), prompt, max_new_tokens=5) for prompt in prompts]
+
+
+def test_pictures_may_be_scaled_by_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which rounds some pixels to the next level."""
+    scaled: Any = SiglipImageProcessorPil.resize
+    monkeypatch.setattr(SiglipImageProcessorPil, "resize", lambda *given, **told: scaled(*given, **told) // 2 * 2)
+    vlm = connected("siglip", connector="mlp")
+    monkeypatch.setattr("chiasm.interop.export.check.is_torchvision_available", lambda: True)
+    assert convert(vlm.model, vlm.processor, "transformers", tmp_path / "out").kind == "llava"
+    monkeypatch.setattr("chiasm.interop.export.check.is_torchvision_available", lambda: False)
+    with pytest.raises(ValueError, match="the processor that was written gives other pixel_values"):
+        convert(vlm.model, vlm.processor, "transformers", tmp_path / "other")
+
+
+def test_a_crop_is_cut_out_of_the_same_size() -> None:
+    """Where 384 / (384 / 450) is a little less than 450."""
+    images = ChiasmImageProcessor(384, [0.5] * 3, [0.5] * 3, "crop", 384 / 450)
+    assert published_images(images).size["shortest_edge"] == 450 == images.shortest(384)
 
 
 TILED: dict[str, dict[str, Any]] = {
@@ -316,6 +339,23 @@ def test_internvl_may_be_told_of_videos(tmp_path: Path) -> None:
     processor = KINDS["internvl"].export(vlm.model, vlm.processor).processor
     with pytest.raises(ValueError, match="Found 1 <video> tokens in the text but no videos were passed"):
         processor(text="Is <video> a token?")
+
+
+def test_qwen2_vl_keeps_its_processor(tmp_path: Path) -> None:
+    """Pictures of any shape; its class for videos needs torchvision too."""
+    test_unified_loaders.qwen2_vl_with_processor(tmp_path / "first")
+    vlm = chiasm.load(tmp_path / "first")
+    done = convert(vlm.model, vlm.processor, "transformers", tmp_path / "out")
+    assert done.kind == "qwen2_vl" and done.difference is not None and done.difference < 1e-4
+    assert is_torchvision_available() or any("torchvision" in note for note in done.notes)
+    exported, again = KINDS["qwen2_vl"].export(vlm.model, vlm.processor), chiasm.load(tmp_path / "out")
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    for picture in (tiny.picture(), tiny.picture(1).resize((70, 33))):
+        inputs = exported.ask(exported.processor, QUESTION, picture)
+        tokens = theirs.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        text = vlm.chat(picture, "What is it?", max_new_tokens=5)
+        assert exported.processor.decode(tokens, skip_special_tokens=True).strip() == text
+        assert again.chat(picture, "What is it?", max_new_tokens=5) == text
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -33,7 +33,12 @@ FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
 def model(
-    family: str = "llama", connector: Any = "mlp", tied: bool = False, size: int = 64, shown: int | None = None
+    family: str = "llama",
+    connector: Any = "mlp",
+    tied: bool = False,
+    size: int = 64,
+    shown: int | None = None,
+    **more: Any,
 ) -> chiasm.VLM:
     """Sizes are multiples of 32, which quantised rows need; pictures are shown in another than the encoder's."""
     torch.manual_seed(5)
@@ -45,7 +50,7 @@ def model(
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     tokens = {"vocab_size": 261, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
     text = {"num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.3, "tie_word_embeddings": tied}
-    config = FAMILIES[family](**sizes, **tokens, **text, max_position_embeddings=2048)
+    config = FAMILIES[family](**sizes, **tokens, **text | more, max_position_embeddings=2048)
     language = AutoModelForCausalLM.from_config(config)
     options: dict[str, Any] = {"tokenizer": tiny.tokenizer(), "image_size": shown}
     vlm = chiasm.connect(vision.eval(), language.eval(), connector, **options)
@@ -131,6 +136,34 @@ def test_llama_cpp_gives_the_same_text(
         if length:
             expected = vlm.chat(picture, "What is it?", max_new_tokens=length)
             assert text.startswith(expected.rstrip("\ufffd"))
+
+
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 40,
+}
+LINEAR: dict[str, Any] = {"rope_type": "linear", "rope_theta": 100.0, "factor": 5.0}
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, LINEAR])
+def test_heads_turn_as_far_in_llama_cpp(rope: dict[str, Any], tmp_path: Path) -> None:
+    vlm = model(rope_parameters=rope)
+    plain = model(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    pictures = [None, *(tiny.picture(seed).resize((64, 64)) for seed in (3, 5, 7, 8, 11))]
+    lengths = [sure(vlm, picture) for picture in pictures]
+    shown = list(zip(pictures, lengths, strict=True))
+    expected, others = (
+        [one.chat(picture, "What is it?", max_new_tokens=max(length, 1)) for picture, length in shown]
+        for one in (vlm, plain)
+    )
+    assert expected != others and sum(lengths) >= 8
+    convert(vlm.model, vlm.processor, "gguf", tmp_path)
+    for text, told, length in zip(answers(tmp_path, pictures, "What is it?", 8), expected, lengths, strict=True):
+        assert not length or text.startswith(told.rstrip("\ufffd"))
 
 
 def smooth(seed: int) -> Image.Image:
@@ -253,6 +286,10 @@ def test_matrices_are_quantised_on_request(quantize: str, kind: str, tmp_path: P
         ({"vision": tiny.vision("clip")}, "misplaces the class token .* with --inexact"),
         ({"language": small("llama", hidden_act="gelu")}, "hidden_act 'gelu', llama.cpp computes its kind with 'silu'"),
         ({"language": small("qwen3", attention_bias=True)}, "attention_bias, for which llama.cpp's 'qwen3'"),
+        (
+            {"language": small("qwen3", rope_parameters=LLAMA3)},
+            "rope_type 'llama3', this conversion writes 'default' for",
+        ),
         ({"language": small("mistral", sliding_window=7)}, "'mistral' models no sliding window, this one has one of 7"),
         ({"language": small("qwen2", **NEAR)}, "'qwen2' models no sliding window, this one has one of 7"),
         (
@@ -281,12 +318,13 @@ def test_a_sliding_window_is_written_as_the_context_on_request(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("mean", "told"), [((0.5, 0.5, 0.5), True), ((0.48145466, 0.4578275, 0.40821073), False)])
-def test_what_is_padded_with_another_colour_is_said(mean: tuple[float, ...], told: bool, tmp_path: Path) -> None:
+def test_how_pictures_are_padded_is_said(mean: tuple[float, ...], told: bool, tmp_path: Path) -> None:
     options = {"tokenizer": tiny.tokenizer(), "resize_mode": "pad"}
     vlm = chiasm.connect(tiny.vision("siglip"), tiny.language(), "mlp", **options)
     vlm.processor.image_processor.image_mean = list(mean)
     notes = convert(vlm.model, vlm.processor, "gguf", tmp_path).notes
-    assert any("llama.cpp pads pictures with (122, 116, 104)" in note for note in notes) == told
+    colour = " with (122, 116, 104), not (127, 127, 127)" if told else ""
+    assert any(f"llama.cpp pads pictures{colour} once they are scaled" in note for note in notes)
 
 
 def test_clip_is_written_for_a_repaired_llama_cpp_only_on_request(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -25,6 +26,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import chiasm
 import tiny
 from chiasm.interop.convert import convert
+from chiasm.interop.loaders import name_parts
+from chiasm.training.card import model_card
 from contracts import check_equals_reference, check_saved_equals_loaded, check_strict_loading
 
 TOKENS = {"vocab_size": 261, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
@@ -245,6 +248,19 @@ def test_the_processor_gives_the_same_inputs(tmp_path: Path) -> None:
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert vlm.processor.apply_chat_template(messages, add_generation_prompt=True) == rendered
     assert isinstance(vlm.chat(tiny.picture(), "What?", max_new_tokens=3), str)
+
+
+def test_its_card_names_the_whole_checkpoint(tmp_path: Path) -> None:
+    """And not what the language model in it once was."""
+    text = tiny.language().config
+    text._name_or_path = "lmsys/vicuna-tiny"
+    reference(tmp_path / "llava-tiny", text_config=text)
+    vlm = chiasm.load(tmp_path / "llava-tiny")
+    assert "- llava-tiny (llama)" in model_card(vlm.model, [], {})
+    name_parts(vlm.model, "llava-hf/llava-tiny")
+    vlm.save_pretrained(tmp_path / "mine")
+    for one in (vlm, chiasm.load(tmp_path / "mine")):
+        assert ModelCard(model_card(one.model, [], {})).data.base_model == ["llava-hf/llava-tiny"]
 
 
 def test_templates_may_have_names(tmp_path: Path) -> None:

@@ -5,17 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_unified_loaders
 import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 import chiasm
+import chiasm.api
 import tiny
 from chiasm.connectors import CONNECTORS
 from chiasm.interop.convert import convert
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
+
+
+def check_same_answers(ours: Tensor, theirs: Tensor) -> None:
+    """Up to the end of each."""
+    for one, other in zip(ours, theirs, strict=True):
+        end = (one == 257).nonzero()
+        length = int(end[0]) + 1 if len(end) else len(one)
+        assert torch.equal(one[:length], other[:length])
 
 
 @pytest.mark.slow
@@ -44,10 +54,30 @@ def test_logits_and_tokens_of_a_padded_batch(vision: str, language: str, connect
     torch.testing.assert_close(torch.from_numpy(graphs.forward(arrays)[0])[real], expected, rtol=1e-3, atol=1e-3)
     tokens = vlm.model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     found = torch.from_numpy(graphs.generate(arrays, 8))
-    for ours, theirs in zip(tokens, found, strict=True):
-        end = (ours == 257).nonzero()
-        length = int(end[0]) + 1 if len(end) else len(ours)
-        assert torch.equal(ours[:length], theirs[:length])
+    check_same_answers(tokens, found)
+
+
+@pytest.mark.slow
+def test_half_precision_and_a_repetition_penalty(tmp_path: Path) -> None:
+    """Graphs of bfloat16 weights compute in float32, and the model's own penalty is theirs."""
+    from chiasm.interop.onnx_model import OnnxModel
+
+    vlm = chiasm.connect(tiny.vision("siglip"), tiny.language("qwen2"), "linear", tokenizer=tiny.tokenizer())
+    vlm.model.to(torch.bfloat16)
+    vlm.model.generation_config.repetition_penalty = 100.0
+    done = chiasm.api.convert(vlm, "onnx", tmp_path / "out")
+    assert done.difference is not None and done.difference < 1e-3 and vlm.model.dtype == torch.bfloat16
+    assert any("the weights are bfloat16; the graphs compute in float32" in note for note in done.notes)
+    asked = [tiny.ask("What?"), tiny.ask("Is this one of those that are red?")]
+    inputs = vlm.processor(messages=asked, images=[[tiny.picture(1)], [tiny.picture(2)]])
+    arrays, model = {name: tensor.numpy() for name, tensor in inputs.items()}, vlm.model.float()
+    graphs, start = OnnxModel(tmp_path / "out"), inputs["input_ids"].shape[1]
+    found = []
+    for told in ({}, {"repetition_penalty": 1.0}):
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False, **told)[:, start:]
+        found.append(torch.from_numpy(graphs.generate(arrays, 8, **told)))
+        check_same_answers(tokens, found[-1])
+    assert not torch.equal(*found)
 
 
 def test_a_window_of_all_layers_is_kept() -> None:
@@ -71,6 +101,9 @@ def test_what_has_no_graphs_is_refused(tmp_path: Path) -> None:
     vlm = chiasm.connect(tiny.vision(), tiny.language(), tokenizer=tiny.tokenizer(), **options)
     with pytest.raises(ValueError, match=r"ONNX graphs are for early fusion .* this is fusion 'intermediate'"):
         convert(vlm.model, vlm.processor, "onnx", tmp_path / "out")
+    test_unified_loaders.qwen2_vl().save_pretrained(tmp_path / "qwen2_vl")
+    with pytest.raises(ValueError, match=r"pictures of one size .* connector 'patch_merger'"):
+        convert(chiasm.load(tmp_path / "qwen2_vl").model, None, "onnx", tmp_path / "out")
 
 
 def test_a_connector_that_fixes_the_number_of_pictures_is_refused(

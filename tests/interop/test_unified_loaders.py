@@ -81,7 +81,7 @@ def fuyu() -> Any:
     return _shaken(FuyuForCausalLM(config))
 
 
-def _qwen2_vl(**options: Any) -> Any:
+def qwen2_vl(**options: Any) -> Any:
     rope = {"rope_type": "default", "rope_theta": 9000.0, "mrope_section": [1, 1, 1]}
     text = {**SIZES, "num_key_value_heads": 2, "rope_parameters": rope}
     vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 36, "patch_size": 3, "mlp_ratio": 2}
@@ -91,10 +91,10 @@ def _qwen2_vl(**options: Any) -> Any:
     return _shaken(Qwen2VLForConditionalGeneration(config))
 
 
-def _qwen2_vl_with_processor(folder: Path) -> Qwen2VLImageProcessorPil:
+def qwen2_vl_with_processor(folder: Path) -> Qwen2VLImageProcessorPil:
     words = tiny.tokenizer()
     words.add_tokens(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"], special_tokens=True)
-    model = _qwen2_vl()
+    model = qwen2_vl()
     text = {**model.config.text_config.to_dict(), "vocab_size": len(words), "max_position_embeddings": 600}
     vision = model.config.vision_config
     ids = dict(zip(("image_token_id", "video_token_id"), range(len(words) - 2, len(words)), strict=True))
@@ -164,7 +164,7 @@ def test_the_engine_answers_as_they_do(tmp_path: Path) -> None:
     """Requests share the steps of Chameleon and Qwen2-VL too."""
     chameleon_with_processor(tmp_path / "chameleon")
     contracts.check_engine_equals_generate(chiasm.load(tmp_path / "chameleon"), kind=BatchedDecoder)
-    _qwen2_vl_with_processor(tmp_path / "qwen2_vl")
+    qwen2_vl_with_processor(tmp_path / "qwen2_vl")
     contracts.check_engine_equals_generate(chiasm.load(tmp_path / "qwen2_vl"), kind=LeanDecoder)
     contracts.check_a_new_picture(chiasm.load(tmp_path / "qwen2_vl"), "encode_pictures")
 
@@ -173,7 +173,7 @@ def test_pictures_beyond_the_context_are_refused_by_their_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The patches of some large pictures would take gigabytes before anything counts their tokens."""
-    _qwen2_vl_with_processor(tmp_path)
+    qwen2_vl_with_processor(tmp_path)
     vlm, picture = chiasm.load(tmp_path), tiny.picture().resize((120, 90))
     asked = [{"role": "user", "content": [{"type": "image"}] * 6 + [{"type": "text", "text": "What?"}]}]
     tokens = vlm.processor(messages=asked, images=[picture] * 6)["input_ids"][0].tolist()
@@ -243,7 +243,7 @@ def test_fuyu_reads_pictures_as_the_reference_does(size: tuple[int, int], tmp_pa
 @pytest.mark.parametrize("size", [(77, 13), (9, 40), (60, 90)], ids=str)
 def test_qwen2_vl_reads_pictures_as_the_reference_does(size: tuple[int, int], tmp_path: Path) -> None:
     """Tokens, pixels and grids; a video or a picture too many is refused."""
-    images = _qwen2_vl_with_processor(tmp_path)
+    images = qwen2_vl_with_processor(tmp_path)
     vlm = chiasm.load(tmp_path)
     shown = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     ours, theirs = vlm.processor(images=[shown], messages=tiny.ask("What?")), images([shown], return_tensors="pt")
@@ -260,7 +260,7 @@ def test_qwen2_vl_reads_pictures_as_the_reference_does(size: tuple[int, int], tm
 
 def test_a_picture_is_read_as_its_file_is(tmp_path: Path) -> None:
     """Upright by its EXIF orientation, and with 8 bits."""
-    _qwen2_vl_with_processor(tmp_path / "model")
+    qwen2_vl_with_processor(tmp_path / "model")
     processor, turned = chiasm.load(tmp_path / "model").processor, Image.Exif()
     turned[0x0112] = 6
     tiny.picture(3).resize((60, 30)).save(tmp_path / "turned.jpg", exif=turned)
@@ -275,7 +275,7 @@ def test_a_picture_is_read_as_its_file_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_qwen2_vl(tmp_path: Path, tied: bool) -> None:
     """Pictures of two shapes, and a video, in a batch that is padded on the left."""
-    reference = _qwen2_vl(tie_word_embeddings=tied)
+    reference = qwen2_vl(tie_word_embeddings=tied)
     model = _loaded(reference, tmp_path)
     assert isinstance(model, PackedFusionModel)
     grids, videos = torch.tensor([[1, 4, 6], [1, 2, 2], [1, 4, 2]]), torch.tensor([[2, 4, 2]])
@@ -305,7 +305,7 @@ def test_qwen2_vl(tmp_path: Path, tied: bool) -> None:
 
 def test_qwen2_vl_continues_without_being_told_positions(tmp_path: Path) -> None:
     """What a decoding loop that knows nothing of M-RoPE gets is what the whole forward gives."""
-    model = _loaded(_qwen2_vl(), tmp_path)
+    model = _loaded(qwen2_vl(), tmp_path)
     ids = torch.tensor([[1, 7, *[IMAGE] * 6, 8, 9, 4, 5]])
     picture = {"pixel_values": torch.randn(24, 54), "image_grid_thw": torch.tensor([[1, 4, 6]])}
     with torch.no_grad():
@@ -318,7 +318,7 @@ def test_qwen2_vl_continues_without_being_told_positions(tmp_path: Path) -> None
 
 
 def test_saved_again_and_loaded(tmp_path: Path) -> None:
-    for name, reference in (("chameleon", chameleon()), ("fuyu", fuyu()), ("qwen2_vl", _qwen2_vl())):
+    for name, reference in (("chameleon", chameleon()), ("fuyu", fuyu()), ("qwen2_vl", qwen2_vl())):
         model = _loaded(reference, tmp_path / name)
         model.save_pretrained(tmp_path / f"{name}-again")
         again = chiasm.load(tmp_path / f"{name}-again").model
@@ -327,14 +327,14 @@ def test_saved_again_and_loaded(tmp_path: Path) -> None:
             assert torch.equal(parameter, other)
 
 
-@pytest.mark.parametrize("make", [chameleon, fuyu, _qwen2_vl])
+@pytest.mark.parametrize("make", [chameleon, fuyu, qwen2_vl])
 def test_weights_are_read_strictly(make: Any, tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     contracts.check_strict_loading(tmp_path)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    reference = _qwen2_vl()
+    reference = qwen2_vl()
     with pytest.raises(ValueError, match="sliding_window of this qwen2_vl_text model is 7"):
         reference.config.text_config.sliding_window = 7
         reference.config.text_config.use_sliding_window = True
@@ -342,7 +342,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_costs_of_a_packed_picture(tmp_path: Path) -> None:
-    model = _loaded(_qwen2_vl(), tmp_path)
+    model = _loaded(qwen2_vl(), tmp_path)
     tower = model.vision
     rows, columns = (side * tower.merge for side in tower.grid)
     grids = torch.tensor([[1, rows, columns]])

@@ -1,5 +1,6 @@
 """The adapter reaches every kind of language model the same way, and its logits are the model's own."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,8 @@ def test_a_language_model_without_attention_is_refused(config: PreTrainedConfig)
     with pytest.raises(ValueError, match=r"model type '\w+'\) keeps no keys and values of attention") as error:
         chiasm.connect(tiny.vision(), AutoModelForCausalLM.from_config(config))
     assert "\n" not in str(error.value)
+
+
+def test_an_error_can_be_told_by_another_process() -> None:
+    error = pickle.loads(pickle.dumps(adapter.ContextError("too long", 3)))
+    assert (str(error), error.room) == ("too long", 3)

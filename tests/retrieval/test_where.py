@@ -40,6 +40,8 @@ ITEM |= {"Camera Model": "X-T5", "city": "Paris, Texas", "said": '"so"', "색상
         ("Camera Model != X-T5", False),
         ("Camera Model in X-T4, X-T5", True),
         ("from in=a", True),
+        ("from in = a", True),
+        ("from in != a", False),
         ("city=Paris, Texas", True),
         ('city in "Paris, Texas",Rome', True),
         ("city in Paris, Texas", False),

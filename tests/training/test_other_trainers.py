@@ -139,3 +139,29 @@ def test_pefts_own_api(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.allclose(merged(**batch).logits, expected, atol=1e-5)
     assert type(merged) is type(helpers.vlm().model)
+
+
+@pytest.mark.parametrize("fusion", helpers.FUSIONS)
+def test_predictions_of_transformers_trainer_are_logits(tmp_path: Path, fusion: str) -> None:
+    vlm = helpers.vlm(fusion=fusion)
+    arguments = TrainingArguments(str(tmp_path), **ARGUMENTS, per_device_eval_batch_size=4)
+    trainer = Trainer(vlm.model, arguments, Collator(vlm.processor), eval_dataset=helpers.samples(6))
+    found = trainer.predict(helpers.samples(6))
+    assert found.predictions.shape[0] == 6 and found.predictions.shape[2] == 261
+
+
+def test_the_copies_that_peft_trains_look_at_pictures(tmp_path: Path) -> None:
+    """PEFT trains copies of `modules_to_save`: cross-attention must go through them, and be there after a merge."""
+    vlm = helpers.vlm(fusion="intermediate")
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["connector", "cross_attention"])
+    adapted = get_peft_model(vlm.model, config)
+    batch = Collator(vlm.processor)(helpers.samples(4))
+    adapted(**batch).loss.backward()
+    copies = {name: one for name, one in adapted.named_parameters() if "modules_to_save" in name and "gate" in name}
+    assert copies and all(one.grad is not None and one.grad.abs().sum() > 0 for one in copies.values())
+    merged = adapted.merge_and_unload().eval()
+    merged.save_pretrained(tmp_path)
+    vlm.processor.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected, found = (model(**batch).logits for model in (merged, chiasm.load(tmp_path).model.eval()))
+    assert torch.allclose(found, expected, atol=1e-5)

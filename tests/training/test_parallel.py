@@ -70,6 +70,11 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "intermediate": ("intermediate", {"connector": FULL, "vision": NORMS}, {}),
     "late": ("late", {"connector": FULL, "vision": FULL, "language": RSLORA}, PAIRS),
     "late-connector": ("late", FULL_CONNECTOR, PAIRS),
+    "late-chunks": (
+        "late",
+        {"connector": FULL, "vision": FULL, "language": FULL},
+        PAIRS | {"batch_size": 3, "chunk": 1},
+    ),
     "late-sigmoid": ("late-biased", FULL_CONNECTOR, SIGMOID),
     "late-answers": ("late", {"answer_head": FULL, "vision": NORMS}, ANSWERS),
     "blip-2": ("q-former", {"connector": FULL, "vision": NORMS}, BLIP2),

@@ -55,6 +55,11 @@ def test_stages_inherit_from_the_top_and_override_it(tmp_path: Path) -> None:
             "recipe.yaml:13: stages.instruct.validation.each: unknown key; known keys are",
         ),
         ("batch_size: 8", "batch_size: -1", "recipe.yaml:1: batch_size: -1: should be greater than 0"),
+        ("batch_size: 8", "batch_size: yes", "recipe.yaml:1: batch_size: true is no number"),
+        ("lr: 1e-3", "lr: true", "recipe.yaml:4: stages.align.lr: true is no number"),
+        ("rank: 8", "rank: on", "recipe.yaml:12: stages.instruct.parts.language.rank: true is no number"),
+        ("{every: 5}", "{every: on}", "recipe.yaml:13: stages.instruct.validation.every: true is no number"),
+        ("steps: 10", "steps: 10\n    checkpoint_every: no", "checkpoint_every: false is no number"),
         (
             "tune: lora",
             "tune: laura",

@@ -6,19 +6,23 @@ import math
 import os
 import re
 import tarfile
+from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import helpers
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import chiasm
 import contracts
 from chiasm.data.containers import TarRows
+from chiasm.data.feature_cache import FeatureCache
 from chiasm.data.readers import read
 from chiasm.data.schema import ImageRef, Sample
 from chiasm.training import features
@@ -27,6 +31,7 @@ from chiasm.training.closed_form import Started
 from chiasm.training.log import read_log
 from chiasm.training.preview import preview
 from chiasm.training.recipe import load_recipe
+from chiasm.training.reporter import Reporter
 from chiasm.training.validation import Validator
 
 FULL = {**helpers.FROZEN, "connector": {"tune": "full", "lr": 1e-2}}
@@ -332,7 +337,8 @@ def test_a_bad_sample_stops_the_run_by_name_or_is_skipped_and_counted(
 ) -> None:
     data = [*helpers.samples(6), broken(kind, tmp_path)]
     recipe = {"stages": [helpers.stage(steps=None, epochs=1, cache_features=cached)]}
-    with pytest.raises(ValueError, match=r"sample 'bad': .*; chiasm data check lists every such sample") as error:
+    check = "chiasm data check --model DIR" if kind == "long" else "chiasm data check"
+    with pytest.raises(ValueError, match=rf"sample 'bad': .*; {check} lists every such sample") as error:
         helpers.run(tmp_path / "run", recipe, data=data)
     assert "\n" not in str(error.value)
     result = helpers.run(tmp_path / "run", recipe, data=data, overrides=["skip_bad=true"], quiet=False)
@@ -343,6 +349,63 @@ def test_a_bad_sample_stops_the_run_by_name_or_is_skipped_and_counted(
     if kind == "picture":
         assert "broken.jpg: is not a picture" in events(result, "skipped")[0]["reason"]
     assert sum(event["samples"] for event in events(result, "step")) == 6
+
+
+def test_answers_that_lose_their_end_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = helpers.samples(8)
+    long = [data[3].messages[0], {"role": "assistant", "content": "red " * 40}]
+    data[3] = replace(data[3], messages=long)
+    recipe = {"stages": [helpers.stage(steps=None, epochs=2, max_length=120)]}
+    result = helpers.run(tmp_path / "run", recipe, data=data, quiet=False)
+    assert sum(event["cut"] for event in events(result, "step")) == 2
+    (warning,) = events(result, "warning")
+    assert re.search(r"longer than max_length .* such as 's3' with \d+ tokens lose the end", warning["text"])
+    assert "stage align: answers cut at their end: 2 of 16" in capsys.readouterr().err
+
+
+def test_pictures_that_wait_to_be_encoded_are_not_held(tmp_path: Path) -> None:
+    """A data set with pictures in its rows may hold more of them than memory."""
+    held = WeakValueDictionary[int, ImageRef]()
+
+    class Rows(Sequence[Sample]):
+        def __len__(self) -> int:
+            return 600
+
+        def __getitem__(self, index: Any) -> Any:
+            picture = ImageRef.of(Image.new("RGB", (8, 8), (index % 256, index // 256, 9)))
+            held[id(picture)] = picture
+            return replace(helpers.sample(0), id=f"s{index}", images=[picture])
+
+    model, most = helpers.vlm(), 0
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        most = max(most, len(held))
+        return torch.zeros(len(pixels), 9, 24)
+
+    cache = FeatureCache({"dtype": "float32"}, (9, 24), tmp_path)
+    stage = load_recipe({"stages": [helpers.stage()]}).stages[0]
+    made = features.Features(encode, None, cache, model.processor, Reporter("quiet"), stage)
+    rows = made.fill(Rows(), range(600))
+    assert rows is not None and len(cache) == 600 and most < 300
+
+
+def test_the_encoder_is_chosen_by_the_samples_and_not_by_what_is_missing(tmp_path: Path) -> None:
+    """Compiled features differ in their last bits: a run that was killed among them goes on to the same ones."""
+
+    def plain(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(pixels), 9, 24)
+
+    cache = FeatureCache({"dtype": "float32"}, (9, 24), tmp_path)
+    stage, model = load_recipe({"stages": [helpers.stage()]}).stages[0], helpers.vlm()
+    made = features.Features(plain, lambda: lambda x: plain(x) + 1, cache, model.processor, Reporter("quiet"), stage)
+    data = [replace(helpers.sample(index), id=f"s{index}") for index in range(6)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "WORTH_COMPILING", 4)
+        assert made.fill(data[:2], range(2)) is not None
+        assert made.fill(data, range(6)) is not None
+        assert made.fill([helpers.sample(9)], range(1), together=8) is not None
+    assert cache.read(range(7))[:, 0, 0].tolist() == [0.0] * 2 + [1.0] * 5
 
 
 def test_a_damaged_shard_is_named_and_the_run_goes_on_without_it(

@@ -9,7 +9,7 @@ import torch
 from chiasm.data.drawing import drawn
 from chiasm.data.schema import Sample
 from chiasm.training.parallel import Engine
-from chiasm.training.source import Source
+from chiasm.training.source import Source, usable_samples
 from chiasm.training.stage_model import AnswerModel
 from chiasm.training.validation import Validator, mean_losses, with_wrong_pictures
 
@@ -98,3 +98,14 @@ def test_without_pictures_there_is_no_control() -> None:
     made, _ = validator([helpers.sample(index, images=0) for index in range(3)], 2)
     result = made.run(torch.float32)
     assert result["shuffled_loss"] is None and result["answers"] == []
+
+
+def test_few_samples_are_spread_over_the_data() -> None:
+    """A mixture's data sets lie one behind the other, and validation looks at all of them."""
+    chosen, _ = usable_samples(helpers.samples(20), 4, skip_bad=False)
+    assert [sample.id for sample in chosen] == ["s0", "s5", "s10", "s15"]
+    assert len(usable_samples(helpers.samples(3), 4, skip_bad=False)[0]) == 3
+    assert usable_samples(helpers.samples(3), 0, skip_bad=False) == usable_samples([], 4, skip_bad=False) == ([], [])
+    learner = AnswerModel((model := helpers.vlm()).model, model.processor)
+    made = Validator(learner, lambda samples: Source(samples, learner), helpers.samples(8), [], 4, 2, None)
+    assert [sample.id for sample in made.asked] == ["s0", "s4"]

@@ -272,7 +272,6 @@ MEAN_STD = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
             {"resize_mode": "crop", "crop_fraction": 0.875},
         ),
         ({"do_center_crop": True, "size": SQUARE, "crop_size": SQUARE}, {"resize_mode": "squash"}),
-        ({"do_center_crop": True, "size": {"height": 40, "width": 40}, "crop_size": SQUARE}, {"resize_mode": "crop"}),
         ({"size": {"height": 224, "width": 224}, "resample": 2}, {"resize_mode": "squash", "resample": 2}),
         ({"size": {"shortest_edge": 224}, "crop_pct": 0.9}, {"resize_mode": "crop", "crop_fraction": 0.9}),
         ({"size": {"shortest_edge": 384}, "crop_pct": 0.9}, {"resize_mode": "squash"}),
@@ -287,6 +286,13 @@ def test_a_sources_own_processing_is_read(config: dict, expected: dict, tmp_path
     stated = ours.to_dict()
     assert {name: stated[name] for name in expected} == expected
     assert (stated["image_mean"], stated["image_std"]) == (MEAN_STD["image_mean"], MEAN_STD["image_std"])
+
+
+@pytest.mark.parametrize("size", [{"height": 40, "width": 40}, {"shortest_edge": 20}, 20])
+def test_crops_of_other_shapes_are_refused(size: object, tmp_path: Path) -> None:
+    written(tmp_path, **MEAN_STD, do_center_crop=True, size=size, crop_size=SQUARE)
+    with pytest.raises(ValueError, match=r"wants crop_size .* of pictures of size"):
+        image_processor_for(tmp_path, encoder("clip_vision_model", image_size=30, patch_size=10))
 
 
 def test_our_own_processing_is_read_back_and_options_win(tmp_path: Path) -> None:

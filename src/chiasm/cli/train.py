@@ -97,17 +97,30 @@ def report(
 @data_app.command("check", epilog=example("chiasm data check data.json"))
 def data_check(
     data: Annotated[str, typer.Argument(help=DATA, show_default=False)],
+    split: Annotated[str | None, typer.Option(help="Of data in splits; by default train, as training does.")] = None,
     max_pixels: Annotated[int | None, typer.Option(help="Find pictures with more pixels.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Find picture files with more bytes.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Find what this model cannot learn from, such as too long samples.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="With --model: tokens of a sample; by default the model's context.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find broken, truncated, huge, missing and mislabelled samples before training."""
+    from chiasm.api import encoder_of
     from chiasm.data.check import check
-    from chiasm.data.readers import read
+    from chiasm.data.readers import read, read_split
     from chiasm.training.reporter import progress_bar
 
+    if max_length is not None and model is None:
+        raise ValueError(f"--max-length {max_length} is in a model's tokens; pass --model too")
+    limits: dict[str, Any] = {"max_pixels": max_pixels, "max_bytes": max_bytes}
+    encode = None if model is None else encoder_of(model, max_length)
+    samples = read_split(data, "train") if split is None else read(data, split)
     with progress_bar("checking", err) as update:
-        report = check(read(data), max_pixels=max_pixels, max_bytes=max_bytes, progress=update)
+        report = check(samples, encode=encode, progress=update, **limits)
     if as_json:
         emit(report.to_dict())
     else:

@@ -38,7 +38,7 @@ def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape,
 
 def _convolution_backward(gradient: Shape, features: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
     """As many as forward for the features' gradient, and again for the weights'; PyTorch forgets the groups."""
-    *_, transposed, _, _, (of_features, of_weight, _) = rest
+    transposed, (of_features, of_weight, *_bias) = rest[-4], rest[-1]
     places = prod((features if transposed else gradient)[2:])
     return 2 * gradient[0] * places * prod(weight) * (of_features + of_weight)
 

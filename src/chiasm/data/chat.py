@@ -5,7 +5,7 @@ which tells where the contents stand; the text is then put together, and compare
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from types import MappingProxyType
@@ -39,6 +39,9 @@ ENCODER_DECODER_TEMPLATE = (
 
 TEMPLATES = {"plain": PLAIN_TEMPLATE, "lean": LEAN_TEMPLATE}
 """Chat templates that have a name."""
+
+CLEANED = (str, str.strip, str.lstrip, str.rstrip)
+"""How templates take a message's words. Mistral's take the user's as they are, and trim the assistant's."""
 
 Message = dict[str, Any]
 Told = Mapping[str, Any]
@@ -153,9 +156,9 @@ def render(
         return Rendered(text, [])
     texts = [(message["role"], text) for message in arranged for text in _texts(message)]
     skeleton = re.split("\ue000(\\d+)\ue001", _render(tokenizer, _marked(arranged), told))
-    for clean in (str, str.strip):
-        composed, answers = _compose(skeleton, texts, clean)
-        if composed == text:
+    for cleaned in ((str,), (str.strip,), CLEANED):
+        answers = _compose(text, skeleton, texts, cleaned)
+        if answers is not None:
             return Rendered(text, answers)
     raise ValueError(
         "the chat template rewrites the messages (as templates that drop earlier reasoning do), so the supervised "
@@ -180,16 +183,23 @@ def _marked(arranged: list[Message]) -> list[Message]:
     return [{**message, "content": mark(message["content"])} for message in arranged]
 
 
-def _compose(skeleton: list[str], texts: list[tuple[str, str]], clean: Any) -> tuple[str, list[tuple[int, int]]]:
-    text, answers = skeleton[0], []
+def _compose(
+    text: str, skeleton: list[str], texts: list[tuple[str, str]], cleaned: Sequence[Callable[[str], str]]
+) -> list[tuple[int, int]] | None:
+    """The answers' places in a text that is put together of a skeleton and messages, each of which the template took
+    in one of these ways; None where it is not."""
+    if not text.startswith(skeleton[0]):
+        return None
+    place, answers = len(skeleton[0]), []
     for index, literal in zip(map(int, skeleton[1::2]), skeleton[2::2], strict=True):
-        start = len(text)
         role, words = texts[index]
-        text += clean(words)
+        said = next((said for clean in cleaned if text.startswith((said := clean(words)) + literal, place)), None)
+        if said is None:
+            return None
         if role == "assistant":
-            answers.append((start, len(text)))
-        text += literal
-    return text, answers
+            answers.append((place, place + len(said)))
+        place += len(said) + len(literal)
+    return answers if place == len(text) else None
 
 
 def _arrange(tokenizer: PreTrainedTokenizerBase, messages: list[Message], told: Told) -> tuple[list[Message], str]:

@@ -20,11 +20,12 @@ KINDS = {
     "broken picture": "truncated, damaged, or not a picture",
     "huge picture": "more pixels or bytes than the limit",
     "too long": "more tokens than the limit",
+    "cut answer": "an answer that ends behind the limit of tokens (a warning: training learns its beginning)",
     "duplicate id": "several samples have this id (a warning: they stay together in a hold-out)",
 }
 """What a `Problem.kind` means."""
 
-WARNINGS = ("duplicate id",)
+WARNINGS = ("cut answer", "duplicate id")
 _BATCH = 512
 
 
@@ -87,6 +88,7 @@ def check(
     tokens_per_image: int = 0,
     max_pixels: int | None = None,
     max_bytes: int | None = None,
+    encode: Callable[[Sample], Any] | None = None,
     threads: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
@@ -99,6 +101,7 @@ def check(
             found; the chat template's own few tokens are not counted.
         max_pixels: a limit below the one that the pictures carry.
         max_bytes: of a picture's file.
+        encode: makes a model's tokens of every sample, as training does; what its SampleErrors say is found too.
         threads: pictures are decoded by so many threads.
         progress: called with (samples looked at, all samples).
     """
@@ -129,6 +132,8 @@ def check(
             batch = range(start, min(start + _BATCH, len(samples)))
             for index, (sample_id, count, problems) in zip(batch, pool.map(look, batch), strict=True):
                 images += count
+                if encode is not None and not problems:
+                    problems = _unread(samples[index], encode)
                 ids[sample_id] += 1
                 if ids[sample_id] > 1:
                     problems = [*problems, Problem("duplicate id", f"number {ids[sample_id]} with this id")]
@@ -136,6 +141,15 @@ def check(
                 if progress:
                     progress(index + 1, len(samples))
     return CheckReport(len(samples), images, findings)
+
+
+def _unread(sample: Sample, encode: Callable[[Sample], Any]) -> list[Problem]:
+    """What is wrong with a sample for a model; one after the other, since tokenizers bear no threads."""
+    try:
+        encode(sample)
+    except SampleError as error:
+        return error.problems
+    return []
 
 
 class _Pictures:

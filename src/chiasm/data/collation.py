@@ -1,7 +1,7 @@
 """Samples become padded batches: every token counted, no picture cut, and an error names its sample."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
-from chiasm.data.labels import num_predicted
+from chiasm.data.labels import IGNORE, last_answers, num_predicted
 from chiasm.data.pixels import keeps_sizes
 from chiasm.data.processor import ChiasmProcessor
+from chiasm.data.rows import sample_of
 from chiasm.data.schema import ImageError, ImageRef, Problem, Sample, SampleError
 
 
@@ -27,16 +28,24 @@ class Item:
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs, and what is in them: samples by id, supervised and real tokens."""
+    """Model inputs, and what is in them: samples by id, supervised and real tokens, and how many tokens those samples
+    had that were too long and lost their end."""
 
     inputs: dict[str, Tensor]
     ids: list[str]
     supervised: int
     tokens: int
+    cut: dict[str, int] = field(default_factory=dict)
 
 
-def encode_sample(sample: Sample, processor: ChiasmProcessor, max_length: int | None = None) -> dict[str, list[int]]:
+def encode_sample(
+    sample: Sample, processor: ChiasmProcessor, max_length: int | None = None, learned: int | None = None
+) -> dict[str, list[int]]:
     """Token ids and labels of a sample; the end of a text that is too long is cut off, but never within a picture.
+    `whole` is the number of tokens that it had, where some of those behind were supervised.
+
+    Args:
+        learned: so many of the assistant's messages, the last ones, are supervised; by default all.
 
     Raises:
         SampleError: the sample is not usable, or nothing supervised or not every picture is left within `max_length`.
@@ -50,7 +59,9 @@ def encode_sample(sample: Sample, processor: ChiasmProcessor, max_length: int | 
         raise SampleError.of_picture(sample.id, error) from error
     except ValueError as error:
         raise SampleError(sample.id, [Problem("placeholders", str(error))]) from error
-    ids = tokens["input_ids"]
+    if learned is not None:
+        tokens["labels"] = last_answers(tokens["labels"], learned)
+    ids, labels = tokens["input_ids"], tokens["labels"]
     if max_length is not None and len(ids) > max_length:
         lost = ids[max_length:].count(processor.image_token_id)
         if lost or processor.encoder_decoder:
@@ -59,12 +70,13 @@ def encode_sample(sample: Sample, processor: ChiasmProcessor, max_length: int | 
             raise SampleError(sample.id, [Problem("too long", reason)])
         tokens = {name: values[:max_length] for name, values in tokens.items()}
     if processor.encoder_decoder:
-        tokens["labels"] = tokens["labels"][:max_length]
+        tokens["labels"] = labels[:max_length]
     if num_predicted(tokens["labels"], processor.encoder_decoder) == 0:
-        reason = f"none of its {len(ids)} tokens is supervised" + (
-            f" after it was cut to {max_length}" if len(tokens["labels"]) < len(ids) else ""
-        )
-        raise SampleError(sample.id, [Problem("no answer", reason)])
+        cut = len(tokens["labels"]) < len(labels)
+        reason = f"none of its {len(ids)} tokens is supervised" + (f" after it was cut to {max_length}" if cut else "")
+        raise SampleError(sample.id, [Problem("too long" if cut else "no answer", reason)])
+    if any(label != IGNORE for label in labels[len(tokens["labels"]) :]):
+        tokens["whole"] = [max(len(ids), len(labels))]
     return tokens
 
 
@@ -112,7 +124,13 @@ def collate(items: Sequence[Item], processor: ChiasmProcessor) -> Batch:
         ids=[item.id for item in items],
         supervised=sum(num_predicted(item.tokens["labels"], processor.encoder_decoder) for item in items),
         tokens=sum(len(item.tokens["input_ids"]) for item in items),
+        cut=cut_of(items),
     )
+
+
+def cut_of(items: Sequence[Item]) -> dict[str, int]:
+    """Items that lost their end, with the number of tokens that they had."""
+    return {item.id: item.tokens["whole"][0] for item in items if "whole" in item.tokens}
 
 
 def stack_pictures(items: Sequence[Item]) -> dict[str, Tensor]:
@@ -125,8 +143,11 @@ def stack_pictures(items: Sequence[Item]) -> dict[str, Tensor]:
 
 
 class Collator:
-    """Rows with `messages` and `images`, or samples, as the inputs of one training step: for `transformers.Trainer`
-    and TRL's `SFTTrainer`, as their `data_collator`.
+    """Rows as the inputs of one training step: for `transformers.Trainer` and TRL's `SFTTrainer`, as their
+    `data_collator`.
+
+    A row is a sample, or has `messages` (or TRL's `prompt` and `completion`, of which the completion is learned) and
+    `images` (or one `image`). Pictures that no message places stand in front of the user's first words, as with TRL.
 
     Args:
         max_length: tokens of a sample; by default all.
@@ -144,20 +165,37 @@ class Collator:
         """
         items = []
         for number, row in enumerate(rows):
-            sample = row if isinstance(row, Sample) else _sample_of_row(row, f"row {number}")
-            tokens = encode_sample(sample.validate(), self.processor, self.max_length)
+            sample, learned = (row, None) if isinstance(row, Sample) else _sample_of_row(row, f"row {number}")
+            tokens = encode_sample(sample.validate(), self.processor, self.max_length, learned)
             items.append(Item(sample.id, tokens, load_pixels(sample, self.processor)))
         return collate(items, self.processor).inputs | ({"return_logits": True} if self.logits else {})
 
 
-def _sample_of_row(row: dict[str, Any], name: str) -> Sample:
-    """Arrow gives every part of a message all keys: those without a value are left out."""
-    pictures = [ImageRef.of(picture, f"in {name}") for picture in row.get("images") or ()]
-    messages = [{**message, "content": _without_empty(message["content"])} for message in row["messages"]]
-    return Sample(str(row.get("id", name)), messages, pictures)
+def _sample_of_row(row: Mapping[str, Any], name: str) -> tuple[Sample, int | None]:
+    """The sample, and how many of its answers are learned, where not all are."""
+    one = row.get("image")
+    pictures = row.get("images") or ([] if one is None else [one])
+    messages, learned = (row["messages"], None) if row.get("messages") else _turns(row, name)
+    told = {"id": row.get("id"), "messages": messages, "images": pictures}
+    sample = sample_of(told, name, lambda picture: ImageRef.of(picture, f"in {name}"))
+    contents = [message["content"] for message in sample.messages]
+    placed = any(part["type"] == "image" for content in contents if isinstance(content, list) for part in content)
+    return sample if placed or not sample.images else _pictures_first(sample), learned
 
 
-def _without_empty(content: Any) -> Any:
-    if isinstance(content, str):
-        return content
-    return [{key: value for key, value in part.items() if value is not None} for part in content]
+def _turns(row: Mapping[str, Any], name: str) -> tuple[list[dict[str, Any]], int]:
+    turns = [row.get("prompt"), row.get("completion")]
+    if not all(isinstance(turn, list) and turn and all(isinstance(one, dict) for one in turn) for turn in turns):
+        reason = f"a row with {', '.join(row) or 'no keys'}; expected messages, or prompt and completion as messages"
+        raise SampleError(name, [Problem("unreadable row", reason)])
+    return [*row["prompt"], *row["completion"]], sum(said.get("role") == "assistant" for said in row["completion"])
+
+
+def _pictures_first(sample: Sample) -> Sample:
+    messages = list(sample.messages)
+    place = next((place for place, message in enumerate(messages) if message["role"] == "user"), None)
+    if place is not None:
+        content = messages[place]["content"]
+        words = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        messages[place] = {**messages[place], "content": [*[{"type": "image"}] * len(sample.images), *words]}
+    return replace(sample, messages=messages)

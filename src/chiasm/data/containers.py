@@ -3,7 +3,7 @@
 import json
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,19 @@ import numpy as np
 import yaml
 
 from chiasm.data.schema import DAMAGED_SHARD, ByteRange, ImageRef, Problem, SampleError
+from chiasm.data.splits import SPLITS
 
 SAVED_DATASET = ("dataset_dict.json", "dataset_info.json", "state.json")
 PICTURES = ("jpg", "jpeg", "jfif", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
+
+
+class Unsplit(ValueError):
+    """Data that comes in splits, of which one must be named."""
+
+    def __init__(self, name: str, splits: Iterable[str], split: str | None) -> None:
+        asked = "none was asked for" if split is None else f"{split!r} is not one of them"
+        fix = "name one of them, as split= or --split, or beside its path in a YAML mixture"
+        super().__init__(f"{name} has the splits {', '.join(splits)}, and {asked}: {fix}")
 
 
 class Rows(ABC):
@@ -158,6 +168,8 @@ def _open_folder(path: Path, split: str | None, understood: str) -> tuple[Rows, 
     files = sorted(file for ending in ("json", "jsonl", "parquet") for file in path.glob(f"*.{ending}"))
     if len(files) == 1:
         return open_source(files[0], split, understood)
+    if not files and (splits := [name for name in SPLITS if (path / name).is_dir()]):
+        raise Unsplit(f"folder {str(path)!r}", splits, split)
     found = ", ".join(file.name for file in files) or "no data file"
     raise ValueError(
         f"folder {str(path)!r} holds {found}, so it is not clear what to read; understood are {understood}"
@@ -172,8 +184,7 @@ def _dataset_rows(data: Any, split: str | None, name: str, folder: Path) -> tupl
         elif split in data:
             data, split = data[split], None
         else:
-            asked = "none was asked for" if split is None else f"{split!r} is not one of them"
-            raise ValueError(f"{name} has the splits {', '.join(data)}, and {asked}: name one of them")
+            raise Unsplit(name, data, split)
     if not isinstance(data, datasets.Dataset):
         raise ValueError(f"a {type(data).__name__} cannot be read by index: load it without streaming")
     return DatasetRows(data, name, folder), split
@@ -267,7 +278,7 @@ def _scan_tar(tar: Path) -> tuple[list[tuple[str, str, ByteRange]], str | None]:
             for member in members:
                 end = member.offset
                 if member.isfile():
-                    folder, _, file = member.name.rpartition("/")
+                    folder, _, file = _as_text(member.name).rpartition("/")
                     stem, _, ending = file.partition(".")
                     place = ByteRange(tar, member.offset_data, member.size)
                     found.append((f"{folder}/{stem}".lstrip("/"), ending.lower(), place))
@@ -278,6 +289,11 @@ def _scan_tar(tar: Path) -> tuple[list[tuple[str, str, ByteRange]], str | None]:
     if mark == bytes(tarfile.BLOCKSIZE):
         return found, None
     return found, _damaged(tar, end, "a header is damaged" if len(mark) == tarfile.BLOCKSIZE else "its end is missing")
+
+
+def _as_text(name: str) -> str:
+    """A member's name; bytes that are no UTF-8, as of tars from older systems, are written out."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _damaged(tar: Path, place: int, reason: str) -> str:

@@ -40,6 +40,14 @@ def last_answer(labels: list[int]) -> list[int]:
     return labels[start:end]
 
 
+def last_answers(labels: list[int], count: int) -> list[int]:
+    """The same labels with the last `count` runs of supervised ones alone: what is said before is read only."""
+    before = [IGNORE, *labels]
+    starts = [place for place, label in enumerate(labels) if label != IGNORE and before[place] == IGNORE]
+    first = [*starts, len(labels)][max(0, len(starts) - count)]
+    return [IGNORE] * first + labels[first:]
+
+
 def num_predicted(labels: list[int], encoder_decoder: bool) -> int:
     """Supervised tokens that are predicted: all of a decoder's that starts from a mark, else all but the first."""
     return sum(label != IGNORE for label in labels[0 if encoder_decoder else 1 :])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from chiasm.data.collation import Batch, Item, stack_pictures
+from chiasm.data.collation import Batch, Item, cut_of, stack_pictures
 from chiasm.data.labels import IGNORE, num_predicted
 from chiasm.data.padding import filler
 from chiasm.data.processor import ChiasmProcessor
@@ -55,4 +55,5 @@ def collate_packed(items: Sequence[Item], processor: ChiasmProcessor, room: int 
         ids=[item.id for item in order],
         supervised=sum(num_predicted(item.tokens["labels"], processor.encoder_decoder) for item in order),
         tokens=sum(lengths),
+        cut=cut_of(order),
     )

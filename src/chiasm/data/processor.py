@@ -96,6 +96,7 @@ class ChiasmProcessor(ProcessorMixin):
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right" if encoder_decoder else "left"  # by which pipelines pad what is answered
         self.num_image_tokens = num_image_tokens
         self.add_special_tokens = add_special_tokens
         self.token_types = token_types

@@ -68,6 +68,14 @@ def read(source: Any, split: str | None = None, **options: Any) -> Samples:
     return samples if at_most == 1 else MergedQuestions(samples, at_most)
 
 
+def read_split(source: Any, split: str) -> Samples:
+    """All samples of a source; of one that comes in splits, this one."""
+    try:
+        return read(source)
+    except containers.Unsplit:
+        return read(source, split)
+
+
 def read_train(source: Any) -> Samples:
     """What examples for `source` are drawn from: its train split, or all of it where it has no such split."""
     if isinstance(source, str) and source.partition(":")[0] == EMOJI_SCENES:
@@ -180,7 +188,10 @@ class Mixture(Samples):
             named = path.startswith((EMOJI_SCENES, "hf:"))
             inherited = {} if path.startswith(EMOJI_SCENES) else options
             own_split = entry.pop("split", split)
-            sources.append(read(path if named else file.parent / path, own_split, **(inherited | entry)))
+            try:
+                sources.append(read(path if named else file.parent / path, own_split, **(inherited | entry)))
+            except containers.Unsplit as error:
+                raise ValueError(f"{file}: {error}") from error
             weights.append(float(weight))
         return cls(sources, weights)
 

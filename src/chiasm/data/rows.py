@@ -191,12 +191,16 @@ def _label(row: Mapping[str, Any], key: str) -> str | None:
     value = row.get(key)
     if isinstance(value, list | dict):
         raise ValueError(f"{key!r} is {value!r:.60}, expected text or a number")
-    return None if value is None else str(value)
+    return None if value is None else _whole_text(str(value), key)
 
 
 def _text(value: Any, key: str) -> str:
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ValueError(f"{key!r} is {value!r:.60}, expected text")
-    if fault := half_character(str(value)):
+    return _whole_text(str(value), key)
+
+
+def _whole_text(text: str, key: str) -> str:
+    if fault := half_character(text):
         raise ValueError(f"{key!r} is no text: {fault}")
-    return str(value)
+    return text

@@ -42,6 +42,7 @@ class ChiasmConfig(PreTrainedConfig):
     """
 
     model_type = "chiasm"
+    keys_to_ignore_at_inference = ["cache", "image_cache", "visual_tokens", "image_grid_thw"]  # noqa: RUF012  (as below)
     sub_configs_defaults = {  # noqa: RUF012  (the base class declares it as a ClassVar)
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),

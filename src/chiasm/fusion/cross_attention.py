@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import torch
 from jaxtyping import Bool, Float
@@ -55,10 +57,15 @@ def looking(look: Look | None) -> Iterator[None]:
 
 
 class GatedCrossAttention(GradientCheckpointingLayer):
-    """x + tanh(attention_gate) · attention(x, pictures), then x + tanh(feed_forward_gate) · feed_forward(x)."""
+    """x + tanh(attention_gate) · attention(x, pictures), then x + tanh(feed_forward_gate) · feed_forward(x).
 
-    def __init__(self, width: int, visual_width: int, settings: CrossAttentionSettings) -> None:
+    Args:
+        mark: of the model that the block is for, and of its copies.
+    """
+
+    def __init__(self, width: int, visual_width: int, settings: CrossAttentionSettings, mark: str = "") -> None:
         super().__init__()
+        self.mark = mark
         norm, eps, size = NORMS[settings.norm], settings.eps, settings.head_dim
         inner, shared = settings.heads * size, settings.kv_heads * size
         self.settings = settings
@@ -136,13 +143,14 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.settings = settings
         self.visual_norm = nn.LayerNorm(visual_width) if settings.visual_norm else nn.Identity()
-        self.blocks: Any = nn.ModuleList(GatedCrossAttention(width, visual_width, settings) for _ in settings.layers)
+        block = partial(GatedCrossAttention, width, visual_width, settings, uuid4().hex)
+        self.blocks: Any = nn.ModuleList(block() for _ in settings.layers)
         self.image_embedding = nn.Parameter(torch.zeros(word_width)) if settings.image_embedding else None
 
     def attach(self, layers: nn.ModuleList) -> None:
         """Puts the blocks in front of their layers, by PyTorch's own hooks: no class and no weight name changes."""
         for index, layer in enumerate(self.settings.layers):
-            hook = _InFront(self.blocks[index], index)
+            hook = _InFront(self.blocks[index].mark, index)
             layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
 
     def keys_values(self, visual: Float[Tensor, "B K W"]) -> list[KeysValues]:
@@ -196,16 +204,18 @@ def _openness(gate: Tensor) -> float:
 
 
 class _InFront:
-    """A forward pre-hook that sends hidden states through a block first; an object, so that models can be copied."""
+    """A forward pre-hook that sends hidden states through a block first, of those that the model has now: PEFT trains
+    copies of parts (`modules_to_save`). An object, so that models can be copied."""
 
-    def __init__(self, block: nn.Module, index: int) -> None:
-        self.block, self.index = block, index
+    def __init__(self, mark: str, index: int) -> None:
+        self.mark, self.index = mark, index
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         look = LOOK.get()
         if look is None or look.blocks is None or self.index >= len(look.blocks):
             return None
-        if look.blocks[self.index] is not self.block:
+        block: Any = look.blocks[self.index]
+        if block.mark != self.mark:
             return None
-        hidden = self.block(args[0] if args else kwargs["hidden_states"], *look.keys_values[self.index], look)
+        hidden = block(args[0] if args else kwargs["hidden_states"], *look.keys_values[self.index], look)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

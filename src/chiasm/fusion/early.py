@@ -122,7 +122,7 @@ class EarlyFusionModel(FusionModel, GenerationMixin):
         inputs = super().language_inputs(inputs, cache)
         if types is None or self.config.attention != "prefix":
             return inputs if types is None else inputs | {"token_type_ids": types}
-        if begun(cache) or isinstance(mask, dict) or (mask is not None and mask.ndim == 4):
+        if isinstance(mask, dict) or (mask is not None and mask.ndim == 4) or begun(cache):
             return inputs
         read = (inputs["inputs_embeds"], mask, types, cache, inputs["position_ids"])
         return inputs | {"attention_mask": prefix_mask(self.language.config, *read)}

@@ -19,11 +19,19 @@ from chiasm.fusion.early import EarlyFusionModel
 from chiasm.fusion.early_seq2seq import EarlySeq2SeqModel
 from chiasm.fusion.intermediate import IntermediateFusionModel
 from chiasm.fusion.late import LateFusionModel
+from chiasm.fusion.packed import PackedFusionModel
 from chiasm.fusion.qformer_retrieval import QFormerRetrieval
 from chiasm.fusion.tiled import TiledFusionModel
 from chiasm.fusion.unified import UnifiedModel
 
-GENERATIVE: Any = (EarlyFusionModel, EarlySeq2SeqModel, IntermediateFusionModel, TiledFusionModel, UnifiedModel)
+GENERATIVE: Any = (
+    EarlyFusionModel,
+    EarlySeq2SeqModel,
+    IntermediateFusionModel,
+    PackedFusionModel,
+    TiledFusionModel,
+    UnifiedModel,
+)
 """One of these is taken by the name in the configuration's `architectures`."""
 
 RETRIEVAL: tuple[Any, ...] = (LateFusionModel, QFormerRetrieval)

@@ -28,7 +28,8 @@ from chiasm.interop.export.internvl import export_internvl
 from chiasm.interop.export.llava import export_llava
 from chiasm.interop.export.llava_next import export_llava_next
 from chiasm.interop.export.paligemma import export_paligemma
-from chiasm.interop.export.parts import Exported, merged, resampled
+from chiasm.interop.export.parts import Exported, in_float32, merged, resampled
+from chiasm.interop.export.qwen2_vl import export_qwen2_vl
 from chiasm.sources.writing import new_folder
 
 
@@ -77,6 +78,7 @@ KINDS = {
         "CLIP, class token kept; Llama; `perceiver_resampler` or `linear` with `project: false`; Idefics' blocks",
         "no: it has no gated cross-attention; Chiasm's own server is the one to use",
     ),
+    "qwen2_vl": Kind(export_qwen2_vl, "an encoder and a decoder that came from Qwen2-VL", "yes"),
     "chameleon": Kind(export_chameleon, "an image tokenizer and a decoder that came from Chameleon", "yes"),
     "fuyu": Kind(export_fuyu, "a decoder that came from Fuyu; weights without a processor", "yes"),
 }
@@ -90,6 +92,7 @@ ROUTES = {
     ("early", "causal", "pixel_shuffle: mlp"): "internvl",
     ("early", "causal", "pixel_shuffle: linear"): "idefics3",
     ("early", "causal", "qformer"): "blip-2",
+    ("early", "causal", "patch_merger"): "qwen2_vl",
     ("early", "causal", "idefics2_resampler"): "idefics2",
     ("intermediate", "causal", "perceiver_resampler"): "idefics",
     ("intermediate", "causal", "linear"): "idefics",
@@ -231,7 +234,8 @@ def to_onnx(model: PreTrainedModel, processor: Any, folder: Path, check: bool = 
         from chiasm.interop.export.onnx import export_onnx
     except ImportError as error:
         raise ValueError("the ONNX exporter is not installed; pip install 'chiasm[onnx]'") from error
-    notes = export_onnx(model, processor, folder)
+    model, notes = in_float32(model)
+    notes += export_onnx(model, processor, folder)
     return Converted("onnx", folder, _files(folder), check_onnx(folder, model) if check else None, notes)
 
 

@@ -33,6 +33,7 @@ from chiasm.interop.llava_next import load_llava_next
 from chiasm.interop.paligemma import load_paligemma
 from chiasm.interop.parts import has_processor
 from chiasm.interop.qwen2_vl import load_qwen2_vl
+from chiasm.training.card_metadata import SOURCES
 
 Retrieval = TypeVar("Retrieval", LateFusionModel, QFormerRetrieval)
 
@@ -91,3 +92,13 @@ RETRIEVAL_LOADERS: dict[str, Callable[..., Any]] = {
     "siglip": load_siglip,
 }
 """By `model_type`, or by architecture where transformers has one type for both."""
+
+OWN = ("chiasm", "chiasm_late", "chiasm_qformer_retrieval")
+"""Model types of Chiasm's own checkpoints, whose configurations tell where their parts came from."""
+
+
+def name_parts(model: Any, source: str) -> None:
+    """Tells the parts' configurations that they came from this checkpoint, which a model card then names."""
+    for name in SOURCES:
+        if (part := getattr(model.config, name, None)) is not None:
+            part._name_or_path = source

@@ -46,25 +46,42 @@ class OnnxModel:
         logits, *present = self.decoder.run(None, {name: feed[name] for name in names if name in feed})
         return logits, present
 
-    def generate(self, inputs: Arrays, max_new_tokens: int = 64) -> NDArray[Any]:
-        """The likeliest tokens after each prompt, `(B, new)`; behind an end token they repeat it."""
-        mask, answers = inputs["attention_mask"], []
+    def generate(
+        self, inputs: Arrays, max_new_tokens: int = 64, repetition_penalty: float | None = None
+    ) -> NDArray[Any]:
+        """The likeliest tokens after each prompt, `(B, new)`; behind an end token they repeat it.
+
+        Args:
+            repetition_penalty: above 1, tokens of the prompt and the answer become less likely; by default the model's
+                own.
+        """
+        penalty = self.settings.get("repetition_penalty", 1.0) if repetition_penalty is None else repetition_penalty
+        mask, seen, answers = inputs["attention_mask"], inputs["input_ids"], []
         ends = self.settings["end_tokens"]
         ended = np.zeros(len(mask), dtype=bool)
         logits, past = self.forward(inputs)
         for _ in range(max_new_tokens):
-            last = logits[:, -1]
-            if self.settings["image_token_id"] < last.shape[1]:
-                last[:, self.settings["image_token_id"]] = -np.inf
-            chosen = last.argmax(axis=1)
+            chosen = self._likeliest(logits[:, -1], seen, penalty)
             chosen = np.where(ended, ends[0] if ends else 0, chosen)
             answers.append(chosen)
             ended |= np.isin(chosen, ends)
             if ended.all():
                 break
             mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+            seen = np.concatenate([seen, chosen[:, None]], axis=1)
             logits, past = self.forward({"input_ids": chosen[:, None], "attention_mask": mask}, past)
         return np.stack(answers, axis=1)
+
+    def _likeliest(self, scores: NDArray[Any], seen: NDArray[Any], penalty: float) -> NDArray[Any]:
+        """A token for each row of `scores`, after the penalty for tokens that are in its row of `seen`."""
+        if penalty != 1.0:
+            known = np.zeros(scores.shape, dtype=bool)
+            rows, columns = np.nonzero(seen < scores.shape[1])  # a placeholder may lie beyond the vocabulary
+            known[rows, seen[rows, columns]] = True
+            scores = np.where(known, np.where(scores < 0, scores * penalty, scores / penalty), scores)
+        image = self.settings["image_token_id"]
+        scores[:, image : image + 1] = -np.inf
+        return scores.argmax(axis=1)
 
     def _embed(self, inputs: Arrays) -> NDArray[Any]:
         """Embeddings of the words, with the pictures' visual tokens in their places."""

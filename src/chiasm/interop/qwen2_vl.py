@@ -11,7 +11,7 @@ from chiasm.data.unified import UnifiedProcessor
 from chiasm.fusion.config import ChiasmConfig
 from chiasm.fusion.packed import PackedFusionModel
 from chiasm.fusion.unified_start import decoder_config
-from chiasm.interop.parts import finish, has_processor
+from chiasm.interop.parts import finish, has_processor, unwrapped
 from chiasm.interop.weights import Table, assemble, read_weights
 from chiasm.language.adapter import load_tokenizer
 
@@ -66,7 +66,7 @@ def _processor(source: str, model: PackedFusionModel) -> UnifiedProcessor:
     """The reference's own image processor, and its chat template with `<image>` where it frames a picture itself."""
     tokenizer: Any = load_tokenizer(source)
     settings, _ = ChiasmProcessor.get_processor_dict(source)
-    template = settings.get("chat_template") or tokenizer.chat_template
+    template = unwrapped(settings.get("chat_template") or tokenizer.chat_template)
     tokenizer.chat_template = template and template.replace(f"{BEGIN}{PATCH_TOKEN}{END}", IMAGE_TOKEN)
     images = AutoImageProcessor.from_pretrained(source)
     options: dict[str, Any] = {"image_token": PATCH_TOKEN, "image_boundary": [BEGIN, END]}

@@ -47,6 +47,9 @@ class ContextError(ValueError):
         super().__init__(message)
         self.room = room
 
+    def __reduce__(self) -> tuple:
+        return ContextError, (str(self), self.room)
+
 
 def load_language(source: str | PreTrainedModel, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """A causal or encoder–decoder language model from a folder or hub id, or the loaded one that was given.

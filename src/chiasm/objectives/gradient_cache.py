@@ -5,27 +5,33 @@ chunk is computed again, with the random numbers that it had, and takes the grad
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from chiasm.objectives.processes import reaching
+from chiasm.objectives.processes import most_rows, reaching
 
 
 def in_chunks(embed: Callable[..., Tensor], chunk: int | None, *inputs: Tensor | None) -> Tensor:
-    """`embed(*inputs)`, row by row the same, with activations of at most `chunk` rows at a time.
+    """`embed(*inputs)`, row by row the same, with activations of at most `chunk` rows at a time. Every process goes
+    through as many chunks as the one with most rows: a sharded model needs all of them each time.
 
     Args:
         embed: vectors of its inputs' rows, each by itself.
         chunk: rows; None computes all at once and keeps all activations.
         inputs: tensors with one row for each vector; None stays None.
     """
-    rows = next(len(tensor) for tensor in inputs if tensor is not None)
-    if chunk is None or rows <= chunk or not torch.is_grad_enabled():
+    given = next(tensor for tensor in inputs if tensor is not None)
+    if chunk is None or not torch.is_grad_enabled() or (rows := most_rows(given)) <= chunk:
         return reaching(embed, *inputs)
     parts = [
-        checkpoint(embed, *(None if t is None else t[start : start + chunk] for t in inputs), use_reentrant=False)
+        checkpoint(
+            partial(reaching, embed),
+            *(None if tensor is None else tensor[start : start + chunk] for tensor in inputs),
+            use_reentrant=False,
+        )
         for start in range(0, rows, chunk)
     ]
     return torch.cat(parts)

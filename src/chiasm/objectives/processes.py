@@ -44,6 +44,15 @@ def gather(rows: Tensor) -> tuple[Tensor, int]:
     return torch.cat(parts), sum(sizes[:own])
 
 
+def most_rows(rows: Tensor) -> int:
+    """The number of rows of the process that has most of them."""
+    if _is_alone():
+        return len(rows)
+    count = torch.tensor(len(rows), device=rows.device)
+    dist.all_reduce(count, dist.ReduceOp.MAX)
+    return int(count)
+
+
 def gather_with_gradient(rows: Tensor) -> tuple[Tensor, int]:
     """The same, and everyone's loss has a gradient for one's own rows: the sum over processes of the gradients is that
     of one process with the whole batch. All processes must call `backward` on what they made of it."""

@@ -15,7 +15,7 @@ RANGES: dict[str, Callable[[float, float], bool]] = {
 }
 UNDERSTOOD = "key=value, key!=value, key>=number, key<=number, key>number, key<number or 'key in a,b'"
 KEY = r"\s*([^\s=!<>](?:[^=!<>]*?[^\s=!<>])?)"
-IN = re.compile(KEY + r"\s+in\s+(\S.*?)\s*", re.DOTALL)
+IN = re.compile(KEY + r"\s+in\s+([^\s=!<>].*?)\s*", re.DOTALL)
 COMPARED = re.compile(KEY + r"\s*(!=|>=|<=|>|<|=)(?!=)\s*(.*?)\s*", re.DOTALL)
 PART = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[^,]*?)\s*,', re.DOTALL)
 

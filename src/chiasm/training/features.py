@@ -20,13 +20,14 @@ from chiasm.training.schema import Stage
 from chiasm.training.stages import FreezePlan
 
 ENCODE_BATCH = 32
-HINT = "chiasm data check lists every such sample; --skip-bad (skip_bad: true) leaves them out"
+SKIP = "--skip-bad (skip_bad: true) leaves them out"
 WORTH_COMPILING = 2000
-"""From so many pictures on, a compiled encoder makes up for the time that compiling takes."""
+"""From so many samples on, a compiled encoder makes up for the time that compiling takes."""
 
 Encode = Callable[[Float[Tensor, "images 3 height width"]], Float[Tensor, "images N D_v"]]
-Missing = dict[str, tuple[str, ImageRef]]
-"""Pictures that are not in the cache, by key: the first sample that shows each, and where to load it from."""
+Missing = dict[str, tuple[int, int]]
+"""Pictures that are not in the cache, by key: the first sample that shows each, and which of its pictures it is. The
+pictures themselves may be more than memory holds."""
 
 
 class Features:
@@ -48,11 +49,16 @@ class Features:
         reporter: Reporter,
         stage: Stage,
     ) -> None:
-        self.encode, self.compiled, self.cache = encode, compiled, cache
+        self.encode, self.compile, self.cache = encode, compiled, cache
+        self.compiled: Encode | None = None
         self.processor, self.reporter, self.stage = processor, reporter, stage
 
-    def fill(self, samples: Samples, indices: Sequence[int]) -> "Rows | None":
+    def fill(self, samples: Samples, indices: Sequence[int], together: int | None = None) -> "Rows | None":
         """Encodes what is missing of the samples' pictures; None where the disk has no room and the cache is no must.
+
+        Args:
+            together: samples of all processes that fill the cache at once. Their number chooses the encoder, and not
+                what is missing: a run that was killed goes on to the same features, in their last bits too.
 
         Raises:
             SampleError: a picture cannot be read and bad samples are not skipped.
@@ -68,49 +74,60 @@ class Features:
                 raise ValueError(f"{short}; make room, set CHIASM_CACHE, or write cache_features: false")
             self.reporter.note(f"{short}: encoding in every epoch instead")
             return None
-        self._encode_missing(missing, rows.faults)
+        self._encode_missing(samples, missing, rows.faults, together or len(indices))
         return rows
 
     def _locate(self, samples: Samples, indices: Sequence[int]) -> tuple["Rows", Missing]:
         """Where the pictures of samples are in the cache, and those that are not there yet."""
         rows, missing = Rows(self.cache), Missing()
         with ThreadPoolExecutor(WORKERS) as pool, self.reporter.task("looking up pictures", len(indices)) as task:
-            for index, sample, keys in _in_order(pool, indices, lambda i: _keys_of(samples[i])):
+            for index, keys in _in_order(pool, indices, lambda i: _keys_of(samples[i])):
                 task.advance()
                 if isinstance(keys, SampleError):
                     self._bad(keys)
                     rows.bad[index] = keys
                     continue
                 rows.keys[index] = keys
-                for key, ref in zip(keys, sample.images, strict=True):
+                for place, key in enumerate(keys):
                     if self.cache.row(key) is None:
-                        missing.setdefault(key, (sample.id, ref))
+                        missing.setdefault(key, (index, place))
         return rows, missing
 
     def _bad(self, error: SampleError) -> None:
         if not self.stage.skip_bad:
             raise with_hint(error) from error
 
-    def _encode_missing(self, missing: Missing, faults: dict[str, ImageError]) -> None:
+    def _encode_missing(self, samples: Samples, missing: Missing, faults: dict[str, ImageError], together: int) -> None:
         """Encodes pictures into the cache, and notes what is wrong with the others; decoding runs ahead in threads."""
         keys = list(missing)
         starts = range(0, len(keys), ENCODE_BATCH)
-        if len(keys) >= WORTH_COMPILING and self.compiled is not None:
-            self.encode, self.compiled = self.compiled(), None
+        encode = self._encoder(together) if keys else self.encode
+
+        def load(key: str) -> Tensor | ImageError:
+            index, place = missing[key]
+            return self._pixels(samples[index].images[place])
+
         with ThreadPoolExecutor(WORKERS) as pool, self.reporter.task("encoding pictures", len(keys)) as task:
 
             def make(number: int) -> list[tuple[str, Tensor | ImageError]]:
                 chosen = keys[starts[number] : starts[number] + ENCODE_BATCH]
-                return list(zip(chosen, pool.map(lambda key: self._pixels(missing[key][1]), chosen), strict=True))
+                return list(zip(chosen, pool.map(load, chosen), strict=True))
 
             with closing(prefetch(make, 0, len(starts))) as batches:
                 for loaded in batches:
                     for key, value in loaded:
                         if isinstance(value, ImageError):
-                            self._bad(SampleError.of_picture(missing[key][0], value))
+                            self._bad(SampleError.of_picture(samples[missing[key][0]].id, value))
                             faults[key] = value
-                    self._add([(key, value) for key, value in loaded if isinstance(value, Tensor)])
+                    self._add([(key, value) for key, value in loaded if isinstance(value, Tensor)], encode)
                     task.advance(len(loaded))
+
+    def _encoder(self, together: int) -> Encode:
+        """A compiled one where so many samples are worth it."""
+        if together < WORTH_COMPILING or self.compile is None:
+            return self.encode
+        self.compiled = self.compiled or self.compile()
+        return self.compiled
 
     def of(self, sample: Sample) -> Float[Tensor, "images N D_v"]:
         """Features of one sample's pictures, encoded now if they never were.
@@ -118,7 +135,7 @@ class Features:
         Raises:
             SampleError: a picture cannot be read.
         """
-        _, keys = _keys_of(sample)
+        keys = _keys_of(sample)
         if isinstance(keys, SampleError):
             raise keys
         for key, ref in zip(keys, sample.images, strict=True):
@@ -126,7 +143,7 @@ class Features:
                 pixels = self._pixels(ref)
                 if isinstance(pixels, ImageError):
                     raise SampleError.of_picture(sample.id, pixels)
-                self._add([(key, pixels)])
+                self._add([(key, pixels)], self.encode)
         return self.cache.read([row for key in keys if (row := self.cache.row(key)) is not None])
 
     def _pixels(self, ref: ImageRef) -> Tensor | ImageError:
@@ -135,12 +152,12 @@ class Features:
         except ImageError as error:
             return error
 
-    def _add(self, pictures: list[tuple[str, Tensor]]) -> None:
+    def _add(self, pictures: list[tuple[str, Tensor]], encode: Encode) -> None:
         """Encodes pictures in a batch of always the same size, so that their company does not change the result."""
         if pictures:
             pixels = torch.cat([value for _, value in pictures])
             filled = torch.cat([pixels, pixels[:1].expand(ENCODE_BATCH - len(pixels), *pixels.shape[1:])])
-            self.cache.add([key for key, _ in pictures], self.encode(filled)[: len(pixels)])
+            self.cache.add([key for key, _ in pictures], encode(filled)[: len(pixels)])
 
 
 class Rows:
@@ -171,7 +188,9 @@ class Rows:
 
 def with_hint(error: SampleError | ImageError) -> ValueError:
     """The error that stops a run, with what to do about it."""
-    return ValueError(f"{error}; {HINT}")
+    for_model = isinstance(error, SampleError) and any(problem.kind == "too long" for problem in error.problems)
+    check = "chiasm data check --model DIR" if for_model else "chiasm data check"
+    return ValueError(f"{error}; {check} lists every such sample; {SKIP}")
 
 
 def can_cache(model: PreTrainedModel, stage: Stage, plan: FreezePlan) -> bool:
@@ -223,17 +242,16 @@ def stage_features(
     return Features(encode, compiled if can_compile(model.device) else None, cache, processor, reporter, stage)
 
 
-def _keys_of(sample: Sample) -> tuple[Sample, list[str] | SampleError]:
+def _keys_of(sample: Sample) -> list[str] | SampleError:
     try:
-        return sample, [ref.key() for ref in sample.images]
+        return [ref.key() for ref in sample.images]
     except ImageError as error:
-        return sample, SampleError.of_picture(sample.id, error)
+        return SampleError.of_picture(sample.id, error)
 
 
 def _in_order(pool: ThreadPoolExecutor, indices: Sequence[int], work: Callable) -> Iterable[tuple]:
-    """`(index, *work(index))` in order, with a bounded number of results waiting."""
+    """`(index, work(index))` in order, with a bounded number of results waiting."""
     window = 256
     for start in range(0, len(indices), window):
         chosen = indices[start : start + window]
-        for index, result in zip(chosen, pool.map(work, chosen), strict=True):
-            yield (index, *result)
+        yield from zip(chosen, pool.map(work, chosen), strict=True)

@@ -22,13 +22,15 @@ NAMED = 8
 @dataclass
 class Taken:
     """What a step did in all processes: the loss of every objective, the norm of the gradient, counts, and warnings
-    about the first one."""
+    about the first one. `cut`: samples that lost the end of their answer; `example`: one of them, of this process."""
 
     losses: dict[str, float] = field(default_factory=dict)
     norm: float = 0.0
     samples: int = 0
     supervised: int = 0
     tokens: int = 0
+    cut: int = 0
+    example: tuple[str, int] | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -67,9 +69,11 @@ class Optimization:
         if check:
             self.engine.reshard()
         before = digests(self.engine.model) if check else {}
-        counts = [[len(batch.ids), batch.supervised, batch.tokens] for batch in batches]
-        totals = self.team.sums([sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0])
-        taken = Taken(samples=int(totals[0]), supervised=int(totals[1]), tokens=int(totals[2]))
+        counts = [[len(batch.ids), batch.supervised, batch.tokens, len(batch.cut)] for batch in batches]
+        totals = self.team.sums([sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0, 0])
+        example = next((item for batch in batches for item in batch.cut.items()), None)
+        samples, supervised, tokens, cut = map(int, totals)
+        taken = Taken(samples=samples, supervised=supervised, tokens=tokens, cut=cut, example=example)
         if not taken.samples:
             return taken
         faulty = []

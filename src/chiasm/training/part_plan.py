@@ -1,8 +1,17 @@
 """What a stage does with one part of a model, or with the parameters of a pattern."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 PARTS = ("vision", "connector", "language", "cross_attention", "answer_head")
 OTHER_PARTS = "*"
@@ -14,9 +23,23 @@ LORA_KEYS = ("rank", "alpha", "dropout", "targets")
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, numbers are finite, and values do not change after they were checked."""
+    """Unknown keys are errors, numbers are finite and no truth values, and nothing changes after it was checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_truth_value(cls, value: Any, info: Any) -> Any:
+        """Python takes true for 1, so that `lr: true` would be a learning rate of 1."""
+        if isinstance(value, bool) and _is_number(cls.model_fields[info.field_name].annotation):
+            raise ValueError(f"{str(value).lower()} is no number")
+        return value
+
+
+def _is_number(kind: Any) -> bool:
+    """Whether a field takes numbers, perhaps beside other things, and no truth values."""
+    kinds = {getattr(one, "__origin__", one) for one in (kind, *get_args(kind))}
+    return bool(kinds & {int, float}) and bool not in kinds
 
 
 class PartPlan(Strict):

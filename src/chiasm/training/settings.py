@@ -99,7 +99,10 @@ class Settings(Strict):
     chunk: PositiveInt | None = Field(
         None, description="late fusion: pairs in the towers at once; larger batches are computed twice (GradCache)"
     )
-    max_length: PositiveInt | None = Field(None, description="tokens of a sample; by default the model's context")
+    max_length: PositiveInt | None = Field(
+        None,
+        description="tokens of a sample, by default the model's context; a longer answer loses its end and is counted",
+    )
     data: Literal["all", "captions", "questions"] = Field(
         "all", description="which samples: `captions` describe their pictures in sentences, `questions` are all others"
     )

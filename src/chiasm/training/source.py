@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chiasm.data.collation import Batch, Item, load_pixels
 from chiasm.data.schema import DAMAGED_SHARD, Sample, SampleError, Samples, text_of
-from chiasm.data.splits import hold_out
+from chiasm.data.splits import hold_out, spread
 from chiasm.training.closed_form import describes
 from chiasm.training.features import Rows, with_hint
 from chiasm.training.fingerprint import PictureFile, files_fingerprint, sample_fingerprint
@@ -143,15 +143,17 @@ class Hope:
 
 
 def usable_samples(samples: Samples, at_most: int, skip_bad: bool) -> tuple[list[Sample], list[SampleError]]:
-    """The first samples of a data set, and what is wrong with those that cannot be used, if these are skipped.
+    """At most so many samples, evenly spread over a data set, for a mixture's parts lie one behind the other; and what
+    is wrong with those that cannot be used, if these are skipped.
 
     Raises:
         ValueError: a sample is unusable and `skip_bad` is not set.
     """
     chosen, bad = [], []
-    for index in range(min(len(samples), at_most)):
+    few = spread(samples, at_most)
+    for index in range(len(few)):
         try:
-            chosen.append(samples[index].validate())
+            chosen.append(few[index].validate())
         except SampleError as error:
             if not skip_bad:
                 raise with_hint(error) from error

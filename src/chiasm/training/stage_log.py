@@ -20,6 +20,7 @@ class StageLog:
         self.log, self.reporter, self.stage, self.model = log, reporter, stage, model
         self.left_out: set[str] = set()
         self.unanswered = ""
+        self.cut = self.taken = 0
 
     def plan(self, plan: FreezePlan, first_step: int, num_steps: int, dtype: torch.dtype) -> None:
         self.reporter.plan(plan)
@@ -39,6 +40,7 @@ class StageLog:
         """`done`: steps so far, this one included."""
         loss = sum(taken.losses.values())
         self.left_out |= skipped.keys()
+        self._count_cut(done, taken)
         for sample, error in skipped.items():
             self.log.write("skipped", self.stage.name, done, id=sample, reason=str(error))
         self.log.write(
@@ -51,12 +53,24 @@ class StageLog:
             grad_norm=taken.norm,
             samples=taken.samples,
             skipped=len(skipped),
+            cut=taken.cut,
             supervised_tokens=taken.supervised,
             samples_per_second=round(taken.samples / seconds, 3),
             tokens_per_second=round(taken.tokens / seconds, 1),
             peak_memory_bytes=peak_memory(self.model.device),
         )
         task.advance(1, f"loss {loss:.4f}, {taken.samples / seconds:.1f} samples/s")
+
+    def _count_cut(self, done: int, taken: Taken) -> None:
+        """Tells of the first sample that loses its end; the others are counted."""
+        if taken.cut and not self.cut:
+            such = "" if taken.example is None else f", such as {taken.example[0]!r} with {taken.example[1]} tokens"
+            self.warn(
+                done,
+                f"samples longer than max_length (by default the model's context){such} lose the end of their answer, "
+                "which is not learned; raise max_length, or shorten them",
+            )
+        self.cut, self.taken = self.cut + taken.cut, self.taken + taken.samples
 
     def validation(self, done: int, result: dict[str, Any], seconds: float) -> None:
         if (reason := result.get("unanswered", "")) not in ("", self.unanswered):
@@ -87,6 +101,8 @@ class StageLog:
         self.log.write("stage_end", self.stage.name, num_steps, **took, **gate_fields(self.model))
         if self.left_out:
             self.reporter.note(f"stage {self.stage.name}: {left_out(len(self.left_out))}")
+        if self.cut:
+            self.reporter.note(f"stage {self.stage.name}: answers cut at their end: {self.cut} of {self.taken}")
 
 
 def left_out(count: int) -> str:

@@ -176,7 +176,7 @@ class StageRun:
         if (features := self.features) is not None:
             visited = self.order.visited(self.num_steps)
             if self.team.size > 1:
-                self.team.all_do(lambda: features.fill(context.samples, self.team.share(visited)))
+                self.team.all_do(lambda: features.fill(context.samples, self.team.share(visited), len(visited)))
                 features.cache.refresh()
             rows = self.team.all_do(lambda: features.fill(context.samples, visited))
             self.features = self.features if rows is not None else None

@@ -62,7 +62,8 @@ class Validator:
                 requests.setdefault(words, sample)
         self.wanted = [*requests.values()][:num_drawings] if learner.answers else []
         self.score_drawings = score_drawings
-        self.asked = [sample for sample in samples if sample.answer.strip()][:num_answers]
+        answered = [sample for sample in samples if sample.answer.strip()]
+        self.asked = answered[:: max(1, len(answered) // max(1, num_answers))][:num_answers]
         self.num_samples = sum(len(batch.ids) for batch in self.right)
 
     def run(self, dtype: torch.dtype, engine: Engine | None = None, team: Team | None = None) -> dict[str, Any]:

@@ -119,10 +119,10 @@ def fields_of(config: dict[str, Any], name: str | os.PathLike) -> dict[str, Any]
             f"{name} wants {foreign[0]} in its image processing, which Chiasm does not have; "
             "make a ChiasmImageProcessor yourself and pass it as image_processor="
         )
-    return {key: config[key] for key in COPIED if config.get(key) is not None} | _geometry(config)
+    return {key: config[key] for key in COPIED if config.get(key) is not None} | _geometry(config, name)
 
 
-def _geometry(config: dict[str, Any]) -> dict[str, Any]:
+def _geometry(config: dict[str, Any], name: str | os.PathLike) -> dict[str, Any]:
     """Which way transformers' image processor of this configuration reaches its size."""
     if config.get("do_pad") and config.get("image_processor_type") in (
         "LlavaImageProcessor",
@@ -135,7 +135,13 @@ def _geometry(config: dict[str, Any]) -> dict[str, Any]:
         kept = _shortest(config.get("crop_size"))
         if kept and isinstance(size, dict) and kept == size.get("height") == size.get("width"):
             return {"resize_mode": "squash"}
-        fraction = min(kept / shortest, 1.0) if kept and shortest else 1.0
+        fraction = kept / shortest if kept and shortest else 1.0
+        if fraction > 1 or (isinstance(size, dict) and size.get("height")):
+            raise ValueError(
+                f"{name} wants crop_size {config['crop_size']} of pictures of size {size}, which Chiasm does not have: "
+                "it cuts no more than the shorter side out; make a ChiasmImageProcessor yourself and pass it as "
+                "image_processor="
+            )
         return {"resize_mode": "crop", "crop_fraction": fraction}
     if config.get("crop_pct") and shortest and shortest < SQUASH_FROM:
         return {"resize_mode": "crop", "crop_fraction": config["crop_pct"]}

@@ -7,11 +7,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import is_torchvision_available
 
 from chiasm.data.captions import CaptionProcessor
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
 from chiasm.fusion.late import LateFusionModel
+from chiasm.fusion.packed import PackedFusionModel
 from chiasm.fusion.part_dtypes import PartDtypes, part_dtypes
 from chiasm.fusion.tiled import TiledFusionModel
 from chiasm.interop.export.parts import Exported
@@ -22,7 +24,11 @@ CLOSE, CLOSE_IN_HALF = 1e-4, 0.05
 """Share of the logits' spread by which any may differ in float32, and by which they may differ on average in less."""
 
 LEVELS = 3
-"""Of 255, by which two libraries may scale a picture apart."""
+"""Of 255, by which two libraries may scale a picture apart: transformers takes torchvision where it is installed,
+Chiasm takes Pillow."""
+
+EXACT = 1e-4
+"""By which the same arithmetic in another order may differ."""
 
 PAIRS = 4
 """Pictures and texts of noise whose scores are compared."""
@@ -45,7 +51,8 @@ def check_folder(folder: Path, model: FusionModel, processor: ChiasmProcessor | 
     if processor is not None and exported.processor is not None:
         inputs = dict(processor(messages=QUESTION, images=probe_picture(model)).to(model.device))
         inputs = {THEIRS.get(name, name): tensor for name, tensor in inputs.items()}
-        _compare_inputs(folder, model, exported, inputs)
+        near = _near(processor.image_processor) if is_torchvision_available() else EXACT
+        _compare_inputs(folder, model, exported, inputs, near)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     inputs |= _more(model, inputs, exported.rows)
     with torch.no_grad():
@@ -91,6 +98,8 @@ def _more(model: FusionModel, inputs: dict[str, Tensor], rows: bool) -> dict[str
         more["decoder_input_ids"] = words
     if model.reads_instruction and "qformer_input_ids" not in inputs:
         more |= {"qformer_input_ids": words, "qformer_attention_mask": words}
+    if isinstance(model, PackedFusionModel):
+        more["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
     if model.config.fusion == "intermediate":
         places = inputs["input_ids"] == model.config.image_token_id
         more["image_attention_mask"] = places.cumsum(dim=1).clamp(max=1)[..., None]
@@ -141,19 +150,38 @@ def blank_inputs(model: FusionModel) -> dict[str, Tensor]:
         size = probe_picture(model).size[::-1]
         count, more = model.tiling.length(*size), {"image_sizes": torch.tensor([size])}
         pixels = torch.randn(1, model.tiling.tiles(*size), 3, *model.vision.image_size, generator=generator)
+    if isinstance(model, PackedFusionModel):
+        tower, side = model.vision.config, model.vision.merge
+        count, more = 6, {"image_grid_thw": torch.tensor([[1, 2 * side, 3 * side]])}
+        pixels = torch.randn(
+            count * side**2, tower.in_channels * tower.temporal_patch_size * tower.patch_size**2, generator=generator
+        )
     ids = torch.cat([torch.full((count,), model.config.image_token_id), words])[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels} | more
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
-def _compare_inputs(folder: Path, model: FusionModel, exported: Exported, inputs: dict[str, Any]) -> None:
+def _near(images: Any) -> float:
+    """What `LEVELS` are in pixel values."""
+    scale = images.rescale_factor if images.do_rescale else 1.0
+    return LEVELS * scale / (min(images.image_std) if images.do_normalize else 1.0)
+
+
+def _compare_inputs(
+    folder: Path, model: FusionModel, exported: Exported, inputs: dict[str, Any], near: float = EXACT
+) -> None:
+    """
+    Args:
+        near: by how much pixel values may differ.
+    """
     theirs = AutoProcessor.from_pretrained(folder) if exported.loads else exported.processor
     found = exported.ask(theirs, QUESTION, probe_picture(model))
     for name, wanted in inputs.items():
         given = found[name].to(wanted) if name in found else None
         if given is not None and given.numel() == wanted.numel():
             given = given.reshape(wanted.shape)  # some count a row's pictures apart
-        if given is None or given.shape != wanted.shape or not torch.allclose(given, wanted, rtol=1e-4, atol=1e-4):
+        apart = near if name == "pixel_values" else EXACT
+        if given is None or given.shape != wanted.shape or not torch.allclose(given, wanted, rtol=EXACT, atol=apart):
             raise _others(name)
 
 
@@ -164,11 +192,9 @@ def _compare_captions(folder: Path, model: LateFusionModel, processor: CaptionPr
     filled = "max_length" if processor.fixed_length else True
     found = theirs(text=texts, images=[picture], padding=filled, truncation=True, return_tensors="pt")
     wanted = processor(text=texts, images=[picture])
-    scale = images.rescale_factor if images.do_rescale else 1.0
-    level = scale / (min(images.image_std) if images.do_normalize else 1.0)
     for name in dict.fromkeys([*wanted, *found]):
         same = name in found and name in wanted and found[name].shape == wanted[name].shape
-        if not same or not torch.allclose(found[name], wanted[name], rtol=0, atol=LEVELS * level):
+        if not same or not torch.allclose(found[name], wanted[name], rtol=0, atol=_near(images)):
             raise _others(name)
 
 

@@ -21,7 +21,7 @@ from chiasm.interop.export.gguf_language import (
 from chiasm.interop.export.gguf_tiles import NOTE, TILED, longest_side, require_tokens
 from chiasm.interop.export.gguf_tokenizer import more_ends, write_tokenizer
 from chiasm.interop.export.gguf_vision import CLASS_TOKEN, ELSEWHERE, depth, projector, write_vision
-from chiasm.interop.export.parts import ends, require, require_plain, rows, unchosen, unheld
+from chiasm.interop.export.parts import ends, require, require_plain, rows, unchosen
 from chiasm.interop.export.prompts import marked_template
 from chiasm.vision.image_processor import ChiasmImageProcessor
 
@@ -119,7 +119,12 @@ LLAMA_CPPS_MARGIN = (122, 116, 104)
 
 
 def _notes(model: FusionModel, processor: ChiasmProcessor) -> list[str]:
-    notes = unheld(model, "GGUF")
+    notes = []
+    if (penalty := model.generation_config.repetition_penalty) not in (None, 1.0):
+        notes.append(
+            f"the model's own repetition_penalty {penalty} is not in GGUF files: pass it to what runs them, or answers "
+            "are others"
+        )
     if len(unknown := more_ends(processor.tokenizer, ends(model))[2:]):
         notes.append(f"llama.cpp knows three tokens that end an answer, this model has more: stop at {unknown} too")
     if model.config.vision_config.model_type in CLASS_TOKEN:
@@ -140,9 +145,10 @@ def _notes(model: FusionModel, processor: ChiasmProcessor) -> list[str]:
             f"llama.cpp pads pictures to a square, this model's processor has resize_mode {images.resize_mode!r}: "
             "pictures that are not square look different to it"
         )
-    elif isinstance(images, ChiasmImageProcessor) and images.margin != LLAMA_CPPS_MARGIN:
+    elif isinstance(images, ChiasmImageProcessor):
+        colour = "" if images.margin == LLAMA_CPPS_MARGIN else f" with {LLAMA_CPPS_MARGIN}, not {images.margin}"
         notes.append(
-            f"llama.cpp pads pictures with {LLAMA_CPPS_MARGIN}, this model's processor with {images.margin}: "
-            "pictures that are not square look a little different to it"
+            f"llama.cpp pads pictures{colour} once they are scaled, this model's processor before: pictures that are "
+            "not square look a little different to it"
         )
     return notes

@@ -9,6 +9,7 @@ from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 ARCHITECTURES = {
     "llama": MODEL_ARCH.LLAMA,
@@ -17,6 +18,9 @@ ARCHITECTURES = {
     "qwen3": MODEL_ARCH.QWEN3,
 }
 """Model type → llama.cpp's name of the architecture."""
+
+SCALED = {"llama": ("linear", "llama3"), "mistral": ("linear", "llama3")}
+"""Model type → rotations beside the plain one for which llama.cpp is known to give the same answers."""
 
 UNBIASED = ("qwen3",)
 """Model types whose attention may have biases, but not in llama.cpp."""
@@ -44,11 +48,11 @@ def require_architecture(config: PreTrainedConfig) -> None:
             f"a language model of type {config.model_type!r} is none that this conversion writes as GGUF "
             f"({', '.join(ARCHITECTURES)}); convert --to transformers and use llama.cpp's own converter, or --to onnx"
         )
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type", "default") != "default":
+    rope, known = _rope_type(config), ("default", *SCALED.get(config.model_type, ()))
+    if rope not in known:
         raise ValueError(
-            f"this language model has rope_type {rope['rope_type']!r}, this conversion writes 'default' only; "
-            "convert --to transformers and use llama.cpp's own converter"
+            f"this language model has rope_type {rope!r}, this conversion writes {', '.join(map(repr, known))} for "
+            f"{config.model_type!r}; convert --to transformers and use llama.cpp's own converter"
         )
     if config.hidden_act != "silu":
         raise ValueError(
@@ -60,6 +64,26 @@ def require_architecture(config: PreTrainedConfig) -> None:
             f"this language model has attention_bias, for which llama.cpp's {config.model_type!r} has no place; "
             "convert --to onnx"
         )
+
+
+def _rope_type(config: PreTrainedConfig) -> str:
+    rope: dict[str, Any] = config.rope_parameters or {}
+    return rope.get("rope_type", "default")
+
+
+def _write_rope(writer: GGUFWriter, config: PreTrainedConfig, width: int) -> None:
+    """Writes how far a head's pairs turn from one token to the next."""
+    rope, kind = config.rope_parameters or {}, _rope_type(config)
+    base = rope.get("rope_theta", 10000.0)
+    writer.add_rope_dimension_count(width)
+    writer.add_rope_freq_base(base)
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind != "default":
+        scaled, _ = ROPE_INIT_FUNCTIONS[kind](config)
+        plain = base ** -(torch.arange(0, width, 2) / width)
+        add_tensor(writer, "rope_freqs.weight", plain / scaled, "f32")
 
 
 def window(config: PreTrainedConfig) -> int | None:
@@ -83,10 +107,9 @@ def write_language(
     writer.add_head_count_kv(groups)
     writer.add_key_length(width)
     writer.add_value_length(width)
-    writer.add_rope_dimension_count(width)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base((config.rope_parameters or {}).get("rope_theta", 10000.0))
     writer.add_vocab_size(rows)
+    _write_rope(writer, config, width)
     architecture = ARCHITECTURES[config.model_type]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for name, tensor in weights.items():

@@ -1,9 +1,7 @@
 """Early fusion with InternVL's encoder and pixel shuffle → InternVL of transformers (arXiv 2404.16821)."""
 
-from typing import Any
-
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor, PreTrainedTokenizerBase
-from transformers.utils import PushToHubMixin, is_torchvision_available
+from transformers.utils import is_torchvision_available
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
@@ -19,43 +17,11 @@ from chiasm.interop.export.parts import (
     text_settings,
 )
 from chiasm.interop.export.prompts import name_tokens, portable_template, portable_tokenizer
+from chiasm.interop.export.videos import NOTE, VideoSettings, of_pictures
 from chiasm.interop.internvl import FRAME, chiasm_config, table
 from chiasm.language.generation_settings import change
 
 VIDEO = "<video>"
-SHARED = ("size", "image_mean", "image_std", "resample", "do_resize", "do_rescale", "rescale_factor", "do_normalize")
-"""Settings that the processors for pictures and for videos both have."""
-
-NOTE = (
-    "AutoProcessor and pipeline need torchvision for this folder, for InternVL reads videos too; it is not installed "
-    "here, so that the processor was compared before it was saved"
-)
-
-
-class VideoSettings(PushToHubMixin):
-    """What a folder says of videos; the class that would read them needs torchvision."""
-
-    _auto_class = None
-
-    def __init__(self, images: Any) -> None:
-        self.images = images
-
-    def to_dict(self) -> dict[str, Any]:
-        told = self.images.to_dict()
-        return {name: told[name] for name in SHARED if name in told} | {
-            "video_processor_type": "InternVLVideoProcessor"
-        }
-
-
-class ProcessorOfPictures(InternVLProcessor):
-    """InternVL's processor, which can be made and saved without torchvision."""
-
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        if not isinstance(argument, VideoSettings):
-            super().check_argument_for_proper_class(argument_name, argument)
-
-
-ProcessorOfPictures.__name__ = InternVLProcessor.__name__
 
 
 def export_internvl(model: FusionModel, processor: ChiasmProcessor | None) -> Exported:
@@ -106,10 +72,10 @@ def _words(processor: ChiasmProcessor) -> PreTrainedTokenizerBase:
 
 
 def _processor(model: FusionModel, processor: ChiasmProcessor, words: PreTrainedTokenizerBase) -> InternVLProcessor:
-    return ProcessorOfPictures(
+    return of_pictures(InternVLProcessor)(
         processor.image_processor,
         words,
-        VideoSettings(processor.image_processor),
+        VideoSettings(processor.image_processor, "InternVLVideoProcessor"),
         image_seq_length=model.num_image_tokens,
         chat_template=portable_template(processor),
     )

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from chiasm.data.processor import ChiasmProcessor
 from chiasm.fusion.base import FusionModel
-from chiasm.interop.export.parts import ends, require, unheld
+from chiasm.interop.export.parts import ends, require
 from chiasm.language.adapter import accepts
 
 VISION, EMBEDDING, DECODER, SETTINGS = "vision.onnx", "embedding.onnx", "decoder.onnx", "chiasm_onnx.json"
@@ -100,8 +100,9 @@ def export_onnx(model: FusionModel, processor: ChiasmProcessor | None, folder: P
     """
     config = model.config
     plain = config.fusion == "early" and not (config.is_encoder_decoder or model.reads_instruction or config.tiles)
+    one_size = plain and config.features is not None and model.vision.features.resolution == "fixed"
     require(
-        plain and config.attention == "causal" and model.vision.features.resolution == "fixed",
+        one_size and config.attention == "causal",
         "ONNX graphs are for early fusion with a causal decoder, pictures of one size and connectors that read no "
         f"instruction; this is fusion {config.fusion!r}, attention {config.attention!r}, connector "
         f"{(config.connector or {}).get('name')!r}{', pictures in tiles' if config.tiles else ''}",
@@ -116,24 +117,19 @@ def export_onnx(model: FusionModel, processor: ChiasmProcessor | None, folder: P
         "image_token_id": config.image_token_id,
         "layers": config.text_config.num_hidden_layers,
         "end_tokens": ends(model),
+        "repetition_penalty": model.generation_config.repetition_penalty or 1.0,
         "cache": list(_cache_shape(model.language)),
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
-    how = "run it with chiasm.interop.onnx_model.OnnxModel, or read docs/convert.md for the graphs' inputs"
-    return [how, *unheld(model, "ONNX")]
+    return ["run it with chiasm.interop.onnx_model.OnnxModel, or read docs/convert.md for the graphs' inputs"]
 
 
 @contextmanager
 def eager(model: FusionModel) -> Iterator[None]:
     """Attention as plain matrix products in float32, which every runtime has."""
-    require(
-        model.dtype == torch.float32,
-        f"the weights are {str(model.dtype).removeprefix('torch.')}, ONNX graphs are written in float32",
-        "load the model with dtype=torch.float32",
-    )
     parts = (model.vision.model, model.language)
     before = [part.config._attn_implementation for part in parts]
     for part in parts:

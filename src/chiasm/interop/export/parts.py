@@ -55,6 +55,14 @@ def merged(model: Model) -> Model:
     return model
 
 
+def in_float32(model: Model) -> tuple[Model, list[str]]:
+    """The model in float32, itself or a copy, and what is good to know then."""
+    found = " and ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}))
+    if found == "float32":
+        return model, []
+    return copy.deepcopy(model).float(), [f"the weights are {found}; the graphs compute in float32"]
+
+
 def resampled(model: Model) -> Model:
     """The model with an encoder that has positions of its own for the pictures that it takes: itself, or a copy with
     the same weights elsewhere."""
@@ -189,17 +197,6 @@ def ends(model: FusionModel) -> list[int]:
     """Tokens that end an answer."""
     end = model.generation_config.eos_token_id
     return [] if end is None else [end] if isinstance(end, int) else list(end)
-
-
-def unheld(model: FusionModel, kind: str) -> list[str]:
-    """In words, the model's own settings of `generate` that change greedy answers and that files have no place for."""
-    penalty = model.generation_config.repetition_penalty
-    if penalty in (None, 1.0):
-        return []
-    return [
-        f"the model's own repetition_penalty {penalty} is not in {kind} files: pass it to what runs them, or answers "
-        "are others"
-    ]
 
 
 def require(condition: bool, problem: str, fit: str) -> None:

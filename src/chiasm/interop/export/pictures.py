@@ -30,4 +30,4 @@ def published_images(images: Any) -> BaseImageProcessor:
         )
     if images.resize_mode == "pad":
         return LlavaImageProcessorPil(size=size, crop_size=size, do_pad=True, do_center_crop=False, **common)
-    return CLIPImageProcessorPil(size={"shortest_edge": int(side / images.crop_fraction)}, crop_size=size, **common)
+    return CLIPImageProcessorPil(size={"shortest_edge": images.shortest(side)}, crop_size=size, **common)
