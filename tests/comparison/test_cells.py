@@ -74,9 +74,10 @@ def test_a_map_that_cannot_be_drawn_costs_no_cell(
     assert "no attention map: RuntimeError" in done.report.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("jobs", [0, 1])
 @pytest.mark.parametrize(("place", "names"), [("0", ["linear"]), ("1", ["perceiver_resampler"])])
 def test_processes_of_torchrun_have_a_share_of_the_cells_each(
-    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, names: list[str]
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, names: list[str], jobs: int
 ) -> None:
     """A cell's process is no part of their team, and keeps their device."""
     for name, value in {"RANK": place, "LOCAL_RANK": place, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
@@ -89,10 +90,27 @@ def test_processes_of_torchrun_have_a_share_of_the_cells_each(
         return subprocess.CompletedProcess(command, 1, "", "a loose wire")
 
     monkeypatch.setattr(comparing.subprocess, "run", noting)
-    comparing.compare(plan, tmp_path / "run", jobs=1)
+    comparing.compare(plan, tmp_path / "run", jobs=jobs)
     assert started == [f"{name}-early-frozen-seed0" for name in names]
     with pytest.raises(ValueError, match="leave out --jobs"):
-        comparing.compare(plan | {"budget": {"minutes": 1}}, tmp_path / "other", jobs=1)
+        comparing.compare(plan | {"budget": {"minutes": 1}}, tmp_path / "other", jobs=jobs)
+
+
+def test_a_process_of_torchrun_that_starts_late_leaves_no_cell_out(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, started = tmp_path / "run", list[str]()
+    comparing.compare(plan, run, only=["linear-early-frozen"])
+
+    def noting(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        started.append(command[command.index("--only") + 1])
+        return subprocess.CompletedProcess(command, 1, "", "a loose wire")
+
+    monkeypatch.setattr(comparing.subprocess, "run", noting)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    comparing.compare(plan, run, jobs=1)
+    assert started == ["perceiver_resampler-early-frozen-seed0"]
 
 
 def test_jobs_know_where_connectors_of_ones_own_are(

@@ -1,6 +1,7 @@
 """Which finished and begun cells a plan goes on with, and what two processes do with one cell."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ from chiasm.comparison import cell
 from chiasm.comparison import compare as comparing
 from chiasm.comparison.choices import expand
 from chiasm.comparison.plan import load_plan
+from chiasm.comparison.results import read_results
 from chiasm.comparison.same_cell import LENGTH, finished, identity, older_identity, taken
 from chiasm.comparison.schema import Plan
+from chiasm.comparison.ways import without_few_shot
+from chiasm.evaluation.evaluate import EvalResult
+from chiasm.evaluation.skills import summarise
 
 NAMES = [f"{name}-early-frozen-seed0" for name in ("linear", "perceiver_resampler")]
 
@@ -67,6 +72,24 @@ def test_what_another_process_has_is_left_to_it(plan: dict[str, Any], tmp_path: 
     assert len(comparing.compare(plan, run).results) == 2
 
 
+def test_a_report_has_what_another_process_ended_while_it_was_written(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, write, other = tmp_path / "run", comparing.write_all, ExitStack()
+
+    def slowly(*given: Any) -> None:
+        other.close()
+        chiasm.compare(plan, run, only=NAMES[1:])
+        write(*given)
+
+    monkeypatch.setattr(comparing, "write_all", slowly)
+    folder = run / "cells" / NAMES[1]
+    folder.mkdir(parents=True)
+    other.enter_context(taken(folder))
+    done = comparing.compare(plan, run)
+    assert [result["name"] for result in done.results] == NAMES == [one["name"] for one in read_results(run)]
+
+
 def lengths(plan: dict[str, Any], *values: int | None) -> list[Plan]:
     return [load_plan(plan | {"evaluation": {"max_new_tokens": value}}) for value in values]
 
@@ -96,6 +119,24 @@ def test_older_results_which_do_not_say_how_long_answers_were_stay_finished(
     assert finished(any_length, choice, tmp_path) == finished(eight, choice, tmp_path) == found
     with pytest.raises(ValueError, match="another plan"):
         finished(nine, choice, tmp_path)
+
+
+def test_older_results_that_counted_few_shot_answers_are_reported_without_them(
+    plan: dict[str, Any], tmp_path: Path
+) -> None:
+    run, asked = tmp_path / "run", plan["evaluation"] | {"shots": 1}
+    now = chiasm.compare(plan | {"evaluation": asked}, run, only=NAMES[:1]).results[0]
+    folder = run / "cells" / NAMES[0]
+    rows = EvalResult.load(folder / "evaluation").rows
+    older = now | {"summary": summarise(rows)}
+    assert older["summary"][-1]["n"] == 2 * now["summary"][-1]["n"] == len(rows)
+    assert without_few_shot(older, rows)["summary"][-1] == now["summary"][-1]
+    assert without_few_shot(now, rows) is now
+    (folder / "result.json").write_text(json.dumps(older))
+    loaded = load_plan(plan | {"evaluation": asked})
+    choices, skipped = comparing.cells_of(loaded)
+    comparing.write_all(run, loaded, choices, [older], skipped)
+    assert read_results(run)[0]["summary"][-1]["n"] == now["summary"][-1]["n"]
 
 
 def test_the_time_of_training_is_that_of_its_steps_also_after_a_stop() -> None:

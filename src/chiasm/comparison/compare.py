@@ -27,6 +27,7 @@ from chiasm.comparison.report import write_report
 from chiasm.comparison.results import write_results
 from chiasm.comparison.same_cell import BUDGET, CELLS, RESULT, CellTakenError, Say, finished
 from chiasm.comparison.schema import Plan
+from chiasm.comparison.ways import without_few_shot
 from chiasm.evaluation.evaluate import EvalResult
 from chiasm.sources import resolve
 from chiasm.sources.writing import whole_file
@@ -67,7 +68,7 @@ def compare(
         output: folder of the comparison; one that was stopped goes on.
         quick: a few samples of every cell, and the first layers of the language model.
         jobs: processes, each with one cell at a time; 0 runs the cells here, one after the other. Where `torchrun`
-            started several of this one, every one has its share of the cells.
+            started several of this one, every one has its share of the cells, and a process for each of them.
         only: names of cells, or of ways (a cell without its seed); by default all.
         say: takes a line on what is being done.
         quiet: whether training draws no bar.
@@ -80,7 +81,10 @@ def compare(
     choices, skipped = cells_of(plan)
     chosen = select(choices, only)
     done = {choice.name for choice in choices if finished(plan, choice, output) is not None}
-    waiting = [choice for choice in chosen if choice.name not in done]
+    place, number = (int(os.environ.get(name, usual)) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    jobs = max(jobs, int(number > 1))
+    # a share is one of all cells, not of those that wait: a process that starts late finds fewer of them
+    waiting = [choice for choice in chosen[place::number] if choice.name not in done]
     output.mkdir(parents=True, exist_ok=True)
     saved, text = output / PLAN, yaml.safe_dump(plan.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     if not saved.is_file() or saved.read_text(encoding="utf-8") != text:
@@ -96,8 +100,7 @@ def compare(
         data_of(plan)
         captions_to_find(plan)
     if jobs:
-        place, number = (int(os.environ.get(name, usual)) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
-        failed = _in_processes(waiting[place::number], saved, output, jobs, say)
+        failed = _in_processes(waiting, saved, output, jobs, say)
     else:
         known: dict[str, Any] = {}
         for choice in waiting:
@@ -110,10 +113,16 @@ def compare(
                 if only:
                     raise
                 failed[choice.name] = _failed(output, choice.name, said, say)
-    results = [result for choice in choices if (result := finished(plan, choice, output)) is not None]
-    if results and not (only and jobs == 0):
+    results, told = _finished(plan, choices, output), 0
+    while len(results) > told and not (only and jobs == 0):  # again where another process ended a cell meanwhile
+        told = len(results)
         write_all(output, plan, choices, results, skipped, failed)
+        results = _finished(plan, choices, output)
     return Comparison(output, results, skipped, failed)
+
+
+def _finished(plan: Plan, choices: Sequence[Choice], output: Path) -> list[dict[str, Any]]:
+    return [result for choice in choices if (result := finished(plan, choice, output)) is not None]
 
 
 def _require_pace(plan: Plan, waiting: Sequence[Choice], output: Path) -> None:
@@ -136,11 +145,12 @@ def write_all(
     failed: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """The tables and the report of what is finished of all cells, the `choices`."""
+    folders = {result["name"]: output / CELLS / result["name"] for result in results}
+    rows = {name: EvalResult.load(folder / EVALUATION).rows for name, folder in folders.items()}
+    results = [dict(without_few_shot(result, rows[result["name"]])) for result in results]
     write_results(output, results)
     train, _, test = data_of(plan)
     pictures = {sample.id: sample.images[0] for sample in test if sample.images}
-    folders = {result["name"]: output / CELLS / result["name"] for result in results}
-    rows = {name: EvalResult.load(folder / EVALUATION).rows for name, folder in folders.items()}
     finished_cells = f"{len(results)} of {len(choices)} cells"
     facts = [finished_cells, f"budget: {in_words(plan)}", f"{platform.machine()}, {os.cpu_count()} cores"]
     facts += dict.fromkeys(note for result in results for note in result.get("notes", ()))

@@ -16,7 +16,6 @@ from chiasm.comparison.inputs import INPUTS, inputs_of, require_same
 from chiasm.comparison.schema import Plan
 from chiasm.connectors import own_code
 from chiasm.sources.writing import whole_file
-from chiasm.training.team import is_first
 
 CELLS, RESULT, RUN, BUDGET, CODE = "cells", "result.json", "run", "samples.json", "connector.sha256"
 PLANNED, LOCK = "plan.sha256", ".lock"
@@ -38,15 +37,14 @@ class CellTakenError(ValueError):
 
 @contextmanager
 def taken(folder: Path) -> Iterator[None]:
-    """Keeps other processes from the cell in this folder; those that `torchrun` starts together share it.
+    """Keeps other processes from the cell in this folder.
 
     Raises:
         CellTakenError: another one has it.
     """
     lock = FileLock(folder / LOCK)
     try:
-        if is_first():
-            lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
         raise CellTakenError(f"another process is at work on {folder}; wait for it") from None
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from chiasm.evaluation.skills import ALL
+from chiasm.evaluation.skills import ALL, summarise
 
 Row = Mapping[str, Any]
 FEW_SHOT = "few-shot"
@@ -34,6 +34,20 @@ def by_way(results: Iterable[Row]) -> dict[str, list[Row]]:
     for result in results:
         ways[result["way"]].append(result)
     return dict(ways)
+
+
+def without_few_shot(result: Row, rows: Sequence[Row]) -> Row:
+    """A result whose summary of everything leaves out what was asked behind solved examples; older ones count it.
+
+    Args:
+        rows: of the cell's evaluation.
+    """
+    summary, asked = result["summary"], [dict(row) for row in rows if row["skill"] != FEW_SHOT]
+    if summary[-1]["n"] == len(asked):
+        return result
+    skills = [row for row in summary if row["skill"] not in (FEW_SHOT, ALL)]
+    whole = skills.pop() if len(skills) == 1 else summarise(asked)[-1]
+    return {**result, "summary": [*skills, *(row for row in summary if row["skill"] == FEW_SHOT), whole]}
 
 
 def skills_of(results: Sequence[Row]) -> list[str]:
