@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from chiasm.evaluation.format import amount, clip, count, duration, percent
-from chiasm.sources.writing import naming_full_disk
+from chiasm.sources.writing import whole_file
 
 STYLE = Path(__file__).parent / "report.css"
 FILTERS: dict[str, Callable[..., Any]] = {
@@ -39,6 +39,5 @@ def write_page(path: Path, template: Path, fields: dict[str, Any], **filters: Ca
     css, created = STYLE.read_text(encoding="utf-8"), datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     page = environment.get_template(template.name).render(css=Markup(css), created=created, **fields)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with naming_full_disk(path):
-        path.write_bytes(page.encode("utf-8", "replace"))
+    whole_file(path, page.encode("utf-8", "replace").decode("utf-8"))
     return path
