@@ -102,11 +102,11 @@ def test_unchanged_is_said_in_the_forgetting_table() -> None:
 
 
 def test_a_full_disk_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     run = run_folder(tmp_path / "mine")
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match=r"page\.html is not written: the disk is full"):
         report_run(run, tmp_path / "page.html")
 
