@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from chiasm.comparison.answer_length import LEAST
 from chiasm.comparison.choices import Choice
 from chiasm.comparison.inputs import INPUTS, inputs_of, require_same
 from chiasm.comparison.schema import Plan
 from chiasm.connectors import own_code
+from chiasm.sources.locking import held
 from chiasm.sources.writing import whole_file
 
 CELLS, RESULT, RUN, BUDGET, CODE = "cells", "result.json", "run", "samples.json", "connector.sha256"
@@ -42,15 +41,8 @@ def taken(folder: Path) -> Iterator[None]:
     Raises:
         CellTakenError: another one has it.
     """
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise CellTakenError(f"another process is at work on {folder}; wait for it") from None
-    try:
+    with held(folder / LOCK, CellTakenError(f"another process is at work on {folder}; wait for it")):
         yield
-    finally:
-        lock.release()
 
 
 def finished(plan: Plan, choice: Choice, output: Path) -> dict[str, Any] | None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
+from chiasm.sources.locking import held
 from chiasm.sources.writing import whole_file
 from chiasm.training.card import write_card
 from chiasm.training.checkpoint import (
@@ -158,12 +158,8 @@ def _open(
     team: Team,
 ) -> Iterator[Run]:
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another process is training in {folder}; wait for it or choose another folder") from None
-    try:
+    refusal = ValueError(f"another process is training in {folder}; wait for it or choose another folder")
+    with held(folder / LOCK, refusal):
         stages = [stage.name for stage in recipe.stages]
         _prepare(folder, resume)
         resumed, notes = newest_checkpoint(folder / CHECKPOINTS, stages)
@@ -193,8 +189,6 @@ def _open(
             raise
         finally:
             log.close()
-    finally:
-        lock.release()
 
 
 def _copy(folder: Path, to: Path) -> None:
